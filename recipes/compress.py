@@ -1,0 +1,71 @@
+"""Compress a language model inside a Trainer: `python recipes/compress.py CONFIG [key=value ...]`.
+
+The pieces are the ones of any Lightning project: a module, a data module, a Trainer. Copy it and put yours in.
+"""
+
+import sys
+from dataclasses import asdict
+
+import lightning as L
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from zssvd_lightning import Run, RunConfig, ZSSVDCallback, load_config
+from zssvd_lightning.evaluation import continuation
+
+PROMPT = "The state of the union is"
+
+
+class CausalLM(L.LightningModule):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.model(**batch).loss
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-5)
+
+
+class CalibrationText(L.LightningDataModule):
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return self.run.calibration_loader()
+
+
+def main(path: str, *overrides: str) -> None:
+    run = Run(load_config(RunConfig, path, overrides))
+    run.evaluate("dense")
+    dense_text = continuation(run.model, run.tokenizer, PROMPT)
+
+    callback = ZSSVDCallback(**asdict(run.config.compression))
+    trainer = L.Trainer(
+        max_steps=callback.batches_needed(len(run.calibration_loader())),
+        max_epochs=-1,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(CausalLM(run.model), CalibrationText(run))
+
+    run.evaluate("compressed")
+    run.save(callback.report, picture=True)
+    console = Console()
+    console.print(callback.report.table())
+    console.print(f"[bold]{PROMPT}[/bold] ...\n  dense:      {dense_text!r}")
+    console.print(f"  compressed: {continuation(run.model, run.tokenizer, PROMPT)!r}")
+    console.print(f"wrote the model, report.json and report.png to {run.output}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

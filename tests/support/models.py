@@ -1,0 +1,159 @@
+"""Small models of several families, built from config, with batches they take."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+VOCABULARY = 97
+
+
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+    """Grouped-query attention, two blocks."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+
+
+def tiny_gpt2(**changes: Any) -> GPT2LMHeadModel:
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+        "bos_token_id": 0, "eos_token_id": 0,
+    }
+    return GPT2LMHeadModel(GPT2Config(**(settings | changes)))
+
+
+def tiny_bert() -> BertForMaskedLM:
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+            max_position_embeddings=64,
+        )
+    )
+
+
+def tiny_vit() -> ViTForImageClassification:
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16,
+            patch_size=4, num_labels=5,
+        )
+    )
+
+
+def token_batches(count: int = 4, size: int = 4, length: int = 24, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Token batches without padding, each with labels."""
+    g = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(1, VOCABULARY, (size, length), generator=g) for _ in range(count)]
+    return [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": i.clone()} for i in ids]
+
+
+def padded_batches(count: int = 4, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Token batches padded on the right to different lengths."""
+    batches = token_batches(count, seed=seed)
+    for k, batch in enumerate(batches):
+        for row in range(len(batch["input_ids"])):
+            end = 24 - (5 * k + 3 * row) % 20
+            batch["attention_mask"][row, end:] = 0
+            batch["labels"][row, end:] = -100
+            batch["input_ids"][row, end:] = 0
+    return batches
+
+
+def image_batches(count: int = 4) -> list[dict[str, Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    return [
+        {
+            "pixel_values": torch.randn(6, 3, 16, 16, generator=g),
+            "labels": torch.randint(0, 5, (6,), generator=g),
+        }
+        for _ in range(count)
+    ]
+
+
+class Family(NamedTuple):
+    build: Callable[[], nn.Module]
+    batches: Callable[[], list[dict[str, Tensor]]]
+    targets: int
+
+
+FAMILIES = {
+    "llama": Family(tiny_llama, token_batches, 14),
+    "gpt2": Family(tiny_gpt2, token_batches, 8),
+    "bert": Family(tiny_bert, token_batches, 13),
+    "vit": Family(tiny_vit, image_batches, 13),
+}
+
+
+class CausalLM(L.LightningModule):
+    """The plainest module there is around a transformers model."""
+
+    def __init__(self, model: nn.Module | None = None, lr: float = 1e-3) -> None:
+        super().__init__()
+        self.model = model or tiny_llama()
+        self.lr = lr
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.model(**batch).loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.model(**batch).loss)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+def loader(batches: list[dict[str, Tensor]]) -> DataLoader[dict[str, Tensor]]:
+    """The batches as they are, in order."""
+    return DataLoader(batches, batch_size=None)
+
+
+def trainer(*callbacks: L.Callback, **settings: Any) -> L.Trainer:
+    """A quiet Trainer on one CPU."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
+        "enable_model_summary": False, "enable_progress_bar": False, "max_epochs": 1,
+    }
+    return L.Trainer(callbacks=list(callbacks), **(defaults | settings))
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything a failed run must leave as it was."""
+    return {
+        "weights": {n: p.detach().clone() for n, p in model.state_dict().items()},
+        "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
+        "training": {n: m.training for n, m in model.named_modules()},
+        "hooks": {n: len(m._forward_pre_hooks) + len(m._forward_hooks) for n, m in model.named_modules()},
+        "types": {n: type(m) for n, m in model.named_modules()},
+        "grads": {n: p.grad is not None for n, p in model.named_parameters()},
+        "cache": getattr(getattr(model, "config", None), "use_cache", None),
+    }
+
+
+def assert_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for key in before.keys() - {"weights"}:
+        assert before[key] == after[key], key
+    assert before["weights"].keys() == after["weights"].keys()
+    for name, value in before["weights"].items():
+        assert torch.equal(value, after["weights"][name]), name

@@ -1,0 +1,33 @@
+"""Global, loss-aware SVD compression of language models inside a Lightning training run.
+
+To read the code in the order data flows through it: `callback` (when) and `pipeline` (without a Trainer) drive
+`compression` (what); that takes `targets`, watches them (`calibration`, `statistics`), changes coordinates
+(`whitening`), decomposes (`spectrum`), chooses (`budget`, `selection`), truncates (`factorization`, `modules`) and
+corrects (`correction`). `report`, `hub`, `evaluation`, `texts`, `models`, `files`, `run` and `cli` stand around it.
+"""
+
+from zssvd_lightning import errors
+from zssvd_lightning.callback import Phase, ZSSVDCallback
+from zssvd_lightning.config import CompressionConfig, RunConfig, load_config
+from zssvd_lightning.evaluation import perplexity
+from zssvd_lightning.hub import from_pretrained, save_pretrained
+from zssvd_lightning.modules import LowRankLinear
+from zssvd_lightning.pipeline import compress
+from zssvd_lightning.report import Report
+from zssvd_lightning.run import Run
+
+__all__ = [
+    "CompressionConfig",
+    "LowRankLinear",
+    "Phase",
+    "Report",
+    "Run",
+    "RunConfig",
+    "ZSSVDCallback",
+    "compress",
+    "errors",
+    "from_pretrained",
+    "load_config",
+    "perplexity",
+    "save_pretrained",
+]

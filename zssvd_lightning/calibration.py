@@ -1,0 +1,191 @@
+"""Watching a model while batches go through it: the only place with hooks. Everything is put back on any exit."""
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from zssvd_lightning.errors import CalibrationError, NonFiniteError
+from zssvd_lightning.statistics import Moments
+from zssvd_lightning.targets import Target
+
+IGNORED_LABEL = -100
+
+
+def token_mask(batch: Any) -> Tensor | None:
+    """Which positions (B, T) of a batch are tokens and not padding: its `attention_mask`, or None for all of them."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    return mask.bool()
+
+
+def loss_terms(batch: Any) -> int:
+    """How many terms the mean loss of a batch runs over, which is the weight of its gradient.
+
+    Labels count where they are not -100; of token labels (B, T) the first column does not, since causal models never
+    predict it and the others mark it -100. Without labels it is the number of rows of the first tensor.
+
+    Raises:
+        CalibrationError: no label counts, or there is no tensor in the batch.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor):
+        counted = labels[:, 1:] if labels.dim() == 2 else labels
+        terms = int((counted != IGNORED_LABEL).sum())
+        if terms == 0:
+            raise CalibrationError("a calibration batch has no label to predict: all are -100; drop such batches")
+        return terms
+    tensors = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else [batch]
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.dim() > 0:
+            return len(tensor)
+    raise CalibrationError(f"cannot tell the size of a calibration batch of type {type(batch).__name__}")
+
+
+class Observation:
+    """One batch on its way through the model."""
+
+    def __init__(self, targets: Mapping[str, Target], moments: Moments, mask: Tensor | None) -> None:
+        self._targets = targets
+        self._moments = moments
+        if mask is not None and not mask.any():
+            raise CalibrationError("a calibration batch is all padding (its attention_mask is 0); drop such batches")
+        self._mask = None if mask is None or bool(mask.all()) else mask
+        self._latest: dict[str, weakref.ref[Tensor]] = {}
+        self._hooks = ExitStack()
+
+    def watch_inputs(self) -> None:
+        """Adds each target's input to the second moments, until `forward_done`."""
+        for name, target in self._targets.items():
+            handle = target.module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            self._hooks.callback(handle.remove)
+
+    def forward_done(self) -> None:
+        """Stops watching inputs, so that a forward pass run again by activation checkpointing is not counted."""
+        self._hooks.close()
+
+    def _hook(self, name: str) -> Any:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            X = args[0] if args else next(iter(kwargs.values()))
+            self._see(name, X)
+
+        return see
+
+    def _see(self, name: str, X: Tensor) -> None:
+        leaders = self._moments.leaders
+        if name not in leaders:
+            leaders[name] = next((leader for leader, seen in self._latest.items() if seen() is X), name)
+        leader = leaders[name]
+        if leader == name:
+            self._latest[name] = weakref.ref(X)
+            with torch.autocast(X.device.type, enabled=False):
+                self._moments.add_inputs(name, self._rows(X))
+        elif leader not in self._latest or self._latest[leader]() is not X:
+            raise CalibrationError(
+                f"{name} read the same input as {leader} in the first batch, but another one now; "
+                f"compress them in separate runs, or add {name} to ignore"
+            )
+
+    def _rows(self, X: Tensor) -> Tensor:
+        """Rows (T, n) of X (..., n) that are not padding, where X has a row for each position of the mask."""
+        rows = X.reshape(-1, X.shape[-1])
+        if self._mask is not None and rows.shape[0] == self._mask.numel():
+            return rows[self._mask.reshape(-1)]
+        return rows
+
+
+@contextmanager
+def observing(
+    model: nn.Module, targets: Mapping[str, Target], moments: Moments, mask: Tensor | None, inputs: bool = True
+) -> Iterator[Observation]:
+    """Runs one batch with dropout off, the cache off and gradients flowing to the targets alone.
+
+    Training mode, `requires_grad` flags and the cache setting are as before on any exit, and no hook is left.
+
+    Args:
+        model: the module the batch goes through.
+        targets: the layers to watch.
+        moments: gets the second moments.
+        mask: positions (B, T) that are not padding, or None.
+        inputs: whether to take second moments; without, only gradients flow.
+
+    Raises:
+        CalibrationError: the batch is all padding, or layers stop sharing an input.
+    """
+    with ExitStack() as restored:
+        observation = Observation(targets, moments, mask)
+        restored.callback(observation.forward_done)
+        restored.enter_context(_evaluation_mode(model))
+        restored.enter_context(_gradients_only_at(model, targets))
+        restored.enter_context(_no_cache(model))
+        if inputs:
+            observation.watch_inputs()
+        yield observation
+
+
+def checked_loss(loss: Any) -> Tensor:
+    """The loss, when it is one: a finite scalar with a graph behind it.
+
+    Raises:
+        CalibrationError: it is not a scalar tensor that gradients flow from.
+        NonFiniteError: it is NaN or infinite.
+    """
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
+        raise CalibrationError(f"calibration needs a scalar loss with a gradient, got {type(loss).__name__}")
+    if not torch.isfinite(loss):
+        raise NonFiniteError(
+            f"the loss of a calibration batch is {loss.item()}; check the batch, or calibrate in float32 or bfloat16"
+        )
+    return loss
+
+
+def collect_gradients(targets: Mapping[str, Target], moments: Moments, weight: float) -> None:
+    """Adds `weight` times the gradients autograd left on the targets, and clears them."""
+    for name, target in targets.items():
+        if (gradient := target.gradient) is not None:
+            moments.add_gradient(name, gradient, weight)
+        target.module.weight.grad = None
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+@contextmanager
+def _gradients_only_at(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[None]:
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        for target in targets.values():
+            target.module.weight.requires_grad_(True)
+        yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    cached = [config for config in {id(c): c for c in configs}.values() if "use_cache" in config.to_dict()]
+    before = [config.use_cache for config in cached]
+    try:
+        for config in cached:
+            config.use_cache = False
+        yield
+    finally:
+        for config, use_cache in zip(cached, before, strict=True):
+            config.use_cache = use_cache

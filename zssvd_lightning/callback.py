@@ -1,0 +1,363 @@
+"""When things happen: the phases of a compression inside a training run. What happens is in `compression.py`.
+
+    WAIT -> CALIBRATE -> TRUNCATE -> (CORRECT -> CALIBRATE -> TRUNCATE) x corrections -> FACTORISE -> RECOVER -> DONE
+
+| hook                     | what is done there                                                               |
+|--------------------------|----------------------------------------------------------------------------------|
+| on_train_start           | is the run of a kind that can be compressed, and long enough?                    |
+| on_train_batch_start     | the set point is looked for; a calibration batch comes under observation         |
+| on_before_backward       | its loss is checked, and its gradient weighted by the terms the loss averages    |
+| on_before_optimizer_step | gradients are taken away, so the user's optimizer has nothing to step on         |
+| on_train_batch_end       | observation ends; when enough was seen, the next phase is entered                |
+| on_exception             | everything is put back, unless the model was factorised already                  |
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+
+from zssvd_lightning.calibration import Observation, loss_terms, token_mask
+from zssvd_lightning.compression import Compression
+from zssvd_lightning.config import CompressionConfig, require
+from zssvd_lightning.errors import UnfinishedError, UnsupportedTrainingError
+from zssvd_lightning.report import Report
+
+
+class Phase(StrEnum):
+    """Where the compression stands."""
+
+    WAIT = "wait"
+    """Ordinary training, until the set point."""
+    CALIBRATE = "calibrate"
+    """Batches give statistics and change no weight."""
+    TRUNCATE = "truncate"
+    """Between two batches: components are chosen and dropped, in place."""
+    CORRECT = "correct"
+    """Batches give the gradient of the projected step."""
+    FACTORISE = "factorise"
+    """Between two batches: low-rank layers go in, and optimizers are set up again."""
+    RECOVER = "recover"
+    """Ordinary training of the factors."""
+    DONE = "done"
+    """The fit has ended."""
+
+
+class ZSSVDCallback(L.Callback):
+    """Compresses the model in the middle of `trainer.fit` by Zero Sum SVD (arXiv 2602.02848).
+
+    Works on any `LightningModule` with automatic optimization and one optimizer whose `training_step` returns a loss
+    that is a mean. During calibration dropout is off, no weight changes and the optimizer keeps its state, but the
+    batches count as steps for `max_steps` and schedulers. After factorisation `configure_optimizers` runs again, so the learning-rate
+    schedule starts with the training of the factors.
+
+    Args:
+        prune_ratio: fraction of the target layers' parameters to remove, in (0, 1).
+        start_epoch: compression starts no earlier than this epoch (from 0).
+        start_step: compression starts no earlier than this global step; both set points must be reached.
+        calibration_epochs: calibration ends after so many passes over the training data, or after
+        calibration_batches: so many batches, whichever comes first; then at the end of the accumulation window.
+        corrections: projected gradient steps, each followed by fresh statistics and a new truncation.
+        correction_batches: batches whose mean gradient a projected step follows.
+        metric: `input` (whitened by the input second moment) or `none` (plain SVD).
+        selection: `zero_sum`, `abs_delta`, `abs_delta_unordered`, `most_negative`, `sigma` or `uniform`.
+        min_rank_fraction: rank floor of each matrix, as a fraction of its break-even rank.
+        include: name patterns of the layers to compress (`q_proj`, `*.layers.3.*`, or `re:` and a regular
+            expression); all linear layers when None.
+        ignore: name patterns of layers to leave alone.
+        progress: whether to draw a progress bar while spectra are computed.
+
+    Attributes:
+        phase: where the compression stands, a `Phase`.
+        report: what was done, from FACTORISE on; None before.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        UnsupportedTrainingError: at the start of `fit`, when it is of a kind that cannot be compressed in or is too
+            short.
+        TargetError: at the start of `fit`, when there is nothing to compress.
+        CalibrationError: during `fit`, when batches do not give the statistics needed. The model is then put back.
+        UnfinishedError: at the end of `fit`, when training stopped before the model was factorised.
+
+    Example:
+        >>> trainer = L.Trainer(max_epochs=3, callbacks=[ZSSVDCallback(prune_ratio=0.4)])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        prune_ratio: float = 0.2,
+        *,
+        start_epoch: int = 0,
+        start_step: int = 0,
+        calibration_epochs: int = 1,
+        calibration_batches: int = 128,
+        corrections: int = 1,
+        correction_batches: int = 8,
+        metric: str = "input",
+        selection: str = "zero_sum",
+        min_rank_fraction: float = 0.0,
+        include: Sequence[str] | None = None,
+        ignore: Sequence[str] | None = None,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        require(start_epoch >= 0, "start_epoch", start_epoch, "0 or more")
+        require(start_step >= 0, "start_step", start_step, "0 or more")
+        require(calibration_epochs >= 1, "calibration_epochs", calibration_epochs, "1 or more")
+        require(calibration_batches >= 1, "calibration_batches", calibration_batches, "1 or more")
+        self.config = CompressionConfig(
+            prune_ratio=prune_ratio,
+            metric=metric,
+            selection=selection,
+            corrections=corrections,
+            correction_batches=correction_batches,
+            min_rank_fraction=min_rank_fraction,
+            include=None if include is None else list(include),
+            ignore=None if ignore is None else list(ignore),
+        )
+        self.start_epoch = start_epoch
+        self.start_step = start_step
+        self.calibration_epochs = calibration_epochs
+        self.calibration_batches = calibration_batches
+        self.progress = progress
+        self.phase = Phase.WAIT
+        self.report: Report | None = None
+        self._compression: Compression | None = None
+        self._batch: _ObservedBatch | None = None
+        self._seen = 0
+        self._corrected = 0
+        self._terms_unit: float | None = None
+
+    def token_mask(self, batch: Any) -> Tensor | None:
+        """Which positions (B, T) of a batch are not padding. Override for batches without an `attention_mask`."""
+        return token_mask(batch)
+
+    def loss_terms(self, batch: Any) -> float:
+        """How many terms the mean loss of a batch runs over. Override for batches without `labels`."""
+        return loss_terms(batch)
+
+    def batches_needed(self, batches_per_epoch: float = math.inf, accumulate: int = 1) -> int:
+        """Training batches from the start of an epoch until the model is factorised."""
+        done = 0
+        for phase in [Phase.CALIBRATE] + [Phase.CORRECT, Phase.CALIBRATE] * self.config.corrections:
+            done = _window_end(done + self._limit(phase, batches_per_epoch), batches_per_epoch, accumulate)
+        return done
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuses runs that cannot be compressed in, before any batch is spent."""
+        if self.phase is not Phase.WAIT:
+            return
+        _refuse_unsupported(trainer, pl_module)
+        self._refuse_too_short(trainer)
+        self._compression = Compression(pl_module, self.config, self.progress)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Puts the batch under observation, once the set point is reached and until enough was seen."""
+        started = trainer.current_epoch >= self.start_epoch and trainer.global_step >= self.start_step
+        if self.phase is Phase.WAIT and started:
+            self.phase = Phase.CALIBRATE
+        if self.phase in (Phase.CALIBRATE, Phase.CORRECT):
+            compression = self._running
+            self._batch = _ObservedBatch(compression, self.phase, self.loss_terms(batch), self.token_mask(batch))
+            self._terms_unit = self._terms_unit or self._batch.terms
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Notes the loss and turns its gradient from a mean into a sum over its terms.
+
+        Lightning has divided the loss by the accumulation factor and, in fp16, multiplied it by the loss scale; the
+        weights keep the scale and are relative to the first batch's terms, so that no gradient overflows.
+        """
+        if self._batch is None or self._terms_unit is None:
+            return
+        self._batch.observation.forward_done()
+        accumulate = trainer.accumulate_grad_batches
+        self._running.add_loss(loss * (accumulate / _loss_scale(trainer)), self._batch.terms)
+        weight = self._batch.terms * accumulate / self._terms_unit
+        if weight != 1.0:
+            loss.register_hook(lambda gradient: gradient * weight)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Takes the gradients of the accumulation window, before clipping, and leaves the optimizer none."""
+        if self._batch is None or self._terms_unit is None:
+            return
+        self._running.collect_gradients(self._terms_unit)
+        optimizer.zero_grad(set_to_none=True)
+        self._batch.stepped = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends the observation and, when enough was seen and the accumulation window is closed, goes on."""
+        if self._batch is None:
+            return
+        observed, self._batch = self._batch, None
+        observed.close()
+        self._seen += 1
+        if observed.stepped and self._seen >= self._limit(self.phase, trainer.num_training_batches):
+            self._seen, self._terms_unit = 0, None
+            self._advance(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Declares the work done. Raises UnfinishedError, with the model put back, when it is not."""
+        if self.phase is Phase.RECOVER:
+            self.phase = Phase.DONE
+        elif self.phase is not Phase.DONE:
+            phase, seen = self.phase, self._seen
+            self._abandon()
+            raise UnfinishedError(
+                f"training ended in phase {phase!r} after {seen} of its batches, before the model was factorised, and "
+                "the model was put back; train longer, start earlier, or lower calibration_batches or corrections"
+            )
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Puts everything back, unless the model was factorised already."""
+        if self._batch is not None:
+            self._batch.close()
+            self._batch = None
+            for parameter in pl_module.parameters():
+                parameter.grad = None
+        if self.phase not in (Phase.RECOVER, Phase.DONE):
+            self._abandon()
+
+    @property
+    def _running(self) -> Compression:
+        if self._compression is None:
+            raise RuntimeError(f"phase {self.phase!r} without on_train_start before it")
+        return self._compression
+
+    def _limit(self, phase: Phase, batches_per_epoch: float) -> int:
+        if phase is Phase.CORRECT:
+            return self.config.correction_batches
+        return int(min(self.calibration_batches, self.calibration_epochs * batches_per_epoch))
+
+    def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leaves CALIBRATE or CORRECT for what comes next."""
+        if self.phase is Phase.CORRECT:
+            self._running.correct()
+            self._corrected += 1
+            self.phase = Phase.CALIBRATE
+            return
+        self.phase = Phase.TRUNCATE
+        self._running.truncate()
+        if self._corrected < self.config.corrections:
+            self.phase = Phase.CORRECT
+            return
+        self.phase = Phase.FACTORISE
+        self._factorise(trainer, pl_module)
+        self.phase = Phase.RECOVER
+
+    def _factorise(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._running.factorise()
+        with self._running.stopwatch("factorise"):
+            trainer.strategy.setup_optimizers(trainer)
+        _refuse_stale_groups(trainer, pl_module)
+        self.report = self._running.report()
+        self.report.config = {"compression": asdict(self.config)}
+        self._compression = None
+
+    def _abandon(self) -> None:
+        if self._compression is not None:
+            self._compression.restore()
+        self._compression, self._terms_unit = None, None
+        self._seen, self._corrected = 0, 0
+        self.phase = Phase.WAIT
+
+    def _refuse_too_short(self, trainer: L.Trainer) -> None:
+        accumulate, per_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches
+        epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - trainer.current_epoch
+        steps = math.inf if trainer.max_steps == -1 else trainer.max_steps - trainer.global_step
+        available = min(epochs * per_epoch, steps * accumulate)
+        waiting = max(
+            (self.start_epoch - trainer.current_epoch) * per_epoch if self.start_epoch > trainer.current_epoch else 0,
+            (self.start_step - trainer.global_step) * accumulate,
+            0,
+        )
+        needed = waiting + self.batches_needed(per_epoch, accumulate)
+        if needed > available:
+            raise UnsupportedTrainingError(
+                f"compression needs {needed:g} training batches ({waiting:g} until its start, then "
+                f"{self.batches_needed(per_epoch, accumulate)} for calibration and {self.config.corrections} "
+                f"corrections), but this fit has {available:g}; raise max_epochs or max_steps, or lower "
+                "calibration_batches, correction_batches or corrections"
+            )
+
+
+class _ObservedBatch:
+    """A training batch between its first and its last hook."""
+
+    def __init__(self, compression: Compression, phase: Phase, terms: float, mask: Tensor | None) -> None:
+        self.terms = terms
+        self.stepped = False
+        self._stack = ExitStack()
+        self._stack.enter_context(compression.stopwatch(phase.value))
+        self.observation: Observation = self._stack.enter_context(
+            compression.observing(mask, inputs=phase is Phase.CALIBRATE)
+        )
+
+    def close(self) -> None:
+        """Puts mode, flags, cache and hooks back."""
+        self._stack.close()
+
+
+def _window_end(batches: int, batches_per_epoch: float, accumulate: int) -> int:
+    """The first batch count from `batches` on at which an optimizer step is taken; an epoch's last batch takes one."""
+    into_epoch = batches if math.isinf(batches_per_epoch) else batches % int(batches_per_epoch)
+    whole = math.ceil(into_epoch / accumulate) * accumulate
+    return batches - into_epoch + int(min(whole, batches_per_epoch))
+
+
+def _loss_scale(trainer: L.Trainer) -> float:
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+        return float(plugin.scaler.get_scale())
+    return 1.0
+
+
+def _refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    if not pl_module.automatic_optimization:
+        raise UnsupportedTrainingError(
+            f"{type(pl_module).__name__} optimizes manually, so gradients cannot be taken between backward and step; "
+            "set automatic_optimization = True, or call zssvd_lightning.compress on the model"
+        )
+    if len(trainer.optimizers) != 1:
+        raise UnsupportedTrainingError(
+            f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers, but calibration needs exactly one; "
+            "return one from configure_optimizers, or call zssvd_lightning.compress on the model"
+        )
+    if trainer.world_size != 1:
+        raise UnsupportedTrainingError(
+            f"{type(trainer.strategy).__name__} runs {trainer.world_size} processes, but statistics are gathered on "
+            "one device; use devices=1"
+        )
+
+
+def _refuse_stale_groups(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Checks what `configure_optimizers` gave after the layers were replaced."""
+    grouped = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    present = {id(p) for p in pl_module.parameters()}
+    if any(id(p) not in present for p in grouped):
+        raise UnsupportedTrainingError(
+            "configure_optimizers returned parameters that are no longer in the model: it must look them up "
+            "(self.parameters()) each time it runs, not keep a list from before"
+        )
+    counts = {id(p): 0 for p in pl_module.parameters() if p.requires_grad}
+    for p in grouped:
+        counts[id(p)] = counts.get(id(p), 0) + 1
+    named = {id(p): name for name, p in pl_module.named_parameters()}
+    if wrong := [named[key] for key, count in counts.items() if count != 1 and key in named]:
+        raise UnsupportedTrainingError(
+            f"after factorisation {len(wrong)} trainable parameters are not in exactly one optimizer group "
+            f"({', '.join(wrong[:3])}); make configure_optimizers cover them, or freeze them"
+        )

@@ -1,0 +1,190 @@
+"""Every setting, with its meaning under it. Frozen dataclasses that OmegaConf reads from YAML and from `key=value`."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
+
+from zssvd_lightning.errors import ConfigError
+
+T = TypeVar("T")
+
+METRICS = ("input", "none")
+SELECTIONS = ("zero_sum", "abs_delta", "abs_delta_unordered", "most_negative", "sigma", "uniform")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """What is removed, and by which rule.
+
+    Raises:
+        ConfigError: a value is outside its range or not one of the names there are.
+    """
+
+    prune_ratio: float = 0.2
+    """Fraction of the target layers' parameters to remove, in (0, 1): 0.4 keeps 60 %."""
+    metric: str = "input"
+    """Coordinates the SVD is taken in: `input` whitens by the input second moment, `none` is the plain SVD."""
+    selection: str = "zero_sum"
+    """Rule that drops components: `zero_sum` (the paper), `abs_delta`, `abs_delta_unordered`, `most_negative`,
+    `sigma`, or `uniform` (the same fraction of every matrix, as SVD-LLM does)."""
+    corrections: int = 1
+    """How many times a projected gradient step, fresh statistics and a new truncation follow the first one."""
+    correction_batches: int = 8
+    """How many batches the gradient of one projected step is averaged over."""
+    min_rank_fraction: float = 0.0
+    """No matrix gets a rank below this fraction of its break-even rank, in [0, 1]."""
+    include: list[str] | None = None
+    """Name patterns of the layers to compress (`*.q_proj`, or `re:` and a regular expression); all when None."""
+    ignore: list[str] | None = None
+    """Name patterns of layers to leave alone, in the same form."""
+
+    def __post_init__(self) -> None:
+        require(0.0 < self.prune_ratio < 1.0, "prune_ratio", self.prune_ratio, "strictly between 0 and 1")
+        require(self.corrections >= 0, "corrections", self.corrections, "0 or more")
+        require(self.correction_batches >= 1, "correction_batches", self.correction_batches, "1 or more")
+        require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
+        _require_one_of("metric", self.metric, METRICS)
+        _require_one_of("selection", self.selection, SELECTIONS)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model."""
+
+    source: str = "???"
+    """`package:NAME` (a package that ships a GGUF file), a local folder, or a hub id."""
+    dtype: str = "float32"
+    """Floating-point type of the weights."""
+
+    def __post_init__(self) -> None:
+        _require_one_of("model.dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Which batches the statistics are taken on."""
+
+    text: str = "???"
+    """A text source: `package:NAME[:SPLIT]`, a local `.txt/.raw/.jsonl/.parquet`, or `datasets:NAME[:CONFIG]:SPLIT`;
+    `#FIELD` behind it names the field to read."""
+    samples: int = 64
+    """Number of windows drawn from the text, without replacement."""
+    length: int = 512
+    """Tokens in a window."""
+    batch_size: int = 4
+    """Windows in a batch."""
+    seed: int = 0
+    """Seed of the draw."""
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 1, "calibration.samples", self.samples, "1 or more")
+        require(self.length >= 2, "calibration.length", self.length, "2 or more")
+        require(self.batch_size >= 1, "calibration.batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What perplexity is measured on. No text, no evaluation."""
+
+    text: str | None = None
+    """A text source, as in `calibration.text`; never one that anything was chosen on."""
+    second: str | None = None
+    """A text of another domain, reported beside the first."""
+    windows: int = 16
+    """How many windows from the start of the text; 0 means the whole text."""
+    length: int = 1024
+    """Tokens in a window; the first of each is not predicted."""
+
+    def __post_init__(self) -> None:
+        require(self.windows >= 0, "evaluation.windows", self.windows, "0 or more")
+        require(self.length >= 2, "evaluation.length", self.length, "2 or more")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole `zssvd compress` run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output: str = "???"
+    """Folder that gets the compressed model, its tokenizer and `report.json`."""
+
+
+def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Reads a YAML file and `key=value` overrides into the dataclass `schema`.
+
+    Args:
+        schema: one of the dataclasses of this file.
+        path: YAML file, or None for the defaults alone.
+        overrides: dot-list entries such as `compression.prune_ratio=0.4`; later ones win.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown (the nearest valid one is named), a mandatory
+            key has no value, or a value is of the wrong type or out of range.
+    """
+    for entry in overrides:
+        if "=" not in entry:
+            raise ConfigError(f"override {entry!r} is not of the form key=value")
+    try:
+        layers = [OmegaConf.load(path)] if path is not None else []
+        layers.append(OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(OmegaConf.structured(schema), *layers)
+        loaded = OmegaConf.to_object(merged)
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file {path} does not exist") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"config file {path} is a folder") from error
+    except YAMLError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {error}") from error
+    except ConfigKeyError as error:
+        raise ConfigError(_unknown_key(str(error.full_key), schema)) from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value; give it in the YAML or as {error.full_key}=...") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or path}: {error.msg or error}") from error
+    if not isinstance(loaded, schema):
+        raise ConfigError(f"{path} must hold a mapping of settings")
+    return loaded
+
+
+def closest(name: str, valid: Iterable[str]) -> str:
+    """`" (did you mean ...?)"` for the nearest valid name, or the list of them all."""
+    valid = list(valid)
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(valid)}"
+
+
+def _unknown_key(key: str, schema: type) -> str:
+    valid = list(_leaves(OmegaConf.to_container(OmegaConf.structured(schema))))
+    leaf = {name.rsplit(".", 1)[-1]: name for name in valid}
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.75)
+    near = near or [leaf[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, n=1, cutoff=0.5)]
+    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(valid)}")
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterable[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def require(holds: bool, name: str, value: object, range_: str) -> None:
+    """Raises ConfigError, naming the setting and its range, unless `holds`."""
+    if not holds:
+        raise ConfigError(f"{name} is {value!r}, but must be {range_}")
+
+
+def _require_one_of(name: str, value: str, valid: Iterable[str]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{name} is {value!r}{closest(value, valid)}")

@@ -1,0 +1,61 @@
+"""Every way a run can be refused, by name. Each message says which module or key, what was found and what to do."""
+
+
+class ZSSVDError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(ZSSVDError, ValueError):
+    """A setting is unknown, of the wrong type or outside its range."""
+
+
+class TargetError(ZSSVDError, ValueError):
+    """The layers asked for cannot be factorised, or there are none."""
+
+
+class BudgetError(ZSSVDError, ValueError):
+    """The prune ratio cannot be reached with the rank floor that was asked for."""
+
+
+class TextError(ZSSVDError, ValueError):
+    """A text source is unknown, unreadable, empty or too short."""
+
+
+class ModelSourceError(ZSSVDError, ValueError):
+    """A model source is unknown or does not hold what it should."""
+
+
+class CalibrationError(ZSSVDError, RuntimeError):
+    """The calibration batches do not give the statistics the method needs."""
+
+
+class NonFiniteError(CalibrationError):
+    """A loss, an activation or a gradient is NaN or infinite."""
+
+
+class ZeroGradientError(CalibrationError):
+    """The loss does not depend on a target layer, so its components cannot be scored."""
+
+
+class NotPositiveDefiniteError(CalibrationError):
+    """A second moment stays indefinite however much jitter is added."""
+
+
+class UnsupportedTrainingError(ZSSVDError, RuntimeError):
+    """The training run is of a kind the callback cannot compress in."""
+
+
+class UnfinishedError(ZSSVDError, RuntimeError):
+    """Training ended before the model was factorised."""
+
+
+class OutputError(ZSSVDError, OSError):
+    """An output folder cannot be written without losing something."""
+
+
+class SavedModelError(ZSSVDError, RuntimeError):
+    """A saved model does not hold what its config says."""
+
+
+class RankDeficientWarning(UserWarning):
+    """A second moment was singular; names the layer and the jitter that made it positive definite."""

@@ -1,0 +1,73 @@
+"""How good a language model is: perplexity on text it was not calibrated on, and a sample of what it writes."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from zssvd_lightning.errors import NonFiniteError
+
+
+class Perplexity(NamedTuple):
+    """What `zssvd evaluate` prints."""
+
+    perplexity: float
+    tokens: int
+    """Predictions it was averaged over."""
+    seconds: float
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 1, desc: str = "perplexity", progress: bool = True) -> Perplexity:
+    """Exponential of the mean negative log-likelihood (nats) of each window's tokens but the first.
+
+    Args:
+        model: causal language model that returns `logits` (B, T, V); they are scored in float32 or wider.
+        windows: token ids (N, T).
+        batch_size: windows in a batch.
+
+    Raises:
+        NonFiniteError: the model's logits are NaN.
+    """
+    start = time.perf_counter()
+    device = next(model.parameters()).device
+    total = 0.0
+    with _eval_mode(model):
+        for ids in tqdm(windows.split(batch_size), desc=desc, unit="batch", disable=not progress):
+            ids = ids.to(device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            total += float(cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    if math.isnan(total):
+        raise NonFiniteError("the logits are NaN on the evaluation text; evaluate in float32 or bfloat16")
+    mean = total / tokens
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(value, tokens, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 32) -> str:
+    """What the model writes behind `prompt`, always taking the likeliest token."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    with _eval_mode(model):
+        ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(text)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True

@@ -1,0 +1,49 @@
+"""From spectra and a selection to truncated weights, and from those to low-rank modules, swapped in once at the end.
+
+Shapes: up (m, k), down (k, n), W_k (m, n).
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from zssvd_lightning.modules import LowRankLinear
+from zssvd_lightning.targets import Target, replace_module
+
+
+class Factors(NamedTuple):
+    """`W_k = up @ down`."""
+
+    up: Tensor
+    down: Tensor
+
+    def to(self, like: Tensor) -> "Factors":
+        """The same on the device and in the type of `like`."""
+        return Factors(self.up.to(like), self.down.to(like))
+
+
+def truncated_weight(factors: Factors) -> Tensor:
+    """`W_k = (U_k sqrt(S_k)) (sqrt(S_k) V_k^T L^-1)` (m, n)."""
+    return factors.up @ factors.down
+
+
+def install(model: nn.Module, targets: Mapping[str, Target], factors: Mapping[str, Factors]) -> dict[str, nn.Module]:
+    """Replaces the targets that have factors, wherever they stand in `model`; returns the new layers by name.
+
+    Biases, `requires_grad` flags and training mode carry over; layers without factors stay as they are.
+    Nothing is replaced before all the new layers are there.
+    """
+    installed: dict[str, nn.Module] = {}
+    for name, (up, down) in factors.items():
+        old = targets[name].module
+        new = LowRankLinear.from_factors(up, down, old.bias)
+        new.train(old.training)
+        new.down.weight.requires_grad_(old.weight.requires_grad)
+        new.up.weight.requires_grad_(old.weight.requires_grad)
+        if old.bias is not None:
+            new.up.bias.requires_grad_(old.bias.requires_grad)
+        installed[name] = new
+    for name, new in installed.items():
+        replace_module(model, targets[name].module, new)
+    return installed

@@ -1,0 +1,65 @@
+"""Writing folders so that an interrupted run loses nothing."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from zssvd_lightning.errors import OutputError
+
+MARKER = "report.json"
+"""A folder that holds this file was written by this package and may be replaced by it."""
+
+
+def check_output(path: str | Path) -> Path:
+    """The output folder, when it may be written: absent, empty, or of an earlier run.
+
+    Raises:
+        OutputError: it is a file, or holds something this package did not write.
+    """
+    path = Path(path).expanduser()
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"output {path} is a file; name a folder")
+    if path.exists() and any(path.iterdir()) and not (path / MARKER).is_file():
+        raise OutputError(f"output {path} holds files that are not of an earlier run; name an empty or new folder")
+    return path
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, which takes its place when the block ends well and is dropped when it does not.
+
+    Raises:
+        OutputError: `path` may not be replaced, or writing failed (a full disk, missing rights).
+    """
+    path = check_output(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write beside {path}: {error}") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        _swap(temporary, path)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error}; what was there before is untouched") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path) -> None:
+    if not path.exists():
+        new.rename(path)
+        return
+    old = path.with_name(f"{new.name}.old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)

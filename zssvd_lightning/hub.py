@@ -1,0 +1,121 @@
+"""Compressed models as folders that transformers reads: its usual files, with every rank in the config.
+
+Importing this module registers the format, so that `AutoModelForCausalLM.from_pretrained(folder)` rebuilds the
+low-rank layers before it loads the weights.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from zssvd_lightning.errors import SavedModelError
+from zssvd_lightning.modules import LowRankLinear
+from zssvd_lightning.targets import replace_module
+
+METHOD = "zssvd"
+FORMAT_VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` entry of a compressed model's config.
+
+    Args:
+        ranks: rank of every low-rank layer, by its name in the model.
+        version: of this format.
+    """
+
+    def __init__(self, ranks: dict[str, int] | None = None, version: int = FORMAT_VERSION, **_: Any) -> None:
+        self.quant_method = METHOD
+        self.ranks = ranks or {}
+        self.version = version
+
+
+@register_quantizer(METHOD)
+class LowRankRebuilder(HfQuantizer):  # type: ignore[misc]
+    """Puts empty low-rank layers into the model that transformers is about to load weights into."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        if self.quantization_config.version > FORMAT_VERSION:
+            raise SavedModelError(
+                f"the folder is of format {self.quantization_config.version}, this release reads {FORMAT_VERSION}; "
+                "upgrade zssvd-lightning"
+            )
+        rebuild(model, self.quantization_config.ranks)
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """Saving again writes the same format."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The factors are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """So that the transformers Trainer fine-tunes them in full."""
+        return True
+
+
+def ranks_of(model: nn.Module) -> dict[str, int]:
+    """Rank of every `LowRankLinear` in `model`, by qualified name."""
+    return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+def rebuild(model: nn.Module, ranks: dict[str, int]) -> None:
+    """Replaces the dense layers named in `ranks` by uninitialised low-rank ones, in place.
+
+    Raises:
+        SavedModelError: a name is not a linear layer of the model.
+    """
+    modules = dict(model.named_modules())
+    for name, rank in ranks.items():
+        old = modules.get(name)
+        if not isinstance(old, (nn.Linear, Conv1D)):
+            raise SavedModelError(f"the config gives {name} rank {rank}, but the model has no linear layer there")
+        m, n = old.weight.shape if isinstance(old, nn.Linear) else old.weight.T.shape
+        new = LowRankLinear(n, m, rank, old.bias is not None, old.weight.device, old.weight.dtype)
+        replace_module(model, old, new)
+
+
+def save_pretrained(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Writes a compressed (or dense) model, and its tokenizer, as safetensors and config files into `folder`."""
+    if ranks := ranks_of(model):
+        model.config.quantization_config = LowRankConfig(ranks)
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def is_compressed(folder: str | Path) -> bool:
+    """Whether the config in `folder` says that this package compressed it."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+
+
+def from_pretrained(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
+    """The compressed causal language model that `save_pretrained` wrote.
+
+    Raises:
+        SavedModelError: weights are missing, left over or of the wrong shape, so the model would be partly random.
+    """
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    model, info = AutoModelForCausalLM.from_pretrained(str(folder), dtype=wanted, output_loading_info=True)
+    wrong = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    if wrong:
+        raise SavedModelError(f"{folder} does not hold the weights its config speaks of: {wrong}")
+    loaded: PreTrainedModel = model
+    return loaded

@@ -1,0 +1,130 @@
+"""The whole method on any module, without a Trainer."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from zssvd_lightning.calibration import loss_terms, token_mask
+from zssvd_lightning.compression import Compression
+from zssvd_lightning.config import CompressionConfig
+from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.report import Report
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss a transformers model computes itself: `model(**batch).loss`."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: CompressionConfig | None = None,
+    *,
+    loss: Loss = model_loss,
+    mask: Callable[[Any], Tensor | None] = token_mask,
+    terms: Callable[[Any], float] = loss_terms,
+    progress: bool = True,
+) -> Report:
+    """Compresses `model` in place: calibrate, truncate, correct and truncate again, factorise.
+
+    Args:
+        model: any module of `nn.Linear` or transformers' `Conv1D` layers.
+        batches: calibration batches; a list or a DataLoader, since every correction goes through them again.
+        config: what to remove and how; the defaults of `CompressionConfig` when None.
+        loss: mean loss of a batch, `loss(model, batch)`; by default what a transformers model returns.
+        mask: which positions (B, T) of a batch are not padding, or None for all.
+        terms: how many terms the mean loss of a batch runs over.
+        progress: whether to draw progress bars.
+
+    Returns:
+        The report: ranks, parameters, predicted drift, calibration losses, seconds per step.
+
+    Raises:
+        ZSSVDError: one of its kinds, by what went wrong. The model, its hooks, its training mode, its gradients and
+            its `requires_grad` flags are then as they were.
+    """
+    config = config or CompressionConfig()
+    compression = Compression(model, config, progress)
+
+    def gather(step: str, limit: int | None, inputs: bool) -> None:
+        with compression.stopwatch(step):
+            _gather(compression, _checked(batches, limit, step, progress), loss, mask, terms, inputs)
+
+    with _undone_on_error(compression), _gradients_set_aside(model):
+        gather("calibrate", None, inputs=True)
+        compression.truncate()
+        for _ in range(config.corrections):
+            gather("correct", config.correction_batches, inputs=False)
+            compression.correct()
+            gather("calibrate", None, inputs=True)
+            compression.truncate()
+        compression.factorise()
+    return compression.report()
+
+
+def _gather(
+    compression: Compression,
+    batches: Iterable[Any],
+    loss: Loss,
+    mask: Callable[[Any], Tensor | None],
+    terms: Callable[[Any], float],
+    inputs: bool,
+) -> None:
+    """Statistics and gradients from one forward and one backward pass over each batch."""
+    device = next(compression.model.parameters()).device
+    for batch in batches:
+        batch = move_data_to_device(batch, device)
+        weight = terms(batch)
+        with torch.enable_grad(), compression.observing(mask(batch), inputs) as observation:
+            batch_loss = loss(compression.model, batch)
+            observation.forward_done()
+            compression.add_loss(batch_loss, weight)
+            batch_loss.backward()  # type: ignore[no-untyped-call]
+            compression.collect_gradients(weight)
+
+
+def _checked(batches: Iterable[Any], limit: int | None, step: str, progress: bool) -> Iterator[Any]:
+    """The first `limit` batches under a progress bar. Raises CalibrationError when there are fewer than promised."""
+    promised = len(batches) if isinstance(batches, Sized) else None
+    expected = promised if limit is None else limit if promised is None else min(limit, promised)
+    seen = 0
+    for batch in tqdm(islice(batches, limit), total=expected, desc=step, unit="batch", disable=not progress):
+        yield batch
+        seen += 1
+    if seen == 0 or (promised is not None and expected is not None and seen < expected):
+        raise CalibrationError(
+            f"the {step} batches ended after {seen}" + (f" of {expected}" if expected else "")
+            + "; pass a list or a DataLoader that gives at least one batch and can be gone through again"
+        )
+
+
+@contextmanager
+def _undone_on_error(compression: Compression) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        compression.restore()
+        raise
+
+
+@contextmanager
+def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
+    """Hides gradients the caller has on the model, and brings them back for the parameters that remain."""
+    before: Mapping[nn.Parameter, Tensor | None] = {p: p.grad for p in model.parameters()}
+    for parameter in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in before.items():
+            parameter.grad = gradient

@@ -1,0 +1,126 @@
+"""What a compression did: as a table, as JSON, as a picture."""
+
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+VERSIONS = ("zssvd-lightning", "torch", "lightning", "transformers")
+
+
+class Stopwatch:
+    """Seconds by step; a step entered again adds up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        """Times the block as part of `step`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(step, time.perf_counter() - start)
+
+    def add(self, step: str, seconds: float) -> None:
+        """Adds seconds to `step`."""
+        self.seconds[step] = self.seconds.get(step, 0.0) + seconds
+
+
+class LayerReport(NamedTuple):
+    """One target after compression."""
+
+    rank: int | None
+    """Components kept; None where the layer stays dense."""
+    shape: tuple[int, int]
+    """(m, n) of the dense weight."""
+
+
+@dataclass
+class Report:
+    """What was asked, what was reached and what it cost. Parameters are those of the target layers alone."""
+
+    asked: float
+    """Prune ratio asked for."""
+    parameters_before: int
+    parameters_after: int
+    layers: Mapping[str, LayerReport]
+    predicted_drift: float
+    """First-order change of the calibration loss that the last truncation was predicted to bring (nats)."""
+    losses: list[float]
+    """Mean calibration loss (nats) before each truncation and each correction, in the order they ran."""
+    seconds: dict[str, float]
+    """Wall-clock seconds by step."""
+    perplexity: dict[str, float] | None = None
+    """Of the `dense` and the `compressed` model."""
+    perplexity_second: dict[str, float] | None = None
+    """The same on a text of another domain."""
+    file_bytes: dict[str, int] | None = None
+    """Bytes of the weight files of the `dense` and the `compressed` model."""
+    peak_rss_bytes: int = 0
+    """Largest resident memory of the process so far."""
+    seed: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def reached(self) -> float:
+        """Fraction of the target parameters that went."""
+        return 1 - self.parameters_after / self.parameters_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types under the keys of `report.json`."""
+        optional = {
+            "perplexity": self.perplexity,
+            "perplexity_second": self.perplexity_second,
+            "file_bytes": self.file_bytes,
+        }
+        return {
+            "prune_ratio": {"asked": self.asked, "reached": self.reached},
+            "parameters": {"before": self.parameters_before, "after": self.parameters_after},
+            "predicted_drift": self.predicted_drift,
+            "losses": self.losses,
+            **{key: value for key, value in optional.items() if value is not None},
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "seed": self.seed,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
+            "config": dict(self.config),
+            "ranks": {n: {"rank": layer.rank, "shape": list(layer.shape)} for n, layer in self.layers.items()},
+        }
+
+    def table(self) -> Table:
+        """Dense against compressed, for a terminal."""
+        table = Table(title=f"prune ratio {self.asked:g} asked, {self.reached:.4f} reached")
+        for column, justify in (("", "left"), ("dense", "right"), ("compressed", "right")):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for title, pair in (("perplexity", self.perplexity), ("perplexity, second text", self.perplexity_second)):
+            if pair:
+                table.add_row(title, f"{pair['dense']:.2f}", f"{pair['compressed']:.2f}")
+        table.add_row("target parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}")
+        if self.file_bytes:
+            table.add_row("weight file", *(f"{self.file_bytes[k] / 1e6:.1f} MB" for k in ("dense", "compressed")))
+        low_rank = sum(layer.rank is not None for layer in self.layers.values())
+        table.add_row("low-rank layers", "0", f"{low_rank} of {len(self.layers)}")
+        table.add_section()
+        for step, seconds in self.seconds.items():
+            table.add_row(f"seconds: {step}", "", f"{seconds:.1f}")
+        if self.peak_rss_bytes:
+            table.add_row("peak memory", "", f"{self.peak_rss_bytes / 1e9:.2f} GB")
+        return table
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory (bytes) this process has had; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

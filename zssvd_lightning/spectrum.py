@@ -1,0 +1,47 @@
+"""A weight as a sum of components, largest first, and what the loss would say to dropping each.
+
+Shapes: W and G (m, n), r = min(m, n); left (m, r), sigma (r,), right (r, n) with `W = left diag(sigma) right`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zssvd_lightning.whitening import Whitening
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The SVD `W L = U diag(sigma) V^T` brought back to the coordinates of W."""
+
+    left: Tensor
+    """U (m, r)."""
+    sigma: Tensor
+    """Singular values (r,) of the whitened weight, descending."""
+    right: Tensor
+    """`V^T L^-1` (r, n)."""
+
+    @classmethod
+    def of(cls, W: Tensor, whitening: Whitening) -> "Spectrum":
+        """Whitened spectrum of W (m, n), in float32 or, for a float64 weight, float64."""
+        W = W.to(torch.promote_types(W.dtype, torch.float32))
+        U, sigma, Vh = torch.linalg.svd(whitening.whiten(W), full_matrices=False)
+        return cls(U, sigma, whitening.unwhiten(Vh))
+
+    def sensitivities(self, G: Tensor) -> Tensor:
+        """First-order change of the loss (r,) when each component is dropped alone, signed.
+
+        `delta_i = -<G, sigma_i left_i right_i>`, which is `-sigma_i u_i^T H v_i` with `H = G L^-T`
+        (arXiv 2602.02848).
+        """
+        return -self.sigma * (self.left * (G.to(self.left.dtype) @ self.right.T)).sum(0)
+
+    def factors(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """up (m, k) and down (k, n) of the components at indices `kept` (k,), each with the square root of sigma."""
+        root = self.sigma[kept].sqrt()
+        return self.left[:, kept] * root, root[:, None] * self.right[kept]
+
+    def to(self, device: torch.device | str) -> "Spectrum":
+        """The same on another device."""
+        return Spectrum(self.left.to(device), self.sigma.to(device), self.right.to(device))

@@ -1,0 +1,101 @@
+"""What calibration leaves behind: second moments of inputs, and mean gradients.
+
+Shapes: W and G are (m, n), the second moment A is (n, n), tokens are the rows of X (T, n).
+Sums are kept, in float32 or wider, so that batches of any length and any number of processes add up exactly.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from zssvd_lightning.errors import CalibrationError, NonFiniteError, ZeroGradientError
+
+
+@dataclass
+class Moments:
+    """Sums over the calibration tokens.
+
+    Layers that read the same input tensor share one second moment, kept under the name of the first of them, their
+    leader.
+    """
+
+    leaders: dict[str, str] = field(default_factory=dict)
+    """Layer name -> name of the layer that keeps the second moment for it."""
+    input_sums: dict[str, Tensor] = field(default_factory=dict)
+    """Leader -> `X^T X` (n, n)."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Leader -> T, rows of X that were added."""
+    gradient_sums: dict[str, Tensor] = field(default_factory=dict)
+    """Layer -> gradient of the loss summed over its terms (m, n)."""
+    loss_sum: float = 0.0
+    """Loss summed over its terms."""
+    loss_terms: float = 0.0
+    """How many terms (predicted tokens) the loss was averaged over."""
+
+    @torch.no_grad()
+    def add_inputs(self, leader: str, X: Tensor) -> None:
+        """Adds rows X (T, n), already freed of padding."""
+        X = X.detach().to(torch.promote_types(X.dtype, torch.float32))
+        if leader not in self.input_sums:
+            n = X.shape[1]
+            self.input_sums[leader] = torch.zeros(n, n, dtype=X.dtype, device=X.device)
+            self.tokens[leader] = 0
+        self.input_sums[leader].addmm_(X.T, X)
+        self.tokens[leader] += X.shape[0]
+
+    @torch.no_grad()
+    def add_gradient(self, name: str, gradient: Tensor, weight: float = 1.0) -> None:
+        """Adds `weight` times the gradient (m, n) of a mean over `weight` loss terms."""
+        if name not in self.gradient_sums:
+            dtype = torch.promote_types(gradient.dtype, torch.float32)
+            self.gradient_sums[name] = torch.zeros(gradient.shape, dtype=dtype, device=gradient.device)
+        self.gradient_sums[name].add_(gradient, alpha=weight)
+
+    def add_loss(self, mean_loss: float, terms: float) -> None:
+        """Adds a batch's loss, a mean over `terms` terms."""
+        self.loss_sum += mean_loss * terms
+        self.loss_terms += terms
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss over all terms seen."""
+        return self.loss_sum / self.loss_terms
+
+    def second_moment(self, name: str) -> Tensor:
+        """`A = X^T X / T` (n, n) of the input of layer `name`.
+
+        Raises:
+            CalibrationError: the layer never ran.
+            NonFiniteError: an activation was NaN or infinite.
+        """
+        leader = self.leaders.get(name)
+        if leader is None or not self.tokens.get(leader):
+            raise CalibrationError(
+                f"{name} never ran during calibration, so nothing is known of its inputs; "
+                "calibrate on batches that reach it, or add it to ignore"
+            )
+        A = self.input_sums[leader] / self.tokens[leader]
+        if not torch.isfinite(A).all():
+            raise NonFiniteError(
+                f"the inputs of {name} (width {A.shape[0]}) hold NaN or infinite values; check the calibration data, "
+                "or calibrate in float32 or bfloat16"
+            )
+        return A
+
+    def mean_gradient(self, name: str) -> Tensor:
+        """`G = dL/dW` (m, n), L the mean loss over all terms.
+
+        Raises:
+            ZeroGradientError: the loss does not depend on the layer.
+            NonFiniteError: the gradient is NaN or infinite.
+        """
+        if name not in self.gradient_sums or not self.gradient_sums[name].any():
+            raise ZeroGradientError(
+                f"the calibration loss has no gradient at {name}, so its components cannot be scored; "
+                "use a loss that depends on it, or add it to ignore"
+            )
+        G = self.gradient_sums[name] / self.loss_terms
+        if not torch.isfinite(G).all():
+            raise NonFiniteError(f"the gradient at {name} {tuple(G.shape)} is NaN or infinite; lower the loss scale")
+        return G

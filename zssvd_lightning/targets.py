@@ -1,0 +1,161 @@
+"""Which layers are factorised: linears by type and name, and the reason for each that is left alone."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from zssvd_lightning.budget import break_even_rank
+from zssvd_lightning.config import closest
+from zssvd_lightning.errors import TargetError
+from zssvd_lightning.modules import LowRankLinear
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer to factorise, seen as `y = W x + b` however it stores W."""
+
+    name: str
+    """Qualified name in the model."""
+    module: nn.Linear | Conv1D
+
+    @property
+    def weight(self) -> Tensor:
+        """W (m, n), a view: writing into it writes into the model."""
+        return self._oriented(self.module.weight.detach())
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """dL/dW (m, n) as autograd left it, or None."""
+        gradient = self.module.weight.grad
+        return None if gradient is None else self._oriented(gradient)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n): outputs, inputs."""
+        m, n = self.weight.shape
+        return m, n
+
+    def assign(self, W: Tensor) -> None:
+        """Overwrites the weight in place with W (m, n), cast to its type."""
+        self.weight.copy_(W)
+
+    def _oriented(self, stored: Tensor) -> Tensor:
+        return stored.T if isinstance(self.module, Conv1D) else stored
+
+
+def find_targets(
+    model: nn.Module, include: Sequence[str] | None = None, ignore: Sequence[str] | None = None
+) -> dict[str, Target]:
+    """The layers of `model` to factorise, by qualified name in module order.
+
+    Plain `nn.Linear` and transformers' `Conv1D` are candidates. Output embeddings, tied weights, subclasses that
+    compute differently, factors of an earlier compression and layers too thin to gain are left alone.
+
+    Args:
+        model: any module.
+        include: shell patterns over qualified names or their ends (`q_proj`, `model.layers.3.*`), or `re:` and a
+            regular expression over whole names; None takes all.
+        ignore: patterns of the same form; they win over `include`.
+
+    Raises:
+        TargetError: nothing is left, a pattern matches no module, or `include` matches nothing but layers that
+            cannot be factorised (the message says why not).
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in [*(include or ()), *(ignore or ())]:
+        if not any(_matches(name, pattern) for name in names):
+            raise TargetError(f"pattern {pattern!r} matches no module{closest(pattern, names) if names else ''}")
+
+    refused = dict(_refusals(model))
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    allowed = {n: Target(n, m) for n, m in linears.items() if n not in refused}
+    for pattern in include or ():
+        _explain_if_refused(pattern, model, set(allowed), refused)
+    targets = {
+        name: target
+        for name, target in allowed.items()
+        if (include is None or any(_matches(name, p) for p in include))
+        and not any(_matches(name, p) for p in ignore or ())
+    }
+    if not targets:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
+        raise TargetError(
+            f"no layer to compress: {len(linears)} linear layers, of which {len(refused)} cannot be factorised"
+            + (f" ({reasons})" if reasons else "")
+            + f"; include={include}, ignore={ignore}"
+        )
+    return targets
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever `old` stands in the tree, shared places included."""
+    for parent in list(model.modules()):
+        for key, child in parent.named_children():
+            if child is old:
+                setattr(parent, key, new)
+
+
+def _refusals(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(name, reason) of every linear layer that must be left alone."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    heads = {id(head) for head in _output_embeddings(model)}
+    factors = {id(part) for m in model.modules() if isinstance(m, LowRankLinear) for part in (m.down, m.up)}
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        weight = module._parameters.get("weight")
+        if id(module) in factors:
+            yield name, "it is a factor of a layer that is low-rank already"
+        elif type(module) not in (nn.Linear, Conv1D) or weight is None:
+            yield name, f"{type(module).__name__} does not compute W x + b from a plain weight parameter"
+        elif owners[id(weight)] > 1:
+            yield name, "its weight is tied to another module's, and factorising one would untie them"
+        elif id(module) in heads or name.rsplit(".", 1)[-1] == "lm_head":
+            yield name, "it is the output embedding, where every token's logit needs its own row at full rank"
+        elif break_even_rank(*Target(name, module).shape) < 1:
+            yield name, f"at shape {tuple(weight.shape)} even rank 1 would not save a parameter"
+
+
+def _output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            head = module.get_output_embeddings()
+            if isinstance(head, nn.Module):
+                yield head
+
+
+def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refused: dict[str, str]) -> None:
+    """Raises when `pattern` asks for refused layers alone; a pattern that also matches others means those."""
+    matched = [(n, m) for n, m in model.named_modules() if n and _matches(n, pattern)]
+    if any(name in allowed for name, _ in matched):
+        return
+    for name, module in matched:
+        if name in refused:
+            raise TargetError(f"{name} cannot be factorised: {refused[name]}; take it out of include")
+    name, module = matched[0]
+    kind = "an embedding is a table lookup, not a product with W" if isinstance(module, nn.Embedding) else (
+        "only nn.Linear and transformers' Conv1D layers are"
+    )
+    raise TargetError(f"{name} ({type(module).__name__}) cannot be factorised: {kind}; take {pattern!r} out of include")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise TargetError(f"{pattern!r} is not a valid regular expression: {error}") from error
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def weights_snapshot(targets: dict[str, Target]) -> dict[str, Tensor]:
+    """A copy (m, n) of every target's weight."""
+    with torch.no_grad():
+        return {name: target.weight.clone() for name, target in targets.items()}
