@@ -21,7 +21,7 @@ from zssvd_lightning.selection import RULES, Components, Selection
 from zssvd_lightning.spectrum import Spectrum
 from zssvd_lightning.statistics import Moments
 from zssvd_lightning.targets import find_targets, weights_snapshot
-from zssvd_lightning.whitening import METRICS, Whitening
+from zssvd_lightning.whitening import METRICS, Whitening, warn_of_jitter
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Compression:
 
     def add_loss(self, loss: Tensor, terms: float) -> None:
         """Notes a batch's mean loss. Raises CalibrationError or NonFiniteError when it is none."""
-        self.moments.add_loss(float(checked_loss(loss)), terms)
+        self.moments.add_loss(checked_loss(loss).item(), terms)
 
     def collect_gradients(self, weight: float) -> None:
         """Adds `weight` times the gradients on the targets to the statistics, and clears them."""
@@ -154,6 +154,7 @@ class Compression:
             if leader not in whitenings:
                 whitenings[leader] = METRICS[self.config.metric](self.moments, name)
             spectra[name] = Spectrum.of(target.weight, whitenings[leader]).to("cpu")
+        warn_of_jitter(whitenings)
         return spectra
 
     def _start_afresh(self) -> None:

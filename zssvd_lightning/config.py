@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 METRICS = ("input", "none")
 SELECTIONS = ("zero_sum", "abs_delta", "abs_delta_unordered", "most_negative", "sigma", "uniform")
+MOST_NAMED = 30
+"""Names a message lists at most."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -131,44 +133,55 @@ def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequ
         ConfigError: the file is missing or not YAML, a key is unknown (the nearest valid one is named), a mandatory
             key has no value, or a value is of the wrong type or out of range.
     """
-    for entry in overrides:
-        if "=" not in entry:
-            raise ConfigError(f"override {entry!r} is not of the form key=value")
+    layers = [] if path is None else [_file(Path(path))]
     try:
-        layers = [OmegaConf.load(path)] if path is not None else []
-        layers.append(OmegaConf.from_dotlist(list(overrides)))
-        merged = OmegaConf.merge(OmegaConf.structured(schema), *layers)
-        loaded = OmegaConf.to_object(merged)
-    except FileNotFoundError as error:
-        raise ConfigError(f"config file {path} does not exist") from error
-    except IsADirectoryError as error:
-        raise ConfigError(f"config file {path} is a folder") from error
-    except YAMLError as error:
-        raise ConfigError(f"config file {path} is not valid YAML: {error}") from error
+        layers += [_override(entry) for entry in overrides]
+        loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *layers))
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(str(error.full_key), schema)) from error
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key} has no value; give it in the YAML or as {error.full_key}=...") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{getattr(error, 'full_key', None) or path}: {error.msg or error}") from error
+        raise ConfigError(f"{error.full_key}: {error.msg}") from error
     if not isinstance(loaded, schema):
-        raise ConfigError(f"{path} must hold a mapping of settings")
+        raise TypeError(f"{schema} gave {type(loaded)}")
     return loaded
 
 
 def closest(name: str, valid: Iterable[str]) -> str:
-    """`" (did you mean ...?)"` for the nearest valid name, or the list of them all."""
+    """`"; did you mean ...?"` for the nearest valid dotted name, or a list of what there is."""
     valid = list(valid)
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(valid)}"
+    by_end = {option.rsplit(".", 1)[-1]: option for option in reversed(valid)}
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
+    near = near or [by_end[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_end, n=1, cutoff=0.5)]
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; there are {', '.join(valid[:MOST_NAMED])}" + (", ..." if len(valid) > MOST_NAMED else "")
+
+
+def _file(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file {path} does not exist") from error
+    except (OSError, YAMLError) as error:
+        raise ConfigError(f"config file {path} is not readable YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"config file {path} must hold a mapping of settings")
+    return loaded
+
+
+def _override(entry: str) -> DictConfig:
+    if "=" not in entry:
+        raise ConfigError(f"override {entry!r} is not of the form key=value")
+    try:
+        return OmegaConf.from_dotlist([entry])
+    except YAMLError as error:
+        raise ConfigError(f"the value of override {entry!r} is not valid YAML: {error}") from error
 
 
 def _unknown_key(key: str, schema: type) -> str:
-    valid = list(_leaves(OmegaConf.to_container(OmegaConf.structured(schema))))
-    leaf = {name.rsplit(".", 1)[-1]: name for name in valid}
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.75)
-    near = near or [leaf[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaf, n=1, cutoff=0.5)]
-    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(valid)}")
+    return f"unknown key {key!r}" + closest(key, _leaves(OmegaConf.to_container(OmegaConf.structured(schema))))
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterable[str]:

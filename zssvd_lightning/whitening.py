@@ -4,7 +4,7 @@ Shapes: W (m, n), A (n, n), L (n, n) lower triangular with `A + eps I = L L^T`.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,8 @@ class Whitening:
 
     L: Tensor | None
     """(n, n) lower triangular; None is the identity."""
+    jitter: float = 0.0
+    """What was added to A's diagonal, relative to its mean, to make it positive definite."""
 
     def whiten(self, W: Tensor) -> Tensor:
         """`W L` (m, n)."""
@@ -43,16 +45,16 @@ def no_whitening(moments: Moments, name: str) -> Whitening:
 
 def input_whitening(moments: Moments, name: str) -> Whitening:
     """By the input second moment (SVD-LLM, arXiv 2403.07378; ZS-SVD, arXiv 2602.02848): the error is the output's."""
-    return Whitening(safe_cholesky(moments.second_moment(name), name))
+    return Whitening(*safe_cholesky(moments.second_moment(name), name))
 
 
 METRICS: dict[str, Callable[[Moments, str], Whitening]] = {"input": input_whitening, "none": no_whitening}
 
 
-def safe_cholesky(A: Tensor, name: str) -> Tensor:
-    """Lower triangular L (n, n), float64, with `L L^T = A + eps I`.
+def safe_cholesky(A: Tensor, name: str) -> tuple[Tensor, float]:
+    """Lower triangular L (n, n), float64, with `L L^T = A + eps I`, and eps relative to the mean diagonal of A.
 
-    eps starts at 0 and grows tenfold until the factorisation succeeds; a warning then names the layer and the size.
+    eps starts at 0 and grows tenfold until the factorisation succeeds.
 
     Raises:
         NotPositiveDefiniteError: a tenth of the mean diagonal was not enough.
@@ -60,24 +62,27 @@ def safe_cholesky(A: Tensor, name: str) -> Tensor:
     A = A.double()
     scale = A.diagonal().mean()
     jitter = 0.0
-    while True:
-        shifted = A if jitter == 0.0 else A + jitter * scale * torch.eye(len(A), dtype=A.dtype, device=A.device)
+    while scale > 0 and jitter <= LAST_JITTER:
+        shifted = A + jitter * scale * torch.eye(len(A), dtype=A.dtype, device=A.device)
         L, failed = torch.linalg.cholesky_ex(shifted)
-        if not failed and scale > 0:
-            break
+        if not failed:
+            return L, jitter
         jitter = max(FIRST_JITTER, jitter * 10)
-        if jitter > LAST_JITTER or not scale > 0:
-            raise NotPositiveDefiniteError(
-                f"the input second moment of {name} {tuple(A.shape)} is not positive definite even with jitter "
-                f"{LAST_JITTER} of its mean diagonal {scale:.3g}; its inputs may be all zero: calibrate on other "
-                "batches, or add it to ignore"
-            )
-    if jitter:
+    raise NotPositiveDefiniteError(
+        f"the input second moment of {name} {tuple(A.shape)} is not positive definite even with jitter {LAST_JITTER} "
+        f"of its mean diagonal {scale:.3g}; its inputs may be all zero: calibrate on other batches, or add it to ignore"
+    )
+
+
+def warn_of_jitter(whitenings: Mapping[str, Whitening]) -> None:
+    """One RankDeficientWarning for all layers (by name) whose second moment was singular, with the jitter of each."""
+    jitters = {name: whitening.jitter for name, whitening in whitenings.items() if whitening.jitter}
+    if jitters:
+        few = ", ".join(f"{name} {jitter:.0e}" for name, jitter in list(jitters.items())[:5])
         warnings.warn(
-            f"the input second moment of {name} {tuple(A.shape)} is singular; added jitter {jitter:.0e} of its mean "
-            f"diagonal ({jitter * float(scale):.3g}). More calibration tokens than {len(A)} inputs would avoid it",
+            f"the input second moments of {len(jitters)} layers are singular and got jitter, relative to their mean "
+            f"diagonal: {few}{', ...' if len(jitters) > 5 else ''}. Before the first truncation, calibrate on more "
+            "tokens; after it, inputs of low rank are to be expected behind low-rank layers",
             RankDeficientWarning,
             stacklevel=2,
         )
-    result: Tensor = L
-    return result

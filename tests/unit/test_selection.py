@@ -146,14 +146,21 @@ def test_uniform_ranks_are_those_of_svd_llm():
     assert [selection.rank(f"layer{i}") for i in range(4)] == [int(0.6 * m * n / (m + n)) for m, n in shapes]
 
 
+PINNED = {
+    "zero_sum": [3, 1, 1, 1, None],
+    "abs_delta": [2, 1, None, 1, None],
+    "abs_delta_unordered": [None, 3, 1, 1, 7],
+    "most_negative": [None, 1, 1, 1, None],
+    "sigma": [3, 1, 2, 5, 5],
+    "uniform": [2, 2, 2, 3, 5],
+}
+
+
 def test_pinned_ranks():
     shapes = [(8, 6), (12, 5), (6, 6), (9, 14), (16, 16)]
     matrices = random_matrices(shapes, seed=3)
     ranks = {r: [RULES[r](matrices, random_budget(shapes, 0.3)).rank(f"layer{i}") for i in range(5)] for r in RULES}
     assert ranks == PINNED
-
-
-PINNED: dict[str, list[int | None]] = {}
 
 
 @pytest.mark.parametrize(("prune_ratio", "fraction"), [(0.7, 0.9), (0.99, 0.0)])

@@ -6,24 +6,35 @@ from support.samplers import SHAPES, rows, second_moment, singular_moment, weigh
 
 from zssvd_lightning.errors import NotPositiveDefiniteError, RankDeficientWarning
 from zssvd_lightning.spectrum import Spectrum
-from zssvd_lightning.whitening import Whitening, safe_cholesky
+from zssvd_lightning.whitening import FIRST_JITTER, Whitening, safe_cholesky, warn_of_jitter
 
 
 @pytest.mark.parametrize("n", [1, 4, 17])
-def test_factor_of_a_definite_moment_is_exact_and_silent(n):
+def test_factor_of_a_definite_moment_is_exact_and_needs_no_jitter(n):
     A = second_moment(n)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        L = safe_cholesky(A, "layer")
+    L, jitter = safe_cholesky(A, "layer")
     torch.testing.assert_close(L @ L.T, A)
     assert torch.equal(L, L.tril())
+    assert jitter == 0
 
 
-def test_singular_moment_gets_the_smallest_jitter_that_works_and_a_warning_naming_it():
+def test_singular_moment_gets_the_smallest_jitter_that_works():
     A = singular_moment(12, rank=5)
-    with pytest.warns(RankDeficientWarning, match=r"model\.layer.*\(12, 12\).*1e-"):
-        L = safe_cholesky(A, "model.layer")
-    torch.testing.assert_close(L @ L.T, A, atol=1e-5 * float(A.diagonal().mean()), rtol=0)
+    L, jitter = safe_cholesky(A, "model.layer")
+    scale = float(A.diagonal().mean())
+    assert 0 < jitter <= 1e-6
+    torch.testing.assert_close(L @ L.T, A + jitter * scale * torch.eye(12), atol=1e-9 * scale, rtol=0)
+    assert torch.linalg.cholesky_ex(A + jitter / 10 * scale * torch.eye(12)).info > 0 or jitter == FIRST_JITTER
+
+
+def test_one_warning_names_the_singular_layers_and_their_jitter():
+    whitenings = {"q": Whitening(None, 1e-8), "fine": Whitening(None), "o": Whitening(None, 1e-7)}
+    with pytest.warns(RankDeficientWarning, match="2 layers.*q 1e-08, o 1e-07") as caught:
+        warn_of_jitter(whitenings)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_jitter({"fine": Whitening(None)})
 
 
 @pytest.mark.parametrize("A", [torch.zeros(3, 3), torch.tensor([[1.0, 5.0], [5.0, 1.0]])])
@@ -35,7 +46,7 @@ def test_what_is_no_second_moment_is_refused_by_name(A):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_truncation_error_of_the_output_is_the_sum_of_dropped_squares(shape):
     W, X = weight(*shape), rows(200, shape[1])
-    whitening = Whitening(safe_cholesky(X.T @ X / len(X), "layer"))
+    whitening = Whitening(*safe_cholesky(X.T @ X / len(X), "layer"))
     spectrum = Spectrum.of(W, whitening)
     for k in range(1, min(shape) + 1):
         up, down = spectrum.factors(torch.arange(k))
@@ -46,7 +57,7 @@ def test_truncation_error_of_the_output_is_the_sum_of_dropped_squares(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_other_truncation_of_that_rank_has_a_smaller_output_error(shape):
     W, X = weight(*shape), rows(200, shape[1])
-    spectrum = Spectrum.of(W, Whitening(safe_cholesky(X.T @ X / len(X), "layer")))
+    spectrum = Spectrum.of(W, Whitening(*safe_cholesky(X.T @ X / len(X), "layer")))
     up, down = spectrum.factors(torch.arange(2))
     best = (X @ (W - up @ down).T).square().sum()
     for _ in range(50):
@@ -55,6 +66,6 @@ def test_no_other_truncation_of_that_rank_has_a_smaller_output_error(shape):
 
 
 def test_unwhitening_undoes_whitening():
-    W, whitening = weight(5, 7), Whitening(safe_cholesky(second_moment(7), "layer"))
+    W, whitening = weight(5, 7), Whitening(*safe_cholesky(second_moment(7), "layer"))
     torch.testing.assert_close(whitening.unwhiten(whitening.whiten(W)), W)
     assert Whitening(None).whiten(W) is W

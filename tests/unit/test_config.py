@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+
+from zssvd_lightning import CompressionConfig, RunConfig, load_config
+from zssvd_lightning.config import METRICS, SELECTIONS
+from zssvd_lightning.errors import ConfigError
+from zssvd_lightning.selection import RULES
+from zssvd_lightning.whitening import METRICS as METRIC_FUNCTIONS
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+MANDATORY = ["model.source=m", "calibration.text=t", "output=o"]
+
+
+def test_there_are_configs():
+    assert {c.stem for c in CONFIGS} >= {"zs-20", "zs-40", "zs-60", "demo"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_config_loads_and_names_its_command_first(path):
+    config = load_config(RunConfig, path)
+    assert config.output
+    first = path.read_text().splitlines()[0]
+    assert str(path.relative_to(ROOT)) in first
+
+
+def test_names_in_the_config_are_the_names_there_are():
+    assert set(SELECTIONS) == set(RULES)
+    assert set(METRICS) == set(METRIC_FUNCTIONS)
+
+
+def test_later_settings_win(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {source: m}\ncalibration: {text: t}\noutput: o\ncompression: {prune_ratio: 0.3}\n")
+    assert load_config(RunConfig, path).compression.prune_ratio == 0.3
+    config = load_config(RunConfig, path, ["compression.prune_ratio=0.4", "compression.include=[q_proj]"])
+    assert config.compression.prune_ratio == 0.4
+    assert config.compression.include == ["q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("compression.prune_ration=0.4", "did you mean 'compression.prune_ratio'"),
+        ("prune_ratio=0.4", "did you mean 'compression.prune_ratio'"),
+        ("calibraton.text=x", "did you mean 'calibration.text'"),
+        ("zzz=1", "there are model.source"),
+        ("compression.prune_ratio=lots", "compression.prune_ratio"),
+        ("compression.prune_ratio=1.0", "strictly between 0 and 1"),
+        ("compression.prune_ratio=0", "strictly between 0 and 1"),
+        ("compression.metric=imput", "did you mean 'input'"),
+        ("compression.selection=zerosum", "did you mean 'zero_sum'"),
+        ("compression.corrections=-1", "0 or more"),
+        ("compression.min_rank_fraction=2", r"in \[0, 1\]"),
+        ("calibration.samples=0", "1 or more"),
+        ("calibration.length=1", "2 or more"),
+        ("evaluation.windows=-1", "0 or more"),
+        ("model.dtype=float7", "did you mean"),
+        ("compression", "key=value"),
+        ("compression=[1", "compression"),
+    ],
+)
+def test_bad_settings_say_what_to_do(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(RunConfig, None, [*MANDATORY, override])
+
+
+@pytest.mark.parametrize("missing", ["model.source", "calibration.text", "output"])
+def test_missing_values_are_named(missing):
+    with pytest.raises(ConfigError, match=missing):
+        load_config(RunConfig, None, [m for m in MANDATORY if not m.startswith(missing)])
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1\n- 2\n", "just text"])
+def test_files_that_are_no_config(tmp_path, content):
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError):
+        load_config(RunConfig, path)
+
+
+def test_absent_file():
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(RunConfig, "nowhere.yaml")
+
+
+def test_config_is_frozen():
+    with pytest.raises(AttributeError):
+        CompressionConfig().prune_ratio = 0.3  # type: ignore[misc]

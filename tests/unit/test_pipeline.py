@@ -1,0 +1,253 @@
+import copy
+
+import pytest
+import torch
+from support.models import (
+    FAMILIES,
+    assert_same_state,
+    padded_batches,
+    state_of,
+    tiny_gpt2,
+    tiny_llama,
+    token_batches,
+)
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from zssvd_lightning import CompressionConfig, LowRankLinear, compress
+from zssvd_lightning.config import METRICS, SELECTIONS
+from zssvd_lightning.errors import (
+    BudgetError,
+    CalibrationError,
+    NonFiniteError,
+    RankDeficientWarning,
+    TargetError,
+    ZeroGradientError,
+)
+from zssvd_lightning.targets import find_targets
+
+
+def run(model, batches=None, **settings):
+    config = CompressionConfig(**({"prune_ratio": 0.3} | settings))
+    return compress(model, batches if batches is not None else token_batches(), config, progress=False)
+
+
+def low_rank(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_ends_with_the_parameters_that_were_asked_for(family):
+    model = FAMILIES[family].build()
+    targets = find_targets(model)
+    others = sum(p.numel() for p in model.parameters()) - sum(t.weight.numel() for t in targets.values())
+    report = run(model, FAMILIES[family].batches())
+    layers = low_rank(model)
+    assert report.reached >= 0.3
+    assert report.reached == pytest.approx(0.3, abs=0.03)
+    assert {n: r.rank for n, r in report.layers.items() if r.rank is not None} == {n: m.rank for n, m in layers.items()}
+    assert sum(p.numel() for p in model.parameters()) - others == report.parameters_after
+    assert layers
+    loss = model(**FAMILIES[family].batches()[0]).loss
+    loss.backward()
+    assert all(p.grad is not None for m in layers.values() for p in m.parameters())
+
+
+@pytest.mark.parametrize("corrections", [0, 1, 5, 10])
+def test_any_number_of_corrections(corrections):
+    report = run(tiny_llama(), corrections=corrections)
+    assert report.reached >= 0.3
+    assert len(report.losses) == 1 + 2 * corrections
+    assert ("correct" in report.seconds) == (corrections > 0)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_every_metric_with_every_selection(metric, selection):
+    model = tiny_llama()
+    report = run(model, metric=metric, selection=selection)
+    assert report.reached >= 0.3
+    assert model(**token_batches(1)[0]).loss.isfinite()
+
+
+def test_factorised_model_computes_what_the_truncated_weights_would():
+    model = tiny_gpt2().eval()
+    dense = copy.deepcopy(model)
+    run(model)
+    for name, layer in low_rank(model).items():
+        find_targets(dense)[name].assign(layer.up.weight.detach() @ layer.down.weight.detach())
+    batch = token_batches(1)[0]
+    torch.testing.assert_close(model(**batch).logits, dense(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_left_dense_keep_their_very_weights():
+    model = tiny_llama()
+    dense = copy.deepcopy(model)
+    report = run(model, prune_ratio=0.15, corrections=2)
+    kept = [name for name, layer in report.layers.items() if layer.rank is None]
+    assert kept
+    for name in kept:
+        assert torch.equal(model.get_submodule(name).weight, dense.get_submodule(name).weight)
+
+
+def test_correction_brings_the_truncated_loss_down_where_the_model_had_learned_something():
+    torch.manual_seed(1)
+    model, batches = tiny_llama(), token_batches()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        for batch in batches:
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+    model.eval()
+
+    def truncated_loss(corrections):
+        compressed = copy.deepcopy(model)
+        run(compressed, batches, prune_ratio=0.4, corrections=corrections)
+        with torch.no_grad():
+            return sum(compressed(**b).loss.item() for b in batches)
+
+    assert truncated_loss(1) < truncated_loss(0)
+
+
+def test_same_batches_give_the_same_model_to_the_bit():
+    one, batches = tiny_llama(), padded_batches()
+    other = copy.deepcopy(one)
+    first, second = run(one, batches), run(other, batches)
+    assert first.layers == second.layers
+    assert_same_state(state_of(one), state_of(other))
+
+
+def test_any_module_with_a_loss_of_its_own():
+    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Dropout(0.5), nn.Linear(24, 3))
+    batches = [(torch.randn(64, 16), torch.randint(0, 3, (64,))) for _ in range(3)]
+    report = compress(
+        model, batches, CompressionConfig(prune_ratio=0.4), progress=False, loss=lambda m, b: cross_entropy(m(b[0]), b[1])
+    )
+    assert report.reached >= 0.4
+
+
+def test_modes_flags_and_gradients_of_what_remains_are_as_before():
+    model = tiny_llama().train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    model.model.norm.weight.grad = torch.ones(32)
+    run(model, prune_ratio=0.6)
+    assert all(m.training for m in model.modules())
+    assert not model.model.embed_tokens.weight.requires_grad
+    q_proj = model.model.layers[0].self_attn.q_proj
+    assert isinstance(q_proj, LowRankLinear)
+    assert not q_proj.up.weight.requires_grad
+    assert model.model.layers[0].mlp.up_proj.up.weight.requires_grad
+    assert torch.equal(model.model.norm.weight.grad, torch.ones(32))
+    assert model.config.use_cache
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_half_precision_stays_half_precision():
+    model = tiny_llama().bfloat16()
+    run(model, prune_ratio=0.4)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_few_tokens_warn_of_jitter_and_go_on():
+    batches = [{k: v[:1, :8] for k, v in b.items()} for b in token_batches(2)]
+    with pytest.warns(RankDeficientWarning, match="jitter"):
+        report = run(tiny_llama(), batches, corrections=0)
+    assert report.reached >= 0.3
+
+
+class Liar(list):
+    def __len__(self):
+        return 9
+
+
+class Idle(nn.Module):
+    """A language model with a layer that never runs."""
+
+    def __init__(self, read=False):
+        super().__init__()
+        self.model, self.idle, self.read = tiny_llama(), nn.Linear(32, 32), read
+
+    def forward(self, **batch):
+        output = self.model(**batch)
+        if self.read:
+            self.idle(torch.ones(40, 32))
+        return output
+
+
+def poisoned(value):
+    model = tiny_llama()
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = value
+    return model
+
+
+def poisoned_before_a_dead_end():
+    """Infinite inputs at one layer that do not reach the loss."""
+    model = Idle()
+    model.forward = lambda **batch: (model.idle(torch.full((40, 32), float("inf"))), model.model(**batch))[1]
+    return model
+
+
+def padding():
+    batch = token_batches(1)[0]
+    batch["attention_mask"].zero_()
+    return [*token_batches(2), batch]
+
+
+BAD = {
+    "no batches": (tiny_llama, list, {}, CalibrationError, "ended after 0"),
+    "ends early": (tiny_llama, lambda: Liar(token_batches()), {}, CalibrationError, "ended after 4 of 9"),
+    "cannot start again": (tiny_llama, lambda: iter(token_batches()), {}, CalibrationError, "gone through again"),
+    "all padding": (tiny_llama, padding, {}, CalibrationError, "all padding"),
+    "nan loss": (lambda: poisoned(float("nan")), token_batches, {}, NonFiniteError, "loss"),
+    "infinite inputs": (poisoned_before_a_dead_end, token_batches, {}, NonFiniteError, "inputs of idle"),
+    "never ran": (Idle, token_batches, {}, CalibrationError, "idle never ran"),
+    "zero gradient": (lambda: Idle(read=True), token_batches, {}, ZeroGradientError, "no gradient at idle"),
+    "floor": (tiny_llama, token_batches, {"prune_ratio": 0.8, "min_rank_fraction": 0.5}, BudgetError, "at most"),
+    "no target": (lambda: nn.Sequential(nn.Conv2d(3, 3, 3)), token_batches, {}, TargetError, "no layer"),
+    "head": (tiny_llama, token_batches, {"include": ["lm_head"]}, TargetError, "tied"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_a_named_error_and_nothing_is_lost(case):
+    build, batches, settings, error, message = BAD[case]
+    model = build().train()
+    before = state_of(model)
+    with pytest.raises(error, match=message):
+        run(model, batches(), **settings)
+    after = state_of(model)
+    if case == "nan loss":
+        before["weights"] = {n: w.nan_to_num(7.0) for n, w in before["weights"].items()}
+        after["weights"] = {n: w.nan_to_num(7.0) for n, w in after["weights"].items()}
+    assert_same_state(before, after)
+
+
+@pytest.mark.parametrize("step", [1, 3, 7])
+def test_a_failure_at_any_step_restores_the_model(step):
+    model = tiny_llama().train()
+    before, calls = state_of(model), []
+
+    def failing(model, batch):
+        calls.append(batch)
+        if len(calls) == step:
+            raise ConnectionError("gone")
+        return model(**batch).loss
+
+    with pytest.raises(ConnectionError):
+        compress(model, token_batches(2), CompressionConfig(0.3, corrections=2), loss=failing, progress=False)
+    assert_same_state(before, state_of(model))
+
+
+def test_no_loss_is_an_error():
+    with pytest.raises(CalibrationError, match="scalar loss"):
+        compress(tiny_llama(), token_batches(), progress=False, loss=lambda m, b: m(**b).logits)
+
+
+def test_second_compression_leaves_the_factors_alone():
+    model = tiny_llama()
+    run(model, include=["mlp.*_proj"])
+    first = {n: m.rank for n, m in low_rank(model).items()}
+    run(model)
+    assert first.items() <= {n: m.rank for n, m in low_rank(model).items()}.items()
