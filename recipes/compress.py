@@ -22,7 +22,7 @@ PROMPT = "The state of the union is"
 class CausalLM(L.LightningModule):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.train()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.model(**batch).loss

@@ -20,7 +20,7 @@ from zssvd_lightning.report import LayerReport, Report, Stopwatch
 from zssvd_lightning.selection import RULES, Components, Selection
 from zssvd_lightning.spectrum import Spectrum
 from zssvd_lightning.statistics import Moments
-from zssvd_lightning.targets import find_targets, weights_snapshot
+from zssvd_lightning.targets import find_targets, replace_module, weights_snapshot
 from zssvd_lightning.whitening import METRICS, Whitening, warn_of_jitter
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class Compression:
         self._originals: dict[str, Tensor] | None = None
         self._selection: Selection | None = None
         self._factors: dict[str, Factors] = {}
+        self._installed: dict[str, nn.Module] = {}
 
     @contextmanager
     def observing(self, mask: Tensor | None, inputs: bool = True) -> Iterator[Observation]:
@@ -113,18 +114,20 @@ class Compression:
                 target.assign(projected_step(W, self._originals[name], gradients[name]))
         self._start_afresh()
 
-    def factorise(self) -> dict[str, nn.Module]:
-        """Replaces every truncated layer by a `LowRankLinear`, and returns the new ones by name."""
+    def factorise(self) -> None:
+        """Replaces every truncated layer by a `LowRankLinear`."""
         with self.stopwatch("factorise"):
-            return install(self.model, self.targets, self._factors)
+            self._installed = install(self.model, self.targets, self._factors)
 
     def restore(self) -> None:
-        """Undoes truncations and corrections, as long as `factorise` has not run."""
+        """Undoes everything: the dense layers and their original weights are back where they were."""
+        for name, module in self._installed.items():
+            replace_module(self.model, module, self.targets[name].module)
         if self._originals is not None:
             with torch.no_grad():
                 for name, target in self.targets.items():
                     target.assign(self._originals[name])
-        self._originals, self._selection, self._factors = None, None, {}
+        self._originals, self._selection, self._factors, self._installed = None, None, {}, {}
         self.moments = Moments()
 
     def report(self) -> Report:

@@ -1,0 +1,162 @@
+import lightning as L
+import pytest
+import torch
+from support.models import CausalLM, assert_same_state, loader, state_of, token_batches, trainer
+
+from zssvd_lightning import LowRankLinear, Phase, ZSSVDCallback
+from zssvd_lightning.errors import (
+    BudgetError,
+    CalibrationError,
+    ConfigError,
+    NonFiniteError,
+    TargetError,
+    UnfinishedError,
+    UnsupportedTrainingError,
+)
+
+
+class Manual(CausalLM):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class TwoOptimizers(CausalLM):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), 0.1), torch.optim.SGD(self.parameters(), 0.1)]
+
+
+class NanLater(CausalLM):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.global_step >= 5 else loss
+
+
+class KeepsItsList(CausalLM):
+    def __init__(self):
+        super().__init__()
+        self.kept = list(self.parameters())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.kept, 0.0)
+
+
+class ForgetsFactors(CausalLM):
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for n, p in self.named_parameters() if ".down." not in n], 0.0)
+
+
+class Stop(L.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step >= 6
+
+
+class Interrupt(L.Callback):
+    def __init__(self, at):
+        self.at = at
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.at:
+            raise ConnectionError("gone")
+
+
+def all_padding():
+    batches = token_batches()
+    batches[2]["attention_mask"].zero_()
+    return batches
+
+
+CASES = {
+    "manual": (Manual, token_batches, {}, {}, UnsupportedTrainingError, "automatic_optimization = True"),
+    "two optimizers": (TwoOptimizers, token_batches, {}, {}, UnsupportedTrainingError, "zssvd_lightning.compress"),
+    "too short": (CausalLM, token_batches, {}, {"max_epochs": 1}, UnsupportedTrainingError, "needs 10 .* has 4"),
+    "too few steps": (CausalLM, token_batches, {}, {"max_steps": 9}, UnsupportedTrainingError, "needs 10 .* has 9"),
+    "starts too late": (CausalLM, token_batches, {"start_epoch": 9}, {}, UnsupportedTrainingError, "36 until its start"),
+    "floor": (CausalLM, token_batches, {"prune_ratio": 0.8, "min_rank_fraction": 0.9}, {}, BudgetError, "at most"),
+    "target": (CausalLM, token_batches, {"include": ["nothing"]}, {}, TargetError, "matches no module"),
+    "nan": (NanLater, token_batches, {}, {}, NonFiniteError, "loss of a calibration batch"),
+    "padding": (CausalLM, all_padding, {}, {}, CalibrationError, "all padding"),
+    "stopped": (CausalLM, token_batches, {}, {"callbacks": [Stop()]}, UnfinishedError, "put back"),
+    "stale list": (KeepsItsList, token_batches, {}, {}, UnsupportedTrainingError, "no longer in the model"),
+    "no group": (ForgetsFactors, token_batches, {}, {}, UnsupportedTrainingError, "exactly one optimizer group"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be_done_is_a_named_error_and_nothing_is_lost(case):
+    build, batches, arguments, settings, error, message = CASES[case]
+    module = build().train()
+    before = state_of(module)
+    callback = ZSSVDCallback(**({"prune_ratio": 0.3, "correction_batches": 2, "progress": False} | arguments))
+    settings = {"max_epochs": 6} | settings
+    with pytest.raises(error, match=message):
+        trainer(callback, *settings.pop("callbacks", []), **settings).fit(module, loader(batches()))
+    assert_same_state(before, state_of(module))
+    assert callback.phase is Phase.WAIT
+    assert callback.report is None
+
+
+@pytest.mark.parametrize("step", range(10))
+def test_an_exception_before_factorisation_puts_everything_back(step):
+    module = CausalLM().train()
+    before = state_of(module)
+    callback = ZSSVDCallback(0.3, correction_batches=2, progress=False)
+    with pytest.raises(ConnectionError):
+        trainer(callback, Interrupt(step), max_epochs=6).fit(module, loader(token_batches()))
+    after = state_of(module)
+    assert_same_state(before, after)
+    assert callback.phase is Phase.WAIT
+
+
+def test_an_exception_after_factorisation_leaves_the_low_rank_model():
+    module, callback = CausalLM(), ZSSVDCallback(0.3, correction_batches=2, progress=False)
+    with pytest.raises(ConnectionError):
+        trainer(callback, Interrupt(12), max_epochs=6).fit(module, loader(token_batches()))
+    assert any(isinstance(m, LowRankLinear) for m in module.modules())
+    assert callback.phase is Phase.RECOVER
+
+
+def test_the_same_callback_works_after_a_failure():
+    module, callback = CausalLM(), ZSSVDCallback(0.3, correction_batches=2, progress=False)
+    with pytest.raises(ConnectionError):
+        trainer(callback, Interrupt(7), max_epochs=6).fit(module, loader(token_batches()))
+    trainer(callback, max_epochs=6).fit(module, loader(token_batches()))
+    assert callback.phase is Phase.DONE
+    assert len(callback.report.losses) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"prune_ratio": 1.2},
+        {"start_epoch": -1},
+        {"start_step": -1},
+        {"calibration_epochs": 0},
+        {"calibration_batches": 0},
+        {"correction_batches": 0},
+        {"selection": "zero"},
+        {"metric": "fisher"},
+    ],
+)
+def test_bad_arguments_are_refused_at_once(arguments):
+    with pytest.raises(ConfigError, match=next(iter(arguments))):
+        ZSSVDCallback(**arguments)
+
+
+def test_several_processes_are_refused():
+    callback = ZSSVDCallback(progress=False)
+
+    class Wide(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            type(trainer).world_size = property(lambda self: 2)
+
+    original = L.Trainer.world_size
+    try:
+        with pytest.raises(UnsupportedTrainingError, match="2 processes"):
+            trainer(Wide(), callback, max_epochs=6).fit(CausalLM(), loader(token_batches()))
+    finally:
+        L.Trainer.world_size = original
