@@ -3,6 +3,7 @@
 The pieces are the ones of any Lightning project: a module, a data module, a Trainer. Copy it and put yours in.
 """
 
+import math
 import sys
 from dataclasses import asdict
 
@@ -48,9 +49,10 @@ def main(path: str, *overrides: str) -> None:
     dense_text = continuation(run.model, run.tokenizer, PROMPT)
 
     callback = ZSSVDCallback(**asdict(run.config.compression))
+    batches = callback.batches_needed(len(run.calibration_loader()))
     trainer = L.Trainer(
-        max_steps=callback.batches_needed(len(run.calibration_loader())),
-        max_epochs=-1,
+        max_epochs=math.ceil(batches / len(run.calibration_loader())),
+        max_steps=batches,
         callbacks=[callback],
         logger=False,
         enable_checkpointing=False,

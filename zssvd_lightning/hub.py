@@ -113,7 +113,9 @@ def from_pretrained(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
         SavedModelError: weights are missing, left over or of the wrong shape, so the model would be partly random.
     """
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model, info = AutoModelForCausalLM.from_pretrained(str(folder), dtype=wanted, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True
+    )
     wrong = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
         raise SavedModelError(f"{folder} does not hold the weights its config speaks of: {wrong}")

@@ -57,6 +57,11 @@ class LowRankLinear(nn.Module):
         """k, size of the space between the two factors."""
         return self.down.out_features
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (m, n) the factors stand for, multiplied out at each access: for code that asks for it."""
+        return self.up.weight @ self.down.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (..., n) to (..., m)."""
         output: Tensor = self.up(self.down(x))

@@ -1,10 +1,14 @@
 """Small models of several families, built from config, with batches they take."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -14,6 +18,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -157,3 +162,19 @@ def assert_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert before["weights"].keys() == after["weights"].keys()
     for name, value in before["weights"].items():
         assert torch.equal(value, after["weights"][name]), name
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a printable ASCII character."""
+    characters = [chr(c) for c in range(32, 32 + VOCABULARY - 2)]
+    vocabulary = {"<unk>": 0, "\n": 1} | {c: i + 2 for i, c in enumerate(characters)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def saved_tiny_llama(folder: Path) -> Path:
+    """A folder with a tiny language model and its tokenizer, as save_pretrained writes it."""
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

