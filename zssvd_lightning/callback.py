@@ -56,8 +56,8 @@ class ZSSVDCallback(L.Callback):
 
     Works on any `LightningModule` with automatic optimization and one optimizer whose `training_step` returns a loss
     that is a mean. During calibration dropout is off, no weight changes and the optimizer keeps its state, but the
-    batches count as steps for `max_steps` and schedulers. After factorisation `configure_optimizers` runs again, so the learning-rate
-    schedule starts with the training of the factors.
+    batches count as steps for `max_steps` and schedulers. After factorisation `configure_optimizers` runs again, so
+    the learning-rate schedule starts with the training of the factors.
 
     Args:
         prune_ratio: fraction of the target layers' parameters to remove, in (0, 1).
@@ -184,7 +184,7 @@ class ZSSVDCallback(L.Callback):
         self._running.add_loss(loss * (accumulate / _loss_scale(trainer)), self._batch.terms)
         weight = self._batch.terms * accumulate / self._terms_unit
         if weight != 1.0:
-            loss.register_hook(lambda gradient: gradient * weight)
+            loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer

@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
@@ -13,7 +12,7 @@ from zssvd_lightning import evaluation, texts
 from zssvd_lightning.config import EvaluationConfig, RunConfig, load_config
 from zssvd_lightning.errors import ConfigError, ZSSVDError
 from zssvd_lightning.files import MARKER
-from zssvd_lightning.models import load_model
+from zssvd_lightning.models import load_model, place
 from zssvd_lightning.pipeline import compress as compress_model
 from zssvd_lightning.run import Run
 
@@ -31,7 +30,9 @@ def _main() -> None:
 
 
 @app.command()
-def compress(config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")], overrides: Overrides = None) -> None:
+def compress(
+    config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")], overrides: Overrides = None
+) -> None:
     """Compress a model: calibrate, truncate, factorise, evaluate, and write model and report.json to `output`."""
     run = Run(load_config(RunConfig, config, overrides or ()))
     run.evaluate("dense")
@@ -52,7 +53,7 @@ def evaluate(
     if settings.text is None:
         raise ConfigError(f"{model} records no evaluation text; give one as text=SOURCE")
     loaded, tokenizer = load_model(model)
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    place(loaded)
     tokens = texts.tokenize(texts.load_text(settings.text), tokenizer)
     windows = texts.windows(tokens, settings.length, settings.windows, settings.text)
     typer.echo(json.dumps(evaluation.perplexity(loaded, windows)._asdict()))

@@ -43,7 +43,9 @@ class Compression:
         self.model = model
         self.config = config
         self.targets = find_targets(model, config.include, config.ignore)
-        self.budget = Budget({n: t.shape for n, t in self.targets.items()}, config.prune_ratio, config.min_rank_fraction)
+        self.budget = Budget(
+            {n: t.shape for n, t in self.targets.items()}, config.prune_ratio, config.min_rank_fraction
+        )
         self.moments = Moments()
         self.stopwatch = Stopwatch()
         self.progress = progress
@@ -95,8 +97,12 @@ class Compression:
                     target.assign(truncated_weight(self._factors[name]))
         self._selection = selection
         self._start_afresh()
-        logger.info("truncated %d of %d layers, predicted drift %.4g", len(self._factors), len(self.targets),
-                    selection.predicted_drift)
+        logger.info(
+            "truncated %d of %d layers, predicted drift %.4g",
+            len(self._factors),
+            len(self.targets),
+            selection.predicted_drift,
+        )
 
     @torch.no_grad()
     def correct(self) -> None:
@@ -136,8 +142,10 @@ class Compression:
             raise RuntimeError("report() needs a truncate() before it")
         ranks = {name: self._selection.rank(name) for name in self.targets}
         layers = {name: LayerReport(rank, self.budget.shapes[name]) for name, rank in ranks.items()}
-        after = sum(m * n if ranks[name] is None else self.budget.stored(name, ranks[name] or 0)
-                    for name, (m, n) in self.budget.shapes.items())
+        after = sum(
+            m * n if ranks[name] is None else self.budget.stored(name, ranks[name] or 0)
+            for name, (m, n) in self.budget.shapes.items()
+        )
         return Report(
             asked=self.config.prune_ratio,
             parameters_before=self.budget.total,
@@ -163,4 +171,3 @@ class Compression:
     def _start_afresh(self) -> None:
         self.losses.append(self.moments.mean_loss)
         self.moments = Moments()
-

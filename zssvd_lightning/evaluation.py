@@ -25,13 +25,17 @@ class Perplexity(NamedTuple):
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 1, desc: str = "perplexity", progress: bool = True) -> Perplexity:
+def perplexity(
+    model: nn.Module, windows: Tensor, batch_size: int = 1, desc: str = "perplexity", progress: bool = True
+) -> Perplexity:
     """Exponential of the mean negative log-likelihood (nats) of each window's tokens but the first.
 
     Args:
         model: causal language model that returns `logits` (B, T, V); they are scored in float32 or wider.
         windows: token ids (N, T).
         batch_size: windows in a batch.
+        desc: what the progress bar says.
+        progress: whether to draw one.
 
     Raises:
         NonFiniteError: the model's logits are NaN.
@@ -40,8 +44,8 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 1, desc: str
     device = next(model.parameters()).device
     total = 0.0
     with _eval_mode(model):
-        for ids in tqdm(windows.split(batch_size), desc=desc, unit="batch", disable=not progress):
-            ids = ids.to(device)
+        for batch in tqdm(torch.split(windows, batch_size), desc=desc, unit="batch", disable=not progress):
+            ids = batch.to(device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             total += float(cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
     tokens = windows.shape[0] * (windows.shape[1] - 1)
@@ -57,7 +61,7 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
     """What the model writes behind `prompt`, always taking the likeliest token."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     with _eval_mode(model):
-        ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[operator]
     text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return str(text)
 

@@ -44,6 +44,6 @@ def install(model: nn.Module, targets: Mapping[str, Target], factors: Mapping[st
         if old.bias is not None:
             new.up.bias.requires_grad_(old.bias.requires_grad)
         installed[name] = new
-    for name, new in installed.items():
-        replace_module(model, targets[name].module, new)
+    for name, layer in installed.items():
+        replace_module(model, targets[name].module, layer)
     return installed

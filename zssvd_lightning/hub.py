@@ -25,7 +25,7 @@ FORMAT_VERSION = 1
 
 
 @register_quantization_config(METHOD)
-class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class LowRankConfig(QuantizationConfigMixin):
     """The `quantization_config` entry of a compressed model's config.
 
     Args:
@@ -34,16 +34,17 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, ranks: dict[str, int] | None = None, version: int = FORMAT_VERSION, **_: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.ranks = ranks or {}
         self.version = version
 
 
 @register_quantizer(METHOD)
-class LowRankRebuilder(HfQuantizer):  # type: ignore[misc]
+class LowRankRebuilder(HfQuantizer):
     """Puts empty low-rank layers into the model that transformers is about to load weights into."""
 
     requires_calibration = True
+    quantization_config: LowRankConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if self.quantization_config.version > FORMAT_VERSION:
@@ -90,7 +91,9 @@ def rebuild(model: nn.Module, ranks: dict[str, int]) -> None:
         replace_module(model, old, new)
 
 
-def save_pretrained(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def save_pretrained(
+    model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
     """Writes a compressed (or dense) model, and its tokenizer, as safetensors and config files into `folder`."""
     if ranks := ranks_of(model):
         model.config.quantization_config = LowRankConfig(ranks)
@@ -113,11 +116,12 @@ def from_pretrained(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
         SavedModelError: weights are missing, left over or of the wrong shape, so the model would be partly random.
     """
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True
     )
+    model, info = loaded
     wrong = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
         raise SavedModelError(f"{folder} does not hold the weights its config speaks of: {wrong}")
-    loaded: PreTrainedModel = model
-    return loaded
+    checked: PreTrainedModel = model
+    return checked

@@ -3,9 +3,9 @@
 import importlib.metadata
 import importlib.util
 from pathlib import Path
-from typing import cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from zssvd_lightning.errors import ModelSourceError
@@ -53,7 +53,9 @@ def _from_package(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
         raise ModelSourceError(f"package {name!r} holds {len(weights)} .gguf files, but must hold one")
     missing = [needed for needed in ("gguf", "accelerate") if importlib.util.find_spec(needed) is None]
     if missing:
-        raise ModelSourceError(f"reading {weights[0].name} needs {' and '.join(missing)}; pip install zssvd-lightning[demo]")
+        raise ModelSourceError(
+            f"reading {weights[0].name} needs {' and '.join(missing)}; pip install zssvd-lightning[demo]"
+        )
     folder, file = str(weights[0].parent), weights[0].name
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
@@ -66,11 +68,17 @@ def _plain(read: PreTrainedModel) -> PreTrainedModel:
     del config.quantization_config
     config.name_or_path = ""
     with torch.device("meta"):
-        model = cast(PreTrainedModel, type(read)._from_config(config, dtype=read.dtype))
+        model: PreTrainedModel = type(read)._from_config(config, dtype=read.dtype)  # type: ignore[no-untyped-call]  # noqa: SLF001
     model.load_state_dict(read.state_dict(), assign=True)
     for name, buffer in read.named_buffers():
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
     model.tie_weights()
     model.generation_config = read.generation_config
-    return model.eval()
+    nn.Module.eval(model)
+    return model
+
+
+def place(model: PreTrainedModel) -> None:
+    """Moves a model to the accelerator, where there is one."""
+    nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")

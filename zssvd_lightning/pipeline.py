@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -55,45 +56,51 @@ def compress(
     """
     config = config or CompressionConfig()
     compression = Compression(model, config, progress)
-
-    def gather(step: str, limit: int | None, inputs: bool) -> None:
-        with compression.stopwatch(step):
-            _gather(compression, _checked(batches, limit, step, progress), loss, mask, terms, inputs)
-
+    observe = partial(gather, compression, batches, loss=loss, mask=mask, terms=terms)
     with _undone_on_error(compression), _gradients_set_aside(model):
-        gather("calibrate", None, inputs=True)
+        observe("calibrate")
         compression.truncate()
         for _ in range(config.corrections):
-            gather("correct", config.correction_batches, inputs=False)
+            observe("correct")
             compression.correct()
-            gather("calibrate", None, inputs=True)
+            observe("calibrate")
             compression.truncate()
         compression.factorise()
     return compression.report()
 
 
-def _gather(
+def gather(
     compression: Compression,
     batches: Iterable[Any],
-    loss: Loss,
-    mask: Callable[[Any], Tensor | None],
-    terms: Callable[[Any], float],
-    inputs: bool,
+    step: Literal["calibrate", "correct"],
+    *,
+    loss: Loss = model_loss,
+    mask: Callable[[Any], Tensor | None] = token_mask,
+    terms: Callable[[Any], float] = loss_terms,
 ) -> None:
-    """Statistics and gradients from one forward and one backward pass over each batch."""
+    """What `step` needs, from one forward and one backward pass over each batch.
+
+    `calibrate` takes second moments and gradients over all batches, `correct` the gradients over the first
+    `correction_batches` of them. The other arguments are those of `compress`.
+
+    Raises:
+        CalibrationError: there are no batches, fewer than promised, or one that cannot be used.
+    """
     device = next(compression.model.parameters()).device
-    for batch in batches:
-        batch = move_data_to_device(batch, device)
-        weight = terms(batch)
-        with torch.enable_grad(), compression.observing(mask(batch), inputs) as observation:
-            batch_loss = loss(compression.model, batch)
-            observation.forward_done()
-            compression.add_loss(batch_loss, weight)
-            batch_loss.backward()  # type: ignore[no-untyped-call]
-            compression.collect_gradients(weight)
+    limit = compression.config.correction_batches if step == "correct" else None
+    with compression.stopwatch(step):
+        for raw in _checked(batches, limit, step, progress=compression.progress):
+            batch = move_data_to_device(raw, device)
+            weight = terms(batch)
+            with torch.enable_grad(), compression.observing(mask(batch), inputs=step == "calibrate") as observation:
+                batch_loss = loss(compression.model, batch)
+                observation.forward_done()
+                compression.add_loss(batch_loss, weight)
+                batch_loss.backward()  # type: ignore[no-untyped-call]
+                compression.collect_gradients(weight)
 
 
-def _checked(batches: Iterable[Any], limit: int | None, step: str, progress: bool) -> Iterator[Any]:
+def _checked(batches: Iterable[Any], limit: int | None, step: str, *, progress: bool) -> Iterator[Any]:
     """The first `limit` batches under a progress bar. Raises CalibrationError when there are fewer than promised."""
     promised = len(batches) if isinstance(batches, Sized) else None
     expected = promised if limit is None else limit if promised is None else min(limit, promised)
@@ -103,7 +110,8 @@ def _checked(batches: Iterable[Any], limit: int | None, step: str, progress: boo
         seen += 1
     if seen == 0 or (promised is not None and expected is not None and seen < expected):
         raise CalibrationError(
-            f"the {step} batches ended after {seen}" + (f" of {expected}" if expected else "")
+            f"the {step} batches ended after {seen}"
+            + (f" of {expected}" if expected else "")
             + "; pass a list or a DataLoader that gives at least one batch and can be gone through again"
         )
 

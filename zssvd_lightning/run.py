@@ -10,7 +10,7 @@ from zssvd_lightning import evaluation, texts
 from zssvd_lightning.config import RunConfig
 from zssvd_lightning.files import MARKER, check_output, replacing_folder
 from zssvd_lightning.hub import save_pretrained
-from zssvd_lightning.models import load_model
+from zssvd_lightning.models import load_model, place
 from zssvd_lightning.picture import draw
 from zssvd_lightning.report import Report, peak_rss_bytes
 
@@ -34,7 +34,7 @@ class Run:
         self.output = check_output(config.output)
         torch.manual_seed(config.calibration.seed)
         self.model, self.tokenizer = load_model(config.model.source, config.model.dtype)
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        place(self.model)
         calibration = config.calibration
         tokens = texts.tokenize(texts.load_text(calibration.text), self.tokenizer)
         self.calibration = texts.TokenWindows(
@@ -51,7 +51,7 @@ class Run:
 
     def evaluate(self, which: str) -> None:
         """Measures perplexity on every evaluation text, as that of the `dense` or the `compressed` model."""
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        place(self.model)
         for key, windows in self._windows.items():
             result = evaluation.perplexity(self.model, windows, desc=f"{key}, {which}", progress=self.progress)
             self._perplexity[key][which] = result.perplexity

@@ -38,7 +38,7 @@ class Spectrum:
         return -self.sigma * (self.left * (G.to(self.left.dtype) @ self.right.T)).sum(0)
 
     def factors(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """up (m, k) and down (k, n) of the components at indices `kept` (k,), each with the square root of sigma."""
+        """Factors up (m, k) and down (k, n) of the components `kept` (k,), each with the square root of sigma."""
         root = self.sigma[kept].sqrt()
         return self.left[:, kept] * root, root[:, None] * self.right[kept]
 

@@ -104,13 +104,13 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def _refusals(model: nn.Module) -> Iterator[tuple[str, str]]:
     """(name, reason) of every linear layer that must be left alone."""
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     heads = {id(head) for head in _output_embeddings(model)}
     factors = {id(part) for m in model.modules() if isinstance(m, LowRankLinear) for part in (m.down, m.up)}
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue
-        weight = module._parameters.get("weight")
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
         if id(module) in factors:
             yield name, "it is a factor of a layer that is low-rank already"
         elif type(module) not in (nn.Linear, Conv1D) or weight is None:
@@ -126,7 +126,7 @@ def _refusals(model: nn.Module) -> Iterator[tuple[str, str]]:
 def _output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            head = module.get_output_embeddings()
+            head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
             if isinstance(head, nn.Module):
                 yield head
 
@@ -136,12 +136,14 @@ def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refus
     matched = [(n, m) for n, m in model.named_modules() if n and _matches(n, pattern)]
     if any(name in allowed for name, _ in matched):
         return
-    for name, module in matched:
+    for name, _ in matched:
         if name in refused:
             raise TargetError(f"{name} cannot be factorised: {refused[name]}; take it out of include")
     name, module = matched[0]
-    kind = "an embedding is a table lookup, not a product with W" if isinstance(module, nn.Embedding) else (
-        "only nn.Linear and transformers' Conv1D layers are"
+    kind = (
+        "an embedding is a table lookup, not a product with W"
+        if isinstance(module, nn.Embedding)
+        else "only nn.Linear and transformers' Conv1D layers are"
     )
     raise TargetError(f"{name} ({type(module).__name__}) cannot be factorised: {kind}; take {pattern!r} out of include")
 

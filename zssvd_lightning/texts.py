@@ -143,7 +143,9 @@ def _join(rows: Any, field: str, source: str) -> str:
     for row in rows:
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             fields = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise TextError(f"a row of {source} has no text field {field!r}; it has {fields}. Name one as {source}#FIELD")
+            raise TextError(
+                f"a row of {source} has no text field {field!r}; it has {fields}. Name one as {source}#FIELD"
+            )
         texts.append(row[field])
     separator = "" if texts and all(re.search(r"\n$", t) for t in texts if t) else "\n\n"
     return separator.join(texts)

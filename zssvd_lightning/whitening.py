@@ -29,13 +29,17 @@ class Whitening:
 
     def whiten(self, W: Tensor) -> Tensor:
         """`W L` (m, n)."""
-        return W if self.L is None else W @ self.L.to(W.dtype)
+        if self.L is None:
+            return W
+        whitened: Tensor = W @ self.L.to(W.dtype)
+        return whitened
 
     def unwhiten(self, Vh: Tensor) -> Tensor:
         """`Vh L^-1` (r, n), by a triangular solve."""
         if self.L is None:
             return Vh
-        return torch.linalg.solve_triangular(self.L.to(Vh.dtype), Vh, upper=False, left=False)
+        solved: Tensor = torch.linalg.solve_triangular(self.L.to(Vh.dtype), Vh, upper=False, left=False)
+        return solved
 
 
 def no_whitening(moments: Moments, name: str) -> Whitening:

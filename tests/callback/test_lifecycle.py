@@ -51,7 +51,7 @@ def test_phases_follow_each_other():
 
 
 def test_weights_change_before_and_after_but_not_while_calibrating():
-    module, diary, _ = fit(short(start_epoch=1, corrections=1))
+    _, diary, _ = fit(short(start_epoch=1, corrections=1))
     assert changed(diary.weights[3], diary.weights[4])
     for batch in range(5, 8):
         assert not changed(diary.weights[4], diary.weights[batch])
@@ -116,7 +116,9 @@ def test_gives_the_same_to_the_bit_each_time():
     assert all(torch.equal(modules[0][n], modules[1][n]) for n in modules[0])
 
 
-@pytest.mark.parametrize("settings", [{"accumulate_grad_batches": 3}, {"gradient_clip_val": 1e-6}, {"precision": "bf16-mixed"}])
+@pytest.mark.parametrize(
+    "settings", [{"accumulate_grad_batches": 3}, {"gradient_clip_val": 1e-6}, {"precision": "bf16-mixed"}]
+)
 def test_trainer_settings_do_not_change_the_choice(settings):
     def ranks(**settings):
         torch.manual_seed(0)

@@ -43,8 +43,13 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
 
 def tiny_gpt2(**changes: Any) -> GPT2LMHeadModel:
     settings: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
-        "bos_token_id": 0, "eos_token_id": 0,
+        "vocab_size": VOCABULARY,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
     }
     return GPT2LMHeadModel(GPT2Config(**(settings | changes)))
 
@@ -52,7 +57,11 @@ def tiny_gpt2(**changes: Any) -> GPT2LMHeadModel:
 def tiny_bert() -> BertForMaskedLM:
     return BertForMaskedLM(
         BertConfig(
-            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
             max_position_embeddings=64,
         )
     )
@@ -61,8 +70,13 @@ def tiny_bert() -> BertForMaskedLM:
 def tiny_vit() -> ViTForImageClassification:
     return ViTForImageClassification(
         ViTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16,
-            patch_size=4, num_labels=5,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            image_size=16,
+            patch_size=4,
+            num_labels=5,
         )
     )
 
@@ -137,8 +151,13 @@ def loader(batches: list[dict[str, Tensor]]) -> DataLoader[dict[str, Tensor]]:
 def trainer(*callbacks: L.Callback, **settings: Any) -> L.Trainer:
     """A quiet Trainer on one CPU."""
     defaults: dict[str, Any] = {
-        "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
-        "enable_model_summary": False, "enable_progress_bar": False, "max_epochs": 1,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "max_epochs": 1,
     }
     return L.Trainer(callbacks=list(callbacks), **(defaults | settings))
 

@@ -137,8 +137,9 @@ def test_all_padding_is_refused():
     batch = token_batches(1)[0]
     batch["attention_mask"].zero_()
     model = tiny_llama()
-    with pytest.raises(CalibrationError, match="all padding"), observing(
-        model, find_targets(model), Moments(), token_mask(batch)
+    with (
+        pytest.raises(CalibrationError, match="all padding"),
+        observing(model, find_targets(model), Moments(), token_mask(batch)),
     ):
         pass
 
@@ -156,8 +157,9 @@ def test_layers_that_stop_sharing_are_refused_by_name():
     with observing(model, find_targets(model), moments, None):
         model(torch.randn(3, 4))
     model.apart = True
-    with pytest.raises(CalibrationError, match="b read the same input as a"), observing(
-        model, find_targets(model), moments, None
+    with (
+        pytest.raises(CalibrationError, match="b read the same input as a"),
+        observing(model, find_targets(model), moments, None),
     ):
         model(torch.randn(3, 4))
 

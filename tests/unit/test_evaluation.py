@@ -25,7 +25,9 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_as_perplexity():
     model = tiny_llama()
     for p in model.parameters():
         p.data.zero_()
-    assert perplexity(model, torch.randint(0, VOCABULARY, (2, 9)), progress=False).perplexity == pytest.approx(VOCABULARY)
+    assert perplexity(model, torch.randint(0, VOCABULARY, (2, 9)), progress=False).perplexity == pytest.approx(
+        VOCABULARY
+    )
 
 
 def test_half_precision_logits_are_scored_in_float32_and_mode_is_restored():

@@ -122,7 +122,11 @@ def test_any_module_with_a_loss_of_its_own():
     model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Dropout(0.5), nn.Linear(24, 3))
     batches = [(torch.randn(64, 16), torch.randint(0, 3, (64,))) for _ in range(3)]
     report = compress(
-        model, batches, CompressionConfig(prune_ratio=0.4), progress=False, loss=lambda m, b: cross_entropy(m(b[0]), b[1])
+        model,
+        batches,
+        CompressionConfig(prune_ratio=0.4),
+        progress=False,
+        loss=lambda m, b: cross_entropy(m(b[0]), b[1]),
     )
     assert report.reached >= 0.4
 

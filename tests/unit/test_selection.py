@@ -28,8 +28,10 @@ def random_budget(shapes, prune_ratio, fraction=0.0):
 
 def removed(selection, budget):
     ranks = {n: selection.rank(n) for n in budget.shapes}
-    return sum(0 if r is None else budget.shapes[n][0] * budget.shapes[n][1] - r * sum(budget.shapes[n])
-               for n, r in ranks.items())
+    return sum(
+        0 if r is None else budget.shapes[n][0] * budget.shapes[n][1] - r * sum(budget.shapes[n])
+        for n, r in ranks.items()
+    )
 
 
 def brute_force(rule, matrices, budget):
@@ -38,8 +40,10 @@ def brute_force(rule, matrices, budget):
     drift = 0.0
 
     def saved():
-        return sum(budget.shapes[n][0] * budget.shapes[n][1] - stored_parameters(*budget.shapes[n], len(c))
-                   for n, c in left.items())
+        return sum(
+            budget.shapes[n][0] * budget.shapes[n][1] - stored_parameters(*budget.shapes[n], len(c))
+            for n, c in left.items()
+        )
 
     while saved() < budget.to_remove:
         offers = []
@@ -47,8 +51,7 @@ def brute_force(rule, matrices, budget):
             if len(components) <= budget.floor(name):
                 continue
             delta = matrices[name].delta
-            i = (min(components, key=lambda c: abs(delta[c].item())) if rule == "abs_delta_unordered"
-                 else components[-1])
+            i = min(components, key=lambda c: abs(delta[c].item())) if rule == "abs_delta_unordered" else components[-1]
             d, s = delta[i].item(), matrices[name].sigma[i].item()
             offers.append((d, s, order, name, i))
         if rule == "zero_sum":

@@ -48,11 +48,11 @@ def test_patterns(include, ignore, count):
 @pytest.mark.parametrize(
     ("build", "include", "reason"),
     [
-        (lambda: tiny_llama(), "lm_head", "tied"),
+        (tiny_llama, "lm_head", "tied"),
         (lambda: tiny_llama(tie_word_embeddings=False), "lm_head", "output embedding"),
         (tiny_bert, "cls.predictions.decoder", "tied"),
-        (lambda: tiny_llama(), "embed_tokens", "table lookup"),
-        (lambda: tiny_llama(), "model.layers.0.mlp", "only nn.Linear"),
+        (tiny_llama, "embed_tokens", "table lookup"),
+        (tiny_llama, "model.layers.0.mlp", "only nn.Linear"),
         (lambda: nn.Sequential(nn.Linear(9, 1), nn.Linear(1, 9)), "0", "even rank 1"),
         (lambda: nn.Sequential(LowRankLinear(9, 9, 2)), "0.up", "low-rank already"),
         (lambda: nn.MultiheadAttention(8, 2), "out_proj", "plain weight"),

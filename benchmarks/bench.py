@@ -1,0 +1,65 @@
+"""Time of a whole compression against a plain forward and backward over the same batches, in one run.
+
+`python benchmarks/bench.py CONFIG [key=value ...]`; model load and evaluation are left aside. Half of the plain batches
+run before the compression and half after it, so that a machine that slows down or warms up hits both alike.
+"""
+
+import json
+import sys
+import time
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from zssvd_lightning import Run, RunConfig, compress, load_config
+from zssvd_lightning.report import peak_rss_bytes
+
+
+def plain_seconds(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
+    """A forward and a backward pass with gradients at every parameter, as training does."""
+    start = time.perf_counter()
+    for batch in tqdm(batches, desc="plain forward and backward", unit="batch"):
+        model(**batch, use_cache=False).loss.backward()
+        model.zero_grad()
+    return time.perf_counter() - start
+
+
+def main(path: str, *overrides: str) -> None:
+    """Prints the ratio, the seconds of every step and the peak memory as JSON."""
+    run = Run(load_config(RunConfig, path, [*overrides, "evaluation.text=null", "evaluation.second=null"]))
+    batches = list(run.calibration_loader())
+    half = len(batches) // 2
+    dense = [(p, p.detach().clone()) for p in run.model.parameters()]
+    plain_seconds(run.model, batches[:1])
+    before = plain_seconds(run.model, batches[:half])
+    plain_rss = peak_rss_bytes()
+
+    modules = {name: run.model.get_submodule(name) for name, _ in run.model.named_modules() if name}
+    start = time.perf_counter()
+    report = compress(run.model, batches, run.config.compression)
+    whole = time.perf_counter() - start
+
+    for name in report.layers:
+        parent, _, leaf = name.rpartition(".")
+        setattr(run.model.get_submodule(parent), leaf, modules[name])
+    for parameter, weight in dense:
+        parameter.data.copy_(weight)
+    plain = before + plain_seconds(run.model, batches[half:])
+    print(
+        json.dumps(
+            {
+                "ratio": whole / plain,
+                "plain_seconds": plain,
+                "compress_seconds": whole,
+                "seconds": report.seconds,
+                "peak_rss_bytes": {"plain": plain_rss, "compress": peak_rss_bytes()},
+                "corrections": run.config.compression.corrections,
+                "tokens": len(run.calibration) * run.config.calibration.length,
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
