@@ -61,9 +61,10 @@ def main(path: str, *overrides: str) -> None:
     trainer.fit(CausalLM(run.model), CalibrationText(run))
 
     run.evaluate("compressed")
-    run.save(callback.report, picture=True)
+    report = callback.report.within("model")
+    run.save(report, picture=True)
     console = Console()
-    console.print(callback.report.table())
+    console.print(report.table())
     console.print(f"[bold]{PROMPT}[/bold] ...\n  dense:      {dense_text!r}")
     console.print(f"  compressed: {continuation(run.model, run.tokenizer, PROMPT)!r}")
     console.print(f"wrote the model, report.json and report.png to {run.output}")

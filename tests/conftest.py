@@ -1,10 +1,16 @@
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that tests start
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import datasets
+import huggingface_hub
 import pytest
 import torch
+
+# For this process, where a pytest plug-in may have imported them before the line above.
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+datasets.config.HF_HUB_OFFLINE = True
 
 
 @pytest.fixture(autouse=True)

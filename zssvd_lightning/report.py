@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -73,6 +73,12 @@ class Report:
     def reached(self) -> float:
         """Fraction of the target parameters that went."""
         return 1 - self.parameters_after / self.parameters_before
+
+    def within(self, prefix: str) -> "Report":
+        """The same with layer names as the submodule `prefix` knows them; layers outside it are left out."""
+        start = f"{prefix}."
+        inner = {n.removeprefix(start): layer for n, layer in self.layers.items() if n.startswith(start)}
+        return replace(self, layers=inner)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types under the keys of `report.json`."""

@@ -1,0 +1,57 @@
+"""The main job on a real pretrained model and real text, with few samples."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from zssvd_lightning import LowRankLinear
+from zssvd_lightning.cli import main
+from zssvd_lightning.models import load_model
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "calibration.samples=8",
+    "calibration.length=256",
+    "compression.correction_batches=1",
+    "evaluation.windows=2",
+    "evaluation.length=512",
+]
+
+
+def test_recipe_compresses_a_real_model_that_evaluate_reads_back(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    recipe = runpy.run_path(str(ROOT / "recipes" / "compress.py"))
+    recipe["main"](str(ROOT / "configs" / "smollm2-135m" / "demo.yaml"), *SMALL, f"output={output}")
+    printed = capsys.readouterr().out
+    assert "perplexity" in printed
+    assert "compressed:" in printed
+
+    report = json.loads((output / "report.json").read_text())
+    assert report["prune_ratio"]["reached"] == pytest.approx(0.2, abs=1e-4)
+    assert report["parameters"]["before"] == 106_168_320
+    assert len(report["ranks"]) == 210
+    dense, compressed = report["perplexity"]["dense"], report["perplexity"]["compressed"]
+    assert 10 < dense < 60
+    assert dense < compressed < 4 * dense
+    assert report["losses"][-1] < 8
+    assert (output / "report.png").stat().st_size > 10_000
+    assert report["file_bytes"]["compressed"] == pytest.approx(
+        report["file_bytes"]["dense"] - 4 * (106_168_320 - report["parameters"]["after"]), rel=1e-3
+    )
+
+    monkeypatch.setattr(sys, "argv", ["zssvd", "evaluate", str(output)])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["perplexity"] == pytest.approx(compressed, rel=1e-5)
+    assert again["tokens"] == 2 * 511
+
+    model, tokenizer = load_model(str(output))
+    ranks = {n: m.rank for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    assert ranks == {n: r["rank"] for n, r in report["ranks"].items() if r["rank"] is not None}
+    ids = tokenizer("The state of the union is", return_tensors="pt").input_ids
+    assert torch.isfinite(model(ids).logits).all()

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+from rich.console import Console
+
+from zssvd_lightning.picture import draw
+from zssvd_lightning.report import LayerReport, Report, Stopwatch, peak_rss_bytes
+
+LAYERS = {
+    "net.layers.0.q": LayerReport(10, (64, 64)),
+    "net.layers.0.up": LayerReport(None, (64, 32)),
+    "net.layers.1.q": LayerReport(20, (64, 64)),
+    "head": LayerReport(3, (9, 64)),
+}
+
+
+def report(**changes):
+    return Report(
+        **(
+            {
+                "asked": 0.4,
+                "parameters_before": 10_000,
+                "parameters_after": 6_000,
+                "layers": LAYERS,
+                "predicted_drift": -0.25,
+                "losses": [3.0],
+                "seconds": {"calibrate": 1.5},
+            }
+            | changes
+        )
+    )
+
+
+def test_json_has_the_names_scripts_rely_on():
+    plain = json.loads(json.dumps(report(perplexity={"dense": 5.0, "compressed": 7.0}).to_dict()))
+    assert plain["prune_ratio"] == {"asked": 0.4, "reached": pytest.approx(0.4)}
+    assert plain["parameters"] == {"before": 10_000, "after": 6_000}
+    assert plain["ranks"]["net.layers.0.up"] == {"rank": None, "shape": [64, 32]}
+    assert plain["predicted_drift"] == -0.25
+    assert plain["perplexity"] == {"dense": 5.0, "compressed": 7.0}
+    assert "perplexity_second" not in plain
+
+
+def test_names_within_a_submodule():
+    assert list(report().within("net").layers) == ["layers.0.q", "layers.0.up", "layers.1.q"]
+
+
+def test_table_shows_what_there_is():
+    console = Console(record=True, width=120)
+    both = {"dense": 5.0, "compressed": 7.0}
+    console.print(
+        report(perplexity=both, perplexity_second=both, file_bytes={"dense": 10**8, "compressed": 10**7}).table()
+    )
+    text = console.export_text()
+    for piece in ("0.4 asked", "10,000", "6,000", "100.0 MB", "5.00", "7.00", "3 of 4", "calibrate", "1.5"):
+        assert piece in text
+
+
+def test_picture_is_a_png_of_any_layer_names(tmp_path):
+    draw(report(perplexity={"dense": 5.0, "compressed": 7.0}), tmp_path / "r.png")
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stopwatch_adds_up():
+    watch = Stopwatch()
+    watch.add("a", 1.0)
+    with watch("a"):
+        pass
+    with pytest.raises(ZeroDivisionError), watch("b"):
+        raise ZeroDivisionError
+    assert watch.seconds["a"] > 1.0
+    assert "b" in watch.seconds
+
+
+def test_peak_memory_is_that_of_a_process_with_torch():
+    assert 10**8 < peak_rss_bytes() < 10**11
