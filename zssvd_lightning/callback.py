@@ -300,11 +300,12 @@ class _ObservedBatch:
     def __init__(self, compression: Compression, phase: Phase, terms: float, mask: Tensor | None) -> None:
         self.terms = terms
         self.stepped = False
-        self._stack = ExitStack()
-        self._stack.enter_context(compression.stopwatch(phase.value))
-        self.observation: Observation = self._stack.enter_context(
-            compression.observing(mask, inputs=phase is Phase.CALIBRATE)
-        )
+        with ExitStack() as stack:
+            stack.enter_context(compression.stopwatch(phase.value))
+            self.observation: Observation = stack.enter_context(
+                compression.observing(mask, inputs=phase is Phase.CALIBRATE)
+            )
+            self._stack = stack.pop_all()
 
     def close(self) -> None:
         """Puts mode, flags, cache and hooks back."""

@@ -15,6 +15,7 @@ from zssvd_lightning.budget import Budget
 from zssvd_lightning.calibration import Observation, checked_loss, collect_gradients, observing
 from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.correction import projected_step
+from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.factorization import Factors, install, truncated_weight
 from zssvd_lightning.report import LayerReport, Report, Stopwatch
 from zssvd_lightning.selection import RULES, Components, Selection
@@ -164,7 +165,13 @@ class Compression:
             leader = self.moments.leaders.get(name, name)
             if leader not in whitenings:
                 whitenings[leader] = METRICS[self.config.metric](self.moments, name)
-            spectra[name] = Spectrum.of(target.weight, whitenings[leader]).to("cpu")
+            try:
+                spectra[name] = Spectrum.of(target.weight, whitenings[leader]).to("cpu")
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                raise CalibrationError(
+                    f"the SVD of {name} {target.shape} failed: {error}; check the weight for NaN and infinite values, "
+                    "calibrate on more tokens, or add it to ignore"
+                ) from error
         warn_of_jitter(whitenings)
         return spectra
 

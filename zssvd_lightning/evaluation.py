@@ -1,6 +1,5 @@
 """How good a language model is: perplexity on text it was not calibrated on, and a sample of what it writes."""
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,18 +42,17 @@ def perplexity(
     """
     start = time.perf_counter()
     device = next(model.parameters()).device
-    total = 0.0
+    negative_log_likelihood = MeanMetric().set_dtype(torch.float64)
     with _eval_mode(model):
         for batch in tqdm(torch.split(windows, batch_size), desc=desc, unit="batch", disable=not progress):
             ids = batch.to(device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            total += float(cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+            mean = cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()).cpu()
+            if mean.isnan():
+                raise NonFiniteError("the logits are NaN on the evaluation text; evaluate in float32 or bfloat16")
+            negative_log_likelihood.update(mean, weight=ids[:, 1:].numel())
     tokens = windows.shape[0] * (windows.shape[1] - 1)
-    if math.isnan(total):
-        raise NonFiniteError("the logits are NaN on the evaluation text; evaluate in float32 or bfloat16")
-    mean = total / tokens
-    value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, tokens, time.perf_counter() - start)
+    return Perplexity(float(negative_log_likelihood.compute().exp()), tokens, time.perf_counter() - start)
 
 
 @torch.no_grad()

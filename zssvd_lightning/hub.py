@@ -4,7 +4,6 @@ Importing this module registers the format, so that `AutoModelForCausalLM.from_p
 low-rank layers before it loads the weights.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -102,26 +101,25 @@ def save_pretrained(
         tokenizer.save_pretrained(folder)
 
 
-def is_compressed(folder: str | Path) -> bool:
-    """Whether the config in `folder` says that this package compressed it."""
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
-
-
 def from_pretrained(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
-    """The compressed causal language model that `save_pretrained` wrote.
+    """The causal language model in a folder that `save_pretrained` wrote, compressed or dense.
+
+    Args:
+        folder: a local folder, or a hub id.
+        dtype: floating-point type of the weights, such as `float32`; as they were saved when `auto`.
 
     Raises:
-        SavedModelError: weights are missing, left over or of the wrong shape, so the model would be partly random.
+        SavedModelError: weights are missing or of the wrong shape, so the model would be partly random, or a
+            compressed model has some left over.
     """
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True
     )
     model, info = loaded
-    wrong = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    checked: PreTrainedModel = model
+    suspect = ["missing_keys", "mismatched_keys", *(["unexpected_keys"] if ranks_of(checked) else [])]
+    wrong = {key: info[key] for key in suspect if info[key]}
     if wrong:
         raise SavedModelError(f"{folder} does not hold the weights its config speaks of: {wrong}")
-    checked: PreTrainedModel = model
     return checked

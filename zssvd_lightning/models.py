@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from zssvd_lightning.errors import ModelSourceError
-from zssvd_lightning.hub import from_pretrained, is_compressed
+from zssvd_lightning.hub import from_pretrained
 
 
 def load_model(source: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -33,9 +33,7 @@ def load_model(source: str, dtype: str = "float32") -> tuple[PreTrainedModel, Pr
     location = str(folder) if looks_local else source
     try:
         tokenizer = AutoTokenizer.from_pretrained(location)
-        if looks_local and is_compressed(folder):
-            return from_pretrained(folder, dtype=dtype), tokenizer
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, dtype))
+        model = from_pretrained(location, dtype)
     except (OSError, ValueError, KeyError) as error:
         raise ModelSourceError(
             f"cannot load model {source!r}: {error}. Sources are package:NAME, a local folder, or a hub id"

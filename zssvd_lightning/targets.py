@@ -115,6 +115,8 @@ def _refusals(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield name, "it is a factor of a layer that is low-rank already"
         elif type(module) not in (nn.Linear, Conv1D) or weight is None:
             yield name, f"{type(module).__name__} does not compute W x + b from a plain weight parameter"
+        elif not weight.is_floating_point():
+            yield name, f"its weight is {weight.dtype}, not floating point"
         elif owners[id(weight)] > 1:
             yield name, "its weight is tied to another module's, and factorising one would untie them"
         elif id(module) in heads or name.rsplit(".", 1)[-1] == "lm_head":
