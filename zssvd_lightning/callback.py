@@ -9,6 +9,7 @@
 | on_before_backward       | its loss is checked, and its gradient weighted by the terms the loss averages    |
 | on_before_optimizer_step | gradients are taken away, so the user's optimizer has nothing to step on         |
 | on_train_batch_end       | observation ends; when enough was seen, the next phase is entered                |
+| on_train_epoch_end       | the same, for loaders that do not tell their length                              |
 | on_exception             | everything is put back, unless the model was factorised already                  |
 """
 
@@ -28,7 +29,8 @@ from torch import Tensor
 from zssvd_lightning.calibration import Observation, loss_terms, token_mask
 from zssvd_lightning.compression import Compression
 from zssvd_lightning.config import CompressionConfig, require
-from zssvd_lightning.errors import UnfinishedError, UnsupportedTrainingError
+from zssvd_lightning.errors import UnfinishedError
+from zssvd_lightning.guards import refuse_stale_groups, refuse_too_short, refuse_unsupported, window_end
 from zssvd_lightning.report import Report
 
 
@@ -135,6 +137,8 @@ class ZSSVDCallback(L.Callback):
         self._seen = 0
         self._corrected = 0
         self._terms_unit: float | None = None
+        self._batches_into_epoch = 0
+        self._epoch_length = math.inf
 
     def token_mask(self, batch: Any) -> Tensor | None:
         """Which positions (B, T) of a batch are not padding. Override for batches without an `attention_mask`."""
@@ -148,15 +152,20 @@ class ZSSVDCallback(L.Callback):
         """Training batches from the start of an epoch until the model is factorised."""
         done = 0
         for phase in [Phase.CALIBRATE] + [Phase.CORRECT, Phase.CALIBRATE] * self.config.corrections:
-            done = _window_end(done + self._limit(phase, batches_per_epoch), batches_per_epoch, accumulate)
+            done = window_end(done + self._limit(phase, batches_per_epoch), batches_per_epoch, accumulate)
         return done
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses runs that cannot be compressed in, before any batch is spent."""
         if self.phase is not Phase.WAIT:
             return
-        _refuse_unsupported(trainer, pl_module)
-        self._refuse_too_short(trainer)
+        refuse_unsupported(trainer, pl_module)
+        refuse_too_short(
+            trainer,
+            self.start_epoch,
+            self.start_step,
+            self.batches_needed(trainer.num_training_batches, trainer.accumulate_grad_batches),
+        )
         self._compression = Compression(pl_module, self.config, self.progress)
 
     def on_train_batch_start(
@@ -200,14 +209,20 @@ class ZSSVDCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Ends the observation and, when enough was seen and the accumulation window is closed, goes on."""
+        self._batches_into_epoch = batch_idx + 1
         if self._batch is None:
             return
         observed, self._batch = self._batch, None
         observed.close()
         self._seen += 1
-        if observed.stepped and self._seen >= self._limit(self.phase, trainer.num_training_batches):
-            self._seen, self._terms_unit = 0, None
-            self._advance(trainer, pl_module)
+        if observed.stepped:
+            self._advance_if_enough(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Notes how long an epoch is, which a loader without a length does not tell before, and goes on if enough."""
+        self._epoch_length = self._batches_into_epoch
+        if self.phase in (Phase.CALIBRATE, Phase.CORRECT):
+            self._advance_if_enough(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Declares the work done. Raises UnfinishedError, with the model put back, when it is not."""
@@ -242,6 +257,12 @@ class ZSSVDCallback(L.Callback):
             return self.config.correction_batches
         return int(min(self.calibration_batches, self.calibration_epochs * batches_per_epoch))
 
+    def _advance_if_enough(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        batches_per_epoch = min(trainer.num_training_batches, self._epoch_length)
+        if self._seen >= self._limit(self.phase, batches_per_epoch):
+            self._seen, self._terms_unit = 0, None
+            self._advance(trainer, pl_module)
+
     def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves CALIBRATE or CORRECT for what comes next."""
         if self.phase is Phase.CORRECT:
@@ -262,7 +283,7 @@ class ZSSVDCallback(L.Callback):
         self._running.factorise()
         with self._running.stopwatch("factorise"):
             trainer.strategy.setup_optimizers(trainer)
-        _refuse_stale_groups(trainer, pl_module)
+        refuse_stale_groups(trainer, pl_module)
         self.report = self._running.report()
         self.report.config = {"compression": asdict(self.config)}
         self._compression = None
@@ -273,25 +294,6 @@ class ZSSVDCallback(L.Callback):
         self._compression, self._terms_unit = None, None
         self._seen, self._corrected = 0, 0
         self.phase = Phase.WAIT
-
-    def _refuse_too_short(self, trainer: L.Trainer) -> None:
-        accumulate, per_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches
-        epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - trainer.current_epoch
-        steps = math.inf if trainer.max_steps == -1 else trainer.max_steps - trainer.global_step
-        available = min(epochs * per_epoch, steps * accumulate)
-        waiting = max(
-            (self.start_epoch - trainer.current_epoch) * per_epoch if self.start_epoch > trainer.current_epoch else 0,
-            (self.start_step - trainer.global_step) * accumulate,
-            0,
-        )
-        needed = waiting + self.batches_needed(per_epoch, accumulate)
-        if needed > available:
-            raise UnsupportedTrainingError(
-                f"compression needs {needed:g} training batches ({waiting:g} until its start, then "
-                f"{self.batches_needed(per_epoch, accumulate)} for calibration and {self.config.corrections} "
-                f"corrections), but this fit has {available:g}; raise max_epochs or max_steps, or lower "
-                "calibration_batches, correction_batches or corrections"
-            )
 
 
 class _ObservedBatch:
@@ -312,53 +314,8 @@ class _ObservedBatch:
         self._stack.close()
 
 
-def _window_end(batches: int, batches_per_epoch: float, accumulate: int) -> int:
-    """The first batch count from `batches` on at which an optimizer step is taken; an epoch's last batch takes one."""
-    into_epoch = batches if math.isinf(batches_per_epoch) else batches % int(batches_per_epoch)
-    whole = math.ceil(into_epoch / accumulate) * accumulate
-    return batches - into_epoch + int(min(whole, batches_per_epoch))
-
-
 def _loss_scale(trainer: L.Trainer) -> float:
     plugin = trainer.precision_plugin
     if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
         return float(plugin.scaler.get_scale())
     return 1.0
-
-
-def _refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    if not pl_module.automatic_optimization:
-        raise UnsupportedTrainingError(
-            f"{type(pl_module).__name__} optimizes manually, so gradients cannot be taken between backward and step; "
-            "set automatic_optimization = True, or call zssvd_lightning.compress on the model"
-        )
-    if len(trainer.optimizers) != 1:
-        raise UnsupportedTrainingError(
-            f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers, but calibration needs exactly one; "
-            "return one from configure_optimizers, or call zssvd_lightning.compress on the model"
-        )
-    if trainer.world_size != 1:
-        raise UnsupportedTrainingError(
-            f"{type(trainer.strategy).__name__} runs {trainer.world_size} processes, but statistics are gathered on "
-            "one device; use devices=1"
-        )
-
-
-def _refuse_stale_groups(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Checks what `configure_optimizers` gave after the layers were replaced."""
-    grouped = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
-    present = {id(p) for p in pl_module.parameters()}
-    if any(id(p) not in present for p in grouped):
-        raise UnsupportedTrainingError(
-            "configure_optimizers returned parameters that are no longer in the model: it must look them up "
-            "(self.parameters()) each time it runs, not keep a list from before"
-        )
-    counts = {id(p): 0 for p in pl_module.parameters() if p.requires_grad}
-    for p in grouped:
-        counts[id(p)] = counts.get(id(p), 0) + 1
-    named = {id(p): name for name, p in pl_module.named_parameters()}
-    if wrong := [named[key] for key, count in counts.items() if count != 1 and key in named]:
-        raise UnsupportedTrainingError(
-            f"after factorisation {len(wrong)} trainable parameters are not in exactly one optimizer group "
-            f"({', '.join(wrong[:3])}); make configure_optimizers cover them, or freeze them"
-        )

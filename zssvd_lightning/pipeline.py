@@ -102,7 +102,7 @@ def gather(
 
 def _checked(batches: Iterable[Any], limit: int | None, step: str, *, progress: bool) -> Iterator[Any]:
     """The first `limit` batches under a progress bar. Raises CalibrationError when there are fewer than promised."""
-    promised = len(batches) if isinstance(batches, Sized) else None
+    promised = _length(batches)
     expected = promised if limit is None else limit if promised is None else min(limit, promised)
     seen = 0
     for batch in tqdm(islice(batches, limit), total=expected, desc=step, unit="batch", disable=not progress):
@@ -114,6 +114,13 @@ def _checked(batches: Iterable[Any], limit: int | None, step: str, *, progress: 
             + (f" of {expected}" if expected else "")
             + "; pass a list or a DataLoader that gives at least one batch and can be gone through again"
         )
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a DataLoader over an IterableDataset has a __len__ that refuses
+        return None
 
 
 @contextmanager

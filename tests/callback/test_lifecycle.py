@@ -5,6 +5,7 @@ import lightning as L
 import pytest
 import torch
 from support.models import CausalLM, loader, padded_batches, state_of, tiny_llama, token_batches, trainer
+from torch.utils.data import DataLoader, IterableDataset
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, Phase, ZSSVDCallback, compress
 
@@ -195,6 +196,24 @@ def test_a_second_fit_just_trains_on():
     _, diary, _ = fit(callback, module=module, max_epochs=1)
     assert set(diary.phases) == {"done"}
     assert changed(before, dict(module.named_parameters()))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(token_batches())
+
+
+def test_a_stream_without_a_length_will_do():
+    callback = short(corrections=1, calibration_batches=6, start_epoch=1)
+    trainer(callback, max_epochs=8).fit(CausalLM(), DataLoader(Stream(), batch_size=None))
+    assert callback.phase == "done"
+
+
+def test_a_stream_is_gone_through_once_by_default():
+    callback = short(corrections=0)
+    diary = Diary(callback)
+    trainer(diary, callback, max_epochs=3).fit(CausalLM(), DataLoader(Stream(), batch_size=None))
+    assert diary.phases == ["wait", *["calibrate"] * 3, *["recover"] * 8]
 
 
 def test_defaults_work_on_a_long_enough_run():

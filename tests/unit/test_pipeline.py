@@ -13,6 +13,7 @@ from support.models import (
 )
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, IterableDataset
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress
 from zssvd_lightning.config import METRICS, SELECTIONS
@@ -242,6 +243,18 @@ def test_a_failure_at_any_step_restores_the_model(step):
     with pytest.raises(ConnectionError):
         compress(model, token_batches(2), CompressionConfig(0.3, corrections=2), loss=failing, progress=False)
     assert_same_state(before, state_of(model))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(token_batches())
+
+
+def test_a_stream_without_a_length_will_do():
+    report = run(tiny_llama(), DataLoader(Stream(), batch_size=None), corrections=1)
+    assert report.losses[0] == pytest.approx(run(tiny_llama(), corrections=0).losses[0], rel=0.1)
+    with pytest.raises(CalibrationError, match="ended after 0"):
+        run(tiny_llama(), DataLoader([], batch_size=None))
 
 
 def test_no_loss_is_an_error():

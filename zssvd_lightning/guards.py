@@ -1,0 +1,80 @@
+"""Which training runs can be compressed in, and what to do about the others."""
+
+import math
+
+import lightning as L
+
+from zssvd_lightning.errors import UnsupportedTrainingError
+
+
+def window_end(batches: int, batches_per_epoch: float, accumulate: int) -> int:
+    """The first batch count from `batches` on at which an optimizer step is taken; an epoch's last batch takes one."""
+    into_epoch = batches if math.isinf(batches_per_epoch) else batches % int(batches_per_epoch)
+    whole = math.ceil(into_epoch / accumulate) * accumulate
+    return batches - into_epoch + int(min(whole, batches_per_epoch))
+
+
+def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Raises UnsupportedTrainingError for manual optimization, several optimizers or several processes."""
+    if not pl_module.automatic_optimization:
+        raise UnsupportedTrainingError(
+            f"{type(pl_module).__name__} optimizes manually, so gradients cannot be taken between backward and step; "
+            "set automatic_optimization = True, or call zssvd_lightning.compress on the model"
+        )
+    if len(trainer.optimizers) != 1:
+        raise UnsupportedTrainingError(
+            f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers, but calibration needs exactly one; "
+            "return one from configure_optimizers, or call zssvd_lightning.compress on the model"
+        )
+    if trainer.world_size != 1:
+        raise UnsupportedTrainingError(
+            f"{type(trainer.strategy).__name__} runs {trainer.world_size} processes, but statistics are gathered on "
+            "one device; use devices=1"
+        )
+
+
+def refuse_stale_groups(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Checks what `configure_optimizers` gave after the layers were replaced.
+
+    Raises:
+        UnsupportedTrainingError: it returned parameters that are gone, or a trainable one is not in exactly one group.
+    """
+    grouped = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    present = {id(p) for p in pl_module.parameters()}
+    if any(id(p) not in present for p in grouped):
+        raise UnsupportedTrainingError(
+            "configure_optimizers returned parameters that are no longer in the model: it must look them up "
+            "(self.parameters()) each time it runs, not keep a list from before"
+        )
+    counts = {id(p): 0 for p in pl_module.parameters() if p.requires_grad}
+    for p in grouped:
+        counts[id(p)] = counts.get(id(p), 0) + 1
+    named = {id(p): name for name, p in pl_module.named_parameters()}
+    if wrong := [named[key] for key, count in counts.items() if count != 1 and key in named]:
+        raise UnsupportedTrainingError(
+            f"after factorisation {len(wrong)} trainable parameters are not in exactly one optimizer group "
+            f"({', '.join(wrong[:3])}); make configure_optimizers cover them, or freeze them"
+        )
+
+
+def refuse_too_short(trainer: L.Trainer, start_epoch: int, start_step: int, batches_needed: int) -> None:
+    """Raises UnsupportedTrainingError when the fit ends before the model would be factorised.
+
+    Args:
+        trainer: at the start of training.
+        start_epoch: compression starts no earlier than this epoch.
+        start_step: compression starts no earlier than this global step.
+        batches_needed: from the start of compression to factorisation.
+    """
+    accumulate, per_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - trainer.current_epoch
+    steps = math.inf if trainer.max_steps == -1 else trainer.max_steps - trainer.global_step
+    available = min(epochs * per_epoch, steps * accumulate)
+    whole_epochs = 0 if math.isinf(per_epoch) else (start_epoch - trainer.current_epoch) * per_epoch
+    waiting = max(whole_epochs, (start_step - trainer.global_step) * accumulate, 0)
+    if waiting + batches_needed > available:
+        raise UnsupportedTrainingError(
+            f"compression needs {waiting + batches_needed:g} training batches ({waiting:g} until its start, then "
+            f"{batches_needed} for calibration and corrections), but this fit has {available:g}; raise max_epochs or "
+            "max_steps, or lower calibration_batches, correction_batches or corrections"
+        )
