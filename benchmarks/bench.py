@@ -29,22 +29,18 @@ def main(path: str, *overrides: str) -> None:
     run = Run(load_config(RunConfig, path, [*overrides, "evaluation.text=null", "evaluation.second=null"]))
     batches = list(run.calibration_loader())
     half = len(batches) // 2
-    dense = [(p, p.detach().clone()) for p in run.model.parameters()]
     plain_seconds(run.model, batches[:1])
     before = plain_seconds(run.model, batches[:half])
     plain_rss = peak_rss_bytes()
 
-    modules = {name: run.model.get_submodule(name) for name, _ in run.model.named_modules() if name}
     start = time.perf_counter()
     report = compress(run.model, batches, run.config.compression)
     whole = time.perf_counter() - start
 
-    for name in report.layers:
-        parent, _, leaf = name.rpartition(".")
-        setattr(run.model.get_submodule(parent), leaf, modules[name])
-    for parameter, weight in dense:
-        parameter.data.copy_(weight)
-    plain = before + plain_seconds(run.model, batches[half:])
+    compress_rss = peak_rss_bytes()
+
+    dense = Run(run.config)
+    plain = before + plain_seconds(dense.model, batches[half:])
     print(
         json.dumps(
             {
@@ -52,7 +48,7 @@ def main(path: str, *overrides: str) -> None:
                 "plain_seconds": plain,
                 "compress_seconds": whole,
                 "seconds": report.seconds,
-                "peak_rss_bytes": {"plain": plain_rss, "compress": peak_rss_bytes()},
+                "peak_rss_bytes": {"plain": plain_rss, "compress": compress_rss},
                 "corrections": run.config.compression.corrections,
                 "tokens": len(run.calibration) * run.config.calibration.length,
             },

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from zssvd_lightning import Run, RunConfig, load_config, perplexity
 from zssvd_lightning.compression import Compression
-from zssvd_lightning.config import SELECTIONS
 from zssvd_lightning.pipeline import gather
+from zssvd_lightning.selection import RULES
 from zssvd_lightning.texts import load_text, tokenize, windows
 
 BUDGETS = {0.2: 0.0, 0.4: 0.0, 0.6: 0.3}
@@ -32,7 +32,7 @@ def main(folder: str) -> None:
     gather(calibrated, run.calibration_loader(), "calibrate")
     dense = perplexity(run.model, held_out, desc="dense").perplexity
     rows = []
-    for selection in SELECTIONS:
+    for selection in RULES:
         cells = []
         for prune_ratio, floor in BUDGETS.items():
             if selection == "uniform":

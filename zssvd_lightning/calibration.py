@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zssvd_lightning.errors import CalibrationError, NonFiniteError
-from zssvd_lightning.statistics import Moments
+from zssvd_lightning.statistics import Moments, exact_products
 from zssvd_lightning.targets import Target
 
 IGNORED_LABEL = -100
@@ -27,15 +27,18 @@ def token_mask(batch: Any) -> Tensor | None:
 def loss_terms(batch: Any) -> int:
     """How many terms the mean loss of a batch runs over, which is the weight of its gradient.
 
-    Labels count where they are not -100; of token labels (B, T) the first column does not, since causal models never
-    predict it and the others mark it -100. Without labels it is the number of rows of the first tensor.
+    Labels count where they are not -100. Of labels as long as their inputs (B, T) the first column does not count,
+    since causal models never predict it and masked ones have a special token there. Without labels it is the number
+    of rows of the first tensor.
 
     Raises:
         CalibrationError: no label counts, or there is no tensor in the batch.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if isinstance(labels, Tensor):
-        counted = labels[:, 1:] if labels.dim() == 2 else labels
+        inputs = batch.get("input_ids")
+        shifted = isinstance(inputs, Tensor) and labels.dim() == 2 and labels.shape == inputs.shape
+        counted = labels[:, 1:] if shifted else labels
         terms = int((counted != IGNORED_LABEL).sum())
         if terms == 0:
             raise CalibrationError("a calibration batch has no label to predict: all are -100; drop such batches")
@@ -83,7 +86,7 @@ class Observation:
         leader = leaders[name]
         if leader == name:
             self._latest[name] = weakref.ref(X)
-            with torch.autocast(X.device.type, enabled=False):
+            with torch.autocast(X.device.type, enabled=False), exact_products():
                 self._moments.add_inputs(name, self._rows(X))
         elif leader not in self._latest or self._latest[leader]() is not X:
             raise CalibrationError(
@@ -92,11 +95,10 @@ class Observation:
             )
 
     def _rows(self, X: Tensor) -> Tensor:
-        """Rows (T, n) of X (..., n) that are not padding, where X has a row for each position of the mask."""
-        rows = X.reshape(-1, X.shape[-1])
-        if self._mask is not None and rows.shape[0] == self._mask.numel():
-            return rows[self._mask.reshape(-1)]
-        return rows
+        """Rows (T, n) of X that are not padding, where X is (B, T, n) or (B T, n); all rows of other shapes."""
+        if self._mask is not None and X.shape[:-1] in (self._mask.shape, (self._mask.numel(),)):
+            return X[self._mask.reshape(X.shape[:-1])]
+        return X.reshape(-1, X.shape[-1])
 
 
 @contextmanager
@@ -120,7 +122,7 @@ def observing(
     with ExitStack() as restored:
         observation = Observation(targets, moments, mask)
         restored.callback(observation.forward_done)
-        restored.enter_context(_evaluation_mode(model))
+        restored.enter_context(evaluation_mode(model))
         restored.enter_context(_gradients_only_at(model, targets))
         restored.enter_context(_no_cache(model))
         if inputs:
@@ -135,8 +137,11 @@ def checked_loss(loss: Any) -> Tensor:
         CalibrationError: it is not a scalar tensor that gradients flow from.
         NonFiniteError: it is NaN or infinite.
     """
-    if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
-        raise CalibrationError(f"calibration needs a scalar loss with a gradient, got {type(loss).__name__}")
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise CalibrationError(
+            f"calibration needs a scalar loss that depends on the target layers, got {found}; return the mean loss"
+        )
     if not torch.isfinite(loss):
         raise NonFiniteError(
             f"the loss of a calibration batch is {loss.item()}; check the batch, or calibrate in float32 or bfloat16"
@@ -153,7 +158,8 @@ def collect_gradients(targets: Mapping[str, Target], moments: Moments, weight: f
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts the model into evaluation mode and, on any exit, each module back into its own."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -14,6 +14,7 @@
 """
 
 import math
+import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -29,7 +30,7 @@ from torch import Tensor
 from zssvd_lightning.calibration import Observation, loss_terms, token_mask
 from zssvd_lightning.compression import Compression
 from zssvd_lightning.config import CompressionConfig, require
-from zssvd_lightning.errors import UnfinishedError
+from zssvd_lightning.errors import UnfinishedError, UnsupportedTrainingError
 from zssvd_lightning.guards import refuse_stale_groups, refuse_too_short, refuse_unsupported, window_end
 from zssvd_lightning.report import Report
 
@@ -106,8 +107,8 @@ class ZSSVDCallback(L.Callback):
         metric: str = "input",
         selection: str = "zero_sum",
         min_rank_fraction: float = 0.0,
-        include: Sequence[str] | None = None,
-        ignore: Sequence[str] | None = None,
+        include: Sequence[str] | str | None = None,
+        ignore: Sequence[str] | str | None = None,
         progress: bool = True,
     ) -> None:
         super().__init__()
@@ -122,8 +123,8 @@ class ZSSVDCallback(L.Callback):
             corrections=corrections,
             correction_batches=correction_batches,
             min_rank_fraction=min_rank_fraction,
-            include=None if include is None else list(include),
-            ignore=None if ignore is None else list(ignore),
+            include=_patterns(include),
+            ignore=_patterns(ignore),
         )
         self.start_epoch = start_epoch
         self.start_step = start_step
@@ -139,6 +140,7 @@ class ZSSVDCallback(L.Callback):
         self._terms_unit: float | None = None
         self._batches_into_epoch = 0
         self._epoch_length = math.inf
+        self._compressed: weakref.ref[L.LightningModule] | None = None
 
     def token_mask(self, batch: Any) -> Tensor | None:
         """Which positions (B, T) of a batch are not padding. Override for batches without an `attention_mask`."""
@@ -157,9 +159,14 @@ class ZSSVDCallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses runs that cannot be compressed in, before any batch is spent."""
+        if self.phase is Phase.DONE and self._compressed is not None and self._compressed() is not pl_module:
+            self._abandon()
+            self.report = None
         if self.phase is not Phase.WAIT:
             return
+        self._epoch_length = math.inf
         refuse_unsupported(trainer, pl_module)
+        refuse_stale_groups(trainer, pl_module)
         refuse_too_short(
             trainer,
             self.start_epoch,
@@ -176,6 +183,7 @@ class ZSSVDCallback(L.Callback):
         if self.phase is Phase.WAIT and started:
             self.phase = Phase.CALIBRATE
         if self.phase in (Phase.CALIBRATE, Phase.CORRECT):
+            self._drop_open_batch()
             compression = self._running
             self._batch = _ObservedBatch(compression, self.phase, self.loss_terms(batch), self.token_mask(batch))
             self._terms_unit = self._terms_unit or self._batch.terms
@@ -220,6 +228,7 @@ class ZSSVDCallback(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Notes how long an epoch is, which a loader without a length does not tell before, and goes on if enough."""
+        self._drop_open_batch()
         self._epoch_length = self._batches_into_epoch
         if self.phase in (Phase.CALIBRATE, Phase.CORRECT):
             self._advance_if_enough(trainer, pl_module)
@@ -239,12 +248,31 @@ class ZSSVDCallback(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Puts everything back, unless the model was factorised already."""
         if self._batch is not None:
-            self._batch.close()
-            self._batch = None
+            self._drop_open_batch()
             for parameter in pl_module.parameters():
                 parameter.grad = None
         if self.phase not in (Phase.RECOVER, Phase.DONE):
             self._abandon()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The phase, so that a checkpoint is not resumed from where that would go wrong."""
+        return {"phase": self.phase.value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up the phase of a checkpoint. Raises UnsupportedTrainingError in the middle of a compression."""
+        phase = Phase(state_dict["phase"])
+        if phase not in (Phase.WAIT, Phase.RECOVER, Phase.DONE):
+            raise UnsupportedTrainingError(
+                f"the checkpoint was taken in phase {phase.value!r}, and its statistics and original weights were not "
+                "saved; resume from a checkpoint of before the compression, or start it again"
+            )
+        self.phase = phase
+
+    def _drop_open_batch(self) -> None:
+        """Ends an observation whose batch was given up, by an error or by a hook that skipped it."""
+        if self._batch is not None:
+            self._batch.close()
+            self._batch = None
 
     @property
     def _running(self) -> Compression:
@@ -286,6 +314,7 @@ class ZSSVDCallback(L.Callback):
         refuse_stale_groups(trainer, pl_module)
         self.report = self._running.report()
         self.report.config = {"compression": asdict(self.config)}
+        self._compressed = weakref.ref(pl_module)
         self._compression = None
 
     def _abandon(self) -> None:
@@ -312,6 +341,10 @@ class _ObservedBatch:
     def close(self) -> None:
         """Puts mode, flags, cache and hooks back."""
         self._stack.close()
+
+
+def _patterns(given: Sequence[str] | str | None) -> list[str] | None:
+    return None if given is None else [given] if isinstance(given, str) else list(given)
 
 
 def _loss_scale(trainer: L.Trainer) -> float:

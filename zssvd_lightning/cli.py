@@ -3,7 +3,7 @@
 import json
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -49,7 +49,7 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Perplexity of a saved model as JSON. Keys: text, windows, length; for a folder of a run, its own by default."""
-    settings = load_config(EvaluationConfig, None, [*_recorded(model), *_stripped(overrides or [])])
+    settings = load_config(EvaluationConfig, None, _stripped(overrides or []), _recorded(model))
     if settings.text is None:
         raise ConfigError(f"{model} records no evaluation text; give one as text=SOURCE")
     loaded, tokenizer = load_model(model)
@@ -73,10 +73,10 @@ def _stripped(overrides: list[str]) -> list[str]:
     return [override.removeprefix("evaluation.") for override in overrides]
 
 
-def _recorded(model: str) -> list[str]:
-    """The evaluation settings in the report of a run's folder, as overrides."""
+def _recorded(model: str) -> dict[str, Any]:
+    """The evaluation settings in the report of a run's folder."""
     path = Path(model) / MARKER
     if not path.is_file():
-        return []
-    recorded = json.loads(path.read_text(encoding="utf-8")).get("config", {}).get("evaluation", {})
-    return [f"{key}={value}" for key, value in recorded.items() if value is not None]
+        return {}
+    recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("config", {}).get("evaluation", {})
+    return recorded

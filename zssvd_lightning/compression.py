@@ -20,7 +20,7 @@ from zssvd_lightning.factorization import Factors, install, truncated_weight
 from zssvd_lightning.report import LayerReport, Report, Stopwatch
 from zssvd_lightning.selection import RULES, Components, Selection
 from zssvd_lightning.spectrum import Spectrum
-from zssvd_lightning.statistics import Moments
+from zssvd_lightning.statistics import Moments, exact_products
 from zssvd_lightning.targets import find_targets, replace_module, weights_snapshot
 from zssvd_lightning.whitening import METRICS, Whitening, warn_of_jitter
 
@@ -48,6 +48,7 @@ class Compression:
             {n: t.shape for n, t in self.targets.items()}, config.prune_ratio, config.min_rank_fraction
         )
         self.moments = Moments()
+        self._model_parameters = sum(p.numel() for p in model.parameters())
         self.stopwatch = Stopwatch()
         self.progress = progress
         self.losses: list[float] = []
@@ -77,12 +78,8 @@ class Compression:
         Raises:
             CalibrationError: the statistics are missing, not finite or degenerate; the message names the layer.
         """
-        with self.stopwatch("spectrum"):
-            spectra = self._spectra()
-            components = {
-                name: Components(spectrum.sigma, spectrum.sensitivities(self.moments.mean_gradient(name).to("cpu")))
-                for name, spectrum in spectra.items()
-            }
+        with self.stopwatch("spectrum"), exact_products():
+            spectra, components = self._decompose()
         with self.stopwatch("select"):
             selection = RULES[self.config.selection](components, self.budget)
         with self.stopwatch("truncate"):
@@ -151,29 +148,34 @@ class Compression:
             asked=self.config.prune_ratio,
             parameters_before=self.budget.total,
             parameters_after=after,
+            model_parameters_before=self._model_parameters,
             layers=layers,
             predicted_drift=self._selection.predicted_drift,
             losses=list(self.losses),
             seconds=dict(self.stopwatch.seconds),
         )
 
-    def _spectra(self) -> dict[str, Spectrum]:
-        """Spectra on the CPU, one whitening for all layers that share an input."""
+    def _decompose(self) -> tuple[dict[str, Spectrum], dict[str, Components]]:
+        """Spectra and scores, kept on the CPU; one whitening for all layers that share an input."""
         whitenings: dict[str, Whitening] = {}
-        spectra = {}
+        spectra: dict[str, Spectrum] = {}
+        components: dict[str, Components] = {}
         for name, target in tqdm(self.targets.items(), desc="spectra", unit="layer", disable=not self.progress):
             leader = self.moments.leaders.get(name, name)
             if leader not in whitenings:
                 whitenings[leader] = METRICS[self.config.metric](self.moments, name)
             try:
-                spectra[name] = Spectrum.of(target.weight, whitenings[leader]).to("cpu")
+                spectrum = Spectrum.of(target.weight, whitenings[leader])
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 raise CalibrationError(
                     f"the SVD of {name} {target.shape} failed: {error}; check the weight for NaN and infinite values, "
                     "calibrate on more tokens, or add it to ignore"
                 ) from error
+            delta = spectrum.sensitivities(self.moments.mean_gradient(name))
+            components[name] = Components(spectrum.sigma.cpu(), delta.cpu())
+            spectra[name] = spectrum.to("cpu")
         warn_of_jitter(whitenings)
-        return spectra
+        return spectra, components
 
     def _start_afresh(self) -> None:
         self.losses.append(self.moments.mean_loss)

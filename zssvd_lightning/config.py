@@ -1,7 +1,7 @@
 """Every setting, with its meaning under it. Frozen dataclasses that OmegaConf reads from YAML and from `key=value`."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,11 +11,11 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 from zssvd_lightning.errors import ConfigError
+from zssvd_lightning.selection import RULES
+from zssvd_lightning.whitening import METRICS
 
 T = TypeVar("T")
 
-METRICS = ("input", "none")
-SELECTIONS = ("zero_sum", "abs_delta", "abs_delta_unordered", "most_negative", "sigma", "uniform")
 MOST_NAMED = 30
 """Names a message lists at most."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -53,7 +53,7 @@ class CompressionConfig:
         require(self.correction_batches >= 1, "correction_batches", self.correction_batches, "1 or more")
         require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
         _require_one_of("metric", self.metric, METRICS)
-        _require_one_of("selection", self.selection, SELECTIONS)
+        _require_one_of("selection", self.selection, RULES)
 
 
 @dataclass(frozen=True)
@@ -121,19 +121,25 @@ class RunConfig:
     """Folder that gets the compressed model, its tokenizer and `report.json`."""
 
 
-def load_config(schema: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+def load_config(
+    schema: type[T],
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> T:
     """Reads a YAML file and `key=value` overrides into the dataclass `schema`.
 
     Args:
         schema: one of the dataclasses of this file.
         path: YAML file, or None for the defaults alone.
+        defaults: values that win over those of the dataclass, and over nothing else.
         overrides: dot-list entries such as `compression.prune_ratio=0.4`; later ones win.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown (the nearest valid one is named), a mandatory
             key has no value, or a value is of the wrong type or out of range.
     """
-    layers = [] if path is None else [_file(Path(path))]
+    layers = [OmegaConf.create(dict(defaults or {}))] + ([] if path is None else [_file(Path(path))])
     try:
         layers += [_override(entry) for entry in overrides]
         loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *layers))

@@ -1,8 +1,6 @@
 """How good a language model is: perplexity on text it was not calibrated on, and a sample of what it writes."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -12,6 +10,7 @@ from torchmetrics import MeanMetric
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from zssvd_lightning.calibration import evaluation_mode
 from zssvd_lightning.errors import NonFiniteError
 
 
@@ -43,7 +42,7 @@ def perplexity(
     start = time.perf_counter()
     device = next(model.parameters()).device
     negative_log_likelihood = MeanMetric().set_dtype(torch.float64)
-    with _eval_mode(model):
+    with evaluation_mode(model):
         for batch in tqdm(torch.split(windows, batch_size), desc=desc, unit="batch", disable=not progress):
             ids = batch.to(device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
@@ -59,18 +58,7 @@ def perplexity(
 def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 32) -> str:
     """What the model writes behind `prompt`, always taking the likeliest token."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    with _eval_mode(model):
+    with evaluation_mode(model):
         ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[operator]
     text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return str(text)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True

@@ -1,5 +1,6 @@
 """Writing folders so that an interrupted run loses nothing."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,21 +10,31 @@ from pathlib import Path
 from zssvd_lightning.errors import OutputError
 
 MARKER = "report.json"
-"""A folder that holds this file was written by this package and may be replaced by it."""
+"""Lists, under `files`, what this package wrote into a folder; a folder that holds nothing else may be replaced."""
 
 
 def check_output(path: str | Path) -> Path:
-    """The output folder, when it may be written: absent, empty, or of an earlier run.
+    """The output folder, when it may be written: absent, empty, or holding an earlier run and nothing else.
 
     Raises:
         OutputError: it is a file, or holds something this package did not write.
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().resolve()
     if path.exists() and not path.is_dir():
         raise OutputError(f"output {path} is a file; name a folder")
-    if path.exists() and any(path.iterdir()) and not (path / MARKER).is_file():
-        raise OutputError(f"output {path} holds files that are not of an earlier run; name an empty or new folder")
+    if path.exists() and (foreign := sorted({entry.name for entry in path.iterdir()} - _written(path / MARKER))):
+        raise OutputError(
+            f"output {path} holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}, which no earlier run "
+            "wrote; name an empty or new folder"
+        )
     return path
+
+
+def _written(report: Path) -> set[str]:
+    try:
+        return set(json.loads(report.read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 @contextmanager

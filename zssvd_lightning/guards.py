@@ -3,6 +3,7 @@
 import math
 
 import lightning as L
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from zssvd_lightning.errors import UnsupportedTrainingError
 
@@ -12,6 +13,14 @@ def window_end(batches: int, batches_per_epoch: float, accumulate: int) -> int:
     into_epoch = batches if math.isinf(batches_per_epoch) else batches % int(batches_per_epoch)
     whole = math.ceil(into_epoch / accumulate) * accumulate
     return batches - into_epoch + int(min(whole, batches_per_epoch))
+
+
+def _batches(steps: float, batches_per_epoch: float, accumulate: int) -> float:
+    """Batches in so many optimizer steps from the start of an epoch; an epoch's last step may take fewer."""
+    if math.isinf(batches_per_epoch) or math.isinf(steps):
+        return steps * accumulate
+    epochs, rest = divmod(steps, math.ceil(batches_per_epoch / accumulate))
+    return epochs * batches_per_epoch + rest * accumulate
 
 
 def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -26,15 +35,15 @@ def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None
             f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers, but calibration needs exactly one; "
             "return one from configure_optimizers, or call zssvd_lightning.compress on the model"
         )
-    if trainer.world_size != 1:
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
         raise UnsupportedTrainingError(
-            f"{type(trainer.strategy).__name__} runs {trainer.world_size} processes, but statistics are gathered on "
-            "one device; use devices=1"
+            f"{type(trainer.strategy).__name__} wraps or shards the model, but statistics are gathered on one plain "
+            "device; use devices=1 with strategy='auto', or call zssvd_lightning.compress on the model"
         )
 
 
 def refuse_stale_groups(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Checks what `configure_optimizers` gave after the layers were replaced.
+    """Checks what `configure_optimizers` gave, before any work is spent and again after layers were replaced.
 
     Raises:
         UnsupportedTrainingError: it returned parameters that are gone, or a trainable one is not in exactly one group.
@@ -52,7 +61,7 @@ def refuse_stale_groups(trainer: L.Trainer, pl_module: L.LightningModule) -> Non
     named = {id(p): name for name, p in pl_module.named_parameters()}
     if wrong := [named[key] for key, count in counts.items() if count != 1 and key in named]:
         raise UnsupportedTrainingError(
-            f"after factorisation {len(wrong)} trainable parameters are not in exactly one optimizer group "
+            f"{len(wrong)} trainable parameters are not in exactly one optimizer group "
             f"({', '.join(wrong[:3])}); make configure_optimizers cover them, or freeze them"
         )
 
@@ -69,9 +78,9 @@ def refuse_too_short(trainer: L.Trainer, start_epoch: int, start_step: int, batc
     accumulate, per_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - trainer.current_epoch
     steps = math.inf if trainer.max_steps == -1 else trainer.max_steps - trainer.global_step
-    available = min(epochs * per_epoch, steps * accumulate)
+    available = min(epochs * per_epoch, _batches(steps, per_epoch, accumulate))
     whole_epochs = 0 if math.isinf(per_epoch) else (start_epoch - trainer.current_epoch) * per_epoch
-    waiting = max(whole_epochs, (start_step - trainer.global_step) * accumulate, 0)
+    waiting = max(whole_epochs, _batches(start_step - trainer.global_step, per_epoch, accumulate), 0)
     if waiting + batches_needed > available:
         raise UnsupportedTrainingError(
             f"compression needs {waiting + batches_needed:g} training batches ({waiting:g} until its start, then "

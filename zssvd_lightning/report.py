@@ -51,6 +51,8 @@ class Report:
     """Prune ratio asked for."""
     parameters_before: int
     parameters_after: int
+    model_parameters_before: int
+    """Parameters of the whole model, embeddings and what else is no target included."""
     layers: Mapping[str, LayerReport]
     predicted_drift: float
     """First-order change of the calibration loss that the last truncation was predicted to bring (nats)."""
@@ -63,7 +65,7 @@ class Report:
     perplexity_second: dict[str, float] | None = None
     """The same on a text of another domain."""
     file_bytes: dict[str, int] | None = None
-    """Bytes of the weight files of the `dense` and the `compressed` model."""
+    """Bytes that the weights of the `dense` and the `compressed` model take on disk."""
     peak_rss_bytes: int = 0
     """Largest resident memory of the process so far."""
     seed: int | None = None
@@ -74,11 +76,17 @@ class Report:
         """Fraction of the target parameters that went."""
         return 1 - self.parameters_after / self.parameters_before
 
+    @property
+    def model_parameters_after(self) -> int:
+        """Parameters of the whole model after compression."""
+        return self.model_parameters_before - self.parameters_before + self.parameters_after
+
     def within(self, prefix: str) -> "Report":
-        """The same with layer names as the submodule `prefix` knows them; layers outside it are left out."""
+        """The same with layer names as the submodule `prefix` knows them. Raises KeyError when one is outside it."""
         start = f"{prefix}."
-        inner = {n.removeprefix(start): layer for n, layer in self.layers.items() if n.startswith(start)}
-        return replace(self, layers=inner)
+        if outside := [name for name in self.layers if not name.startswith(start)]:
+            raise KeyError(f"{outside[0]} is not within {prefix}")
+        return replace(self, layers={name.removeprefix(start): layer for name, layer in self.layers.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types under the keys of `report.json`."""
@@ -89,7 +97,11 @@ class Report:
         }
         return {
             "prune_ratio": {"asked": self.asked, "reached": self.reached},
-            "parameters": {"before": self.parameters_before, "after": self.parameters_after},
+            "parameters": {
+                "before": self.parameters_before,
+                "after": self.parameters_after,
+                "model": {"before": self.model_parameters_before, "after": self.model_parameters_after},
+            },
             "predicted_drift": self.predicted_drift,
             "losses": self.losses,
             **{key: value for key, value in optional.items() if value is not None},
@@ -110,8 +122,9 @@ class Report:
             if pair:
                 table.add_row(title, f"{pair['dense']:.2f}", f"{pair['compressed']:.2f}")
         table.add_row("target parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}")
+        table.add_row("all parameters", f"{self.model_parameters_before:,}", f"{self.model_parameters_after:,}")
         if self.file_bytes:
-            table.add_row("weight file", *(f"{self.file_bytes[k] / 1e6:.1f} MB" for k in ("dense", "compressed")))
+            table.add_row("file size", *(f"{self.file_bytes[k] / 1e6:.1f} MB" for k in ("dense", "compressed")))
         low_rank = sum(layer.rank is not None for layer in self.layers.values())
         table.add_row("low-rank layers", "0", f"{low_rank} of {len(self.layers)}")
         table.add_section()

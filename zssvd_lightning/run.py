@@ -78,9 +78,10 @@ class Run:
             compressed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
             report.file_bytes = {"dense": self._dense_bytes, "compressed": compressed}
             report.peak_rss_bytes = peak_rss_bytes()
-            (folder / MARKER).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
             if picture:
                 draw(report, folder / "report.png")
+            written = report.to_dict() | {"files": sorted([MARKER, *(entry.name for entry in folder.iterdir())])}
+            (folder / MARKER).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
     def _evaluation_texts(self) -> dict[str, str]:
         wanted = {"perplexity": self.config.evaluation.text, "perplexity_second": self.config.evaluation.second}

@@ -4,12 +4,25 @@ Shapes: W and G are (m, n), the second moment A is (n, n), tokens are the rows o
 Sums are kept, in float32 or wider, so that batches of any length and any number of processes add up exactly.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from zssvd_lightning.errors import CalibrationError, NonFiniteError, ZeroGradientError
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Keeps float32 products in float32, whatever `torch.set_float32_matmul_precision` allows elsewhere."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass
@@ -53,7 +66,9 @@ class Moments:
         self.gradient_sums[name].add_(gradient, alpha=weight)
 
     def add_loss(self, mean_loss: float, terms: float) -> None:
-        """Adds a batch's loss, a mean over `terms` terms."""
+        """Adds a batch's loss, a mean over `terms` terms. Raises CalibrationError when there are none."""
+        if not terms > 0:
+            raise CalibrationError(f"a calibration batch counts {terms} loss terms, but needs some; drop such batches")
         self.loss_sum += mean_loss * terms
         self.loss_terms += terms
 

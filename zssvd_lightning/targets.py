@@ -51,7 +51,7 @@ class Target:
 
 
 def find_targets(
-    model: nn.Module, include: Sequence[str] | None = None, ignore: Sequence[str] | None = None
+    model: nn.Module, include: Sequence[str] | str | None = None, ignore: Sequence[str] | str | None = None
 ) -> dict[str, Target]:
     """The layers of `model` to factorise, by qualified name in module order.
 
@@ -68,6 +68,8 @@ def find_targets(
         TargetError: nothing is left, a pattern matches no module, or `include` matches nothing but layers that
             cannot be factorised (the message says why not).
     """
+    include = [include] if isinstance(include, str) else include
+    ignore = [ignore] if isinstance(ignore, str) else ignore
     names = [name for name, _ in model.named_modules() if name]
     for pattern in [*(include or ()), *(ignore or ())]:
         if not any(_matches(name, pattern) for name in names):

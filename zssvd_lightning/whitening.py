@@ -31,14 +31,14 @@ class Whitening:
         """`W L` (m, n)."""
         if self.L is None:
             return W
-        whitened: Tensor = W @ self.L.to(W.dtype)
+        whitened: Tensor = W @ self.L.to(W)
         return whitened
 
     def unwhiten(self, Vh: Tensor) -> Tensor:
         """`Vh L^-1` (r, n), by a triangular solve."""
         if self.L is None:
             return Vh
-        solved: Tensor = torch.linalg.solve_triangular(self.L.to(Vh.dtype), Vh, upper=False, left=False)
+        solved: Tensor = torch.linalg.solve_triangular(self.L.to(Vh), Vh, upper=False, left=False)
         return solved
 
 
@@ -63,7 +63,7 @@ def safe_cholesky(A: Tensor, name: str) -> tuple[Tensor, float]:
     Raises:
         NotPositiveDefiniteError: a tenth of the mean diagonal was not enough.
     """
-    A = A.double()
+    A = (A.cpu() if A.device.type == "mps" else A).double()  # there is no float64 on MPS
     scale = A.diagonal().mean()
     jitter = 0.0
     while scale > 0 and jitter <= LAST_JITTER:

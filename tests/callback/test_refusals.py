@@ -1,6 +1,8 @@
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from support.models import CausalLM, assert_same_state, loader, state_of, token_batches, trainer
 
 from zssvd_lightning import LowRankLinear, Phase, ZSSVDCallback
@@ -154,16 +156,63 @@ def test_bad_arguments_are_refused_at_once(arguments):
         ZSSVDCallback(**arguments)
 
 
-def test_several_processes_are_refused():
-    callback = ZSSVDCallback(progress=False)
+def test_strategies_that_wrap_the_model_are_refused():
+    settings = {"strategy": DDPStrategy(process_group_backend="gloo")}
+    with pytest.raises(UnsupportedTrainingError, match="DDPStrategy wraps or shards"):
+        trainer(ZSSVDCallback(progress=False), max_epochs=6, **settings).fit(CausalLM(), loader(token_batches()))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
-    class Wide(L.Callback):
-        def on_train_start(self, trainer, pl_module):
-            type(trainer).world_size = property(lambda self: 2)
 
-    original = L.Trainer.world_size
-    try:
-        with pytest.raises(UnsupportedTrainingError, match="2 processes"):
-            trainer(Wide(), callback, max_epochs=6).fit(CausalLM(), loader(token_batches()))
-    finally:
-        L.Trainer.world_size = original
+class SkipsEpochs(CausalLM):
+    """Skips the rest of every second epoch at its third batch, as Lightning lets it."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if self.current_epoch % 2 == 0 and batch_idx == 2 else None
+
+
+def test_a_skipped_rest_of_an_epoch_leaves_no_observation_open():
+    module, callback = SkipsEpochs(), ZSSVDCallback(0.3, correction_batches=2, progress=False)
+    trainer(callback, max_epochs=9).fit(module, loader(token_batches()))
+    assert callback.phase is Phase.DONE
+    assert not any(m._forward_pre_hooks for m in module.modules())
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_failed_fit_leaves_no_epoch_length_behind():
+    callback = ZSSVDCallback(0.3, correction_batches=2, progress=False)
+    with pytest.raises(ConnectionError):
+        trainer(callback, Interrupt(5), max_epochs=6).fit(CausalLM(), loader(token_batches()))
+    counts = []
+
+    class Count(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            counts.append(callback.phase)
+
+    trainer(callback, Count(), max_epochs=4).fit(CausalLM(), loader(token_batches(20)))
+    assert counts[:20] == [Phase.CALIBRATE] * 20
+
+
+def test_another_module_is_compressed_anew():
+    callback = ZSSVDCallback(0.3, corrections=0, progress=False)
+    for _ in range(2):
+        module = CausalLM()
+        trainer(callback, max_epochs=2).fit(module, loader(token_batches()))
+        assert any(isinstance(m, LowRankLinear) for m in module.modules())
+
+
+@pytest.mark.parametrize(("step", "phase"), [(2, "calibrate"), (5, "correct")])
+def test_resuming_in_the_middle_of_a_compression_is_refused(tmp_path, step, phase):
+    def fit(**more):
+        callback = ZSSVDCallback(0.3, correction_batches=2, progress=False)
+        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        fitted = trainer(callback, saving, max_epochs=6, enable_checkpointing=True)
+        fitted.fit(CausalLM(), loader(token_batches()), **more)
+
+    fit()
+    with pytest.raises(UnsupportedTrainingError, match=f"phase '{phase}'"):
+        fit(ckpt_path=str(tmp_path / f"step={step}.ckpt"))
+
+
+def test_one_pattern_may_be_a_string():
+    assert ZSSVDCallback(include="q_proj").config.include == ["q_proj"]

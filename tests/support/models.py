@@ -18,6 +18,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
@@ -171,7 +172,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "hooks": {n: len(m._forward_pre_hooks) + len(m._forward_hooks) for n, m in model.named_modules()},
         "types": {n: type(m) for n, m in model.named_modules()},
         "grads": {n: p.grad is not None for n, p in model.named_parameters()},
-        "cache": getattr(getattr(model, "config", None), "use_cache", None),
+        "cache": [m.config.to_dict().get("use_cache") for m in model.modules() if isinstance(m, PreTrainedModel)],
     }
 
 

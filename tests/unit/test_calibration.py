@@ -123,6 +123,30 @@ def test_inputs_are_summed_in_float32_under_autocast():
             torch.linalg.cholesky(moments.second_moment(name).double() + 1e-7 * torch.eye(targets[name].shape[1]))
 
 
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((2, 4, 3), 5), ((8, 3), 5), ((4, 2, 3), 8), ((2, 3), 2), ((2, 4, 2, 3), 16)]
+)
+def test_mask_applies_where_the_input_has_its_shape(shape, rows):
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    model, moments = nn.Linear(3, 3), Moments()
+    with observing(model, find_targets(nn.Sequential(model)), moments, mask):
+        model(torch.randn(shape))
+    assert list(moments.tokens.values()) == [rows]
+
+
+def test_second_moments_are_exact_whatever_the_matmul_precision():
+    X = torch.randn(512, 64)
+    linear, moments = nn.Linear(64, 64), Moments()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with observing(linear, find_targets(nn.Sequential(linear)), moments, None):
+            linear(X)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(moments.second_moment("0"), X.T @ X / 512, rtol=1e-5, atol=1e-5)
+
+
 def test_forward_passes_after_the_first_are_not_counted():
     model, batch = tiny_llama(), token_batches(1)[0]
     moments = Moments()
@@ -189,7 +213,9 @@ def test_zero_and_infinite_gradients_are_named():
 @pytest.mark.parametrize(
     ("batch", "terms"),
     [
-        ({"labels": torch.tensor([[5, 6, -100], [7, -100, -100]])}, 1),
+        ({"labels": torch.tensor([[5, 6, -100], [7, -100, -100]]), "input_ids": torch.zeros(2, 3)}, 1),
+        ({"labels": torch.tensor([[5, 6, -100], [7, -100, -100]]), "input_ids": torch.zeros(2, 9)}, 3),
+        ({"labels": torch.tensor([[1.0], [2.0]])}, 2),
         ({"labels": torch.tensor([1, 0, 2])}, 3),
         ({"x": torch.zeros(4, 2)}, 4),
         ((torch.zeros(6, 2), torch.zeros(6)), 6),

@@ -63,6 +63,9 @@ def test_compress_then_evaluate(workshop, zssvd):
     assert 1 - after / before == pytest.approx(report["prune_ratio"]["reached"])
     assert before == sum(r["shape"][0] * r["shape"][1] for r in report["ranks"].values())
     assert len(report["ranks"]) == 14
+    whole = report["parameters"]["model"]
+    assert whole["before"] - whole["after"] == before - after
+    assert whole["before"] > before
     assert {"calibrate", "spectrum", "select", "truncate", "correct", "factorise", "evaluate"} <= report[
         "seconds"
     ].keys()
@@ -111,7 +114,7 @@ def test_whole_text_and_no_text(workshop, zssvd):
         (["compress", "{}/nowhere.yaml"], "does not exist"),
         (["compress", "{}/config.yaml", "calibration.samples=9999"], "windows of 32"),
         (["compress", "{}/config.yaml", "evaluation.length=999999"], "windows of 999999"),
-        (["compress", "{}/config.yaml", "output={}/model"], "not of an earlier run"),
+        (["compress", "{}/config.yaml", "output={}/model"], "which no earlier run wrote"),
         (["compress", "{}/config.yaml", "compression.include=[lm_head]", "output={}/new"], "tied"),
         (["compress", "{}/config.yaml", "model.source={}/none"], "no config.json"),
         (["evaluate", "{}/model"], "give one as text=SOURCE"),

@@ -1,7 +1,15 @@
+import json
+
 import pytest
 
 from zssvd_lightning.errors import OutputError
 from zssvd_lightning.files import MARKER, check_output, replacing_folder
+
+
+def write(folder, *names):
+    for name in names:
+        (folder / name).write_text(name)
+    (folder / MARKER).write_text(json.dumps({"files": [MARKER, *names]}))
 
 
 def written(folder):
@@ -10,7 +18,7 @@ def written(folder):
 
 def test_folder_appears_whole(tmp_path):
     with replacing_folder(tmp_path / "a" / "out") as folder:
-        (folder / MARKER).write_text("{}")
+        write(folder)
         assert not (tmp_path / "a" / "out").exists()
     assert written(tmp_path / "a" / "out") == [MARKER]
     assert written(tmp_path / "a") == ["out"]
@@ -19,18 +27,17 @@ def test_folder_appears_whole(tmp_path):
 def test_earlier_run_is_replaced_whole(tmp_path):
     for name in ("old", "new"):
         with replacing_folder(tmp_path / "out") as folder:
-            (folder / MARKER).write_text("{}")
-            (folder / name).write_text(name)
+            write(folder, name)
     assert written(tmp_path / "out") == ["new", MARKER]
 
 
 def test_failure_leaves_what_was_there(tmp_path):
     with replacing_folder(tmp_path / "out") as folder:
-        (folder / MARKER).write_text("old")
+        write(folder, "old")
     with pytest.raises(ZeroDivisionError), replacing_folder(tmp_path / "out") as folder:
-        (folder / MARKER).write_text("new")
+        write(folder, "new")
         raise ZeroDivisionError
-    assert (tmp_path / "out" / MARKER).read_text() == "old"
+    assert written(tmp_path / "out") == ["old", MARKER]
     assert written(tmp_path) == ["out"]
 
 
@@ -38,6 +45,24 @@ def test_full_disk_is_a_named_error(tmp_path):
     with pytest.raises(OutputError, match="No space left"), replacing_folder(tmp_path / "out"):
         raise OSError(28, "No space left on device")
     assert written(tmp_path) == []
+
+
+@pytest.mark.parametrize("report", ["[]", "{}", "not json", '{"files": ["report.json"]}'])
+def test_a_report_does_not_give_away_what_else_is_there(tmp_path, report):
+    (tmp_path / MARKER).write_text(report)
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match="which no earlier run wrote"), replacing_folder(tmp_path):
+        pass
+    assert "thesis.tex" in written(tmp_path)
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with replacing_folder(tmp_path / "link") as folder:
+        write(folder)
+    assert written(tmp_path / "real") == [MARKER]
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_folders_of_others_are_refused(tmp_path):

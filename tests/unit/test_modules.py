@@ -25,5 +25,14 @@ def test_layer_does_not_share_memory_with_the_factors_it_was_made_from():
     assert layer.up.weight.any()
 
 
+def test_layer_stands_in_where_torch_reads_weight_and_bias():
+    encoder = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, dropout=0.0).eval()
+    x = torch.randn(2, 5, 16)
+    dense = encoder.linear1
+    encoder.linear1 = LowRankLinear.from_factors(dense.weight, torch.eye(16), dense.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), encoder.train()(x))
+
+
 def test_repr_tells_the_rank():
     assert "rank=2" in repr(LowRankLinear(5, 6, 2))

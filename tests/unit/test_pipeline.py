@@ -16,7 +16,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress
-from zssvd_lightning.config import METRICS, SELECTIONS
 from zssvd_lightning.errors import (
     BudgetError,
     CalibrationError,
@@ -25,7 +24,9 @@ from zssvd_lightning.errors import (
     TargetError,
     ZeroGradientError,
 )
+from zssvd_lightning.selection import RULES
 from zssvd_lightning.targets import find_targets
+from zssvd_lightning.whitening import METRICS
 
 
 def run(model, batches=None, **settings):
@@ -63,7 +64,7 @@ def test_any_number_of_corrections(corrections):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", RULES)
 def test_every_metric_with_every_selection(metric, selection):
     model = tiny_llama()
     report = run(model, metric=metric, selection=selection)

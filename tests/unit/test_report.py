@@ -21,6 +21,7 @@ def report(**changes):
                 "asked": 0.4,
                 "parameters_before": 10_000,
                 "parameters_after": 6_000,
+                "model_parameters_before": 15_000,
                 "layers": LAYERS,
                 "predicted_drift": -0.25,
                 "losses": [3.0],
@@ -34,7 +35,7 @@ def report(**changes):
 def test_json_has_the_names_scripts_rely_on():
     plain = json.loads(json.dumps(report(perplexity={"dense": 5.0, "compressed": 7.0}).to_dict()))
     assert plain["prune_ratio"] == {"asked": 0.4, "reached": pytest.approx(0.4)}
-    assert plain["parameters"] == {"before": 10_000, "after": 6_000}
+    assert plain["parameters"] == {"before": 10_000, "after": 6_000, "model": {"before": 15_000, "after": 11_000}}
     assert plain["ranks"]["net.layers.0.up"] == {"rank": None, "shape": [64, 32]}
     assert plain["predicted_drift"] == -0.25
     assert plain["perplexity"] == {"dense": 5.0, "compressed": 7.0}
@@ -42,7 +43,10 @@ def test_json_has_the_names_scripts_rely_on():
 
 
 def test_names_within_a_submodule():
-    assert list(report().within("net").layers) == ["layers.0.q", "layers.0.up", "layers.1.q"]
+    inner = {name: layer for name, layer in LAYERS.items() if name != "head"}
+    assert list(report(layers=inner).within("net").layers) == ["layers.0.q", "layers.0.up", "layers.1.q"]
+    with pytest.raises(KeyError, match="head is not within net"):
+        report().within("net")
 
 
 def test_table_shows_what_there_is():
@@ -52,7 +56,19 @@ def test_table_shows_what_there_is():
         report(perplexity=both, perplexity_second=both, file_bytes={"dense": 10**8, "compressed": 10**7}).table()
     )
     text = console.export_text()
-    for piece in ("0.4 asked", "10,000", "6,000", "100.0 MB", "5.00", "7.00", "3 of 4", "calibrate", "1.5"):
+    for piece in (
+        "0.4 asked",
+        "10,000",
+        "6,000",
+        "15,000",
+        "11,000",
+        "100.0 MB",
+        "5.00",
+        "7.00",
+        "3 of 4",
+        "calibrate",
+        "1.5",
+    ):
         assert piece in text
 
 

@@ -137,10 +137,14 @@ def test_drift_of_matrices_that_return_to_dense_is_not_counted():
     assert selection.predicted_drift == pytest.approx(0.01 * (8 - selection.rank("thin")))
 
 
-def test_running_sum_never_strays_further_than_one_component_while_both_signs_last():
-    delta = torch.tensor([0.3, -0.2] * 20, dtype=torch.float64)
-    selection = zero_sum({"a": Components(torch.arange(40.0).flip(0), delta)}, Budget({"a": (40, 40)}, 0.4))
-    assert abs(selection.predicted_drift) <= 20 * 0.1 + 0.3
+def test_running_sum_stays_within_one_component_while_both_signs_last():
+    rise, fall = torch.full((40,), 0.3, dtype=torch.float64), torch.full((40,), -0.2, dtype=torch.float64)
+    matrices = {"rise": Components(torch.ones(40), rise), "fall": Components(torch.ones(40), fall)}
+    budget = Budget({"rise": (40, 40), "fall": (40, 40)}, 0.3)
+    selection = zero_sum(matrices, budget)
+    assert None not in (selection.rank("rise"), selection.rank("fall"))
+    assert abs(selection.predicted_drift) <= 0.3
+    assert abs(abs_delta(matrices, budget).predicted_drift) > 3
 
 
 def test_uniform_ranks_are_those_of_svd_llm():

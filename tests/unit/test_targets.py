@@ -36,6 +36,7 @@ def test_assigning_writes_into_the_model():
     [
         (["q_proj", "k_proj"], None, 4),
         (["*.layers.0.*"], None, 7),
+        ("q_proj", None, 2),
         ([r"re:.*\.(gate|up)_proj"], None, 4),
         (None, ["*.layers.1.*"], 7),
         (["*proj*"], ["down_proj"], 12),
