@@ -84,7 +84,7 @@ def warn_of_jitter(whitenings: Mapping[str, Whitening]) -> None:
     if jitters:
         few = ", ".join(f"{name} {jitter:.0e}" for name, jitter in list(jitters.items())[:5])
         warnings.warn(
-            f"the input second moments of {len(jitters)} layers are singular and got jitter, relative to their mean "
+            f"layers with a singular input second moment: {len(jitters)}. Each got jitter, relative to its mean "
             f"diagonal: {few}{', ...' if len(jitters) > 5 else ''}. Before the first truncation, calibrate on more "
             "tokens; after it, inputs of low rank are to be expected behind low-rank layers",
             RankDeficientWarning,

@@ -29,7 +29,7 @@ def test_singular_moment_gets_the_smallest_jitter_that_works():
 
 def test_one_warning_names_the_singular_layers_and_their_jitter():
     whitenings = {"q": Whitening(None, 1e-8), "fine": Whitening(None), "o": Whitening(None, 1e-7)}
-    with pytest.warns(RankDeficientWarning, match="2 layers.*q 1e-08, o 1e-07") as caught:
+    with pytest.warns(RankDeficientWarning, match="second moment: 2.*q 1e-08, o 1e-07") as caught:
         warn_of_jitter(whitenings)
     assert len(caught) == 1
     with warnings.catch_warnings():
