@@ -3,7 +3,7 @@
 To read the code in the order data flows through it: `callback` (when) and `pipeline` (without a Trainer) drive
 `compression` (what); that takes `targets`, watches them (`calibration`, `statistics`), changes coordinates
 (`whitening`), decomposes (`spectrum`), chooses (`budget`, `selection`), truncates (`factorization`, `modules`) and
-corrects (`correction`). `report`, `hub`, `evaluation`, `texts`, `models`, `files`, `run` and `cli` stand around it.
+corrects (`correction`). `guards` and `precision` help the callback; `report`, `hub`, `evaluation`, `texts`, `models`, `files`, `run` and `cli` stand around it.
 """
 
 from zssvd_lightning import errors

@@ -13,6 +13,7 @@
 | on_exception             | everything is put back, unless the model was factorised already                  |
 """
 
+import logging
 import math
 import weakref
 from collections.abc import Sequence
@@ -23,7 +24,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
@@ -32,7 +32,10 @@ from zssvd_lightning.compression import Compression
 from zssvd_lightning.config import CompressionConfig, require
 from zssvd_lightning.errors import UnfinishedError, UnsupportedTrainingError
 from zssvd_lightning.guards import refuse_stale_groups, refuse_too_short, refuse_unsupported, window_end
+from zssvd_lightning.precision import loss_scale, unscale
 from zssvd_lightning.report import Report
+
+logger = logging.getLogger(__name__)
 
 
 class Phase(StrEnum):
@@ -135,7 +138,6 @@ class ZSSVDCallback(L.Callback):
         self.report: Report | None = None
         self._compression: Compression | None = None
         self._batch: _ObservedBatch | None = None
-        self._seen = 0
         self._corrected = 0
         self._terms_unit: float | None = None
         self._batches_into_epoch = 0
@@ -198,7 +200,7 @@ class ZSSVDCallback(L.Callback):
             return
         self._batch.observation.forward_done()
         accumulate = trainer.accumulate_grad_batches
-        self._running.add_loss(loss * (accumulate / _loss_scale(trainer)), self._batch.terms)
+        self._running.add_loss(loss * (accumulate / loss_scale(trainer)), self._batch.terms)
         weight = self._batch.terms * accumulate / self._terms_unit
         if weight != 1.0:
             loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
@@ -209,7 +211,11 @@ class ZSSVDCallback(L.Callback):
         """Takes the gradients of the accumulation window, before clipping, and leaves the optimizer none."""
         if self._batch is None or self._terms_unit is None:
             return
-        self._running.collect_gradients(self._terms_unit)
+        if unscale(trainer, optimizer, self._running.targets.values()):
+            self._running.collect_gradients(self._terms_unit)
+        else:
+            logger.warning("gradients overflowed in float16; their batches are not counted and the loss scale drops")
+            self._running.discard_gradients()
         optimizer.zero_grad(set_to_none=True)
         self._batch.stepped = True
 
@@ -222,7 +228,6 @@ class ZSSVDCallback(L.Callback):
             return
         observed, self._batch = self._batch, None
         observed.close()
-        self._seen += 1
         if observed.stepped:
             self._advance_if_enough(trainer, pl_module)
 
@@ -238,7 +243,7 @@ class ZSSVDCallback(L.Callback):
         if self.phase is Phase.RECOVER:
             self.phase = Phase.DONE
         elif self.phase is not Phase.DONE:
-            phase, seen = self.phase, self._seen
+            phase, seen = self.phase, self._compression.moments.batches if self._compression else 0
             self._abandon()
             raise UnfinishedError(
                 f"training ended in phase {phase!r} after {seen} of its batches, before the model was factorised, and "
@@ -287,8 +292,8 @@ class ZSSVDCallback(L.Callback):
 
     def _advance_if_enough(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         batches_per_epoch = min(trainer.num_training_batches, self._epoch_length)
-        if self._seen >= self._limit(self.phase, batches_per_epoch):
-            self._seen, self._terms_unit = 0, None
+        if self._running.moments.batches >= self._limit(self.phase, batches_per_epoch):
+            self._terms_unit = None
             self._advance(trainer, pl_module)
 
     def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -321,7 +326,7 @@ class ZSSVDCallback(L.Callback):
         if self._compression is not None:
             self._compression.restore()
         self._compression, self._terms_unit = None, None
-        self._seen, self._corrected = 0, 0
+        self._corrected = 0
         self.phase = Phase.WAIT
 
 
@@ -345,10 +350,3 @@ class _ObservedBatch:
 
 def _patterns(given: Sequence[str] | str | None) -> list[str] | None:
     return None if given is None else [given] if isinstance(given, str) else list(given)
-
-
-def _loss_scale(trainer: L.Trainer) -> float:
-    plugin = trainer.precision_plugin
-    if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
-        return float(plugin.scaler.get_scale())
-    return 1.0

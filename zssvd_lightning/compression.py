@@ -52,6 +52,7 @@ class Compression:
         self.stopwatch = Stopwatch()
         self.progress = progress
         self.losses: list[float] = []
+        self._pending: list[tuple[float, float]] = []
         self._originals: dict[str, Tensor] | None = None
         self._selection: Selection | None = None
         self._factors: dict[str, Factors] = {}
@@ -64,12 +65,21 @@ class Compression:
             yield observation
 
     def add_loss(self, loss: Tensor, terms: float) -> None:
-        """Notes a batch's mean loss. Raises CalibrationError or NonFiniteError when it is none."""
-        self.moments.add_loss(checked_loss(loss).item(), terms)
+        """Notes a batch's mean loss until its gradient comes. Raises CalibrationError or NonFiniteError."""
+        self._pending.append((checked_loss(loss).item(), terms))
 
     def collect_gradients(self, weight: float) -> None:
-        """Adds `weight` times the gradients on the targets to the statistics, and clears them."""
+        """Adds the losses noted and `weight` times the gradients on the targets to the statistics, and clears both."""
+        for loss, terms in self._pending:
+            self.moments.add_loss(loss, terms)
+        self._pending = []
         collect_gradients(self.targets, self.moments, weight)
+
+    def discard_gradients(self) -> None:
+        """Forgets the losses noted and the gradients on the targets."""
+        self._pending = []
+        for target in self.targets.values():
+            target.module.weight.grad = None
 
     @torch.no_grad()
     def truncate(self) -> None:

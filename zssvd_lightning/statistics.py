@@ -45,6 +45,8 @@ class Moments:
     """Loss summed over its terms."""
     loss_terms: float = 0.0
     """How many terms (predicted tokens) the loss was averaged over."""
+    batches: int = 0
+    """How many batches gave a loss."""
 
     @torch.no_grad()
     def add_inputs(self, leader: str, X: Tensor) -> None:
@@ -71,6 +73,7 @@ class Moments:
             raise CalibrationError(f"a calibration batch counts {terms} loss terms, but needs some; drop such batches")
         self.loss_sum += mean_loss * terms
         self.loss_terms += terms
+        self.batches += 1
 
     @property
     def mean_loss(self) -> float:

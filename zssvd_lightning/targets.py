@@ -99,7 +99,7 @@ def find_targets(
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts `new` wherever `old` stands in the tree, shared places included."""
     for parent in list(model.modules()):
-        for key, child in parent.named_children():
+        for key, child in list(parent._modules.items()):  # noqa: SLF001  (named_children skips a second place)
             if child is old:
                 setattr(parent, key, new)
 

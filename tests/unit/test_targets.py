@@ -94,9 +94,10 @@ def test_ignoring_everything_is_an_error():
 
 def test_a_module_in_two_places_is_one_target_and_replaced_in_both():
     shared = nn.Linear(8, 8)
-    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": shared})
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": shared, "c": shared})
     assert len(find_targets(model)) == 1
     new = nn.Identity()
     replace_module(model, shared, new)
     assert model["a"][0] is new
     assert model["b"] is new
+    assert model["c"] is new
