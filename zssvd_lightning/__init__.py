@@ -1,17 +1,19 @@
 """Global, loss-aware SVD compression of language models inside a Lightning training run.
 
-To read the code in the order data flows through it: `callback` (when) and `pipeline` (without a Trainer) drive
-`compression` (what); that takes `targets`, watches them (`calibration`, `statistics`), changes coordinates
-(`whitening`), decomposes (`spectrum`), chooses (`budget`, `selection`), truncates (`factorization`, `modules`) and
-corrects (`correction`). `guards` and `precision` help the callback; `report`, `hub`, `evaluation`, `texts`, `models`, `files`, `run` and `cli` stand around it.
+To read the code in the order data flows through it: `callback` (when; `phase`, `guards` and `precision` beside it) and
+`pipeline` (without a Trainer) drive `compression` (what); that takes `targets`, watches them (`calibration`,
+`statistics`), changes coordinates (`whitening`), decomposes (`spectrum`), chooses (`budget`, `selection`), truncates
+(`factorization`, `modules`) and corrects (`correction`). `report`, `picture`, `hub`, `evaluation`, `texts`, `models`,
+`files`, `run` and `cli` stand around it.
 """
 
 from zssvd_lightning import errors
-from zssvd_lightning.callback import Phase, ZSSVDCallback
+from zssvd_lightning.callback import ZSSVDCallback
 from zssvd_lightning.config import CompressionConfig, RunConfig, load_config
 from zssvd_lightning.evaluation import perplexity
 from zssvd_lightning.hub import from_pretrained, save_pretrained
 from zssvd_lightning.modules import LowRankLinear
+from zssvd_lightning.phase import Phase
 from zssvd_lightning.pipeline import compress
 from zssvd_lightning.report import Report
 from zssvd_lightning.run import Run

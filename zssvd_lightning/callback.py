@@ -1,6 +1,4 @@
-"""When things happen: the phases of a compression inside a training run. What happens is in `compression.py`.
-
-    WAIT -> CALIBRATE -> TRUNCATE -> (CORRECT -> CALIBRATE -> TRUNCATE) x corrections -> FACTORISE -> RECOVER -> DONE
+"""When things happen inside a training run. What happens is in `compression.py`, the phases are in `phase.py`.
 
 | hook                     | what is done there                                                               |
 |--------------------------|----------------------------------------------------------------------------------|
@@ -19,7 +17,6 @@ import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from enum import StrEnum
 from typing import Any
 
 import lightning as L
@@ -32,29 +29,11 @@ from zssvd_lightning.compression import Compression
 from zssvd_lightning.config import CompressionConfig, require
 from zssvd_lightning.errors import UnfinishedError, UnsupportedTrainingError
 from zssvd_lightning.guards import refuse_stale_groups, refuse_too_short, refuse_unsupported, window_end
+from zssvd_lightning.phase import Phase
 from zssvd_lightning.precision import loss_scale, unscale
 from zssvd_lightning.report import Report
 
 logger = logging.getLogger(__name__)
-
-
-class Phase(StrEnum):
-    """Where the compression stands."""
-
-    WAIT = "wait"
-    """Ordinary training, until the set point."""
-    CALIBRATE = "calibrate"
-    """Batches give statistics and change no weight."""
-    TRUNCATE = "truncate"
-    """Between two batches: components are chosen and dropped, in place."""
-    CORRECT = "correct"
-    """Batches give the gradient of the projected step."""
-    FACTORISE = "factorise"
-    """Between two batches: low-rank layers go in, and optimizers are set up again."""
-    RECOVER = "recover"
-    """Ordinary training of the factors."""
-    DONE = "done"
-    """The fit has ended."""
 
 
 class ZSSVDCallback(L.Callback):
@@ -69,8 +48,8 @@ class ZSSVDCallback(L.Callback):
         prune_ratio: fraction of the target layers' parameters to remove, in (0, 1).
         start_epoch: compression starts no earlier than this epoch (from 0).
         start_step: compression starts no earlier than this global step; both set points must be reached.
-        calibration_epochs: calibration ends after so many passes over the training data, or after
-        calibration_batches: so many batches, whichever comes first; then at the end of the accumulation window.
+        calibration_epochs: calibration ends after as many batches as so many passes over the training data hold, ...
+        calibration_batches: ... or after so many batches, whichever is less, with the accumulation window they end in.
         corrections: projected gradient steps, each followed by fresh statistics and a new truncation.
         correction_batches: batches whose mean gradient a projected step follows.
         metric: `input` (whitened by the input second moment) or `none` (plain SVD).
