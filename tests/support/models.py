@@ -20,6 +20,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -112,6 +114,26 @@ def image_batches(count: int = 4) -> list[dict[str, Tensor]]:
     ]
 
 
+def tiny_t5() -> T5ForConditionalGeneration:
+    """An encoder and a decoder, whose cross-attention reads the encoder's output."""
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def sequence_pairs(count: int = 4) -> list[dict[str, Tensor]]:
+    """Inputs with shorter targets."""
+    return [batch | {"labels": batch["labels"][:, :7].contiguous()} for batch in token_batches(count)]
+
+
 class Family(NamedTuple):
     build: Callable[[], nn.Module]
     batches: Callable[[], list[dict[str, Tensor]]]
@@ -122,6 +144,7 @@ FAMILIES = {
     "llama": Family(tiny_llama, token_batches, 14),
     "gpt2": Family(tiny_gpt2, token_batches, 8),
     "bert": Family(tiny_bert, token_batches, 13),
+    "t5": Family(tiny_t5, sequence_pairs, 32),
     "vit": Family(tiny_vit, image_batches, 13),
 }
 
