@@ -52,6 +52,8 @@ class ZSSVDCallback(L.Callback):
         calibration_batches: ... or after so many batches, whichever is less, with the accumulation window they end in.
         corrections: projected gradient steps, each followed by fresh statistics and a new truncation.
         correction_batches: batches whose mean gradient a projected step follows.
+        line_search: take only the part of each step at which the loss is estimated to be least, from as many batches
+            again; without, all of it, as the paper does.
         metric: `input` (whitened by the input second moment) or `none` (plain SVD).
         selection: `zero_sum`, `abs_delta`, `abs_delta_unordered`, `most_negative`, `sigma` or `uniform`.
         min_rank_fraction: rank floor of each matrix, as a fraction of its break-even rank.
@@ -86,6 +88,7 @@ class ZSSVDCallback(L.Callback):
         calibration_batches: int = 128,
         corrections: int = 1,
         correction_batches: int = 8,
+        line_search: bool = True,
         metric: str = "input",
         selection: str = "zero_sum",
         min_rank_fraction: float = 0.0,
@@ -104,6 +107,7 @@ class ZSSVDCallback(L.Callback):
             selection=selection,
             corrections=corrections,
             correction_batches=correction_batches,
+            line_search=line_search,
             min_rank_fraction=min_rank_fraction,
             include=_patterns(include),
             ignore=_patterns(ignore),
@@ -118,6 +122,7 @@ class ZSSVDCallback(L.Callback):
         self._compression: Compression | None = None
         self._batch: _ObservedBatch | None = None
         self._corrected = 0
+        self._at_step_end = False
         self._terms_unit: float | None = None
         self._batches_into_epoch = 0
         self._epoch_length = math.inf
@@ -134,7 +139,8 @@ class ZSSVDCallback(L.Callback):
     def batches_needed(self, batches_per_epoch: float = math.inf, accumulate: int = 1) -> int:
         """Training batches from the start of an epoch until the model is factorised."""
         done = 0
-        for phase in [Phase.CALIBRATE] + [Phase.CORRECT, Phase.CALIBRATE] * self.config.corrections:
+        correction = [Phase.CORRECT] * (1 + self.config.line_search) + [Phase.CALIBRATE]
+        for phase in [Phase.CALIBRATE] + correction * self.config.corrections:
             done = window_end(done + self._limit(phase, batches_per_epoch), batches_per_epoch, accumulate)
         return done
 
@@ -277,8 +283,15 @@ class ZSSVDCallback(L.Callback):
 
     def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves CALIBRATE or CORRECT for what comes next."""
-        if self.phase is Phase.CORRECT:
+        if self.phase is Phase.CORRECT and not self._at_step_end:
             self._running.correct()
+            self._at_step_end = self.config.line_search
+            if self._at_step_end:
+                return
+        if self.phase is Phase.CORRECT:
+            if self._at_step_end:
+                self._running.shorten_step()
+            self._at_step_end = False
             self._corrected += 1
             self.phase = Phase.CALIBRATE
             return
@@ -305,7 +318,7 @@ class ZSSVDCallback(L.Callback):
         if self._compression is not None:
             self._compression.restore()
         self._compression, self._terms_unit = None, None
-        self._corrected = 0
+        self._corrected, self._at_step_end = 0, False
         self.phase = Phase.WAIT
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from zssvd_lightning.budget import Budget
 from zssvd_lightning.calibration import Observation, checked_loss, collect_gradients, observing
 from zssvd_lightning.config import CompressionConfig
-from zssvd_lightning.correction import projected_step
+from zssvd_lightning.correction import best_fraction, projected_step
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.factorization import Factors, install, truncated_weight
 from zssvd_lightning.report import LayerReport, Report, Stopwatch
@@ -52,6 +52,8 @@ class Compression:
         self.stopwatch = Stopwatch()
         self.progress = progress
         self.losses: list[float] = []
+        self.fractions: list[float] = []
+        self._step: tuple[float, float] | None = None
         self._pending: list[tuple[float, float]] = []
         self._originals: dict[str, Tensor] | None = None
         self._selection: Selection | None = None
@@ -123,9 +125,28 @@ class Compression:
             raise RuntimeError("correct() needs a truncate() before it")
         with self.stopwatch("correct"):
             gradients = {name: self.moments.mean_gradient(name) for name in self.targets}
+            slope = 0.0
             for name, target in self.targets.items():
                 W = target.weight.to(torch.promote_types(target.weight.dtype, torch.float32))
-                target.assign(projected_step(W, self._originals[name], gradients[name]))
+                stepped = projected_step(W, self._originals[name], gradients[name])
+                slope += float((gradients[name] * (stepped - W)).sum())
+                target.assign(stepped)
+            self._step = (self.moments.mean_loss, slope)
+            self.fractions.append(1.0)
+        self._start_afresh()
+
+    @torch.no_grad()
+    def shorten_step(self) -> None:
+        """Goes back along the last step to where the loss is estimated to be least, from the loss at its end."""
+        if self._step is None:
+            raise RuntimeError("shorten_step() needs a correct() before it")
+        with self.stopwatch("correct"):
+            fraction = best_fraction(*self._step, self.moments.mean_loss)
+            for name, factors in self._factors.items():
+                target = self.targets[name]
+                target.assign(torch.lerp(truncated_weight(factors), target.weight, fraction))
+            self._step = None
+            self.fractions[-1] = fraction
         self._start_afresh()
 
     def factorise(self) -> None:
@@ -162,6 +183,7 @@ class Compression:
             layers=layers,
             predicted_drift=self._selection.predicted_drift,
             losses=list(self.losses),
+            correction_fractions=list(self.fractions),
             seconds=dict(self.stopwatch.seconds),
         )
 

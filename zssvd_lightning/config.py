@@ -40,6 +40,9 @@ class CompressionConfig:
     """How many times a projected gradient step, fresh statistics and a new truncation follow the first one."""
     correction_batches: int = 8
     """How many batches the gradient of one projected step is averaged over."""
+    line_search: bool = True
+    """Take only the part of each projected step at which the loss is estimated to be least, from as many batches again;
+    without, all of it, as the paper does."""
     min_rank_fraction: float = 0.0
     """No matrix gets a rank below this fraction of its break-even rank, in [0, 1]."""
     include: list[str] | None = None

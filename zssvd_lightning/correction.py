@@ -1,4 +1,4 @@
-"""The projected gradient step between two truncations.
+"""The projected gradient step between two truncations, and how much of it to take.
 
 Shapes: the kept original W, the truncated W' and the gradient g at W' are all (m, n).
 """
@@ -19,3 +19,20 @@ def projected_step(truncated: Tensor, original: Tensor, gradient: Tensor) -> Ten
     g = gradient.to(truncated.dtype)
     D = original.to(truncated.dtype) - truncated
     return truncated + (g * D).sum() / (g * g).sum() * g
+
+
+def best_fraction(before: float, slope: float, after: float) -> float:
+    """The part t in [0, 1] of a step at which the loss is least, on the parabola through what is known of it.
+
+    All matrices step at once, each by the length of its own projection, and together they may go far past the minimum.
+    The parabola has the loss at t = 0, its slope there, and the loss at t = 1.
+
+    Args:
+        before: loss at the truncated weights.
+        slope: `sum <g, step>` over all matrices, the first-order change of the loss for the whole step.
+        after: loss after the whole step.
+    """
+    curvature = after - before - slope
+    if curvature <= 0:
+        return 1.0 if after < before else 0.0
+    return min(1.0, max(0.0, -slope / (2 * curvature)))

@@ -63,6 +63,9 @@ def compress(
         for _ in range(config.corrections):
             observe("correct")
             compression.correct()
+            if config.line_search:
+                observe("correct")
+                compression.shorten_step()
             observe("calibrate")
             compression.truncate()
         compression.factorise()

@@ -57,7 +57,9 @@ class Report:
     predicted_drift: float
     """First-order change of the calibration loss that the last truncation was predicted to bring (nats)."""
     losses: list[float]
-    """Mean calibration loss (nats) before each truncation and each correction, in the order they ran."""
+    """Mean loss (nats) of each gathering, in their order: for calibration, for a correction, after its whole step."""
+    correction_fractions: list[float]
+    """Which part of each projected step was taken."""
     seconds: dict[str, float]
     """Wall-clock seconds by step."""
     perplexity: dict[str, float] | None = None
@@ -104,6 +106,7 @@ class Report:
             },
             "predicted_drift": self.predicted_drift,
             "losses": self.losses,
+            "correction_fractions": self.correction_fractions,
             **{key: value for key, value in optional.items() if value is not None},
             "seconds": self.seconds,
             "peak_rss_bytes": self.peak_rss_bytes,

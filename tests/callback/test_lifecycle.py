@@ -47,9 +47,14 @@ def test_phases_follow_each_other():
     # The phase is noted before the callback sees the batch, so each change shows one batch later.
     assert diary.phases[:5] == ["wait"] * 4 + ["wait"]
     assert diary.phases[5:8] == ["calibrate"] * 3
-    assert diary.phases[8:10] == ["correct"] * 2
-    assert diary.phases[10:14] == ["calibrate"] * 4
-    assert diary.phases[14:] == ["recover"] * 10
+    assert diary.phases[8:12] == ["correct"] * 4
+    assert diary.phases[12:16] == ["calibrate"] * 4
+    assert diary.phases[16:] == ["recover"] * 8
+
+
+def test_without_line_search_a_correction_takes_its_batches_once():
+    _, diary, _ = fit(short(corrections=1, line_search=False))
+    assert diary.phases[:10] == ["wait", *["calibrate"] * 3, *["correct"] * 2, *["calibrate"] * 4]
 
 
 def test_weights_change_before_and_after_but_not_while_calibrating():
@@ -60,12 +65,14 @@ def test_weights_change_before_and_after_but_not_while_calibrating():
     assert changed(diary.weights[7], diary.weights[8])  # truncated
     assert not changed(diary.weights[8], diary.weights[9])
     assert changed(diary.weights[9], diary.weights[10])  # corrected
-    for batch in range(11, 14):
-        assert not changed(diary.weights[10], diary.weights[batch])
-    assert changed(diary.weights[14], diary.weights[15])
-    factors = [n for n in diary.weights[14] if n.endswith(("down.weight", "up.weight"))]
+    assert not changed(diary.weights[10], diary.weights[11])
+    assert changed(diary.weights[11], diary.weights[12])  # part of the step taken back
+    for batch in range(13, 16):
+        assert not changed(diary.weights[12], diary.weights[batch])
+    assert changed(diary.weights[16], diary.weights[17])
+    factors = [n for n in diary.weights[16] if n.endswith(("down.weight", "up.weight"))]
     assert factors
-    assert all(not torch.equal(diary.weights[14][n], diary.weights[-1][n]) for n in factors)
+    assert all(not torch.equal(diary.weights[16][n], diary.weights[-1][n]) for n in factors)
 
 
 def test_done_with_a_report_at_the_end():
@@ -84,9 +91,9 @@ def test_done_with_a_report_at_the_end():
 @pytest.mark.parametrize("corrections", [0, 1, 5, 10])
 def test_any_number_of_corrections(corrections):
     callback = short(corrections=corrections)
-    fit(callback, max_epochs=20)
+    fit(callback, max_epochs=24)
     assert callback.phase == "done"
-    assert len(callback.report.losses) == 1 + 2 * corrections
+    assert len(callback.report.losses) == 1 + 3 * corrections
 
 
 @pytest.mark.parametrize("corrections", [0, 1])
@@ -264,6 +271,6 @@ def test_a_stream_is_gone_through_once_by_default():
 
 def test_defaults_work_on_a_long_enough_run():
     callback = ZSSVDCallback(progress=False)
-    fit(callback, max_epochs=5)
+    fit(callback, max_epochs=7)
     assert callback.phase == "done"
     assert callback.report.reached >= 0.2

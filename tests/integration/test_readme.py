@@ -13,7 +13,7 @@ README = Path(__file__).parents[2] / "README.md"
 
 class Data(L.LightningDataModule):
     def train_dataloader(self):
-        return loader(token_batches())
+        return loader(token_batches(8))
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):

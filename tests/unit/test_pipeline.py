@@ -59,7 +59,7 @@ def test_every_family_ends_with_the_parameters_that_were_asked_for(family):
 def test_any_number_of_corrections(corrections):
     report = run(tiny_llama(), corrections=corrections)
     assert report.reached >= 0.3
-    assert len(report.losses) == 1 + 2 * corrections
+    assert len(report.losses) == 1 + 3 * corrections
     assert ("correct" in report.seconds) == (corrections > 0)
 
 

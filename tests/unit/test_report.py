@@ -25,6 +25,7 @@ def report(**changes):
                 "layers": LAYERS,
                 "predicted_drift": -0.25,
                 "losses": [3.0],
+                "correction_fractions": [],
                 "seconds": {"calibrate": 1.5},
             }
             | changes
