@@ -76,7 +76,7 @@ class Report:
     @property
     def reached(self) -> float:
         """Fraction of the target parameters that went."""
-        return 1 - self.parameters_after / self.parameters_before
+        return (self.parameters_before - self.parameters_after) / self.parameters_before
 
     @property
     def model_parameters_after(self) -> int:
