@@ -12,13 +12,12 @@ from zssvd_lightning import CompressionConfig, LowRankLinear, Phase, ZSSVDCallba
 
 
 class Diary(L.Callback):
-    """Notes the phase, the loss and the weights after every batch. Stands before the compression callback."""
+    """Notes the phase and the weights at the start of every batch. Stands before the compression callback."""
 
     def __init__(self, callback: ZSSVDCallback) -> None:
         self.callback = callback
         self.phases: list[str] = []
         self.weights: list[dict[str, Any]] = []
-        self.moments: list[Any] = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.phases.append(self.callback.phase.value)
