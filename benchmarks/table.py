@@ -11,6 +11,7 @@ from pathlib import Path
 
 from zssvd_lightning import Run, RunConfig, load_config, perplexity
 from zssvd_lightning.compression import Compression
+from zssvd_lightning.phase import Phase
 from zssvd_lightning.pipeline import gather
 from zssvd_lightning.selection import RULES
 from zssvd_lightning.texts import load_text, tokenize, windows
@@ -29,7 +30,7 @@ def main(folder: str) -> None:
     one_shot = replace(run.config.compression, corrections=0)
 
     calibrated = Compression(run.model, one_shot)
-    gather(calibrated, run.calibration_loader(), "calibrate")
+    gather(calibrated, run.calibration_loader(), Phase.CALIBRATE)
     dense = perplexity(run.model, held_out, desc="dense").perplexity
     rows = []
     for selection in RULES:

@@ -65,3 +65,14 @@ class Budget:
     def is_low_rank(self, name: str, rank: int) -> bool:
         """Whether factors at `rank` store less than the dense matrix does."""
         return rank <= break_even_rank(*self.shapes[name])
+
+    def kept(self, ranks: Mapping[str, int | None]) -> int:
+        """Numbers kept for all targets at these ranks, None being dense."""
+        return sum(
+            m * n if ranks[name] is None else self.stored(name, ranks[name] or 0)
+            for name, (m, n) in self.shapes.items()
+        )
+
+    def reached(self, ranks: Mapping[str, int | None]) -> float:
+        """Fraction of the parameters that goes at these ranks."""
+        return (self.total - self.kept(ranks)) / self.total

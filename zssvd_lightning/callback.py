@@ -1,7 +1,8 @@
-"""When things happen inside a training run. What happens is in `compression.py`, the phases are in `phase.py`.
+"""When things happen inside a training run. What happens is in `compression.py`, how far it has come in `lifecycle.py`.
 
 | hook                     | what is done there                                                               |
 |--------------------------|----------------------------------------------------------------------------------|
+| setup, teardown          | the module's checkpoint hooks and the progress bar are borrowed, and given back  |
 | on_train_start           | is the run of a kind that can be compressed, and long enough?                    |
 | on_train_batch_start     | the set point is looked for; a calibration batch comes under observation         |
 | on_before_backward       | its loss is checked, and its gradient weighted by the terms the loss averages    |
@@ -14,9 +15,8 @@
 import logging
 import math
 import weakref
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -24,16 +24,23 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from zssvd_lightning.calibration import Observation, loss_terms, token_mask
-from zssvd_lightning.compression import Compression
+from zssvd_lightning import telemetry
+from zssvd_lightning.calibration import loss_terms, token_mask
+from zssvd_lightning.checkpoint import CheckpointHooks, LowRankCheckpointMixin
 from zssvd_lightning.config import CompressionConfig, require
-from zssvd_lightning.errors import UnfinishedError, UnsupportedTrainingError
-from zssvd_lightning.guards import refuse_stale_groups, refuse_too_short, refuse_unsupported, window_end
+from zssvd_lightning.errors import CalibrationError, UnfinishedError
+from zssvd_lightning.guards import refuse_stale_groups, refuse_too_short, refuse_unsupported
+from zssvd_lightning.lifecycle import Lifecycle
+from zssvd_lightning.limits import Allowance
 from zssvd_lightning.phase import Phase
+from zssvd_lightning.plan import check_plan_output
 from zssvd_lightning.precision import loss_scale, unscale
 from zssvd_lightning.report import Report
+from zssvd_lightning.scores import hold_early_stopping, start_ranking_afresh
 
 logger = logging.getLogger(__name__)
+
+PLAN_FILE = "zssvd_plan.yaml"
 
 
 class ZSSVDCallback(L.Callback):
@@ -42,7 +49,7 @@ class ZSSVDCallback(L.Callback):
     Works on any `LightningModule` with automatic optimization and one optimizer whose `training_step` returns a loss
     that is a mean. During calibration dropout is off, no weight changes and the optimizer keeps its state, but the
     batches count as steps for `max_steps` and schedulers. After factorisation `configure_optimizers` runs again, so
-    the learning-rate schedule starts with the training of the factors.
+    the learning-rate schedule starts with the training of the factors. Checkpoints can be resumed from at any point.
 
     Args:
         prune_ratio: fraction of the target layers' parameters to remove, in (0, 1).
@@ -60,6 +67,11 @@ class ZSSVDCallback(L.Callback):
         include: name patterns of the layers to compress (`q_proj`, `*.layers.3.*`, or `re:` and a regular
             expression); all linear layers when None.
         ignore: name patterns of layers to leave alone.
+        plan: a YAML file with the rank of every layer, which then replaces `prune_ratio` and `selection`.
+        dry_run: only calibrate, write the ranks that would be chosen to `plan` (by default `zssvd_plan.yaml` in the
+            folder of the logger), put everything back and stop.
+        extend_training: raise `max_steps` and `max_epochs` by what calibration and corrections take of them, so that
+            as many steps of training are left as without the callback; epochs are added whole.
         progress: whether to draw a progress bar while spectra are computed.
 
     Attributes:
@@ -71,6 +83,10 @@ class ZSSVDCallback(L.Callback):
         UnsupportedTrainingError: at the start of `fit`, when it is of a kind that cannot be compressed in or is too
             short.
         TargetError: at the start of `fit`, when there is nothing to compress.
+        PlanError: at the start of `fit`, when the plan cannot be read or is of another model.
+        OutputError: at the start of `fit`, when a dry run would overwrite a file.
+        CheckpointError: at the start of `fit`, `validate`, `test` or `predict`, when the checkpoint is of another
+            model, or of a compression with other settings. The model is then as it was.
         CalibrationError: during `fit`, when batches do not give the statistics needed. The model is then put back.
         UnfinishedError: at the end of `fit`, when training stopped before the model was factorised.
 
@@ -94,6 +110,9 @@ class ZSSVDCallback(L.Callback):
         min_rank_fraction: float = 0.0,
         include: Sequence[str] | str | None = None,
         ignore: Sequence[str] | str | None = None,
+        plan: str | Path | None = None,
+        dry_run: bool = False,
+        extend_training: bool = False,
         progress: bool = True,
     ) -> None:
         super().__init__()
@@ -111,22 +130,31 @@ class ZSSVDCallback(L.Callback):
             min_rank_fraction=min_rank_fraction,
             include=_patterns(include),
             ignore=_patterns(ignore),
+            plan=None if plan is None or dry_run else str(plan),
         )
         self.start_epoch = start_epoch
         self.start_step = start_step
         self.calibration_epochs = calibration_epochs
         self.calibration_batches = calibration_batches
+        self.dry_run = dry_run
+        self.extend_training = extend_training
         self.progress = progress
-        self.phase = Phase.WAIT
-        self.report: Report | None = None
-        self._compression: Compression | None = None
-        self._batch: _ObservedBatch | None = None
-        self._corrected = 0
-        self._at_step_end = False
-        self._terms_unit: float | None = None
-        self._batches_into_epoch = 0
-        self._epoch_length = math.inf
+        self._plan_output = plan
+        self._allowance = Allowance()
+        self._checkpoint_hooks = CheckpointHooks(self._check)
+        self._take_off_bar: Callable[[], None] = lambda: None
         self._compressed: weakref.ref[L.LightningModule] | None = None
+        self._lifecycle = self._new_lifecycle()
+
+    @property
+    def phase(self) -> Phase:
+        """Where the compression stands."""
+        return self._lifecycle.phase
+
+    @property
+    def report(self) -> Report | None:
+        """What was done, from FACTORISE on."""
+        return self._lifecycle.report
 
     def token_mask(self, batch: Any) -> Tensor | None:
         """Which positions (B, T) of a batch are not padding. Override for batches without an `attention_mask`."""
@@ -138,29 +166,38 @@ class ZSSVDCallback(L.Callback):
 
     def batches_needed(self, batches_per_epoch: float = math.inf, accumulate: int = 1) -> int:
         """Training batches from the start of an epoch until the model is factorised."""
-        done = 0
-        correction = [Phase.CORRECT] * (1 + self.config.line_search) + [Phase.CALIBRATE]
-        for phase in [Phase.CALIBRATE] + correction * self.config.corrections:
-            done = window_end(done + self._limit(phase, batches_per_epoch), batches_per_epoch, accumulate)
-        return done
+        return self._new_lifecycle().batches_needed(batches_per_epoch, accumulate, first_only=self.dry_run)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Has the module's structure follow its checkpoints, and the progress bar show the phase."""
+        self._checkpoint_hooks.attach(pl_module)
+        if stage == "fit":
+            self._take_off_bar()
+            self._take_off_bar = telemetry.show_on_bar(trainer, self._describe)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Gives back what `setup` borrowed."""
+        self._checkpoint_hooks.detach()
+        self._take_off_bar()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses runs that cannot be compressed in, before any batch is spent."""
+        """Refuses runs that cannot be compressed in, before any batch is spent; goes on from a checkpoint."""
         if self.phase is Phase.DONE and self._compressed is not None and self._compressed() is not pl_module:
-            self._abandon()
-            self.report = None
-        if self.phase is not Phase.WAIT:
+            self._lifecycle = self._new_lifecycle()
+        if self.phase in (Phase.RECOVER, Phase.DONE):
+            self._compressed = weakref.ref(pl_module)
             return
-        self._epoch_length = math.inf
         refuse_unsupported(trainer, pl_module)
         refuse_stale_groups(trainer, pl_module)
-        refuse_too_short(
-            trainer,
-            self.start_epoch,
-            self.start_step,
-            self.batches_needed(trainer.num_training_batches, trainer.accumulate_grad_batches),
-        )
-        self._compression = Compression(pl_module, self.config, self.progress)
+        if self.dry_run:
+            check_plan_output(self._plan_path(trainer))
+        if self.phase is Phase.WAIT:
+            self._lifecycle.epoch_length = math.inf
+            needed = self.batches_needed(trainer.num_training_batches, trainer.accumulate_grad_batches)
+            refuse_too_short(trainer, self.start_epoch, self.start_step, 1 if self.extend_training else needed)
+        self._lifecycle.attach(pl_module, self.progress)
+        telemetry.log_phase(trainer, self.phase)
+        self._go_on_if_enough(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -168,12 +205,10 @@ class ZSSVDCallback(L.Callback):
         """Puts the batch under observation, once the set point is reached and until enough was seen."""
         started = trainer.current_epoch >= self.start_epoch and trainer.global_step >= self.start_step
         if self.phase is Phase.WAIT and started:
-            self.phase = Phase.CALIBRATE
-        if self.phase in (Phase.CALIBRATE, Phase.CORRECT):
-            self._drop_open_batch()
-            compression = self._running
-            self._batch = _ObservedBatch(compression, self.phase, self.loss_terms(batch), self.token_mask(batch))
-            self._terms_unit = self._terms_unit or self._batch.terms
+            self._lifecycle.start()
+            telemetry.log_phase(trainer, self.phase)
+        if self._lifecycle.gathering:
+            self._lifecycle.open(self.token_mask(batch), self.loss_terms(batch))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Notes the loss and turns its gradient from a mean into a sum over its terms.
@@ -181,55 +216,75 @@ class ZSSVDCallback(L.Callback):
         Lightning has divided the loss by the accumulation factor and, in fp16, multiplied it by the loss scale; the
         weights keep the scale and are relative to the first batch's terms, so that no gradient overflows.
         """
-        if self._batch is None or self._terms_unit is None:
+        life, accumulate = self._lifecycle, trainer.accumulate_grad_batches
+        mean_loss = loss.detach() * (accumulate / loss_scale(trainer))
+        if life.first_losses is not None:
+            life.first_losses.append(float(mean_loss))
+        if life.batch is None or life.terms_unit is None:
             return
-        self._batch.observation.forward_done()
-        accumulate = trainer.accumulate_grad_batches
-        self._running.add_loss(loss * (accumulate / loss_scale(trainer)), self._batch.terms)
-        weight = self._batch.terms * accumulate / self._terms_unit
+        life.batch.observation.forward_done()
+        life.compression.add_loss(loss * (accumulate / loss_scale(trainer)), life.batch.terms)
+        weight = life.batch.terms * accumulate / life.terms_unit
         if weight != 1.0:
             loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The batch has given all it has."""
+        if self._lifecycle.batch is not None:
+            self._lifecycle.batch.complete = True
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Takes the gradients of the accumulation window, before clipping, and leaves the optimizer none."""
-        if self._batch is None or self._terms_unit is None:
+        life = self._lifecycle
+        if life.first_losses:
+            telemetry.log(trainer, loss_after_truncation=math.fsum(life.first_losses) / len(life.first_losses))
+            life.first_losses = None
+        if life.batch is None or life.terms_unit is None:
             return
-        if unscale(trainer, optimizer, self._running.targets.values()):
-            self._running.collect_gradients(self._terms_unit)
+        if unscale(trainer, optimizer, life.compression.targets.values()):
+            life.compression.collect_gradients(life.terms_unit)
         else:
             logger.warning("gradients overflowed in float16; their batches are not counted and the loss scale drops")
-            self._running.discard_gradients()
+            life.compression.discard_gradients()
         optimizer.zero_grad(set_to_none=True)
-        self._batch.stepped = True
+        life.batch.stepped = True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Ends the observation and, when enough was seen and the accumulation window is closed, goes on."""
-        self._batches_into_epoch = batch_idx + 1
-        if self._batch is None:
+        self._lifecycle.batches_into_epoch = batch_idx + 1
+        if (observed := self._lifecycle.batch) is None:
             return
-        observed, self._batch = self._batch, None
-        observed.close()
-        if observed.stepped:
-            self._advance_if_enough(trainer, pl_module)
+        self._lifecycle.close()
+        if not observed.complete:
+            raise CalibrationError(
+                f"training_step gave no loss for calibration batch {batch_idx} of epoch {trainer.current_epoch}; "
+                "calibrate on batches that give one"
+            )
+        hold_early_stopping(trainer)
+        if self.extend_training:
+            self._allowance.add(trainer, observed.stepped, self._batches_per_epoch(trainer))
+        to_gather = self._lifecycle.limit(self.phase, self._batches_per_epoch(trainer))
+        telemetry.log_progress(trainer, self._lifecycle.batches, to_gather)
+        self._go_on_if_enough(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Notes how long an epoch is, which a loader without a length does not tell before, and goes on if enough."""
-        self._drop_open_batch()
-        self._epoch_length = self._batches_into_epoch
-        if self.phase in (Phase.CALIBRATE, Phase.CORRECT):
-            self._advance_if_enough(trainer, pl_module)
+        self._lifecycle.close()
+        self._lifecycle.epoch_length = self._lifecycle.batches_into_epoch
+        self._go_on_if_enough(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Declares the work done. Raises UnfinishedError, with the model put back, when it is not."""
+        self._allowance.take_back(trainer)
         if self.phase is Phase.RECOVER:
-            self.phase = Phase.DONE
+            self._lifecycle.phase = Phase.DONE
         elif self.phase is not Phase.DONE:
-            phase, seen = self.phase, self._compression.moments.batches if self._compression else 0
-            self._abandon()
+            phase, seen = self.phase, self._lifecycle.batches
+            self._lifecycle.abandon()
             raise UnfinishedError(
                 f"training ended in phase {phase!r} after {seen} of its batches, before the model was factorised, and "
                 "the model was put back; train longer, start earlier, or lower calibration_batches or corrections"
@@ -237,107 +292,84 @@ class ZSSVDCallback(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Puts everything back, unless the model was factorised already."""
-        if self._batch is not None:
-            self._drop_open_batch()
+        if self._lifecycle.gathering:
             for parameter in pl_module.parameters():
                 parameter.grad = None
         if self.phase not in (Phase.RECOVER, Phase.DONE):
-            self._abandon()
+            self._lifecycle.abandon()
+        self._allowance.take_back(trainer)
+        self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """The phase, so that a checkpoint is not resumed from where that would go wrong."""
-        return {"phase": self.phase.value}
+        """The lifecycle and what it has taken of the training, as plain types and tensors."""
+        return self._lifecycle.state_dict() | {"allowance": self._allowance.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the phase of a checkpoint. Raises UnsupportedTrainingError in the middle of a compression."""
-        phase = Phase(state_dict["phase"])
-        if phase not in (Phase.WAIT, Phase.RECOVER, Phase.DONE):
-            raise UnsupportedTrainingError(
-                f"the checkpoint was taken in phase {phase.value!r}, and its statistics and original weights were not "
-                "saved; resume from a checkpoint of before the compression, or start it again"
-            )
-        self.phase = phase
+        """Takes up the state of a checkpoint. Raises CheckpointError when it cannot."""
+        self._lifecycle.load_state_dict(state_dict)
 
-    def _drop_open_batch(self) -> None:
-        """Ends an observation whose batch was given up, by an error or by a hook that skipped it."""
-        if self._batch is not None:
-            self._batch.close()
-            self._batch = None
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Raises the Trainer's limits as they were when the checkpoint was taken, before it compares with them."""
+        if (state := checkpoint["callbacks"].get(self.state_key)) is not None:
+            self._allowance.take_back(trainer)
+            self._allowance = Allowance(**state["allowance"])
+            self._allowance.grant(trainer)
 
-    @property
-    def _running(self) -> Compression:
-        if self._compression is None:
-            raise RuntimeError(f"phase {self.phase!r} without on_train_start before it")
-        return self._compression
+    def _new_lifecycle(self) -> Lifecycle:
+        return Lifecycle(self.config, self.calibration_batches, self.calibration_epochs)
 
-    def _limit(self, phase: Phase, batches_per_epoch: float) -> int:
-        if phase is Phase.CORRECT:
-            return self.config.correction_batches
-        return int(min(self.calibration_batches, self.calibration_epochs * batches_per_epoch))
+    def _check(self, checkpoint: Mapping[str, Any]) -> None:
+        if (state := checkpoint.get("callbacks", {}).get(self.state_key)) is not None:
+            self._lifecycle.check(state)
 
-    def _advance_if_enough(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        batches_per_epoch = min(trainer.num_training_batches, self._epoch_length)
-        if self._running.moments.batches >= self._limit(self.phase, batches_per_epoch):
-            self._terms_unit = None
-            self._advance(trainer, pl_module)
+    def _batches_per_epoch(self, trainer: L.Trainer) -> float:
+        return min(trainer.num_training_batches, self._lifecycle.epoch_length)
 
-    def _advance(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leaves CALIBRATE or CORRECT for what comes next."""
-        if self.phase is Phase.CORRECT and not self._at_step_end:
-            self._running.correct()
-            self._at_step_end = self.config.line_search
-            if self._at_step_end:
-                return
-        if self.phase is Phase.CORRECT:
-            if self._at_step_end:
-                self._running.shorten_step()
-            self._at_step_end = False
-            self._corrected += 1
-            self.phase = Phase.CALIBRATE
+    def _describe(self) -> str:
+        life = self._lifecycle
+        return f"{life.phase} {life.batches}" if life.gathering else life.phase.value
+
+    def _plan_path(self, trainer: L.Trainer) -> Path:
+        return Path(self._plan_output or Path(trainer.log_dir or trainer.default_root_dir) / PLAN_FILE)
+
+    def _go_on_if_enough(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leaves CALIBRATE or CORRECT for what comes next, when it has its batches."""
+        life = self._lifecycle
+        if not life.enough(trainer.num_training_batches):
             return
-        self.phase = Phase.TRUNCATE
-        self._running.truncate()
-        if self._corrected < self.config.corrections:
-            self.phase = Phase.CORRECT
+        if self.dry_run:
+            self._write_plan(trainer)
             return
-        self.phase = Phase.FACTORISE
-        self._factorise(trainer, pl_module)
-        self.phase = Phase.RECOVER
+        was_dense = life.is_dense
+        telemetry.log_step(trainer, life.advance(), life.compression)
+        if was_dense:
+            start_ranking_afresh(trainer)
+        if life.phase is Phase.FACTORISE:
+            self._factorise(trainer, pl_module)
+        telemetry.log_phase(trainer, life.phase)
+
+    def _write_plan(self, trainer: L.Trainer) -> None:
+        path = self._plan_path(trainer)
+        self._lifecycle.compression.plan().write(path)
+        self._lifecycle.abandon()
+        self._lifecycle.phase = Phase.DONE
+        trainer.should_stop = True
+        logger.info("dry run: the ranks are in %s; compress with plan=%s", path, path)
 
     def _factorise(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._running.factorise()
-        with self._running.stopwatch("factorise"):
+        def set_up_optimizers() -> None:
             trainer.strategy.setup_optimizers(trainer)
-        refuse_stale_groups(trainer, pl_module)
-        self.report = self._running.report()
-        self.report.config = {"compression": asdict(self.config)}
+            refuse_stale_groups(trainer, pl_module)
+
+        self._lifecycle.factorise(set_up_optimizers)
+        start_ranking_afresh(trainer)
         self._compressed = weakref.ref(pl_module)
-        self._compression = None
-
-    def _abandon(self) -> None:
-        if self._compression is not None:
-            self._compression.restore()
-        self._compression, self._terms_unit = None, None
-        self._corrected, self._at_step_end = 0, False
-        self.phase = Phase.WAIT
-
-
-class _ObservedBatch:
-    """A training batch between its first and its last hook."""
-
-    def __init__(self, compression: Compression, phase: Phase, terms: float, mask: Tensor | None) -> None:
-        self.terms = terms
-        self.stepped = False
-        with ExitStack() as stack:
-            stack.enter_context(compression.stopwatch(phase.value))
-            self.observation: Observation = stack.enter_context(
-                compression.observing(mask, inputs=phase is Phase.CALIBRATE)
+        if not isinstance(pl_module, LowRankCheckpointMixin):
+            logger.info(
+                "%s.load_from_checkpoint takes LowRankCheckpointMixin as a base class from now on; a Trainer with "
+                "this callback loads its checkpoints without",
+                type(pl_module).__name__,
             )
-            self._stack = stack.pop_all()
-
-    def close(self) -> None:
-        """Puts mode, flags, cache and hooks back."""
-        self._stack.close()
 
 
 def _patterns(given: Sequence[str] | str | None) -> list[str] | None:

@@ -4,19 +4,23 @@ Weights are edited in place by `truncate` and `correct`; modules are replaced on
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from zssvd_lightning.budget import Budget
+from zssvd_lightning.budget import Budget, Shape
 from zssvd_lightning.calibration import Observation, checked_loss, collect_gradients, observing
 from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.correction import best_fraction, projected_step
-from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.errors import CalibrationError, CheckpointError
 from zssvd_lightning.factorization import Factors, install, truncated_weight
+from zssvd_lightning.phase import Phase
+from zssvd_lightning.plan import Plan
 from zssvd_lightning.report import LayerReport, Report, Stopwatch
 from zssvd_lightning.selection import RULES, Components, Selection
 from zssvd_lightning.spectrum import Spectrum
@@ -25,6 +29,23 @@ from zssvd_lightning.targets import find_targets, replace_module, weights_snapsh
 from zssvd_lightning.whitening import METRICS, Whitening, warn_of_jitter
 
 logger = logging.getLogger(__name__)
+
+
+class Step(NamedTuple):
+    """Statistics over some batches, and what is done with them."""
+
+    gathers: Phase
+    """CALIBRATE (second moments and gradients) or CORRECT (gradients)."""
+    act: Callable[["Compression"], None]
+
+
+def steps(config: CompressionConfig) -> list[Step]:
+    """The course of a compression, up to its factorisation."""
+    correction = [Step(Phase.CORRECT, Compression.correct)]
+    if config.line_search:
+        correction.append(Step(Phase.CORRECT, Compression.shorten_step))
+    truncation = Step(Phase.CALIBRATE, Compression.truncate)
+    return [truncation] + [*correction, truncation] * config.corrections
 
 
 class Compression:
@@ -38,6 +59,7 @@ class Compression:
     Raises:
         TargetError: there is nothing to compress, or something that cannot be.
         BudgetError: the rank floor makes the prune ratio impossible.
+        PlanError: the plan to follow cannot be read or is of another model.
     """
 
     def __init__(self, model: nn.Module, config: CompressionConfig, progress: bool = True) -> None:
@@ -47,6 +69,7 @@ class Compression:
         self.budget = Budget(
             {n: t.shape for n, t in self.targets.items()}, config.prune_ratio, config.min_rank_fraction
         )
+        self._plan = None if config.plan is None else Plan.read(config.plan, self.budget)
         self.moments = Moments()
         self._model_parameters = sum(p.numel() for p in model.parameters())
         self.stopwatch = Stopwatch()
@@ -65,6 +88,11 @@ class Compression:
         """One batch under observation; see `calibration.observing`."""
         with observing(self.model, self.targets, self.moments, mask, inputs) as observation:
             yield observation
+
+    @property
+    def pending(self) -> bool:
+        """Whether losses wait for their gradients."""
+        return bool(self._pending)
 
     def add_loss(self, loss: Tensor, terms: float) -> None:
         """Notes a batch's mean loss until its gradient comes. Raises CalibrationError or NonFiniteError."""
@@ -90,10 +118,7 @@ class Compression:
         Raises:
             CalibrationError: the statistics are missing, not finite or degenerate; the message names the layer.
         """
-        with self.stopwatch("spectrum"), exact_products():
-            spectra, components = self._decompose()
-        with self.stopwatch("select"):
-            selection = RULES[self.config.selection](components, self.budget)
+        spectra, selection = self._select()
         with self.stopwatch("truncate"):
             if self._originals is None:
                 self._originals = weights_snapshot(self.targets)
@@ -149,6 +174,15 @@ class Compression:
             self.fractions[-1] = fraction
         self._start_afresh()
 
+    def plan(self) -> Plan:
+        """The ranks that `truncate` would choose now, from the same statistics; nothing changes.
+
+        Raises:
+            CalibrationError: see `truncate`.
+        """
+        _, selection = self._select()
+        return Plan.of(selection, self.budget)
+
     def factorise(self) -> None:
         """Replaces every truncated layer by a `LowRankLinear`."""
         with self.stopwatch("factorise"):
@@ -171,14 +205,10 @@ class Compression:
             raise RuntimeError("report() needs a truncate() before it")
         ranks = {name: self._selection.rank(name) for name in self.targets}
         layers = {name: LayerReport(rank, self.budget.shapes[name]) for name, rank in ranks.items()}
-        after = sum(
-            m * n if ranks[name] is None else self.budget.stored(name, ranks[name] or 0)
-            for name, (m, n) in self.budget.shapes.items()
-        )
         return Report(
-            asked=self.config.prune_ratio,
+            asked=self.config.prune_ratio if self._plan is None else self._plan.reached,
             parameters_before=self.budget.total,
-            parameters_after=after,
+            parameters_after=self.budget.kept(ranks),
             model_parameters_before=self._model_parameters,
             layers=layers,
             predicted_drift=self._selection.predicted_drift,
@@ -186,6 +216,76 @@ class Compression:
             correction_fractions=list(self.fractions),
             seconds=dict(self.stopwatch.seconds),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything up to the next `truncate`, as plain types and tensors, from which `load_state_dict` goes on.
+
+        Weights are not in it: they are the model's.
+        """
+        return {
+            "config": asdict(self.config),
+            "shapes": {name: list(shape) for name, shape in self.budget.shapes.items()},
+            "model_parameters": self._model_parameters,
+            "moments": self.moments.state_dict(),
+            "pending": [list(entry) for entry in self._pending],
+            "gradients": self._open_gradients(),
+            "originals": self._originals,
+            "factors": {name: list(factors) for name, factors in self._factors.items()},
+            "step": None if self._step is None else list(self._step),
+            "losses": list(self.losses),
+            "fractions": list(self.fractions),
+            "seconds": dict(self.stopwatch.seconds),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict` of a compression of the same model with the same settings.
+
+        Raises:
+            CheckpointError: the settings or the target layers are others.
+        """
+        refuse_other(state, self.config, self.budget.shapes)
+        self.moments = Moments.from_state_dict(state["moments"], self._device_of)
+        self._pending = [(loss, terms) for loss, terms in state["pending"]]
+        for name, gradient in state["gradients"].items():
+            self.targets[name].module.weight.grad = gradient.to(self.targets[name].module.weight, copy=True)
+        if state["originals"] is not None:
+            self._originals = {n: W.to(self._device_of(n), copy=True) for n, W in state["originals"].items()}
+        self._factors = {n: Factors(*pair).to(self.targets[n].weight) for n, pair in state["factors"].items()}
+        self._step = None if state["step"] is None else (state["step"][0], state["step"][1])
+        self._model_parameters = state["model_parameters"]
+        self.losses, self.fractions = list(state["losses"]), list(state["fractions"])
+        self.stopwatch.seconds = dict(state["seconds"])
+
+    def put_back(self, state: Mapping[str, Any]) -> None:
+        """Undoes what a compression had done to the weights when its `state_dict` was taken.
+
+        Raises:
+            CheckpointError: it was of other layers.
+        """
+        if state["originals"] is None:
+            return
+        if differing := sorted(state["originals"].keys() ^ self.targets.keys()):
+            raise CheckpointError(
+                f"the checkpoint was taken while layers were being replaced ({', '.join(differing[:3])}); resume from "
+                "another one"
+            )
+        self._originals = {name: W.to(self._device_of(name)) for name, W in state["originals"].items()}
+        self.restore()
+
+    def _device_of(self, name: str) -> torch.device:
+        return self.targets[name].weight.device
+
+    def _open_gradients(self) -> dict[str, Tensor]:
+        """Gradients of batches whose accumulation window is not closed yet."""
+        weights = {name: target.module.weight for name, target in self.targets.items()} if self._pending else {}
+        return {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+
+    def _select(self) -> tuple[dict[str, Spectrum], Selection]:
+        with self.stopwatch("spectrum"), exact_products():
+            spectra, components = self._decompose()
+        with self.stopwatch("select"):
+            rule = RULES[self.config.selection] if self._plan is None else self._plan.rule
+            return spectra, rule(components, self.budget)
 
     def _decompose(self) -> tuple[dict[str, Spectrum], dict[str, Components]]:
         """Spectra and scores, kept on the CPU; one whitening for all layers that share an input."""
@@ -212,3 +312,24 @@ class Compression:
     def _start_afresh(self) -> None:
         self.losses.append(self.moments.mean_loss)
         self.moments = Moments()
+
+
+def refuse_other(
+    state: Mapping[str, Any], config: CompressionConfig, shapes: Mapping[str, Shape] | None = None
+) -> None:
+    """Raises CheckpointError when a saved compression is one with other settings, or of other layers."""
+    mine = asdict(config)
+    differing = [f"{key} was {state['config'].get(key)!r} and is {mine[key]!r}" for key in mine]
+    differing = [text for key, text in zip(mine, differing, strict=True) if state["config"].get(key) != mine[key]]
+    if differing:
+        raise CheckpointError(
+            f"the checkpoint was taken in the middle of a compression with other settings ({'; '.join(differing)}); "
+            "go on with the same, or start from a checkpoint of before it"
+        )
+    saved = {name: tuple(shape) for name, shape in state["shapes"].items()}
+    if shapes is not None and saved != dict(shapes):
+        others = sorted(name for name in saved.keys() | shapes.keys() if saved.get(name) != shapes.get(name))
+        raise CheckpointError(
+            f"the checkpoint was taken in the middle of a compression of other layers: {len(others)} differ "
+            f"({', '.join(others[:3])}); go on with the model it was taken of"
+        )

@@ -49,6 +49,9 @@ class CompressionConfig:
     """Name patterns of the layers to compress (`*.q_proj`, or `re:` and a regular expression); all when None."""
     ignore: list[str] | None = None
     """Name patterns of layers to leave alone, in the same form."""
+    plan: str | None = None
+    """A YAML file with the rank of every layer, as a dry run writes it; `prune_ratio` and `selection` then do not
+    choose."""
 
     def __post_init__(self) -> None:
         require(0.0 < self.prune_ratio < 1.0, "prune_ratio", self.prune_ratio, "strictly between 0 and 1")

@@ -49,6 +49,14 @@ class UnfinishedError(ZSSVDError, RuntimeError):
     """Training ended before the model was factorised."""
 
 
+class CheckpointError(ZSSVDError, RuntimeError):
+    """A checkpoint does not fit the module or the callback that is to go on from it."""
+
+
+class PlanError(ZSSVDError, ValueError):
+    """A rank plan cannot be read, or does not fit the model."""
+
+
 class OutputError(ZSSVDError, OSError):
     """An output folder cannot be written without losing something."""
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from zssvd_lightning.modules import LowRankLinear
+from zssvd_lightning.modules import low_rank_like
 from zssvd_lightning.targets import Target, replace_module
 
 
@@ -37,12 +37,8 @@ def install(model: nn.Module, targets: Mapping[str, Target], factors: Mapping[st
     installed: dict[str, nn.Module] = {}
     for name, (up, down) in factors.items():
         old = targets[name].module
-        new = LowRankLinear.from_factors(up, down, old.bias)
-        new.train(old.training)
-        new.down.weight.requires_grad_(old.weight.requires_grad)
-        new.up.weight.requires_grad_(old.weight.requires_grad)
-        if old.bias is not None:
-            new.up.bias.requires_grad_(old.bias.requires_grad)
+        new = low_rank_like(old, down.shape[0])
+        new.fill(up, down, old.bias)
         installed[name] = new
     for name, layer in installed.items():
         replace_module(model, targets[name].module, layer)

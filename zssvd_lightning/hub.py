@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from zssvd_lightning.errors import SavedModelError
-from zssvd_lightning.modules import LowRankLinear
-from zssvd_lightning.targets import replace_module
+from zssvd_lightning.structure import ranks_of, rebuild
 
 METHOD = "zssvd"
 FORMAT_VERSION = 1
@@ -67,27 +64,6 @@ class LowRankRebuilder(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """So that the transformers Trainer fine-tunes them in full."""
         return True
-
-
-def ranks_of(model: nn.Module) -> dict[str, int]:
-    """Rank of every `LowRankLinear` in `model`, by qualified name."""
-    return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-
-
-def rebuild(model: nn.Module, ranks: dict[str, int]) -> None:
-    """Replaces the dense layers named in `ranks` by uninitialised low-rank ones, in place.
-
-    Raises:
-        SavedModelError: a name is not a linear layer of the model.
-    """
-    modules = dict(model.named_modules())
-    for name, rank in ranks.items():
-        old = modules.get(name)
-        if not isinstance(old, (nn.Linear, Conv1D)):
-            raise SavedModelError(f"the config gives {name} rank {rank}, but the model has no linear layer there")
-        m, n = old.weight.shape if isinstance(old, nn.Linear) else old.weight.T.shape
-        new = LowRankLinear(n, m, rank, old.bias is not None, old.weight.device, old.weight.dtype)
-        replace_module(model, old, new)
 
 
 def save_pretrained(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from zssvd_lightning.calibration import loss_terms, token_mask
-from zssvd_lightning.compression import Compression
+from zssvd_lightning.compression import Compression, steps
 from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.phase import Phase
 from zssvd_lightning.report import Report
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -58,16 +59,9 @@ def compress(
     compression = Compression(model, config, progress)
     observe = partial(gather, compression, batches, loss=loss, mask=mask, terms=terms)
     with _undone_on_error(compression), _gradients_set_aside(model):
-        observe("calibrate")
-        compression.truncate()
-        for _ in range(config.corrections):
-            observe("correct")
-            compression.correct()
-            if config.line_search:
-                observe("correct")
-                compression.shorten_step()
-            observe("calibrate")
-            compression.truncate()
+        for step in steps(config):
+            observe(step.gathers)
+            step.act(compression)
         compression.factorise()
     return compression.report()
 
@@ -75,27 +69,30 @@ def compress(
 def gather(
     compression: Compression,
     batches: Iterable[Any],
-    step: Literal["calibrate", "correct"],
+    phase: Phase,
     *,
     loss: Loss = model_loss,
     mask: Callable[[Any], Tensor | None] = token_mask,
     terms: Callable[[Any], float] = loss_terms,
 ) -> None:
-    """What `step` needs, from one forward and one backward pass over each batch.
+    """The statistics of one step, from one forward and one backward pass over each batch.
 
-    `calibrate` takes second moments and gradients over all batches, `correct` the gradients over the first
+    CALIBRATE takes second moments and gradients over all batches, CORRECT the gradients over the first
     `correction_batches` of them. The other arguments are those of `compress`.
 
     Raises:
         CalibrationError: there are no batches, fewer than promised, or one that cannot be used.
     """
     device = next(compression.model.parameters()).device
-    limit = compression.config.correction_batches if step == "correct" else None
-    with compression.stopwatch(step):
-        for raw in _checked(batches, limit, step, progress=compression.progress):
+    limit = compression.config.correction_batches if phase is Phase.CORRECT else None
+    with compression.stopwatch(phase.value):
+        for raw in _checked(batches, limit, phase, progress=compression.progress):
             batch = move_data_to_device(raw, device)
             weight = terms(batch)
-            with torch.enable_grad(), compression.observing(mask(batch), inputs=step == "calibrate") as observation:
+            with (
+                torch.enable_grad(),
+                compression.observing(mask(batch), inputs=phase is Phase.CALIBRATE) as observation,
+            ):
                 batch_loss = loss(compression.model, batch)
                 observation.forward_done()
                 compression.add_loss(batch_loss, weight)

@@ -116,6 +116,27 @@ class Report:
             "ranks": {n: {"rank": layer.rank, "shape": list(layer.shape)} for n, layer in self.layers.items()},
         }
 
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Report":
+        """The report that `to_dict` wrote. Raises KeyError when an entry is missing."""
+        return cls(
+            asked=saved["prune_ratio"]["asked"],
+            parameters_before=saved["parameters"]["before"],
+            parameters_after=saved["parameters"]["after"],
+            model_parameters_before=saved["parameters"]["model"]["before"],
+            layers={n: LayerReport(layer["rank"], tuple(layer["shape"])) for n, layer in saved["ranks"].items()},
+            predicted_drift=saved["predicted_drift"],
+            losses=list(saved["losses"]),
+            correction_fractions=list(saved["correction_fractions"]),
+            seconds=dict(saved["seconds"]),
+            perplexity=saved.get("perplexity"),
+            perplexity_second=saved.get("perplexity_second"),
+            file_bytes=saved.get("file_bytes"),
+            peak_rss_bytes=saved["peak_rss_bytes"],
+            seed=saved["seed"],
+            config=saved["config"],
+        )
+
     def table(self) -> Table:
         """Dense against compressed, for a terminal."""
         table = Table(title=f"prune ratio {self.asked:g} asked, {self.reached:.4f} reached")

@@ -33,8 +33,13 @@ class Selection:
 
     kept: Mapping[str, Tensor | None]
     """Name -> ascending indices (k,) of the components that stay; None where the matrix stays dense."""
-    predicted_drift: float
-    """Sum of delta over everything dropped."""
+    drifts: Mapping[str, float]
+    """Name -> sum of delta over what is dropped of it."""
+
+    @property
+    def predicted_drift(self) -> float:
+        """Sum of delta over everything dropped."""
+        return sum(self.drifts.values())
 
     def rank(self, name: str) -> int | None:
         """How many components of `name` stay, or None where it stays dense."""
@@ -126,6 +131,11 @@ def uniform(matrices: Mapping[str, Components], budget: Budget) -> Selection:
                 f"uniform ranks give {name} ({m}, {n}) rank {ranks[name]}, below its floor {budget.floor(name)}; "
                 "lower min_rank_fraction or prune_ratio, or use a global selection"
             )
+    return of_ranks(matrices, budget, ranks)
+
+
+def of_ranks(matrices: Mapping[str, Components], budget: Budget, ranks: Mapping[str, int]) -> Selection:
+    """So many of the largest components of each matrix."""
     return _selection(matrices, budget, {name: torch.arange(rank) for name, rank in ranks.items()})
 
 
@@ -179,9 +189,8 @@ def _drop_until_met(
 def _selection(matrices: Mapping[str, Components], budget: Budget, kept: Mapping[str, Tensor]) -> Selection:
     """Returns matrices above break-even to their dense original, and sums up the drift of the rest."""
     final = {name: indices if budget.is_low_rank(name, len(indices)) else None for name, indices in kept.items()}
-    drift = 0.0
+    drifts = {}
     for name, indices in final.items():
-        if indices is not None:
-            delta = matrices[name].delta.double().cpu()
-            drift += float(delta.sum() - delta[indices].sum())
-    return Selection(final, drift)
+        delta = matrices[name].delta.double().cpu()
+        drifts[name] = 0.0 if indices is None else float(delta.sum() - delta[indices].sum())
+    return Selection(final, drifts)

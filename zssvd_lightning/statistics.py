@@ -4,9 +4,10 @@ Shapes: W and G are (m, n), the second moment A is (n, n), tokens are the rows o
 Sums are kept, in float32 or wider, so that batches of any length and any number of processes add up exactly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,20 @@ class Moments:
         self.loss_sum += mean_loss * terms
         self.loss_terms += terms
         self.batches += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """All sums, as plain types and tensors (the tensors are these, not copies)."""
+        return {
+            f.name: dict(value) if isinstance(value := getattr(self, f.name), dict) else value for f in fields(self)
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], device_of: Callable[[str], torch.device]) -> "Moments":
+        """The statistics of a `state_dict`, each layer's as a copy on the device that `device_of` names for it."""
+        moments = cls(**state)
+        for sums in (moments.input_sums, moments.gradient_sums):
+            sums.update({name: value.to(device_of(name), copy=True) for name, value in sums.items()})
+        return moments
 
     @property
     def mean_loss(self) -> float:

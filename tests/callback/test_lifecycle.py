@@ -145,9 +145,10 @@ def half_precision(init_scale):
 class Gradients(ZSSVDCallback):
     """Keeps the statistics of the first calibration."""
 
-    def _advance(self, trainer, pl_module):
-        self.kept = getattr(self, "kept", self._running.moments)
-        super()._advance(trainer, pl_module)
+    def on_before_backward(self, trainer, pl_module, loss):
+        if self.phase is Phase.CALIBRATE:
+            self.kept = self._lifecycle.compression.moments
+        super().on_before_backward(trainer, pl_module, loss)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_validation_and_sanity_batches_are_not_counted():
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if callback.phase is Phase.CALIBRATE:
-                self.tokens = max(callback._compression.moments.tokens.values())
+                self.tokens = max(callback._lifecycle.compression.moments.tokens.values())
 
     callback, count = short(corrections=0), Count()
     fitted = trainer(count, callback, max_epochs=3, val_check_interval=1, num_sanity_val_steps=2)

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress, from_pretrained, save_pretrained
 from zssvd_lightning.errors import ModelSourceError, SavedModelError
-from zssvd_lightning.hub import ranks_of, rebuild
 from zssvd_lightning.models import load_model
+from zssvd_lightning.structure import ranks_of, rebuild
 
 BUILDERS = {
     "tied llama": tiny_llama,

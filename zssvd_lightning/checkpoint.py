@@ -1,0 +1,73 @@
+"""Lightning checkpoints of compressed modules: saved so that a plain load says what it lacks, loaded by shape.
+
+Weights tell by their names and shapes which layers are low-rank, so `save_weights_only` checkpoints load as well.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+from torch import nn
+
+from zssvd_lightning.structure import match_structure, note
+
+HOOKS = ("on_load_checkpoint", "on_save_checkpoint")
+
+
+class LowRankCheckpointMixin(nn.Module):
+    """Lets a LightningModule load checkpoints of its compressed self, on its own and without a callback.
+
+    It is what `MyModule.load_from_checkpoint(path)` of a compressed checkpoint takes. Weights of dense modules load
+    as ever, and so do those of other ranks: layers become what the weights are of.
+
+    Raises:
+        CheckpointError: on loading, when the weights are of another model; the module is then as it was.
+
+    Example:
+        >>> class MyModule(LowRankCheckpointMixin, L.LightningModule): ...
+        >>> class Theirs(LowRankCheckpointMixin, MyModule): ...  # for a class that is not yours
+    """
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Makes layers low-rank or dense as the weights have them, and loads them; see `nn.Module`."""
+        match_structure(self, state_dict, strict=strict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+class CheckpointHooks:
+    """Stands around a module's checkpoint hooks for as long as a Trainer runs it.
+
+    Args:
+        check: is given every checkpoint that is to be loaded and raises when it should not be.
+    """
+
+    def __init__(self, check: Callable[[Mapping[str, Any]], None]) -> None:
+        self._check = check
+        self._module: L.LightningModule | None = None
+        self._before: dict[str, Any] = {}
+
+    def attach(self, module: L.LightningModule) -> None:
+        """From now on the module's structure follows the checkpoints it loads, and low-rank ones carry a note."""
+        self.detach()
+        self._module = module
+        self._before = {name: module.__dict__[name] for name in HOOKS if name in module.__dict__}
+        load, save = module.on_load_checkpoint, module.on_save_checkpoint
+
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            load(checkpoint)
+            self._check(checkpoint)
+            match_structure(module, checkpoint["state_dict"], strict=module.strict_loading)
+
+        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+            save(checkpoint)
+            checkpoint["state_dict"].update(note(module))
+
+        module.__dict__.update(on_load_checkpoint=on_load_checkpoint, on_save_checkpoint=on_save_checkpoint)
+
+    def detach(self) -> None:
+        """The module's own hooks are back."""
+        if self._module is not None:
+            for name in HOOKS:
+                self._module.__dict__.pop(name, None)
+            self._module.__dict__.update(self._before)
+        self._module = None

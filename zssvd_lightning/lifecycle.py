@@ -1,0 +1,262 @@
+"""How far a compression has come inside a training run, and everything a checkpoint must hold to go on from there.
+
+WAIT ends at the set point; CALIBRATE and CORRECT end when enough batches gave their statistics; what is then done
+with them takes place between two batches.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zssvd_lightning.calibration import Observation
+from zssvd_lightning.compression import Compression, Step, refuse_other, steps
+from zssvd_lightning.config import CompressionConfig
+from zssvd_lightning.errors import CheckpointError
+from zssvd_lightning.guards import window_end
+from zssvd_lightning.phase import Phase
+from zssvd_lightning.report import Report
+from zssvd_lightning.statistics import Moments
+
+VERSION = 1
+GATHERING = (Phase.CALIBRATE, Phase.CORRECT)
+
+
+class Lifecycle:
+    """One compression between the hooks of a training loop.
+
+    Args:
+        config: what to remove and how.
+        calibration_batches: a calibration ends after so many batches, ...
+        calibration_epochs: ... or as many as so many passes over the training data hold, whichever is less.
+
+    Attributes:
+        phase: where it stands.
+        report: what was done, from FACTORISE on.
+        batch: the batch under observation.
+        terms_unit: loss terms of the first batch of a gathering, in multiples of which gradients are weighted.
+        batches_into_epoch: batches of this epoch that have ended.
+        epoch_length: batches in an epoch, once one has been seen.
+        first_losses: losses of the batches after FACTORISE, until the first optimizer step; None at other times.
+    """
+
+    def __init__(self, config: CompressionConfig, calibration_batches: int, calibration_epochs: int) -> None:
+        self.config = config
+        self.phase = Phase.WAIT
+        self.report: Report | None = None
+        self.batch: ObservedBatch | None = None
+        self.terms_unit: float | None = None
+        self.batches_into_epoch = 0
+        self.epoch_length = math.inf
+        self.first_losses: list[float] | None = None
+        self._calibration = (calibration_batches, calibration_epochs)
+        self._compression: Compression | None = None
+        self._steps: list[Step] = steps(config)
+        self._position = 0
+        self._restored: Mapping[str, Any] | None = None
+        self._changing = False
+
+    @property
+    def compression(self) -> Compression:
+        """The compression under way."""
+        if self._compression is None:
+            raise RuntimeError(f"no compression is under way in phase {self.phase!r}")
+        return self._compression
+
+    @property
+    def gathering(self) -> bool:
+        """Whether batches give statistics now."""
+        return self.phase in GATHERING
+
+    @property
+    def batches(self) -> int:
+        """How many batches have given statistics to the step under way."""
+        return self._compression.moments.batches if self._compression is not None else 0
+
+    def batches_needed(self, batches_per_epoch: float, accumulate: int, first_only: bool = False) -> int:
+        """Training batches from the start of an epoch until all steps (or the first) are taken."""
+        done = 0
+        for step in self._steps[:1] if first_only else self._steps:
+            done = window_end(done + self.limit(step.gathers, batches_per_epoch), batches_per_epoch, accumulate)
+        return done
+
+    def limit(self, phase: Phase, batches_per_epoch: float) -> int:
+        """How many batches give statistics in `phase`."""
+        if phase is Phase.CORRECT:
+            return self.config.correction_batches
+        batches, epochs = self._calibration
+        return int(min(batches, epochs * batches_per_epoch))
+
+    def attach(self, model: nn.Module, progress: bool) -> None:
+        """Begins on `model`, or goes on with it from a checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint was of other layers or settings.
+            TargetError: there is nothing to compress.
+        """
+        restored, self._restored = self._restored, None
+        if self.phase in (Phase.RECOVER, Phase.DONE):
+            return
+        self._compression = Compression(model, self.config, progress)
+        if restored is not None and self.gathering:
+            self._compression.load_state_dict(restored["compression"])
+        elif restored is not None and restored["compression"] is not None:
+            self._compression.put_back(restored["compression"])
+
+    def start(self) -> None:
+        """The set point is reached."""
+        self.phase = self._steps[0].gathers
+
+    def open(self, mask: Tensor | None, terms: float) -> None:
+        """Puts a batch under observation."""
+        self.close()
+        self.batch = ObservedBatch(self.compression, self.phase, terms, mask)
+        self.terms_unit = self.terms_unit or terms
+
+    def close(self) -> None:
+        """Ends the observation of a batch, also of one that was given up."""
+        if self.batch is not None:
+            self.batch.close()
+            self.batch = None
+
+    def enough(self, batches_per_epoch: float) -> bool:
+        """Whether the step under way has its statistics, all gradients included."""
+        limit = self.limit(self.phase, min(batches_per_epoch, self.epoch_length))
+        return self.gathering and self.batches >= limit and not self.compression.pending
+
+    def advance(self) -> Step:
+        """Takes the step under way, which it returns, and enters the phase that follows."""
+        step = self._steps[self._position]
+        self.phase = Phase.TRUNCATE if step.act is Compression.truncate else Phase.CORRECT
+        self.terms_unit = None
+        with self._weights_change():
+            step.act(self.compression)
+        self._position += 1
+        following = self._steps[self._position :]
+        self.phase = following[0].gathers if following else Phase.FACTORISE
+        return step
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no truncation has taken place yet."""
+        return self._position == 0
+
+    def factorise(self, set_up_optimizers: Callable[[], None]) -> None:
+        """Puts the low-rank layers in, has the optimizers set up for them, and reports."""
+        with self._weights_change():
+            self.compression.factorise()
+            with self.compression.stopwatch(Phase.FACTORISE.value):
+                set_up_optimizers()
+        self.report = self.compression.report()
+        self.report.config = {"compression": asdict(self.config)}
+        self._compression, self.first_losses = None, []
+        self.phase = Phase.RECOVER
+
+    def abandon(self) -> None:
+        """Puts the model back and starts over."""
+        self.close()
+        if self._compression is not None:
+            self._compression.restore()
+        self._compression, self._restored, self.terms_unit, self._position = None, None, None, 0
+        self.phase = Phase.WAIT
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors, at whatever moment it is called.
+
+        In the middle of a batch the gathering under way is left out, so that it starts over and no batch counts
+        twice; while weights change the whole compression is, and the original weights are in it instead.
+        """
+        phase, position, terms_unit, compression = self.phase, self._position, self.terms_unit, None
+        if self._compression is not None and (self.gathering or self._changing):
+            compression = self._compression.state_dict()
+        if self._changing:
+            phase, position, terms_unit = Phase.WAIT, 0, None
+        elif self.batch is not None and not self.batch.complete and compression is not None:
+            compression |= {"moments": Moments().state_dict(), "pending": [], "gradients": {}}
+            terms_unit = None
+        return {
+            "version": VERSION,
+            "phase": phase.value,
+            "position": position,
+            "terms_unit": terms_unit,
+            "batches_into_epoch": self.batches_into_epoch,
+            "epoch_length": self.epoch_length,
+            "first_losses": None if self.first_losses is None else list(self.first_losses),
+            "compression": compression,
+            "report": None if self.report is None else self.report.to_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a `state_dict`; the next `attach` goes on with its model.
+
+        Raises:
+            CheckpointError: see `check`.
+        """
+        self.check(state)
+        self.batch, self._compression = None, None
+        self.phase = Phase(state["phase"])
+        self._position = state["position"]
+        self.terms_unit = state["terms_unit"]
+        self.batches_into_epoch = state["batches_into_epoch"]
+        self.epoch_length = state["epoch_length"]
+        self.first_losses = state["first_losses"]
+        self.report = None if state["report"] is None else Report.from_dict(state["report"])
+        self._restored = state
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Whether `load_state_dict` would take a state.
+
+        Raises:
+            CheckpointError: it is none of this class, of a later version, or of a compression under way with other
+                settings.
+        """
+        if not isinstance(state, Mapping) or "version" not in state:
+            raise CheckpointError("the checkpoint holds no state of a ZSSVDCallback of this release; start afresh")
+        if state["version"] > VERSION:
+            raise CheckpointError(
+                f"the checkpoint holds callback state of version {state['version']}, this release reads {VERSION}; "
+                "upgrade zssvd-lightning"
+            )
+        if Phase(state["phase"]) in GATHERING and state["compression"] is not None:
+            refuse_other(state["compression"], self.config)
+
+    @contextmanager
+    def _weights_change(self) -> Iterator[None]:
+        self._changing = True
+        try:
+            yield
+        finally:
+            self._changing = False
+
+
+class ObservedBatch:
+    """A training batch between its first and its last hook.
+
+    Attributes:
+        terms: how many terms its mean loss runs over.
+        observation: see `calibration.observing`.
+        complete: whether its loss and its gradients have come.
+        stepped: whether it closed an accumulation window.
+    """
+
+    def __init__(self, compression: Compression, phase: Phase, terms: float, mask: Tensor | None) -> None:
+        self.terms = terms
+        self.complete = False
+        self.stepped = False
+        with ExitStack() as stack:
+            stack.enter_context(compression.stopwatch(phase.value))
+            if "torch._dynamo" in sys.modules:  # compiled code would not run the hooks
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self.observation: Observation = stack.enter_context(
+                compression.observing(mask, inputs=phase is Phase.CALIBRATE)
+            )
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Puts mode, flags, cache and hooks back."""
+        self._stack.close()

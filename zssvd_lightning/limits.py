@@ -1,0 +1,49 @@
+"""The limits of a training run, raised by what a compression takes of it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+
+
+@dataclass
+class Allowance:
+    """Steps and epochs on top of `max_steps` and `max_epochs`; limits that are not set stay so."""
+
+    steps: int = 0
+    """Optimizer steps taken by calibration and corrections."""
+    batches: int = 0
+    """Their batches."""
+    epochs: int = 0
+    """Whole epochs that hold as many batches."""
+    _granted: tuple[int, int] = (0, 0)
+    """Steps and epochs the Trainer has been given so far."""
+
+    def add(self, trainer: L.Trainer, stepped: bool, batches_per_epoch: float) -> None:
+        """Counts a batch, and raises the limits by it."""
+        self.batches += 1
+        self.steps += stepped
+        self.epochs = 0 if math.isinf(batches_per_epoch) else math.ceil(self.batches / batches_per_epoch)
+        self.grant(trainer)
+
+    def grant(self, trainer: L.Trainer) -> None:
+        """Raises the Trainer's limits to what they were, and this on top."""
+        self._raise(trainer, self.steps - self._granted[0], self.epochs - self._granted[1])
+        self._granted = (self.steps, self.epochs)
+
+    def take_back(self, trainer: L.Trainer) -> None:
+        """Gives the Trainer its own limits again."""
+        self._raise(trainer, -self._granted[0], -self._granted[1])
+        self._granted = (0, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts."""
+        return {"steps": self.steps, "batches": self.batches, "epochs": self.epochs}
+
+    @staticmethod
+    def _raise(trainer: L.Trainer, steps: int, epochs: int) -> None:
+        if trainer.max_steps != -1:
+            trainer.fit_loop.epoch_loop.max_steps += steps
+        if trainer.max_epochs is not None and trainer.max_epochs != -1:
+            trainer.fit_loop.max_epochs = trainer.max_epochs + epochs

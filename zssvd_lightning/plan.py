@@ -1,0 +1,126 @@
+"""A rank for every layer, written down: what a dry run proposes, a person reviews, and a compression then follows."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zssvd_lightning.budget import Budget, Shape, break_even_rank
+from zssvd_lightning.errors import OutputError, PlanError
+from zssvd_lightning.selection import Components, Selection, of_ranks
+
+VERSION = 1
+DENSE = "dense"
+HEADER = """\
+# The rank of every layer. Change any to a number up to break_even, or to {dense}, and compress with plan: this file.
+# reached and predicted_drift (the first-order change of the loss, nats) are those of the ranks as they were written.
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks by layer."""
+
+    ranks: Mapping[str, int | None]
+    """Name -> components to keep; None where the layer stays dense."""
+    shapes: Mapping[str, Shape]
+    """Name -> (m, n)."""
+    reached: float
+    """Fraction of the target layers' parameters that these ranks remove."""
+    drifts: Mapping[str, float] | None = None
+    """Name -> predicted change of the loss; None for a plan that was read."""
+
+    @classmethod
+    def of(cls, selection: Selection, budget: Budget) -> "Plan":
+        """The ranks of a selection."""
+        ranks = {name: selection.rank(name) for name in budget.shapes}
+        return cls(ranks, budget.shapes, budget.reached(ranks), selection.drifts)
+
+    @classmethod
+    def read(cls, path: str | Path, budget: Budget) -> "Plan":
+        """The plan in a YAML file, for the layers of `budget`.
+
+        Raises:
+            PlanError: there is no such file, it is not a plan, or it is one for other layers; says which.
+        """
+        layers = _layers(Path(path))
+        if others := sorted(layers.keys() ^ budget.shapes.keys()):
+            raise PlanError(
+                f"plan {path} is for other layers: {len(others)} are in one of plan and model only "
+                f"({', '.join(others[:3])}); plan with the same include and ignore, and give layers to leave alone "
+                f"rank: {DENSE}"
+            )
+        ranks = {name: _rank(path, name, layers[name], budget.shapes[name]) for name in budget.shapes}
+        return cls(ranks, budget.shapes, budget.reached(ranks))
+
+    def write(self, path: str | Path) -> None:
+        """Writes the plan as YAML. Raises OutputError when there is a file already, or it cannot be written."""
+        path = check_plan_output(path)
+        content = {
+            "version": VERSION,
+            "reached": round(self.reached, 6),
+            "predicted_drift": None if self.drifts is None else float(f"{sum(self.drifts.values()):.6g}"),
+            "layers": {name: self._entry(name) for name in self.ranks},
+        }
+        text = HEADER.format(dense=DENSE) + yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except OSError as error:
+            raise OutputError(f"cannot write plan {path}: {error}") from error
+
+    def rule(self, matrices: Mapping[str, Components], budget: Budget) -> Selection:
+        """The selection that follows this plan; a `selection.Rule`."""
+        full = {name: len(components.sigma) for name, components in matrices.items()}
+        return of_ranks(matrices, budget, {name: full[name] if k is None else k for name, k in self.ranks.items()})
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        rank, shape = self.ranks[name], self.shapes[name]
+        entry: dict[str, Any] = {"rank": DENSE if rank is None else rank, "break_even": break_even_rank(*shape)}
+        if self.drifts is not None:
+            entry["predicted_drift"] = float(f"{self.drifts[name]:.3g}")
+        return entry | {"shape": list(shape)}
+
+
+def check_plan_output(path: str | Path) -> Path:
+    """The file a plan may be written to. Raises OutputError when it is there already, with somebody's review in it."""
+    path = Path(path).expanduser().absolute()
+    if path.exists():
+        raise OutputError(f"plan {path} exists, and a dry run would overwrite it; name another file, or remove it")
+    return path
+
+
+def _layers(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PlanError(f"plan {path} cannot be read: {error}; a dry run writes one") from error
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("layers"), dict):
+        raise PlanError(f"plan {path} has no mapping 'layers'; a dry run writes one")
+    if loaded.get("version") != VERSION:
+        raise PlanError(f"plan {path} is of version {loaded.get('version')!r}, this release reads {VERSION}")
+    layers: dict[str, Any] = loaded["layers"]
+    return layers
+
+
+def _rank(path: str | Path, name: str, entry: Any, shape: Shape) -> int | None:
+    rank = entry.get("rank") if isinstance(entry, dict) else None
+    if isinstance(entry, dict) and list(entry.get("shape", shape)) != list(shape):
+        raise PlanError(f"plan {path} has {name} as {entry['shape']}, but it is {list(shape)} in the model")
+    if rank == DENSE:
+        return None
+    highest = break_even_rank(*shape)
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= highest:
+        raise PlanError(
+            f"plan {path} gives {name} {shape} rank {rank!r}; it must be 1 to {highest}, above which factors store "
+            f"more than the layer does, or {DENSE}"
+        )
+    return rank
