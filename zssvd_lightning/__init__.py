@@ -1,14 +1,16 @@
 """Global, loss-aware SVD compression of language models inside a Lightning training run.
 
-To read the code in the order data flows through it: `callback` (when; `phase`, `guards` and `precision` beside it) and
-`pipeline` (without a Trainer) drive `compression` (what); that takes `targets`, watches them (`calibration`,
-`statistics`), changes coordinates (`whitening`), decomposes (`spectrum`), chooses (`budget`, `selection`), truncates
-(`factorization`, `modules`) and corrects (`correction`). `report`, `picture`, `hub`, `evaluation`, `texts`, `models`,
+To read the code in the order data flows through it: `callback` (when; `lifecycle` and `phase` how far; `guards`,
+`precision`, `limits`, `scores`, `checkpoint` and `telemetry` deal with the rest of Lightning) and `pipeline` (without a
+Trainer) drive `compression` (what); that takes `targets`, watches them (`calibration`, `statistics`), changes
+coordinates (`whitening`), decomposes (`spectrum`), chooses (`budget`, `selection`, `plan`), truncates (`factorization`,
+`modules`, `structure`) and corrects (`correction`). `report`, `picture`, `hub`, `evaluation`, `texts`, `models`,
 `files`, `run` and `cli` stand around it.
 """
 
 from zssvd_lightning import errors
 from zssvd_lightning.callback import ZSSVDCallback
+from zssvd_lightning.checkpoint import LowRankCheckpointMixin
 from zssvd_lightning.config import CompressionConfig, RunConfig, load_config
 from zssvd_lightning.evaluation import perplexity
 from zssvd_lightning.hub import from_pretrained, save_pretrained
@@ -20,6 +22,7 @@ from zssvd_lightning.run import Run
 
 __all__ = [
     "CompressionConfig",
+    "LowRankCheckpointMixin",
     "LowRankLinear",
     "Phase",
     "Report",

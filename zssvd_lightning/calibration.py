@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zssvd_lightning.errors import CalibrationError, NonFiniteError
+from zssvd_lightning.errors import CalibrationError, NonFiniteError, ZeroGradientError
 from zssvd_lightning.statistics import Moments, exact_products
 from zssvd_lightning.targets import Target
 
@@ -125,6 +125,7 @@ def observing(
         restored.enter_context(evaluation_mode(model))
         restored.enter_context(_gradients_only_at(model, targets))
         restored.enter_context(_no_cache(model))
+        restored.enter_context(_gradients_from_embeddings_on(model))
         if inputs:
             observation.watch_inputs()
         yield observation
@@ -150,11 +151,21 @@ def checked_loss(loss: Any) -> Tensor:
 
 
 def collect_gradients(targets: Mapping[str, Target], moments: Moments, weight: float) -> None:
-    """Adds `weight` times the gradients autograd left on the targets, and clears them."""
+    """Adds `weight` times the gradients autograd left on the targets, and clears them.
+
+    Raises:
+        ZeroGradientError: a layer has run, but no gradient has come to it.
+    """
     for name, target in targets.items():
         if (gradient := target.gradient) is not None:
             moments.add_gradient(name, gradient, weight)
         target.module.weight.grad = None
+    if without := [name for name in moments.leaders if name not in moments.gradient_sums]:
+        raise ZeroGradientError(
+            f"the loss has no gradient at {', '.join(without[:3])} ({len(without)} layers), though they run in the "
+            "forward pass: it is under torch.no_grad or its output is detached, as a teacher's; or activations are "
+            "checkpointed with use_reentrant=True. Add them to ignore, or set use_reentrant=False"
+        )
 
 
 @contextmanager
@@ -181,6 +192,22 @@ def _gradients_only_at(model: nn.Module, targets: Mapping[str, Target]) -> Itera
     finally:
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _gradients_from_embeddings_on(model: nn.Module) -> Iterator[None]:
+    """Has embeddings give outputs that require gradients, without which reentrant checkpointing would pass none on."""
+
+    def require(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if output.requires_grad or not torch.is_grad_enabled():
+            return None
+        return output.detach().requires_grad_().clone()  # no leaf, so that models may go on in place
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                hooks.callback(module.register_forward_hook(require).remove)
+        yield
 
 
 @contextmanager

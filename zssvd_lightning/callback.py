@@ -141,7 +141,8 @@ class ZSSVDCallback(L.Callback):
         self.progress = progress
         self._plan_output = plan
         self._allowance = Allowance()
-        self._checkpoint_hooks = CheckpointHooks(self._check)
+        self._checkpoint_hooks = CheckpointHooks()
+        self._fitting = True
         self._take_off_bar: Callable[[], None] = lambda: None
         self._compressed: weakref.ref[L.LightningModule] | None = None
         self._lifecycle = self._new_lifecycle()
@@ -170,8 +171,9 @@ class ZSSVDCallback(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Has the module's structure follow its checkpoints, and the progress bar show the phase."""
-        self._checkpoint_hooks.attach(pl_module)
-        if stage == "fit":
+        self._checkpoint_hooks.attach(pl_module, self._check)
+        self._fitting = stage == "fit"
+        if self._fitting:
             self._take_off_bar()
             self._take_off_bar = telemetry.show_on_bar(trainer, self._describe)
 
@@ -305,12 +307,13 @@ class ZSSVDCallback(L.Callback):
         return self._lifecycle.state_dict() | {"allowance": self._allowance.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the state of a checkpoint. Raises CheckpointError when it cannot."""
-        self._lifecycle.load_state_dict(state_dict)
+        """Takes up the state of a checkpoint, for a fit. Raises CheckpointError when it cannot."""
+        if self._fitting:
+            self._lifecycle.load_state_dict(state_dict)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raises the Trainer's limits as they were when the checkpoint was taken, before it compares with them."""
-        if (state := checkpoint["callbacks"].get(self.state_key)) is not None:
+        if self._fitting and (state := checkpoint["callbacks"].get(self.state_key)) is not None:
             self._allowance.take_back(trainer)
             self._allowance = Allowance(**state["allowance"])
             self._allowance.grant(trainer)
@@ -319,7 +322,7 @@ class ZSSVDCallback(L.Callback):
         return Lifecycle(self.config, self.calibration_batches, self.calibration_epochs)
 
     def _check(self, checkpoint: Mapping[str, Any]) -> None:
-        if (state := checkpoint.get("callbacks", {}).get(self.state_key)) is not None:
+        if self._fitting and (state := checkpoint.get("callbacks", {}).get(self.state_key)) is not None:
             self._lifecycle.check(state)
 
     def _batches_per_epoch(self, trainer: L.Trainer) -> float:

@@ -35,19 +35,19 @@ class LowRankCheckpointMixin(nn.Module):
 
 
 class CheckpointHooks:
-    """Stands around a module's checkpoint hooks for as long as a Trainer runs it.
+    """Stands around a module's checkpoint hooks for as long as a Trainer runs it."""
 
-    Args:
-        check: is given every checkpoint that is to be loaded and raises when it should not be.
-    """
-
-    def __init__(self, check: Callable[[Mapping[str, Any]], None]) -> None:
-        self._check = check
+    def __init__(self) -> None:
         self._module: L.LightningModule | None = None
         self._before: dict[str, Any] = {}
 
-    def attach(self, module: L.LightningModule) -> None:
-        """From now on the module's structure follows the checkpoints it loads, and low-rank ones carry a note."""
+    def attach(self, module: L.LightningModule, check: Callable[[Mapping[str, Any]], None]) -> None:
+        """From now on the module's structure follows the checkpoints it loads, and low-rank ones carry a note.
+
+        Args:
+            module: the module that the Trainer runs.
+            check: is given every checkpoint that is to be loaded, and raises when it should not be.
+        """
         self.detach()
         self._module = module
         self._before = {name: module.__dict__[name] for name in HOOKS if name in module.__dict__}
@@ -55,7 +55,7 @@ class CheckpointHooks:
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             load(checkpoint)
-            self._check(checkpoint)
+            check(checkpoint)
             match_structure(module, checkpoint["state_dict"], strict=module.strict_loading)
 
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:

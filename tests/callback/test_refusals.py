@@ -1,7 +1,6 @@
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from support.models import CausalLM, assert_same_state, loader, state_of, token_batches, trainer
 
@@ -199,19 +198,6 @@ def test_another_module_is_compressed_anew():
         module = CausalLM()
         trainer(callback, max_epochs=2).fit(module, loader(token_batches()))
         assert any(isinstance(m, LowRankLinear) for m in module.modules())
-
-
-@pytest.mark.parametrize(("step", "phase"), [(2, "calibrate"), (5, "correct")])
-def test_resuming_in_the_middle_of_a_compression_is_refused(tmp_path, step, phase):
-    def fit(**more):
-        callback = ZSSVDCallback(0.3, correction_batches=2, progress=False)
-        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        fitted = trainer(callback, saving, max_epochs=6, enable_checkpointing=True)
-        fitted.fit(CausalLM(), loader(token_batches()), **more)
-
-    fit()
-    with pytest.raises(UnsupportedTrainingError, match=f"phase '{phase}'"):
-        fit(ckpt_path=str(tmp_path / f"step={step}.ckpt"))
 
 
 def test_one_pattern_may_be_a_string():

@@ -188,10 +188,16 @@ def poisoned(value):
     return model
 
 
-def poisoned_before_a_dead_end():
-    """Infinite inputs at one layer that do not reach the loss."""
+def poisoned_where_it_does_not_show():
+    """Infinite inputs at one layer, of which the loss is finite nevertheless."""
     model = Idle()
-    model.forward = lambda **batch: (model.idle(torch.full((40, 32), float("inf"))), model.model(**batch))[1]
+
+    def forward(**batch):
+        output = model.model(**batch)
+        output.loss = output.loss + model.idle(torch.full((40, 32), float("inf"))).nan_to_num(0, 0, 0).sum()
+        return output
+
+    model.forward = forward
     return model
 
 
@@ -207,7 +213,7 @@ BAD = {
     "cannot start again": (tiny_llama, lambda: iter(token_batches()), {}, CalibrationError, "gone through again"),
     "all padding": (tiny_llama, padding, {}, CalibrationError, "all padding"),
     "nan loss": (lambda: poisoned(float("nan")), token_batches, {}, NonFiniteError, "loss"),
-    "infinite inputs": (poisoned_before_a_dead_end, token_batches, {}, NonFiniteError, "inputs of idle"),
+    "infinite inputs": (poisoned_where_it_does_not_show, token_batches, {}, NonFiniteError, "inputs of idle"),
     "never ran": (Idle, token_batches, {}, CalibrationError, "idle never ran"),
     "zero gradient": (lambda: Idle(read=True), token_batches, {}, ZeroGradientError, "no gradient at idle"),
     "floor": (tiny_llama, token_batches, {"prune_ratio": 0.8, "min_rank_fraction": 0.5}, BudgetError, "at most"),
