@@ -3,9 +3,9 @@
 To read the code in the order data flows through it: `callback` (when; `lifecycle` and `phase` how far; `guards`,
 `precision`, `limits`, `scores`, `checkpoint` and `telemetry` deal with the rest of Lightning) and `pipeline` (without a
 Trainer) drive `compression` (what); that takes `targets`, watches them (`calibration`, `statistics`), changes
-coordinates (`whitening`), decomposes (`spectrum`), chooses (`budget`, `selection`, `plan`), truncates (`factorization`,
-`modules`, `structure`) and corrects (`correction`). `report`, `picture`, `hub`, `evaluation`, `texts`, `models`,
-`files`, `run` and `cli` stand around it.
+coordinates (`whitening`), decomposes (`decomposition`, `spectrum`), chooses (`budget`, `selection`, `plan`), truncates
+(`factorization`, `modules`, `structure`) and corrects (`correction`). `report`, `picture`, `hub`, `evaluation`,
+`texts`, `models`, `files`, `run` and `cli` stand around it.
 """
 
 from zssvd_lightning import errors

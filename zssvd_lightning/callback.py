@@ -34,7 +34,7 @@ from zssvd_lightning.lifecycle import Lifecycle
 from zssvd_lightning.limits import Allowance
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import check_plan_output
-from zssvd_lightning.precision import loss_scale, unscale
+from zssvd_lightning.precision import loss_scale, nothing_to_clip, unscale
 from zssvd_lightning.report import Report
 from zssvd_lightning.scores import hold_early_stopping, start_ranking_afresh
 
@@ -210,7 +210,7 @@ class ZSSVDCallback(L.Callback):
             self._lifecycle.start()
             telemetry.log_phase(trainer, self.phase)
         if self._lifecycle.gathering:
-            self._lifecycle.open(self.token_mask(batch), self.loss_terms(batch))
+            self._lifecycle.open(self.token_mask(batch), self.loss_terms(batch)).during(nothing_to_clip(pl_module))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Notes the loss and turns its gradient from a mean into a sum over its terms.

@@ -1,4 +1,4 @@
-"""`zssvd compress` and `zssvd evaluate`."""
+"""`zssvd compress`, `zssvd evaluate` and `zssvd phases`."""
 
 import json
 import logging
@@ -13,6 +13,7 @@ from zssvd_lightning.config import EvaluationConfig, RunConfig, load_config
 from zssvd_lightning.errors import ConfigError, ZSSVDError
 from zssvd_lightning.files import MARKER
 from zssvd_lightning.models import load_model, place
+from zssvd_lightning.picture import draw_phases
 from zssvd_lightning.pipeline import compress as compress_model
 from zssvd_lightning.run import Run
 
@@ -57,6 +58,17 @@ def evaluate(
     tokens = texts.tokenize(texts.load_text(settings.text), tokenizer)
     windows = texts.windows(tokens, settings.length, settings.windows, settings.text)
     typer.echo(json.dumps(evaluation.perplexity(loaded, windows)._asdict()))
+
+
+@app.command()
+def phases(
+    metrics: Annotated[Path, typer.Argument(help="metrics.csv of a CSVLogger.")],
+    picture: Annotated[Path, typer.Argument(help="File to write, such as phases.png.")],
+    loss: Annotated[str, typer.Option(help="Column with the training loss.")] = "loss",
+) -> None:
+    """Draw how a training run went through the phases of its compression."""
+    draw_phases(metrics, picture, loss)
+    typer.echo(f"wrote {picture}")
 
 
 def main() -> None:

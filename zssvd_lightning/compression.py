@@ -11,22 +11,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from zssvd_lightning.budget import Budget, Shape
 from zssvd_lightning.calibration import Observation, checked_loss, collect_gradients, observing
 from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.correction import best_fraction, projected_step
-from zssvd_lightning.errors import CalibrationError, CheckpointError
+from zssvd_lightning.decomposition import decompose
+from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.factorization import Factors, install, truncated_weight
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import Plan
 from zssvd_lightning.report import LayerReport, Report, Stopwatch
-from zssvd_lightning.selection import RULES, Components, Selection
+from zssvd_lightning.selection import RULES, Selection
 from zssvd_lightning.spectrum import Spectrum
 from zssvd_lightning.statistics import Moments, exact_products
 from zssvd_lightning.targets import find_targets, replace_module, weights_snapshot
-from zssvd_lightning.whitening import METRICS, Whitening, warn_of_jitter
 
 logger = logging.getLogger(__name__)
 
@@ -282,32 +281,10 @@ class Compression:
 
     def _select(self) -> tuple[dict[str, Spectrum], Selection]:
         with self.stopwatch("spectrum"), exact_products():
-            spectra, components = self._decompose()
+            spectra, components = decompose(self.targets, self.moments, self.config.metric, self.progress)
         with self.stopwatch("select"):
             rule = RULES[self.config.selection] if self._plan is None else self._plan.rule
             return spectra, rule(components, self.budget)
-
-    def _decompose(self) -> tuple[dict[str, Spectrum], dict[str, Components]]:
-        """Spectra and scores, kept on the CPU; one whitening for all layers that share an input."""
-        whitenings: dict[str, Whitening] = {}
-        spectra: dict[str, Spectrum] = {}
-        components: dict[str, Components] = {}
-        for name, target in tqdm(self.targets.items(), desc="spectra", unit="layer", disable=not self.progress):
-            leader = self.moments.leaders.get(name, name)
-            if leader not in whitenings:
-                whitenings[leader] = METRICS[self.config.metric](self.moments, name)
-            try:
-                spectrum = Spectrum.of(target.weight, whitenings[leader])
-            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                raise CalibrationError(
-                    f"the SVD of {name} {target.shape} failed: {error}; check the weight for NaN and infinite values, "
-                    "calibrate on more tokens, or add it to ignore"
-                ) from error
-            delta = spectrum.sensitivities(self.moments.mean_gradient(name))
-            components[name] = Components(spectrum.sigma.cpu(), delta.cpu())
-            spectra[name] = spectrum.to("cpu")
-        warn_of_jitter(whitenings)
-        return spectra, components
 
     def _start_afresh(self) -> None:
         self.losses.append(self.moments.mean_loss)

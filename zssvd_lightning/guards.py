@@ -3,6 +3,7 @@
 import math
 
 import lightning as L
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from zssvd_lightning.errors import UnsupportedTrainingError
@@ -24,7 +25,7 @@ def _batches(steps: float, batches_per_epoch: float, accumulate: int) -> float:
 
 
 def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Raises UnsupportedTrainingError for manual optimization, several optimizers or several processes."""
+    """Raises UnsupportedTrainingError for manual optimization, several optimizers, several processes, or averaging."""
     if not pl_module.automatic_optimization:
         raise UnsupportedTrainingError(
             f"{type(pl_module).__name__} optimizes manually, so gradients cannot be taken between backward and step; "
@@ -35,6 +36,12 @@ def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None
             f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers, but calibration needs exactly one; "
             "return one from configure_optimizers, or call zssvd_lightning.compress on the model"
         )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+            raise UnsupportedTrainingError(
+                f"{type(callback).__name__} averages weights by their names, which change when layers become low-rank; "
+                "compress first, and average in a second fit"
+            )
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         raise UnsupportedTrainingError(
             f"{type(trainer.strategy).__name__} wraps or shards the model, but statistics are gathered on one plain "

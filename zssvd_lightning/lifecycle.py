@@ -7,7 +7,7 @@ with them takes place between two batches.
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -112,11 +112,12 @@ class Lifecycle:
         """The set point is reached."""
         self.phase = self._steps[0].gathers
 
-    def open(self, mask: Tensor | None, terms: float) -> None:
+    def open(self, mask: Tensor | None, terms: float) -> "ObservedBatch":
         """Puts a batch under observation."""
         self.close()
         self.batch = ObservedBatch(self.compression, self.phase, terms, mask)
         self.terms_unit = self.terms_unit or terms
+        return self.batch
 
     def close(self) -> None:
         """Ends the observation of a batch, also of one that was given up."""
@@ -256,6 +257,10 @@ class ObservedBatch:
                 compression.observing(mask, inputs=phase is Phase.CALIBRATE)
             )
             self._stack = stack.pop_all()
+
+    def during(self, context: AbstractContextManager[Any]) -> None:
+        """Enters a context that ends with the observation."""
+        self._stack.enter_context(context)
 
     def close(self) -> None:
         """Puts mode, flags, cache and hooks back."""

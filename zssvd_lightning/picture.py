@@ -1,10 +1,16 @@
-"""The report as a picture: how much of each layer stayed, layer by layer, and what the run cost. Needs matplotlib."""
+"""Pictures: what a compression left of each layer, and how a training run went through its phases. Need matplotlib."""
 
+import csv
 import re
 from pathlib import Path
+from typing import Any
 
 from zssvd_lightning.budget import stored_parameters
+from zssvd_lightning.errors import TextError
+from zssvd_lightning.phase import Phase
 from zssvd_lightning.report import Report
+
+COLOURS = {"wait": "#dddddd", "calibrate": "#b9d7ea", "correct": "#f6d6ad", "recover": "#c9e4c5"}
 
 
 def draw(report: Report, path: str | Path) -> None:
@@ -32,6 +38,53 @@ def draw(report: Report, path: str | Path) -> None:
     right.set_title("time by step")
     figure.suptitle(_headline(report))
     figure.savefig(path, dpi=120)
+
+
+def draw_phases(metrics: str | Path, path: str | Path, loss: str = "loss") -> None:
+    """Draws the training loss of a run over its steps, with the phases of the compression behind it.
+
+    Args:
+        metrics: the `metrics.csv` of a `CSVLogger`.
+        path: picture to write; its ending says which kind (`.png`, `.svg`, `.pdf`).
+        loss: the column with the training loss.
+
+    Raises:
+        TextError: the file cannot be read, or is not of a run with a `ZSSVDCallback` that logs this loss.
+        ImportError: matplotlib is not installed; `pip install zssvd-lightning[report]`.
+    """
+    from matplotlib.figure import Figure
+
+    losses, phases = _column(metrics, loss), _column(metrics, "zssvd/phase")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    last = max(step for step, _ in losses) + 1
+    for (start, number), (end, _) in zip(phases, [*phases[1:], (last, 0)], strict=True):
+        if end > start:
+            name = list(Phase)[int(number)].value
+            axes.axvspan(start, end, color=COLOURS[name], linewidth=0)
+            axes.text((start + end) / 2, 1.02, name, ha="center", transform=axes.get_xaxis_transform())
+    for step, _ in _column(metrics, "zssvd/predicted_drift"):
+        axes.axvline(step, color="#b03030", linestyle="--", linewidth=1)
+    axes.plot(*zip(*losses, strict=True), color="#303030", marker=".", linewidth=1)
+    axes.set_xlim(0, last)
+    axes.set_xlabel("step (dashed: truncation)")
+    axes.set_ylabel("training loss (nats)")
+    figure.savefig(path, dpi=120)
+
+
+def _column(metrics: str | Path, name: str) -> list[tuple[int, float]]:
+    try:
+        with Path(metrics).open(encoding="utf-8") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+        found = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+    except (OSError, KeyError, ValueError) as error:
+        raise TextError(
+            f"{metrics} is no metrics.csv of a run with {name!r} in it: {error!r}; log with CSVLogger, and self.log "
+            "the training loss"
+        ) from error
+    if not found:
+        raise TextError(f"{metrics} has no value of {name!r}")
+    return found
 
 
 def _grid(report: Report) -> tuple[list[str], list[str], list[list[float]]]:

@@ -1,6 +1,7 @@
-"""The loss scale of float16 training: what it multiplied, and how to take it off again."""
+"""What stands between a gradient and the optimizer: the loss scale of float16 training, and clipping."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import lightning as L
 import torch
@@ -32,3 +33,16 @@ def unscale(trainer: L.Trainer, optimizer: torch.optim.Optimizer, targets: Itera
         if id(weight) not in held and weight.grad is not None:
             weight.grad.div_(scale)
     return all(bool(weight.grad.isfinite().all()) for weight in gradients if weight.grad is not None)
+
+
+@contextmanager
+def nothing_to_clip(module: L.LightningModule) -> Iterator[None]:
+    """Keeps gradients from being clipped where they have been taken away, which clipping by value does not stand."""
+    before = module.__dict__.get("configure_gradient_clipping")
+    module.__dict__["configure_gradient_clipping"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del module.__dict__["configure_gradient_clipping"]
+        if before is not None:
+            module.__dict__["configure_gradient_clipping"] = before

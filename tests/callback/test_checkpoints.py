@@ -143,7 +143,9 @@ def test_load_from_checkpoint_of_weights_alone(tmp_path):
 
 
 def test_a_load_that_knows_nothing_of_low_rank_layers_names_what_it_takes(run):
-    with pytest.raises(RuntimeError, match=r"LowRankCheckpointMixin, or give the Trainer a ZSSVDCallback, to load\"\. $"):
+    with pytest.raises(
+        RuntimeError, match=r"LowRankCheckpointMixin, or give the Trainer a ZSSVDCallback, to load\"\. $"
+    ):
         Bare.load_from_checkpoint(path(run, 16))
     with pytest.raises(RuntimeError, match="LowRankCheckpointMixin"):
         trainer().validate(Bare(), loader(token_batches()), ckpt_path=path(run, 16))
@@ -239,9 +241,7 @@ def test_other_settings_in_the_middle_are_refused_and_the_module_untouched(run, 
     module = Bare()
     before = state_of(module)
     with pytest.raises(CheckpointError, match=f"{setting} was .* and is "):
-        trainer(short(**{setting: value}), max_epochs=9).fit(
-            module, loader(token_batches()), ckpt_path=path(run, 6)
-        )
+        trainer(short(**{setting: value}), max_epochs=9).fit(module, loader(token_batches()), ckpt_path=path(run, 6))
     assert_same_state(before, state_of(module))
 
 
@@ -251,9 +251,7 @@ def test_state_of_no_known_kind_is_refused(run, tmp_path):
         checkpoint["callbacks"]["ZSSVDCallback"] = state
         torch.save(checkpoint, tmp_path / "other.ckpt")
         with pytest.raises(CheckpointError, match=message):
-            trainer(short(), max_epochs=9).fit(
-                Bare(), loader(token_batches()), ckpt_path=str(tmp_path / "other.ckpt")
-            )
+            trainer(short(), max_epochs=9).fit(Bare(), loader(token_batches()), ckpt_path=str(tmp_path / "other.ckpt"))
 
 
 class SavesInTheMiddle(L.Callback):

