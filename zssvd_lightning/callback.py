@@ -175,7 +175,7 @@ class ZSSVDCallback(L.Callback):
         self._fitting = stage == "fit"
         if self._fitting:
             self._take_off_bar()
-            self._take_off_bar = telemetry.show_on_bar(trainer, self._describe)
+            self._take_off_bar = telemetry.show_on_bar(trainer, lambda: self._describe(trainer))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Gives back what `setup` borrowed."""
@@ -328,9 +328,11 @@ class ZSSVDCallback(L.Callback):
     def _batches_per_epoch(self, trainer: L.Trainer) -> float:
         return min(trainer.num_training_batches, self._lifecycle.epoch_length)
 
-    def _describe(self) -> str:
+    def _describe(self, trainer: L.Trainer) -> str:
         life = self._lifecycle
-        return f"{life.phase} {life.batches}" if life.gathering else life.phase.value
+        if not life.gathering:
+            return life.phase.value
+        return f"{life.phase} {life.batches}/{life.limit(life.phase, self._batches_per_epoch(trainer))}"
 
     def _plan_path(self, trainer: L.Trainer) -> Path:
         return Path(self._plan_output or Path(trainer.log_dir or trainer.default_root_dir) / PLAN_FILE)

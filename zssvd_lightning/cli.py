@@ -1,4 +1,4 @@
-"""`zssvd compress`, `zssvd evaluate` and `zssvd phases`."""
+"""`zssvd compress`, `plan`, `evaluate` and `phases`."""
 
 import json
 import logging
@@ -15,6 +15,8 @@ from zssvd_lightning.files import MARKER
 from zssvd_lightning.models import load_model, place
 from zssvd_lightning.picture import draw_phases
 from zssvd_lightning.pipeline import compress as compress_model
+from zssvd_lightning.pipeline import plan as plan_ranks
+from zssvd_lightning.plan import check_plan_output
 from zssvd_lightning.run import Run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -42,6 +44,21 @@ def compress(
     run.save(report)
     Console().print(report.table())
     typer.echo(f"wrote {run.output / MARKER} and the model beside it")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
+    file: Annotated[
+        Path, typer.Argument(help="YAML file to write, to be reviewed and given as compression.plan=FILE.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Write the rank that compress would choose for every layer, and change nothing."""
+    check_plan_output(file)
+    run = Run(load_config(RunConfig, config, overrides or ()))
+    plan_ranks(run.model, run.calibration_loader(), run.config.compression).write(file)
+    typer.echo(f"wrote {file}")
 
 
 @app.command()

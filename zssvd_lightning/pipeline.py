@@ -16,6 +16,7 @@ from zssvd_lightning.compression import Compression, steps
 from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.phase import Phase
+from zssvd_lightning.plan import Plan
 from zssvd_lightning.report import Report
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -64,6 +65,26 @@ def compress(
             step.act(compression)
         compression.factorise()
     return compression.report()
+
+
+def plan(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: CompressionConfig | None = None,
+    *,
+    loss: Loss = model_loss,
+    mask: Callable[[Any], Tensor | None] = token_mask,
+    terms: Callable[[Any], float] = loss_terms,
+    progress: bool = True,
+) -> Plan:
+    """The ranks that the first truncation of `compress` would choose; the model stays as it is.
+
+    Takes the arguments of `compress`, and raises what it raises.
+    """
+    compression = Compression(model, config or CompressionConfig(), progress)
+    with _gradients_set_aside(model):
+        gather(compression, batches, Phase.CALIBRATE, loss=loss, mask=mask, terms=terms)
+        return compression.plan()
 
 
 def gather(

@@ -186,11 +186,20 @@ def test_the_progress_bar_shows_the_phase(bar, capsys, monkeypatch):
     data = loader(token_batches())
     fitted = trainer(short(corrections=0), Look(), bar_, max_epochs=2, enable_progress_bar=True)
     fitted.fit(CausalLM(), data)
-    assert shown == ["calibrate 1", "calibrate 2", "calibrate 3", "recover", "recover", "recover", "recover", "recover"]
+    assert shown == [
+        "calibrate 1/4",
+        "calibrate 2/4",
+        "calibrate 3/4",
+        "recover",
+        "recover",
+        "recover",
+        "recover",
+        "recover",
+    ]
     assert "get_metrics" not in bar_.__dict__
     printed = capsys.readouterr()
     if bar is TQDMProgressBar:
-        assert "compression=calibrate 2" in printed.out + printed.err
+        assert "compression=calibrate 2/4" in printed.out + printed.err
 
 
 def test_a_bar_is_given_back_after_a_failure_too():

@@ -69,6 +69,15 @@ def test_the_command_line_adds_it_by_its_short_name():
     assert the_callback(ran).config.ignore == ["q_proj"]
 
 
+def test_a_setting_on_the_command_line_wins_over_the_last_callback_of_a_file(tmp_path):
+    plan = tmp_path / "plan.yaml"
+    settings = ["--trainer.callbacks.dry_run=true", f"--trainer.callbacks.plan={plan}"]
+    ran = cli("fit", "--config", config(tmp_path, prune_ratio=0.4), *settings)
+    assert the_callback(ran).config.prune_ratio == 0.4
+    assert plan.exists()
+    cli("fit", "--config", config(tmp_path, corrections=0), settings[1])
+
+
 def test_help_shows_every_argument_with_its_meaning(capsys):
     with pytest.raises(SystemExit):
         cli("fit", "--trainer.callbacks.help", "ZSSVDCallback")

@@ -48,14 +48,14 @@ class Diary(L.Callback):
 class Kill(L.Callback):
     """Kills its process the n-th time a hook runs in one of the phases given (any when None)."""
 
-    def __init__(self, after: int, hook: str, phases: list[str] | None, compression: ZSSVDCallback) -> None:
+    def __init__(self, after: int, hook: str, phases: list[str] | None = None) -> None:
         self.left = after
         self.phases = phases
-        self.compression = compression
         setattr(self, hook, self._kill)
 
-    def _kill(self, *_: Any, **__: Any) -> None:
-        self.left -= self.phases is None or self.compression.phase in self.phases
+    def _kill(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        (compression,) = [c for c in trainer.callbacks if isinstance(c, ZSSVDCallback)]
+        self.left -= self.phases is None or compression.phase in self.phases
         if self.left <= 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -75,7 +75,7 @@ def run(
     )
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
     loader = StatefulDataLoader(token_batches(160), batch_size=None)
-    callbacks = [compression, Diary(folder / "losses.jsonl"), saving, *([Kill(*kill, compression)] if kill else [])]
+    callbacks = [compression, Diary(folder / "losses.jsonl"), saving, *([Kill(*kill)] if kill else [])]
     fitted = trainer(*callbacks, **({"max_steps": 36, "enable_checkpointing": True} | settings))
     fitted.fit(module, loader, ckpt_path="last")
     torch.save(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
 from support.models import saved_tiny_llama
 
 from zssvd_lightning.cli import main
@@ -133,3 +134,42 @@ def test_help_of_the_module_names_both_commands():
     command = [sys.executable, "-m", "zssvd_lightning", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert all(command in done.stdout for command in ("compress", "evaluate"))
+
+
+def test_plan_then_compress_by_it(workshop, zssvd, tmp_path):
+    plan, more = tmp_path / "plan.yaml", ["compression.prune_ratio=0.3", "compression.corrections=0"]
+    assert zssvd("plan", workshop / "config.yaml", plan, *more).code == 0
+    layers = yaml.safe_load(plan.read_text())["layers"]
+    done = zssvd("compress", workshop / "config.yaml", f"compression.plan={plan}", more[1], f"output={tmp_path}/out")
+    assert done.code == 0
+    report = json.loads((tmp_path / "out" / MARKER).read_text())
+    assert {n: e["rank"] for n, e in layers.items()} == {n: r["rank"] or "dense" for n, r in report["ranks"].items()}
+    again = zssvd("plan", workshop / "config.yaml", plan, *more)
+    assert again.code == 1
+    assert "exists" in again.err
+
+
+def test_phases_draws_a_run(zssvd, tmp_path):
+    metrics = tmp_path / "metrics.csv"
+    rows = [
+        "step,loss,zssvd/phase,zssvd/predicted_drift",
+        "0,,0,",
+        "0,4.1,,",
+        "2,,1,",
+        "3,4.0,,",
+        "4,,,0.1",
+        "4,,5,",
+        "6,3,,",
+    ]
+    metrics.write_text("\n".join(rows))
+    for name in ("phases.png", "phases.svg"):
+        assert zssvd("phases", metrics, tmp_path / name).code == 0
+        assert (tmp_path / name).stat().st_size > 5_000
+    svg = (tmp_path / "phases.svg").read_text()
+    assert all(f"<!-- {phase} -->" in svg for phase in ("wait", "calibrate", "recover"))
+    for text, message in (("step,loss\n1,2", "zssvd/phase"), ("step,loss\n1,", "no value of 'loss'"), ("a,b", "step")):
+        metrics.write_text(text)
+        done = zssvd("phases", metrics, tmp_path / "no.png")
+        assert done.code == 1
+        assert message in done.err or "'loss'" in done.err
+        assert not (tmp_path / "no.png").exists()
