@@ -14,6 +14,7 @@ from zssvd_lightning.checkpoint import LowRankCheckpointMixin
 from zssvd_lightning.config import CompressionConfig, RunConfig, load_config
 from zssvd_lightning.evaluation import perplexity
 from zssvd_lightning.hub import from_pretrained, save_pretrained
+from zssvd_lightning.limits import scheduled_steps
 from zssvd_lightning.modules import LowRankLinear
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.pipeline import compress
@@ -35,4 +36,5 @@ __all__ = [
     "load_config",
     "perplexity",
     "save_pretrained",
+    "scheduled_steps",
 ]

@@ -28,15 +28,16 @@ from zssvd_lightning import telemetry
 from zssvd_lightning.calibration import loss_terms, token_mask
 from zssvd_lightning.checkpoint import CheckpointHooks, LowRankCheckpointMixin
 from zssvd_lightning.config import CompressionConfig, require
-from zssvd_lightning.errors import CalibrationError, UnfinishedError
-from zssvd_lightning.guards import refuse_stale_groups, refuse_too_short, refuse_unsupported
+from zssvd_lightning.errors import CalibrationError, CheckpointError, UnfinishedError
+from zssvd_lightning.guards import most_accumulated, refuse_stale_groups, refuse_too_short, refuse_unsupported
 from zssvd_lightning.lifecycle import Lifecycle
 from zssvd_lightning.limits import Allowance
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import check_plan_output
-from zssvd_lightning.precision import loss_scale, nothing_to_clip, unscale
+from zssvd_lightning.precision import ScalerAtRest, loss_scale, nothing_to_clip, scales, unscale
 from zssvd_lightning.report import Report
 from zssvd_lightning.scores import hold_early_stopping, start_ranking_afresh
+from zssvd_lightning.structure import note, ranks_of
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class ZSSVDCallback(L.Callback):
     Attributes:
         phase: where the compression stands, a `Phase`.
         report: what was done, from FACTORISE on; None before.
+        recovers_from: the global step at which the factors began to train; None before.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -142,7 +144,10 @@ class ZSSVDCallback(L.Callback):
         self._plan_output = plan
         self._allowance = Allowance()
         self._checkpoint_hooks = CheckpointHooks()
-        self._fitting = True
+        self.recovers_from: int | None = None
+        self._trainer: weakref.ref[L.Trainer] | None = None
+        self._fitting, self._resumed, self._planned = True, False, False
+        self._least: tuple[int | None, int | None] = (None, None)
         self._take_off_bar: Callable[[], None] = lambda: None
         self._compressed: weakref.ref[L.LightningModule] | None = None
         self._lifecycle = self._new_lifecycle()
@@ -172,32 +177,38 @@ class ZSSVDCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Has the module's structure follow its checkpoints, and the progress bar show the phase."""
         self._checkpoint_hooks.attach(pl_module, self._check)
-        self._fitting = stage == "fit"
+        self._trainer, self._fitting, self._resumed, self._planned = weakref.ref(trainer), stage == "fit", False, False
         if self._fitting:
             self._take_off_bar()
             self._take_off_bar = telemetry.show_on_bar(trainer, lambda: self._describe(trainer))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Gives back what `setup` borrowed."""
+        """Gives back what `setup` borrowed. Raises UnfinishedError when a fit ended without a batch of its own."""
         self._checkpoint_hooks.detach()
         self._take_off_bar()
+        self._allowance.take_back(trainer)
+        if self._planned:
+            trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = self._least
+        if self._fitting and self._lifecycle.gathering:
+            self._give_up(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses runs that cannot be compressed in, before any batch is spent; goes on from a checkpoint."""
-        if self.phase is Phase.DONE and self._compressed is not None and self._compressed() is not pl_module:
-            self._lifecycle = self._new_lifecycle()
         if self.phase in (Phase.RECOVER, Phase.DONE):
-            self._compressed = weakref.ref(pl_module)
-            return
+            if self._resumed or self._has_compressed(pl_module):
+                self._compressed = weakref.ref(pl_module)
+                return
+            self._start_over()
         refuse_unsupported(trainer, pl_module)
         refuse_stale_groups(trainer, pl_module)
         if self.dry_run:
             check_plan_output(self._plan_path(trainer))
         if self.phase is Phase.WAIT:
             self._lifecycle.epoch_length = math.inf
-            needed = self.batches_needed(trainer.num_training_batches, trainer.accumulate_grad_batches)
+            needed = self.batches_needed(trainer.num_training_batches, most_accumulated(trainer))
             refuse_too_short(trainer, self.start_epoch, self.start_step, 1 if self.extend_training else needed)
         self._lifecycle.attach(pl_module, self.progress)
+        self._lifecycle.compression.may_discard = scales(trainer)
         telemetry.log_phase(trainer, self.phase)
         self._go_on_if_enough(trainer, pl_module)
 
@@ -206,11 +217,13 @@ class ZSSVDCallback(L.Callback):
     ) -> None:
         """Puts the batch under observation, once the set point is reached and until enough was seen."""
         started = trainer.current_epoch >= self.start_epoch and trainer.global_step >= self.start_step
-        if self.phase is Phase.WAIT and started:
+        if self.phase is Phase.WAIT and started and not self._planned:
             self._lifecycle.start()
             telemetry.log_phase(trainer, self.phase)
         if self._lifecycle.gathering:
-            self._lifecycle.open(self.token_mask(batch), self.loss_terms(batch)).during(nothing_to_clip(pl_module))
+            batch = self._lifecycle.open(self.token_mask(batch), self.loss_terms(batch))
+            batch.during(nothing_to_clip(pl_module))
+            self._scaler = batch.during(ScalerAtRest(trainer))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Notes the loss and turns its gradient from a mean into a sum over its terms.
@@ -243,15 +256,17 @@ class ZSSVDCallback(L.Callback):
         if life.first_losses:
             telemetry.log(trainer, loss_after_truncation=math.fsum(life.first_losses) / len(life.first_losses))
             life.first_losses = None
-        if life.batch is None or life.terms_unit is None:
-            return
-        if unscale(trainer, optimizer, life.compression.targets.values()):
-            life.compression.collect_gradients(life.terms_unit)
-        else:
-            logger.warning("gradients overflowed in float16; their batches are not counted and the loss scale drops")
-            life.compression.discard_gradients()
-        optimizer.zero_grad(set_to_none=True)
-        life.batch.stepped = True
+        if life.batch is not None:
+            self._collect(trainer, optimizer)
+            optimizer.zero_grad(set_to_none=True)
+            life.batch.stepped = True
+
+    def on_before_zero_grad(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Takes gradients that would go without a step, as where `optimizer_step` is overridden to leave some out."""
+        if self._lifecycle.gathering and self._lifecycle.compression.pending:
+            self._collect(trainer, None)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
@@ -277,20 +292,17 @@ class ZSSVDCallback(L.Callback):
         """Notes how long an epoch is, which a loader without a length does not tell before, and goes on if enough."""
         self._lifecycle.close()
         self._lifecycle.epoch_length = self._lifecycle.batches_into_epoch
+        if self.extend_training:
+            self._allowance.recount(trainer, self._batches_per_epoch(trainer))
         self._go_on_if_enough(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Declares the work done. Raises UnfinishedError, with the model put back, when it is not."""
-        self._allowance.take_back(trainer)
         if self.phase is Phase.RECOVER:
             self._lifecycle.phase = Phase.DONE
-        elif self.phase is not Phase.DONE:
-            phase, seen = self.phase, self._lifecycle.batches
-            self._lifecycle.abandon()
-            raise UnfinishedError(
-                f"training ended in phase {phase!r} after {seen} of its batches, before the model was factorised, and "
-                "the model was put back; train longer, start earlier, or lower calibration_batches or corrections"
-            )
+            telemetry.log_phase(trainer, self.phase)
+        elif self.phase is not Phase.DONE and not self._planned:
+            self._give_up(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Puts everything back, unless the model was factorised already."""
@@ -298,18 +310,26 @@ class ZSSVDCallback(L.Callback):
             for parameter in pl_module.parameters():
                 parameter.grad = None
         if self.phase not in (Phase.RECOVER, Phase.DONE):
-            self._lifecycle.abandon()
-        self._allowance.take_back(trainer)
+            self._lifecycle.abandon(pl_module)
+            self._allowance.take_back(trainer)
+            self._allowance, self.recovers_from = Allowance(), None
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
         """The lifecycle and what it has taken of the training, as plain types and tensors."""
-        return self._lifecycle.state_dict() | {"allowance": self._allowance.state_dict()}
+        over, batch = self._batch_is_over(), self._lifecycle.batch
+        counted = self.extend_training and batch is not None and over
+        return self._lifecycle.state_dict(over) | {
+            "allowance": self._allowance.state_dict(counted, batch is not None and batch.stepped),
+            "recovers_from": self.recovers_from,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up the state of a checkpoint, for a fit. Raises CheckpointError when it cannot."""
         if self._fitting:
             self._lifecycle.load_state_dict(state_dict)
+            self.recovers_from = state_dict["recovers_from"]
+            self._resumed = True
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raises the Trainer's limits as they were when the checkpoint was taken, before it compares with them."""
@@ -318,12 +338,55 @@ class ZSSVDCallback(L.Callback):
             self._allowance = Allowance(**state["allowance"])
             self._allowance.grant(trainer)
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the note for loads that know nothing of low-rank layers, also after a fit."""
+        checkpoint["state_dict"].update(note(pl_module))
+
+    def _start_over(self) -> None:
+        self._lifecycle, self._allowance, self.recovers_from = self._new_lifecycle(), Allowance(), None
+
+    def _give_up(self, pl_module: L.LightningModule) -> None:
+        phase, seen = self.phase, self._lifecycle.batches
+        self._lifecycle.abandon(pl_module)
+        self._allowance = Allowance()
+        raise UnfinishedError(
+            f"training ended in phase '{phase}' after {seen} of its batches, before the model was factorised, and "
+            "the model was put back; train longer, start earlier, or lower calibration_batches or corrections"
+        )
+
+    def _has_compressed(self, pl_module: L.LightningModule) -> bool:
+        """Whether it was this module, and it is still as low-rank as the report says."""
+        if self.report is None or self._compressed is None or self._compressed() is not pl_module:
+            return False
+        ranks = {name: layer.rank for name, layer in self.report.layers.items() if layer.rank is not None}
+        return ranks.items() <= ranks_of(pl_module).items()
+
+    def _batch_is_over(self) -> bool:
+        """Whether Lightning would not run the latest batch again."""
+        trainer = self._trainer() if self._trainer is not None else None
+        if trainer is None:
+            return True
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        return bool(progress.processed == progress.ready)
+
+    def _collect(self, trainer: L.Trainer, optimizer: torch.optim.Optimizer | None) -> None:
+        """Takes the gradients there are, before a step of `optimizer` if Lightning is about to take one."""
+        compression, unit = self._lifecycle.compression, self._lifecycle.terms_unit
+        if unit is not None and unscale(trainer, optimizer, compression.targets.values()):
+            compression.collect_gradients(unit)
+            return
+        logger.warning("gradients overflowed in float16; their batches are not counted and the loss scale drops")
+        compression.discard_gradients()
+        self._scaler.overflowed = True
+
     def _new_lifecycle(self) -> Lifecycle:
         return Lifecycle(self.config, self.calibration_batches, self.calibration_epochs)
 
     def _check(self, checkpoint: Mapping[str, Any]) -> None:
         if self._fitting and (state := checkpoint.get("callbacks", {}).get(self.state_key)) is not None:
             self._lifecycle.check(state)
+            if self.dry_run and (state["position"] > 0 or state["phase"] in (Phase.RECOVER, Phase.DONE)):
+                raise CheckpointError("a dry run starts from a dense model, but this checkpoint is of a truncated one")
 
     def _batches_per_epoch(self, trainer: L.Trainer) -> float:
         return min(trainer.num_training_batches, self._lifecycle.epoch_length)
@@ -343,21 +406,24 @@ class ZSSVDCallback(L.Callback):
         if not life.enough(trainer.num_training_batches):
             return
         if self.dry_run:
-            self._write_plan(trainer)
+            self._write_plan(trainer, pl_module)
             return
         was_dense = life.is_dense
-        telemetry.log_step(trainer, life.advance(), life.compression)
-        if was_dense:
-            start_ranking_afresh(trainer)
-        if life.phase is Phase.FACTORISE:
-            self._factorise(trainer, pl_module)
+        with life.changing_weights():
+            telemetry.log_step(trainer, life.advance(), life.compression)
+            if was_dense:
+                start_ranking_afresh(trainer, "dense")
+            if life.phase is Phase.FACTORISE:
+                self._factorise(trainer, pl_module)
         telemetry.log_phase(trainer, life.phase)
 
-    def _write_plan(self, trainer: L.Trainer) -> None:
+    def _write_plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = self._plan_path(trainer)
         self._lifecycle.compression.plan().write(path)
-        self._lifecycle.abandon()
-        self._lifecycle.phase = Phase.DONE
+        self._lifecycle.abandon(pl_module)
+        self._planned = True
+        self._least = trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
+        trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = None, None
         trainer.should_stop = True
         logger.info("dry run: the ranks are in %s; compress with plan=%s", path, path)
 
@@ -366,8 +432,9 @@ class ZSSVDCallback(L.Callback):
             trainer.strategy.setup_optimizers(trainer)
             refuse_stale_groups(trainer, pl_module)
 
+        self.recovers_from = trainer.global_step
         self._lifecycle.factorise(set_up_optimizers)
-        start_ranking_afresh(trainer)
+        start_ranking_afresh(trainer, "truncated")
         self._compressed = weakref.ref(pl_module)
         if not isinstance(pl_module, LowRankCheckpointMixin):
             logger.info(

@@ -4,6 +4,7 @@ Weights tell by their names and shapes which layers are low-rank, so `save_weigh
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -51,18 +52,10 @@ class CheckpointHooks:
         self.detach()
         self._module = module
         self._before = {name: module.__dict__[name] for name in HOOKS if name in module.__dict__}
-        load, save = module.on_load_checkpoint, module.on_save_checkpoint
-
-        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-            load(checkpoint)
-            check(checkpoint)
-            match_structure(module, checkpoint["state_dict"], strict=module.strict_loading)
-
-        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
-            save(checkpoint)
-            checkpoint["state_dict"].update(note(module))
-
-        module.__dict__.update(on_load_checkpoint=on_load_checkpoint, on_save_checkpoint=on_save_checkpoint)
+        module.__dict__.update(
+            on_load_checkpoint=_Load(module, module.on_load_checkpoint, check),
+            on_save_checkpoint=_Save(module, module.on_save_checkpoint),
+        )
 
     def detach(self) -> None:
         """The module's own hooks are back."""
@@ -71,3 +64,33 @@ class CheckpointHooks:
                 self._module.__dict__.pop(name, None)
             self._module.__dict__.update(self._before)
         self._module = None
+
+
+@dataclass
+class _Load:
+    """The module's own hook, and then its structure made that of the weights. Copies go with copies of the module."""
+
+    module: L.LightningModule
+    own: Callable[[dict[str, Any]], None]
+    check: Callable[[Mapping[str, Any]], None] | None
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        self.own(checkpoint)
+        if self.check is not None:
+            self.check(checkpoint)
+        match_structure(self.module, checkpoint["state_dict"], strict=self.module.strict_loading)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"check": None}
+
+
+@dataclass
+class _Save:
+    """The module's own hook, and then a note for loads that know nothing of low-rank layers."""
+
+    module: L.LightningModule
+    own: Callable[[dict[str, Any]], None]
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        self.own(checkpoint)
+        checkpoint["state_dict"].update(note(self.module))

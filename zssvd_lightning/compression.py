@@ -55,6 +55,9 @@ class Compression:
         config: what to remove and how.
         progress: whether to draw a bar over the long steps.
 
+    Attributes:
+        may_discard: whether gradients may be discarded, which takes memory for a second set of second moments.
+
     Raises:
         TargetError: there is nothing to compress, or something that cannot be.
         BudgetError: the rank floor makes the prune ratio impossible.
@@ -70,6 +73,8 @@ class Compression:
         )
         self._plan = None if config.plan is None else Plan.read(config.plan, self.budget)
         self.moments = Moments()
+        self._window = Moments()
+        self.may_discard = False
         self._model_parameters = sum(p.numel() for p in model.parameters())
         self.stopwatch = Stopwatch()
         self.progress = progress
@@ -85,7 +90,11 @@ class Compression:
     @contextmanager
     def observing(self, mask: Tensor | None, inputs: bool = True) -> Iterator[Observation]:
         """One batch under observation; see `calibration.observing`."""
-        with observing(self.model, self.targets, self.moments, mask, inputs) as observation:
+        moments = self.moments
+        if self.may_discard:
+            moments = self._window
+            moments.leaders |= self.moments.leaders
+        with observing(self.model, self.targets, moments, mask, inputs) as observation:
             yield observation
 
     @property
@@ -99,14 +108,16 @@ class Compression:
 
     def collect_gradients(self, weight: float) -> None:
         """Adds the losses noted and `weight` times the gradients on the targets to the statistics, and clears both."""
+        self.moments.absorb_inputs(self._window)
         for loss, terms in self._pending:
             self.moments.add_loss(loss, terms)
         self._pending = []
         collect_gradients(self.targets, self.moments, weight)
 
     def discard_gradients(self) -> None:
-        """Forgets the losses noted and the gradients on the targets."""
+        """Forgets the losses noted, the gradients on the targets and, with `may_discard`, the inputs seen with them."""
         self._pending = []
+        self._window = Moments()
         for target in self.targets.values():
             target.module.weight.grad = None
 
@@ -226,6 +237,7 @@ class Compression:
             "shapes": {name: list(shape) for name, shape in self.budget.shapes.items()},
             "model_parameters": self._model_parameters,
             "moments": self.moments.state_dict(),
+            "window": self._window.state_dict(),
             "pending": [list(entry) for entry in self._pending],
             "gradients": self._open_gradients(),
             "originals": self._originals,
@@ -244,6 +256,7 @@ class Compression:
         """
         refuse_other(state, self.config, self.budget.shapes)
         self.moments = Moments.from_state_dict(state["moments"], self._device_of)
+        self._window = Moments.from_state_dict(state["window"], self._device_of)
         self._pending = [(loss, terms) for loss, terms in state["pending"]]
         for name, gradient in state["gradients"].items():
             self.targets[name].module.weight.grad = gradient.to(self.targets[name].module.weight, copy=True)

@@ -3,7 +3,12 @@
 import math
 
 import lightning as L
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from zssvd_lightning.errors import UnsupportedTrainingError
@@ -25,7 +30,7 @@ def _batches(steps: float, batches_per_epoch: float, accumulate: int) -> float:
 
 
 def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Raises UnsupportedTrainingError for manual optimization, several optimizers, several processes, or averaging."""
+    """Raises UnsupportedTrainingError for runs, and beside callbacks, that a model cannot be compressed in."""
     if not pl_module.automatic_optimization:
         raise UnsupportedTrainingError(
             f"{type(pl_module).__name__} optimizes manually, so gradients cannot be taken between backward and step; "
@@ -41,6 +46,11 @@ def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None
             raise UnsupportedTrainingError(
                 f"{type(callback).__name__} averages weights by their names, which change when layers become low-rank; "
                 "compress first, and average in a second fit"
+            )
+        if isinstance(callback, BaseFinetuning):
+            raise UnsupportedTrainingError(
+                f"{type(callback).__name__} keeps optimizer groups by the names of weights, which change when layers "
+                "become low-rank; compress in a second fit"
             )
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         raise UnsupportedTrainingError(
@@ -73,6 +83,13 @@ def refuse_stale_groups(trainer: L.Trainer, pl_module: L.LightningModule) -> Non
         )
 
 
+def most_accumulated(trainer: L.Trainer) -> int:
+    """The largest accumulation factor the run will have."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    scheduled = [max(c.scheduling.values()) for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
+    return max([trainer.accumulate_grad_batches, *scheduled])
+
+
 def refuse_too_short(trainer: L.Trainer, start_epoch: int, start_step: int, batches_needed: int) -> None:
     """Raises UnsupportedTrainingError when the fit ends before the model would be factorised.
 
@@ -82,7 +99,7 @@ def refuse_too_short(trainer: L.Trainer, start_epoch: int, start_step: int, batc
         start_step: compression starts no earlier than this global step.
         batches_needed: from the start of compression to factorisation.
     """
-    accumulate, per_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches
+    accumulate, per_epoch = most_accumulated(trainer), trainer.num_training_batches
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - trainer.current_epoch
     steps = math.inf if trainer.max_steps == -1 else trainer.max_steps - trainer.global_step
     available = min(epochs * per_epoch, _batches(steps, per_epoch, accumulate))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from zssvd_lightning.guards import window_end
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.report import Report
 from zssvd_lightning.statistics import Moments
+
+Entered = TypeVar("Entered")
 
 VERSION = 1
 GATHERING = (Phase.CALIBRATE, Phase.CORRECT)
@@ -130,13 +132,21 @@ class Lifecycle:
         limit = self.limit(self.phase, min(batches_per_epoch, self.epoch_length))
         return self.gathering and self.batches >= limit and not self.compression.pending
 
+    @contextmanager
+    def changing_weights(self) -> Iterator[None]:
+        """Weights are not to be relied on until the block ends or the model is factorised."""
+        self._changing = True
+        try:
+            yield
+        finally:
+            self._changing = False
+
     def advance(self) -> Step:
-        """Takes the step under way, which it returns, and enters the phase that follows."""
+        """Takes the step under way, which it returns, and enters the phase that follows; within `changing_weights`."""
         step = self._steps[self._position]
         self.phase = Phase.TRUNCATE if step.act is Compression.truncate else Phase.CORRECT
         self.terms_unit = None
-        with self._weights_change():
-            step.act(self.compression)
+        step.act(self.compression)
         self._position += 1
         following = self._steps[self._position :]
         self.phase = following[0].gathers if following else Phase.FACTORISE
@@ -148,42 +158,49 @@ class Lifecycle:
         return self._position == 0
 
     def factorise(self, set_up_optimizers: Callable[[], None]) -> None:
-        """Puts the low-rank layers in, has the optimizers set up for them, and reports."""
-        with self._weights_change():
-            self.compression.factorise()
-            with self.compression.stopwatch(Phase.FACTORISE.value):
-                set_up_optimizers()
+        """Puts the low-rank layers in, has the optimizers set up for them, and reports; within `changing_weights`."""
+        self.compression.factorise()
+        with self.compression.stopwatch(Phase.FACTORISE.value):
+            set_up_optimizers()
         self.report = self.compression.report()
         self.report.config = {"compression": asdict(self.config)}
         self._compression, self.first_losses = None, []
         self.phase = Phase.RECOVER
 
-    def abandon(self) -> None:
-        """Puts the model back and starts over."""
+    def abandon(self, model: nn.Module) -> None:
+        """Puts the model back, also where a checkpoint was loaded into it but not gone on from, and starts over."""
         self.close()
         if self._compression is not None:
             self._compression.restore()
+        elif self._restored is not None and self._restored["compression"] is not None:
+            Compression(model, self.config, progress=False).put_back(self._restored["compression"])
         self._compression, self._restored, self.terms_unit, self._position = None, None, None, 0
         self.phase = Phase.WAIT
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, batch_over: bool = True) -> dict[str, Any]:
         """Plain types and tensors, at whatever moment it is called.
 
         In the middle of a batch the gathering under way is left out, so that it starts over and no batch counts
         twice; while weights change the whole compression is, and the original weights are in it instead.
+
+        Args:
+            batch_over: whether the latest batch will not be run again, though it may still be under observation.
         """
         phase, position, terms_unit, compression = self.phase, self._position, self.terms_unit, None
-        if self._compression is not None and (self.gathering or self._changing):
+        changing = self._changing and self._compression is not None
+        if self._compression is not None and (self.gathering or changing):
             compression = self._compression.state_dict()
-        if self._changing:
+        if changing:
             phase, position, terms_unit = Phase.WAIT, 0, None
-        elif self.batch is not None and not self.batch.complete and compression is not None:
-            compression |= {"moments": Moments().state_dict(), "pending": [], "gradients": {}}
+        elif self.batch is not None and not batch_over and compression is not None:
+            nothing = Moments().state_dict()
+            compression |= {"moments": nothing, "window": nothing, "pending": [], "gradients": {}}
             terms_unit = None
         return {
             "version": VERSION,
             "phase": phase.value,
             "position": position,
+            "calibration": list(self._calibration),
             "terms_unit": terms_unit,
             "batches_into_epoch": self.batches_into_epoch,
             "epoch_length": self.epoch_length,
@@ -225,14 +242,12 @@ class Lifecycle:
             )
         if Phase(state["phase"]) in GATHERING and state["compression"] is not None:
             refuse_other(state["compression"], self.config)
-
-    @contextmanager
-    def _weights_change(self) -> Iterator[None]:
-        self._changing = True
-        try:
-            yield
-        finally:
-            self._changing = False
+            if tuple(state["calibration"]) != self._calibration:
+                raise CheckpointError(
+                    "the checkpoint was taken in the middle of a compression with other settings (calibration_batches "
+                    f"and calibration_epochs were {state['calibration']} and are {list(self._calibration)}); go on "
+                    "with the same, or start from a checkpoint of before it"
+                )
 
 
 class ObservedBatch:
@@ -258,9 +273,9 @@ class ObservedBatch:
             )
             self._stack = stack.pop_all()
 
-    def during(self, context: AbstractContextManager[Any]) -> None:
+    def during(self, context: AbstractContextManager[Entered]) -> Entered:
         """Enters a context that ends with the observation."""
-        self._stack.enter_context(context)
+        return self._stack.enter_context(context)
 
     def close(self) -> None:
         """Puts mode, flags, cache and hooks back."""

@@ -24,6 +24,10 @@ class Allowance:
         """Counts a batch, and raises the limits by it."""
         self.batches += 1
         self.steps += stepped
+        self.recount(trainer, batches_per_epoch)
+
+    def recount(self, trainer: L.Trainer, batches_per_epoch: float) -> None:
+        """Raises the limits, once it is known how long an epoch is."""
         self.epochs = 0 if math.isinf(batches_per_epoch) else math.ceil(self.batches / batches_per_epoch)
         self.grant(trainer)
 
@@ -37,9 +41,9 @@ class Allowance:
         self._raise(trainer, -self._granted[0], -self._granted[1])
         self._granted = (0, 0)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The counts."""
-        return {"steps": self.steps, "batches": self.batches, "epochs": self.epochs}
+    def state_dict(self, one_more: bool = False, stepped: bool = False) -> dict[str, Any]:
+        """The counts, with `one_more` batch that is over but not added yet."""
+        return {"steps": self.steps + (one_more and stepped), "batches": self.batches + one_more, "epochs": self.epochs}
 
     @staticmethod
     def _raise(trainer: L.Trainer, steps: int, epochs: int) -> None:
@@ -47,3 +51,14 @@ class Allowance:
             trainer.fit_loop.epoch_loop.max_steps += steps
         if trainer.max_epochs is not None and trainer.max_epochs != -1:
             trainer.fit_loop.max_epochs = trainer.max_epochs + epochs
+
+
+def scheduled_steps(trainer: L.Trainer) -> float:
+    """How many optimizer steps a learning-rate schedule made now will see: ask it in `configure_optimizers`.
+
+    That is all the training at first, and the recovery when `configure_optimizers` runs again after factorisation, or
+    in a run that was resumed from there.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    begun = [start for callback in callbacks if (start := getattr(callback, "recovers_from", None)) is not None]
+    return trainer.estimated_stepping_batches - max(begun, default=0)

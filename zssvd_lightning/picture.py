@@ -59,8 +59,8 @@ def draw_phases(metrics: str | Path, path: str | Path, loss: str = "loss") -> No
     axes = figure.subplots()
     last = max(step for step, _ in losses) + 1
     for (start, number), (end, _) in zip(phases, [*phases[1:], (last, 0)], strict=True):
-        if end > start:
-            name = list(Phase)[int(number)].value
+        name = list(Phase)[int(number)].value
+        if end > start and name in COLOURS:
             axes.axvspan(start, end, color=COLOURS[name], linewidth=0)
             axes.text((start + end) / 2, 1.02, name, ha="center", transform=axes.get_xaxis_transform())
     for step, _ in _column(metrics, "zssvd/predicted_drift"):

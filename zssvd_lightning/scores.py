@@ -1,5 +1,7 @@
 """What other callbacks remember of the dense model's scores, and how they are made to forget it."""
 
+from collections.abc import Iterator
+from itertools import count
 from pathlib import PurePath
 
 import lightning as L
@@ -8,16 +10,24 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 
-def start_ranking_afresh(trainer: L.Trainer) -> None:
+def start_ranking_afresh(trainer: L.Trainer, so_far: str) -> None:
     """Makes every `ModelCheckpoint` and `EarlyStopping` rank from nothing; checkpoints so far stay on disk.
 
-    Later checkpoints get names of their own (`last-v1.ckpt` beside `last.ckpt`, as Lightning numbers them).
+    Later checkpoints get names of their own (`last-v1.ckpt` beside `last.ckpt`, as Lightning numbers them; where it is
+    told not to, those so far are renamed). Scores measured so far count as the worst until they are measured again.
+
+    Args:
+        trainer: whose callbacks they are.
+        so_far: what the model was until now, for the names of its checkpoints.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint):
-            _release(callback, trainer)
+            _release(callback, trainer, so_far)
         if isinstance(callback, EarlyStopping):
             stop_waiting(callback)
+        if isinstance(callback, (ModelCheckpoint, EarlyStopping)) and callback.monitor in trainer.callback_metrics:
+            largest = torch.finfo(torch.float32).max
+            trainer.callback_metrics[callback.monitor] = torch.tensor(largest if callback.mode == "min" else -largest)
 
 
 def hold_early_stopping(trainer: L.Trainer) -> None:
@@ -33,12 +43,12 @@ def stop_waiting(stopping: EarlyStopping) -> None:
     stopping.best_score = _worst(stopping.mode)
 
 
-def _release(checkpoint: ModelCheckpoint, trainer: L.Trainer) -> None:
+def _release(checkpoint: ModelCheckpoint, trainer: L.Trainer, so_far: str) -> None:
     """Forgets the files and scores, so that no file is deleted or overwritten by what comes later."""
     if not checkpoint._enable_version_counter and trainer.is_global_zero:  # noqa: SLF001
         tracked = {checkpoint.last_model_path, checkpoint.best_model_path, *checkpoint.best_k_models}
         for path in filter(None, tracked):
-            _set_aside(path)
+            _set_aside(path, so_far)
     checkpoint.best_k_models = {}
     checkpoint.kth_best_model_path = ""
     checkpoint.kth_value = _worst(checkpoint.mode)
@@ -48,12 +58,18 @@ def _release(checkpoint: ModelCheckpoint, trainer: L.Trainer) -> None:
     checkpoint.last_model_path = ""
 
 
-def _set_aside(path: str) -> None:
+def _set_aside(path: str, so_far: str) -> None:
     """Renames a checkpoint that the next one of its name would overwrite."""
-    files = get_filesystem(path)
-    name = PurePath(path)
-    if files.exists(path):
-        files.mv(path, str(name.with_name(f"{name.stem}-dense{name.suffix}")), recursive=True)
+    files, name = get_filesystem(path), PurePath(path)
+    if not files.exists(path):
+        return
+    names = (name.with_name(f"{name.stem}-{so_far}{version}{name.suffix}") for version in _versions())
+    files.mv(path, next(str(free) for free in names if not files.exists(str(free))), recursive=True)
+
+
+def _versions() -> Iterator[str]:
+    yield ""
+    yield from (f"-v{number}" for number in count(1))
 
 
 def _worst(mode: str) -> torch.Tensor:

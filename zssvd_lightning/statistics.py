@@ -76,6 +76,18 @@ class Moments:
         self.loss_terms += terms
         self.batches += 1
 
+    @torch.no_grad()
+    def absorb_inputs(self, window: "Moments") -> None:
+        """Adds the second moments of another object of the same layers, and empties it."""
+        self.leaders |= window.leaders
+        for leader, sums in window.input_sums.items():
+            if leader in self.input_sums:
+                self.input_sums[leader] += sums
+                self.tokens[leader] += window.tokens[leader]
+            else:
+                self.input_sums[leader], self.tokens[leader] = sums, window.tokens[leader]
+        window.input_sums, window.tokens = {}, {}
+
     def state_dict(self) -> dict[str, Any]:
         """All sums, as plain types and tensors (the tensors are these, not copies)."""
         return {

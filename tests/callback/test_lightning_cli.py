@@ -105,7 +105,7 @@ def test_a_dry_run_writes_a_plan_changes_nothing_and_the_plan_is_followed(tmp_pa
     fitted.fit(module, loader(token_batches()))
     assert_same_state(before, state_of(module))
     assert fitted.global_step == 4
-    assert dry.phase is Phase.DONE
+    assert dry.phase is Phase.WAIT
     assert dry.report is None
 
     content = yaml.safe_load(plan.read_text())
