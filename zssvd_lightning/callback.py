@@ -15,7 +15,7 @@
 import logging
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,24 @@ from torch import Tensor
 
 from zssvd_lightning import telemetry
 from zssvd_lightning.calibration import loss_terms, token_mask
-from zssvd_lightning.checkpoint import CheckpointHooks, LowRankCheckpointMixin
+from zssvd_lightning.checkpoint import LowRankCheckpointMixin
 from zssvd_lightning.config import CompressionConfig, require
 from zssvd_lightning.errors import CalibrationError, CheckpointError, UnfinishedError
 from zssvd_lightning.guards import most_accumulated, refuse_stale_groups, refuse_too_short, refuse_unsupported
 from zssvd_lightning.lifecycle import Lifecycle
-from zssvd_lightning.limits import Allowance
+from zssvd_lightning.limits import stopping_now
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import check_plan_output
 from zssvd_lightning.precision import ScalerAtRest, loss_scale, nothing_to_clip, scales, unscale
-from zssvd_lightning.report import Report
+from zssvd_lightning.resumable import ResumableCallback
 from zssvd_lightning.scores import hold_early_stopping, start_ranking_afresh
-from zssvd_lightning.structure import note, ranks_of
 
 logger = logging.getLogger(__name__)
 
 PLAN_FILE = "zssvd_plan.yaml"
 
 
-class ZSSVDCallback(L.Callback):
+class ZSSVDCallback(ResumableCallback):
     """Compresses the model in the middle of `trainer.fit` by Zero Sum SVD (arXiv 2602.02848).
 
     Works on any `LightningModule` with automatic optimization and one optimizer whose `training_step` returns a loss
@@ -117,7 +116,6 @@ class ZSSVDCallback(L.Callback):
         extend_training: bool = False,
         progress: bool = True,
     ) -> None:
-        super().__init__()
         require(start_epoch >= 0, "start_epoch", start_epoch, "0 or more")
         require(start_step >= 0, "start_step", start_step, "0 or more")
         require(calibration_epochs >= 1, "calibration_epochs", calibration_epochs, "1 or more")
@@ -139,28 +137,10 @@ class ZSSVDCallback(L.Callback):
         self.calibration_epochs = calibration_epochs
         self.calibration_batches = calibration_batches
         self.dry_run = dry_run
-        self.extend_training = extend_training
         self.progress = progress
         self._plan_output = plan
-        self._allowance = Allowance()
-        self._checkpoint_hooks = CheckpointHooks()
-        self.recovers_from: int | None = None
-        self._trainer: weakref.ref[L.Trainer] | None = None
-        self._fitting, self._resumed, self._planned = True, False, False
-        self._least: tuple[int | None, int | None] = (None, None)
-        self._take_off_bar: Callable[[], None] = lambda: None
-        self._compressed: weakref.ref[L.LightningModule] | None = None
-        self._lifecycle = self._new_lifecycle()
-
-    @property
-    def phase(self) -> Phase:
-        """Where the compression stands."""
-        return self._lifecycle.phase
-
-    @property
-    def report(self) -> Report | None:
-        """What was done, from FACTORISE on."""
-        return self._lifecycle.report
+        self._planned = False
+        super().__init__(self._new_lifecycle, extend_training)
 
     def token_mask(self, batch: Any) -> Tensor | None:
         """Which positions (B, T) of a batch are not padding. Override for batches without an `attention_mask`."""
@@ -172,30 +152,25 @@ class ZSSVDCallback(L.Callback):
 
     def batches_needed(self, batches_per_epoch: float = math.inf, accumulate: int = 1) -> int:
         """Training batches from the start of an epoch until the model is factorised."""
-        return self._new_lifecycle().batches_needed(batches_per_epoch, accumulate, first_only=self.dry_run)
+        return self._begin().batches_needed(batches_per_epoch, accumulate, first_only=self.dry_run)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Has the module's structure follow its checkpoints, and the progress bar show the phase."""
-        self._checkpoint_hooks.attach(pl_module, self._check)
-        self._trainer, self._fitting, self._resumed, self._planned = weakref.ref(trainer), stage == "fit", False, False
-        if self._fitting:
-            self._take_off_bar()
-            self._take_off_bar = telemetry.show_on_bar(trainer, lambda: self._describe(trainer))
+        super().setup(trainer, pl_module, stage)
+        self._planned = False
+        if stage == "fit":
+            self._borrowed.enter_context(telemetry.shown_on_bar(trainer, lambda: self._describe(trainer)))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Gives back what `setup` borrowed. Raises UnfinishedError when a fit ended without a batch of its own."""
-        self._checkpoint_hooks.detach()
-        self._take_off_bar()
-        self._allowance.take_back(trainer)
-        if self._planned:
-            trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = self._least
-        if self._fitting and self._lifecycle.gathering:
+        super().teardown(trainer, pl_module, stage)
+        if self._lifecycle.gathering and stage == "fit":
             self._give_up(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses runs that cannot be compressed in, before any batch is spent; goes on from a checkpoint."""
         if self.phase in (Phase.RECOVER, Phase.DONE):
-            if self._resumed or self._has_compressed(pl_module):
+            if self._has_compressed(pl_module):
                 self._compressed = weakref.ref(pl_module)
                 return
             self._start_over()
@@ -221,9 +196,9 @@ class ZSSVDCallback(L.Callback):
             self._lifecycle.start()
             telemetry.log_phase(trainer, self.phase)
         if self._lifecycle.gathering:
-            batch = self._lifecycle.open(self.token_mask(batch), self.loss_terms(batch))
-            batch.during(nothing_to_clip(pl_module))
-            self._scaler = batch.during(ScalerAtRest(trainer))
+            observed = self._lifecycle.open(self.token_mask(batch), self.loss_terms(batch))
+            observed.during(nothing_to_clip(pl_module))
+            self._scaler = observed.during(ScalerAtRest(trainer))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Notes the loss and turns its gradient from a mean into a sum over its terms.
@@ -310,64 +285,22 @@ class ZSSVDCallback(L.Callback):
             for parameter in pl_module.parameters():
                 parameter.grad = None
         if self.phase not in (Phase.RECOVER, Phase.DONE):
-            self._lifecycle.abandon(pl_module)
-            self._allowance.take_back(trainer)
-            self._allowance, self.recovers_from = Allowance(), None
+            self._abandon(pl_module)
         self.teardown(trainer, pl_module, "fit")
 
-    def state_dict(self) -> dict[str, Any]:
-        """The lifecycle and what it has taken of the training, as plain types and tensors."""
-        over, batch = self._batch_is_over(), self._lifecycle.batch
-        counted = self.extend_training and batch is not None and over
-        return self._lifecycle.state_dict(over) | {
-            "allowance": self._allowance.state_dict(counted, batch is not None and batch.stepped),
-            "recovers_from": self.recovers_from,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the state of a checkpoint, for a fit. Raises CheckpointError when it cannot."""
-        if self._fitting:
-            self._lifecycle.load_state_dict(state_dict)
-            self.recovers_from = state_dict["recovers_from"]
-            self._resumed = True
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raises the Trainer's limits as they were when the checkpoint was taken, before it compares with them."""
-        if self._fitting and (state := checkpoint["callbacks"].get(self.state_key)) is not None:
-            self._allowance.take_back(trainer)
-            self._allowance = Allowance(**state["allowance"])
-            self._allowance.grant(trainer)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the note for loads that know nothing of low-rank layers, also after a fit."""
-        checkpoint["state_dict"].update(note(pl_module))
-
-    def _start_over(self) -> None:
-        self._lifecycle, self._allowance, self.recovers_from = self._new_lifecycle(), Allowance(), None
+    def refuse_state(self, state: Mapping[str, Any]) -> None:
+        """Raises CheckpointError for a callback state that this fit cannot go on from."""
+        super().refuse_state(state)
+        if self.dry_run and (state["position"] > 0 or state["phase"] in (Phase.RECOVER, Phase.DONE)):
+            raise CheckpointError("a dry run starts from a dense model, but this checkpoint is of a truncated one")
 
     def _give_up(self, pl_module: L.LightningModule) -> None:
         phase, seen = self.phase, self._lifecycle.batches
-        self._lifecycle.abandon(pl_module)
-        self._allowance = Allowance()
+        self._abandon(pl_module)
         raise UnfinishedError(
             f"training ended in phase '{phase}' after {seen} of its batches, before the model was factorised, and "
             "the model was put back; train longer, start earlier, or lower calibration_batches or corrections"
         )
-
-    def _has_compressed(self, pl_module: L.LightningModule) -> bool:
-        """Whether it was this module, and it is still as low-rank as the report says."""
-        if self.report is None or self._compressed is None or self._compressed() is not pl_module:
-            return False
-        ranks = {name: layer.rank for name, layer in self.report.layers.items() if layer.rank is not None}
-        return ranks.items() <= ranks_of(pl_module).items()
-
-    def _batch_is_over(self) -> bool:
-        """Whether Lightning would not run the latest batch again."""
-        trainer = self._trainer() if self._trainer is not None else None
-        if trainer is None:
-            return True
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        return bool(progress.processed == progress.ready)
 
     def _collect(self, trainer: L.Trainer, optimizer: torch.optim.Optimizer | None) -> None:
         """Takes the gradients there are, before a step of `optimizer` if Lightning is about to take one."""
@@ -381,12 +314,6 @@ class ZSSVDCallback(L.Callback):
 
     def _new_lifecycle(self) -> Lifecycle:
         return Lifecycle(self.config, self.calibration_batches, self.calibration_epochs)
-
-    def _check(self, checkpoint: Mapping[str, Any]) -> None:
-        if self._fitting and (state := checkpoint.get("callbacks", {}).get(self.state_key)) is not None:
-            self._lifecycle.check(state)
-            if self.dry_run and (state["position"] > 0 or state["phase"] in (Phase.RECOVER, Phase.DONE)):
-                raise CheckpointError("a dry run starts from a dense model, but this checkpoint is of a truncated one")
 
     def _batches_per_epoch(self, trainer: L.Trainer) -> float:
         return min(trainer.num_training_batches, self._lifecycle.epoch_length)
@@ -420,11 +347,9 @@ class ZSSVDCallback(L.Callback):
     def _write_plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = self._plan_path(trainer)
         self._lifecycle.compression.plan().write(path)
-        self._lifecycle.abandon(pl_module)
+        self._abandon(pl_module)
         self._planned = True
-        self._least = trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
-        trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = None, None
-        trainer.should_stop = True
+        self._borrowed.enter_context(stopping_now(trainer))
         logger.info("dry run: the ranks are in %s; compress with plan=%s", path, path)
 
     def _factorise(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

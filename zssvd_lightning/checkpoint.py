@@ -3,7 +3,8 @@
 Weights tell by their names and shapes which layers are low-rank, so `save_weights_only` checkpoints load as well.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,6 @@ import lightning as L
 from torch import nn
 
 from zssvd_lightning.structure import match_structure, note
-
-HOOKS = ("on_load_checkpoint", "on_save_checkpoint")
 
 
 class LowRankCheckpointMixin(nn.Module):
@@ -35,35 +34,26 @@ class LowRankCheckpointMixin(nn.Module):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
-class CheckpointHooks:
-    """Stands around a module's checkpoint hooks for as long as a Trainer runs it."""
+@contextmanager
+def borrow_checkpoint_hooks(module: L.LightningModule, check: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
+    """Has the module's structure follow the checkpoints it loads, and low-rank ones carry a note, within the block.
 
-    def __init__(self) -> None:
-        self._module: L.LightningModule | None = None
-        self._before: dict[str, Any] = {}
-
-    def attach(self, module: L.LightningModule, check: Callable[[Mapping[str, Any]], None]) -> None:
-        """From now on the module's structure follows the checkpoints it loads, and low-rank ones carry a note.
-
-        Args:
-            module: the module that the Trainer runs.
-            check: is given every checkpoint that is to be loaded, and raises when it should not be.
-        """
-        self.detach()
-        self._module = module
-        self._before = {name: module.__dict__[name] for name in HOOKS if name in module.__dict__}
-        module.__dict__.update(
-            on_load_checkpoint=_Load(module, module.on_load_checkpoint, check),
-            on_save_checkpoint=_Save(module, module.on_save_checkpoint),
-        )
-
-    def detach(self) -> None:
-        """The module's own hooks are back."""
-        if self._module is not None:
-            for name in HOOKS:
-                self._module.__dict__.pop(name, None)
-            self._module.__dict__.update(self._before)
-        self._module = None
+    Args:
+        module: the module that a Trainer runs.
+        check: is given every checkpoint that is to be loaded, and raises when it should not be.
+    """
+    hooks = {
+        "on_load_checkpoint": _Load(module, module.on_load_checkpoint, check),
+        "on_save_checkpoint": _Save(module, module.on_save_checkpoint),
+    }
+    before = {name: module.__dict__[name] for name in hooks if name in module.__dict__}
+    module.__dict__.update(hooks)
+    try:
+        yield
+    finally:
+        for name in hooks:
+            module.__dict__.pop(name, None)
+        module.__dict__.update(before)
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """The limits of a training run, raised by what a compression takes of it."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +53,19 @@ class Allowance:
             trainer.fit_loop.epoch_loop.max_steps += steps
         if trainer.max_epochs is not None and trainer.max_epochs != -1:
             trainer.fit_loop.max_epochs = trainer.max_epochs + epochs
+
+
+@contextmanager
+def stopping_now(trainer: L.Trainer) -> Iterator[None]:
+    """Has the training end after this batch, whatever `min_epochs` and `min_steps`, which are back after the block."""
+    loop = trainer.fit_loop
+    before = loop.min_epochs, loop.epoch_loop.min_steps
+    loop.min_epochs, loop.epoch_loop.min_steps = None, None
+    trainer.should_stop = True
+    try:
+        yield
+    finally:
+        loop.min_epochs, loop.epoch_loop.min_steps = before
 
 
 def scheduled_steps(trainer: L.Trainer) -> float:

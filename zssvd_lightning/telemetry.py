@@ -13,8 +13,8 @@
 | zssvd/rank/LAYER                   | every truncation | rank of a layer; its full rank where it stays dense         |
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import lightning as L
 
@@ -53,24 +53,22 @@ def log_step(trainer: L.Trainer, step: Step, compression: Compression) -> None:
         log(trainer, step_fraction=compression.fractions[-1])
 
 
-def show_on_bar(trainer: L.Trainer, text: Callable[[], str]) -> Callable[[], None]:
-    """Adds `compression: text()` to what the progress bar, of whatever kind, shows; returns what takes it off again."""
+@contextmanager
+def shown_on_bar(trainer: L.Trainer, text: Callable[[], str]) -> Iterator[None]:
+    """Adds `compression: text()` to what the progress bar, of whatever kind, shows within the block."""
     bar = trainer.progress_bar_callback
     if bar is None:
-        return lambda: None
+        yield
+        return
     before = bar.__dict__.get("get_metrics")
     get_metrics = bar.get_metrics
-
-    def with_phase(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        return {**get_metrics(trainer, pl_module), "compression": text()}
-
-    def undo() -> None:
-        bar.__dict__.pop("get_metrics", None)
+    bar.__dict__["get_metrics"] = lambda *given: {**get_metrics(*given), "compression": text()}
+    try:
+        yield
+    finally:
+        del bar.__dict__["get_metrics"]
         if before is not None:
             bar.__dict__["get_metrics"] = before
-
-    bar.__dict__["get_metrics"] = with_phase
-    return undo
 
 
 def _log_truncation(trainer: L.Trainer, report: Report) -> None:

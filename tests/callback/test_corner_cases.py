@@ -479,12 +479,6 @@ def test_hooks_on_replaced_layers_go_on_and_can_be_removed():
     assert seen == ["before", "after"]
 
 
-class Frozen(CausalLM):
-    @property
-    def backbone(self):
-        return self.model
-
-
 def test_thawing_layer_by_layer_is_refused_by_name():
     with pytest.raises(UnsupportedTrainingError, match="BackboneFinetuning keeps optimizer groups by the names"):
         trainer(BackboneFinetuning(), short(), max_epochs=4).fit(Backboned(), loader(token_batches()))

@@ -1,0 +1,122 @@
+"""The part of the callback that outlives a process and a Trainer: its state in checkpoints, and what it borrows.
+
+Checkpoints may be saved at any moment; see `Lifecycle.state_dict` for what is in those from the middle of something.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import lightning as L
+
+from zssvd_lightning.checkpoint import borrow_checkpoint_hooks
+from zssvd_lightning.lifecycle import Lifecycle
+from zssvd_lightning.limits import Allowance
+from zssvd_lightning.phase import Phase
+from zssvd_lightning.report import Report
+from zssvd_lightning.structure import note, ranks_of
+
+
+class ResumableCallback(L.Callback):
+    """Goes on from checkpoints, and gives back to the Trainer and the module what it borrows of them for a run.
+
+    Args:
+        begin: makes the lifecycle of a compression that has not begun.
+        extend_training: whether the Trainer's limits are raised by what a compression takes of them.
+    """
+
+    def __init__(self, begin: Callable[[], Lifecycle], extend_training: bool) -> None:
+        super().__init__()
+        self.extend_training = extend_training
+        self.recovers_from: int | None = None
+        self._begin = begin
+        self._lifecycle = begin()
+        self._allowance = Allowance()
+        self._borrowed = ExitStack()
+        self._trainer: weakref.ref[L.Trainer] | None = None
+        self._fitting, self._resumed = True, False
+        self._compressed: weakref.ref[L.LightningModule] | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """Where the compression stands."""
+        return self._lifecycle.phase
+
+    @property
+    def report(self) -> Report | None:
+        """What was done, from FACTORISE on."""
+        return self._lifecycle.report
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Has the module's structure follow its checkpoints."""
+        self._borrowed.close()
+        self._trainer, self._fitting, self._resumed = weakref.ref(trainer), stage == "fit", False
+        self._borrowed.enter_context(borrow_checkpoint_hooks(pl_module, self._check))
+        self._borrowed.callback(lambda: self._allowance.take_back(trainer))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Gives back what was borrowed."""
+        self._borrowed.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The lifecycle and what it has taken of the training, as plain types and tensors."""
+        over, batch = self._batch_is_over(), self._lifecycle.batch
+        uncounted = self.extend_training and over and batch is not None
+        return self._lifecycle.state_dict(over) | {
+            "allowance": self._allowance.state_dict(uncounted, batch is not None and batch.stepped),
+            "recovers_from": self.recovers_from,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up the state of a checkpoint, for a fit. Raises CheckpointError when it cannot."""
+        if self._fitting:
+            self._lifecycle.load_state_dict(state_dict)
+            self.recovers_from = state_dict["recovers_from"]
+            self._resumed = True
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Raises the Trainer's limits as they were when the checkpoint was taken, before it compares with them."""
+        if self._fitting and (state := checkpoint["callbacks"].get(self.state_key)) is not None:
+            self._allowance.take_back(trainer)
+            self._allowance = Allowance(**state["allowance"])
+            self._allowance.grant(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the note for loads that know nothing of low-rank layers, also after a run."""
+        checkpoint["state_dict"].update(note(pl_module))
+
+    def refuse_state(self, state: Mapping[str, Any]) -> None:
+        """Raises CheckpointError for a callback state that a fit cannot go on from; nothing has been loaded then."""
+        self._lifecycle.check(state)
+
+    def _check(self, checkpoint: Mapping[str, Any]) -> None:
+        if self._fitting and (state := checkpoint.get("callbacks", {}).get(self.state_key)) is not None:
+            self.refuse_state(state)
+
+    def _has_compressed(self, pl_module: L.LightningModule) -> bool:
+        """Whether this module is the one behind the report, and still as low-rank as that says."""
+        if self._resumed:
+            return True
+        if self.report is None or self._compressed is None or self._compressed() is not pl_module:
+            return False
+        ranks = {name: layer.rank for name, layer in self.report.layers.items() if layer.rank is not None}
+        return ranks.items() <= ranks_of(pl_module).items()
+
+    def _start_over(self) -> None:
+        self._lifecycle, self._allowance, self.recovers_from = self._begin(), Allowance(), None
+
+    def _abandon(self, pl_module: L.LightningModule) -> None:
+        """Puts the module and the Trainer's limits back, and starts over."""
+        self._lifecycle.abandon(pl_module)
+        if self._trainer is not None and (trainer := self._trainer()) is not None:
+            self._allowance.take_back(trainer)
+        self._allowance, self.recovers_from = Allowance(), None
+
+    def _batch_is_over(self) -> bool:
+        """Whether Lightning would not run the latest batch again."""
+        trainer = self._trainer() if self._trainer is not None else None
+        if trainer is None:
+            return True
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        return bool(progress.processed == progress.ready)
