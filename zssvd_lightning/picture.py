@@ -2,6 +2,7 @@
 
 import csv
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def draw_phases(metrics: str | Path, path: str | Path, loss: str = "loss") -> No
     """
     from matplotlib.figure import Figure
 
-    losses, phases = _column(metrics, loss), _column(metrics, "zssvd/phase")
+    losses, logged = _column(metrics, loss), _column(metrics, "zssvd/phase")
+    phases = [logged[0], *(new for old, new in pairwise(logged) if new[1] != old[1])]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
     last = max(step for step, _ in losses) + 1
