@@ -77,7 +77,7 @@ class ZSSVDCallback(ResumableCallback):
     Attributes:
         phase: where the compression stands, a `Phase`.
         report: what was done, from FACTORISE on; None before.
-        recovers_from: the global step at which the factors began to train; None before.
+        recovers_from: the global step of this fit at which the factors began to train; None before.
 
     Raises:
         ConfigError: an argument is out of range.

@@ -49,9 +49,14 @@ class ResumableCallback(L.Callback):
         return self._lifecycle.report
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Has the module's structure follow its checkpoints."""
+        """Has the module's structure follow its checkpoints, and forgets the compression of another module."""
         self._borrowed.close()
         self._trainer, self._fitting, self._resumed = weakref.ref(trainer), stage == "fit", False
+        if self._fitting and self.phase in (Phase.RECOVER, Phase.DONE):
+            if not self._has_compressed(pl_module):
+                self._start_over()
+            else:
+                self.recovers_from = 0
         self._borrowed.enter_context(borrow_checkpoint_hooks(pl_module, self._check))
         self._borrowed.callback(lambda: self._allowance.take_back(trainer))
 

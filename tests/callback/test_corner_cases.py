@@ -222,6 +222,15 @@ def test_a_schedule_lasts_as_long_as_recovery_also_when_resumed(tmp_path):
     assert resumed[-6:] == pytest.approx(whole[-6:])
 
 
+def test_a_schedule_of_a_second_fit_lasts_for_all_of_it():
+    callback, module = short(corrections=0), Annealed()
+    trainer(callback, max_epochs=2).fit(module, loader(token_batches()))
+    for again in (module, Annealed()):
+        steps = Steps(callback)
+        trainer(callback, steps, max_epochs=2).fit(again, loader(token_batches()))
+        assert steps.rates[:4] == pytest.approx([1e-4 * (1 - step / 8) for step in range(4)])
+
+
 def test_a_scheduled_accumulation_is_not_refused_where_a_fixed_one_is_not():
     callback = short(corrections=0)
     data = loader(token_batches(8))

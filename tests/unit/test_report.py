@@ -43,6 +43,11 @@ def test_json_has_the_names_scripts_rely_on():
     assert "perplexity_second" not in plain
 
 
+def test_a_report_comes_back_from_its_json():
+    for one in (report(), report(perplexity={"dense": 5.0, "compressed": 7.0}, seed=3, config={"a": {"b": 1}})):
+        assert Report.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+
+
 def test_names_within_a_submodule():
     inner = {name: layer for name, layer in LAYERS.items() if name != "head"}
     assert list(report(layers=inner).within("net").layers) == ["layers.0.q", "layers.0.up", "layers.1.q"]
