@@ -101,14 +101,14 @@ class Lifecycle:
             CheckpointError: the checkpoint was of other layers or settings.
             TargetError: there is nothing to compress.
         """
-        restored, self._restored = self._restored, None
         if self.phase in (Phase.RECOVER, Phase.DONE):
             return
-        self._compression = Compression(model, self.config, progress)
-        if restored is not None and self.gathering:
-            self._compression.load_state_dict(restored["compression"])
-        elif restored is not None and restored["compression"] is not None:
-            self._compression.put_back(restored["compression"])
+        compression, saved = Compression(model, self.config, progress), (self._restored or {}).get("compression")
+        if self.gathering and saved is not None:
+            compression.load_state_dict(saved)
+        elif saved is not None:
+            compression.put_back(saved)
+        self._compression, self._restored = compression, None
 
     def start(self) -> None:
         """The set point is reached."""

@@ -132,10 +132,6 @@ class WithOptimizer(CausalLM):
         return self.make(self)
 
 
-def first_block_and_norms(module):
-    return [p for n, p in module.named_parameters() if "proj" not in n]
-
-
 OPTIMIZERS = {
     "fused": lambda module: torch.optim.AdamW(module.parameters(), lr=0.0, fused=True),
     "plain": lambda module: torch.optim.AdamW(module.parameters(), lr=0.0),
@@ -159,7 +155,7 @@ def test_frozen_targets_go_with_a_loss_scale():
     module = CausalLM()
     for name, parameter in module.named_parameters():
         parameter.requires_grad_("proj" not in name)
-    module.configure_optimizers = lambda: torch.optim.AdamW(first_block_and_norms(module), lr=1e-3)
+    module.configure_optimizers = lambda: torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
     compress(short(corrections=0), module, plugins=[Scaled()])
     assert ranks_of(module)
 
@@ -167,12 +163,10 @@ def test_frozen_targets_go_with_a_loss_scale():
 def test_an_overflow_counts_nothing_and_lowers_the_scale():
     callback, plugin = Keeps(0.3, corrections=0, progress=False), Scaled(2.0**31)
     compress(callback, plugins=[plugin], max_epochs=12)
-    plain = Keeps(0.3, corrections=0, progress=False)
     assert callback.kept.batches == 4
     assert set(callback.kept.tokens.values()) == {4 * 4 * 24}
     assert plugin.scaler.get_scale() < 2.0**31
     assert "step" not in plugin.scaler.__dict__
-    assert plain.kept is None
 
 
 class StepsEverySecondBatch(CausalLM):

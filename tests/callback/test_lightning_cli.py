@@ -6,7 +6,6 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from support.models import CausalLM, assert_same_state, loader, state_of, token_batches, trainer
 
-import zssvd_lightning
 from zssvd_lightning import Phase, ZSSVDCallback
 from zssvd_lightning.errors import OutputError, PlanError
 from zssvd_lightning.structure import ranks_of
@@ -86,7 +85,6 @@ def test_help_shows_every_argument_with_its_meaning(capsys):
     assert "projected gradient steps, each followed by fresh statistics" in text
     for argument in ("dry_run", "plan", "extend_training", "line_search", "min_rank_fraction"):
         assert f".{argument}" in text
-    assert zssvd_lightning.ZSSVDCallback is ZSSVDCallback
 
 
 @pytest.mark.parametrize("bad", [{"prune_ratio": 1.5}, {"prune_rate": 0.5}, {"corrections": "many"}])
