@@ -198,7 +198,7 @@ class ZSSVDCallback(ResumableCallback):
         if self._lifecycle.gathering:
             observed = self._lifecycle.open(self.token_mask(batch), self.loss_terms(batch))
             observed.during(nothing_to_clip(pl_module))
-            self._scaler = observed.during(ScalerAtRest(trainer))
+            self._scaler = observed.during(ScalerAtRest(trainer).resting())
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Notes the loss and turns its gradient from a mean into a sum over its terms.

@@ -3,14 +3,15 @@
 Weights tell by their names and shapes which layers are low-rank, so `save_weights_only` checkpoints load as well.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 from torch import nn
 
+from zssvd_lightning.borrowing import overridden
 from zssvd_lightning.structure import match_structure, note
 
 
@@ -34,26 +35,20 @@ class LowRankCheckpointMixin(nn.Module):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
-@contextmanager
-def borrow_checkpoint_hooks(module: L.LightningModule, check: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
-    """Has the module's structure follow the checkpoints it loads, and low-rank ones carry a note, within the block.
+def borrowed_checkpoint_hooks(
+    module: L.LightningModule, check: Callable[[Mapping[str, Any]], None]
+) -> AbstractContextManager[None]:
+    """Has the module's structure follow the checkpoints it loads, and low-rank ones carry a note, within the context.
 
     Args:
         module: the module that a Trainer runs.
         check: is given every checkpoint that is to be loaded, and raises when it should not be.
     """
-    hooks = {
-        "on_load_checkpoint": _Load(module, module.on_load_checkpoint, check),
-        "on_save_checkpoint": _Save(module, module.on_save_checkpoint),
-    }
-    before = {name: module.__dict__[name] for name in hooks if name in module.__dict__}
-    module.__dict__.update(hooks)
-    try:
-        yield
-    finally:
-        for name in hooks:
-            module.__dict__.pop(name, None)
-        module.__dict__.update(before)
+    return overridden(
+        module,
+        on_load_checkpoint=_Load(module, module.on_load_checkpoint, check),
+        on_save_checkpoint=_Save(module, module.on_save_checkpoint),
+    )
 
 
 @dataclass

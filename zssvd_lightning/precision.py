@@ -1,13 +1,14 @@
 """What stands between a gradient and the optimizer: the loss scale of float16 training, and clipping."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
 import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
+from zssvd_lightning.borrowing import overridden
 from zssvd_lightning.targets import Target
 
 
@@ -61,14 +62,14 @@ class ScalerAtRest:
         self._scaler: Any = trainer.precision_plugin.scaler if scales(trainer) else None  # type: ignore[attr-defined]
         self.overflowed = False
 
-    def __enter__(self) -> Self:
-        if self._scaler is not None:
-            self._scaler.step, self._scaler.update = self._step, self._update
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._scaler is not None:
-            del self._scaler.step, self._scaler.update
+    @contextmanager
+    def resting(self) -> Iterator[Self]:
+        """The scaler does nothing of its own within the block."""
+        if self._scaler is None:
+            yield self
+            return
+        with overridden(self._scaler, step=self._step, update=self._update):
+            yield self
 
     def _step(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Steps nothing."""
@@ -78,14 +79,6 @@ class ScalerAtRest:
         type(self._scaler).update(self._scaler, scale if new_scale is None else new_scale)
 
 
-@contextmanager
-def nothing_to_clip(module: L.LightningModule) -> Iterator[None]:
+def nothing_to_clip(module: L.LightningModule) -> AbstractContextManager[None]:
     """Keeps gradients from being clipped where they have been taken away, which clipping by value does not stand."""
-    before = module.__dict__.get("configure_gradient_clipping")
-    module.__dict__["configure_gradient_clipping"] = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        del module.__dict__["configure_gradient_clipping"]
-        if before is not None:
-            module.__dict__["configure_gradient_clipping"] = before
+    return overridden(module, configure_gradient_clipping=lambda *_, **__: None)

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 
-from zssvd_lightning.checkpoint import borrow_checkpoint_hooks
+from zssvd_lightning.checkpoint import borrowed_checkpoint_hooks
 from zssvd_lightning.lifecycle import Lifecycle
 from zssvd_lightning.limits import Allowance
 from zssvd_lightning.phase import Phase
@@ -57,7 +57,7 @@ class ResumableCallback(L.Callback):
                 self._start_over()
             else:
                 self.recovers_from = 0
-        self._borrowed.enter_context(borrow_checkpoint_hooks(pl_module, self._check))
+        self._borrowed.enter_context(borrowed_checkpoint_hooks(pl_module, self._check))
         self._borrowed.callback(lambda: self._allowance.take_back(trainer))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

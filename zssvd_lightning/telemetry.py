@@ -13,11 +13,12 @@
 | zssvd/rank/LAYER                   | every truncation | rank of a layer; its full rank where it stays dense         |
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import lightning as L
 
+from zssvd_lightning.borrowing import overridden
 from zssvd_lightning.compression import Compression, Step
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.report import Report
@@ -53,22 +54,13 @@ def log_step(trainer: L.Trainer, step: Step, compression: Compression) -> None:
         log(trainer, step_fraction=compression.fractions[-1])
 
 
-@contextmanager
-def shown_on_bar(trainer: L.Trainer, text: Callable[[], str]) -> Iterator[None]:
-    """Adds `compression: text()` to what the progress bar, of whatever kind, shows within the block."""
+def shown_on_bar(trainer: L.Trainer, text: Callable[[], str]) -> AbstractContextManager[None]:
+    """Adds `compression: text()` to what the progress bar, of whatever kind, shows within the context."""
     bar = trainer.progress_bar_callback
     if bar is None:
-        yield
-        return
-    before = bar.__dict__.get("get_metrics")
+        return nullcontext()
     get_metrics = bar.get_metrics
-    bar.__dict__["get_metrics"] = lambda *given: {**get_metrics(*given), "compression": text()}
-    try:
-        yield
-    finally:
-        del bar.__dict__["get_metrics"]
-        if before is not None:
-            bar.__dict__["get_metrics"] = before
+    return overridden(bar, get_metrics=lambda *args, **kwargs: {**get_metrics(*args, **kwargs), "compression": text()})
 
 
 def _log_truncation(trainer: L.Trainer, report: Report) -> None:
