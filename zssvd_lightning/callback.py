@@ -207,9 +207,8 @@ class ZSSVDCallback(ResumableCallback):
         weights keep the scale and are relative to the first batch's terms, so that no gradient overflows.
         """
         life, accumulate = self._lifecycle, trainer.accumulate_grad_batches
-        mean_loss = loss.detach() * (accumulate / loss_scale(trainer))
         if life.first_losses is not None:
-            life.first_losses.append(float(mean_loss))
+            life.first_losses.append(float(loss.detach()) * accumulate / loss_scale(trainer))
         if life.batch is None or life.terms_unit is None:
             return
         life.batch.observation.forward_done()
@@ -292,7 +291,10 @@ class ZSSVDCallback(ResumableCallback):
         """Raises CheckpointError for a callback state that this fit cannot go on from."""
         super().refuse_state(state)
         if self.dry_run and (state["position"] > 0 or state["phase"] in (Phase.RECOVER, Phase.DONE)):
-            raise CheckpointError("a dry run starts from a dense model, but this checkpoint is of a truncated one")
+            raise CheckpointError(
+                "a dry run starts from a dense model, but this checkpoint is of a truncated one; resume "
+                "from one of before the compression, or without dry_run"
+            )
 
     def _give_up(self, pl_module: L.LightningModule) -> None:
         phase, seen = self.phase, self._lifecycle.batches

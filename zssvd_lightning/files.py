@@ -1,4 +1,4 @@
-"""Writing folders so that an interrupted run loses nothing."""
+"""Writing files and folders so that an interrupted run loses nothing."""
 
 import json
 import shutil
@@ -60,6 +60,24 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {error}; what was there before is untouched") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside `path`, of the same ending, which takes its place when the block ends well.
+
+    Raises:
+        OutputError: writing failed; what was there before is untouched.
+    """
+    path = Path(path).expanduser().absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error}; what was there before is untouched") from error
 
 
 def _swap(new: Path, path: Path) -> None:

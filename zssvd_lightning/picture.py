@@ -8,6 +8,7 @@ from typing import Any
 
 from zssvd_lightning.budget import stored_parameters
 from zssvd_lightning.errors import TextError
+from zssvd_lightning.files import replacing_file
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.report import Report
 
@@ -50,6 +51,7 @@ def draw_phases(metrics: str | Path, path: str | Path, loss: str = "loss") -> No
         loss: the column with the training loss.
 
     Raises:
+        OutputError: the picture cannot be written.
         TextError: the file cannot be read, or is not of a run with a `ZSSVDCallback` that logs this loss.
         ImportError: matplotlib is not installed; `pip install zssvd-lightning[report]`.
     """
@@ -71,7 +73,8 @@ def draw_phases(metrics: str | Path, path: str | Path, loss: str = "loss") -> No
     axes.set_xlim(0, last)
     axes.set_xlabel("step (dashed: truncation)")
     axes.set_ylabel("training loss (nats)")
-    figure.savefig(path, dpi=120)
+    with replacing_file(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def _column(metrics: str | Path, name: str) -> list[tuple[int, float]]:

@@ -1,7 +1,5 @@
 """A rank for every layer, written down: what a dry run proposes, a person reviews, and a compression then follows."""
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ import yaml
 
 from zssvd_lightning.budget import Budget, Shape, break_even_rank
 from zssvd_lightning.errors import OutputError, PlanError
+from zssvd_lightning.files import replacing_file
 from zssvd_lightning.selection import Components, Selection, of_ranks
 
 VERSION = 1
@@ -67,15 +66,8 @@ class Plan:
             "layers": {name: self._entry(name) for name in self.ranks},
         }
         text = HEADER.format(dense=DENSE) + yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except OSError as error:
-            raise OutputError(f"cannot write plan {path}: {error}") from error
+        with replacing_file(path) as file:
+            file.write_text(text, encoding="utf-8")
 
     def rule(self, matrices: Mapping[str, Components], budget: Budget) -> Selection:
         """The selection that follows this plan; a `selection.Rule`."""

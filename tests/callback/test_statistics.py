@@ -141,9 +141,7 @@ def test_checkpointing_that_passes_no_gradient_on_is_refused_at_the_first_batch(
     model = Blocks(embeds=False)
     model.reentrant = True
     fitted = trainer(ZSSVDCallback(0.3, corrections=0, progress=False), max_epochs=2)
-    with pytest.raises(
-        ZeroGradientError, match=r"no gradient at blocks|no gradient at model\.blocks.*use_reentrant=False"
-    ):
+    with pytest.raises(ZeroGradientError, match=r"no gradient at model\.blocks.*use_reentrant=False"):
         fitted.fit(Classifies(model), loader(pairs(embeds=False)))
     assert fitted.global_step == 0
 
