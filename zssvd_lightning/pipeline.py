@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -28,15 +27,24 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
+class Reading(TypedDict, total=False):
+    """What a batch means; each has a default that suits batches and models of transformers."""
+
+    loss: Loss
+    """Mean loss of a batch, `loss(model, batch)`."""
+    mask: Callable[[Any], Tensor | None]
+    """Which positions (B, T) of a batch are not padding, or None for all."""
+    terms: Callable[[Any], float]
+    """How many terms the mean loss of a batch runs over."""
+
+
 def compress(
     model: nn.Module,
     batches: Iterable[Any],
     config: CompressionConfig | None = None,
     *,
-    loss: Loss = model_loss,
-    mask: Callable[[Any], Tensor | None] = token_mask,
-    terms: Callable[[Any], float] = loss_terms,
     progress: bool = True,
+    **reading: Unpack[Reading],
 ) -> Report:
     """Compresses `model` in place: calibrate, truncate, correct and truncate again, factorise.
 
@@ -44,10 +52,8 @@ def compress(
         model: any module of `nn.Linear` or transformers' `Conv1D` layers.
         batches: calibration batches; a list or a DataLoader, since every correction goes through them again.
         config: what to remove and how; the defaults of `CompressionConfig` when None.
-        loss: mean loss of a batch, `loss(model, batch)`; by default what a transformers model returns.
-        mask: which positions (B, T) of a batch are not padding, or None for all.
-        terms: how many terms the mean loss of a batch runs over.
         progress: whether to draw progress bars.
+        reading: `loss`, `mask` and `terms`, for other batches than those of transformers; see `Reading`.
 
     Returns:
         The report: ranks, parameters, predicted drift, calibration losses, seconds per step.
@@ -58,10 +64,9 @@ def compress(
     """
     config = config or CompressionConfig()
     compression = Compression(model, config, progress)
-    observe = partial(gather, compression, batches, loss=loss, mask=mask, terms=terms)
     with _undone_on_error(compression), _gradients_set_aside(model):
         for step in steps(config):
-            observe(step.gathers)
+            gather(compression, batches, step.gathers, **reading)
             step.act(compression)
         compression.factorise()
     return compression.report()
@@ -72,10 +77,8 @@ def plan(
     batches: Iterable[Any],
     config: CompressionConfig | None = None,
     *,
-    loss: Loss = model_loss,
-    mask: Callable[[Any], Tensor | None] = token_mask,
-    terms: Callable[[Any], float] = loss_terms,
     progress: bool = True,
+    **reading: Unpack[Reading],
 ) -> Plan:
     """The ranks that the first truncation of `compress` would choose; the model stays as it is.
 
@@ -83,7 +86,7 @@ def plan(
     """
     compression = Compression(model, config or CompressionConfig(), progress)
     with _gradients_set_aside(model):
-        gather(compression, batches, Phase.CALIBRATE, loss=loss, mask=mask, terms=terms)
+        gather(compression, batches, Phase.CALIBRATE, **reading)
         return compression.plan()
 
 
@@ -99,7 +102,7 @@ def gather(
     """The statistics of one step, from one forward and one backward pass over each batch.
 
     CALIBRATE takes second moments and gradients over all batches, CORRECT the gradients over the first
-    `correction_batches` of them. The other arguments are those of `compress`.
+    `correction_batches` of them. The other arguments are those of `compress` and of `Reading`.
 
     Raises:
         CalibrationError: there are no batches, fewer than promised, or one that cannot be used.

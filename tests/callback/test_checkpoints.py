@@ -5,6 +5,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support.callbacks import short
 from support.models import (
     CausalLM,
     assert_same_state,
@@ -17,7 +18,7 @@ from support.models import (
 )
 from torch import nn
 
-from zssvd_lightning import LowRankCheckpointMixin, LowRankLinear, Phase, ZSSVDCallback
+from zssvd_lightning import LowRankCheckpointMixin, LowRankLinear, Phase
 from zssvd_lightning.compression import Compression
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.structure import ranks_of
@@ -36,10 +37,6 @@ class Bare(CausalLM):
 
 class Ready(LowRankCheckpointMixin, Bare):
     pass
-
-
-def short(**settings):
-    return ZSSVDCallback(**({"prune_ratio": 0.3, "correction_batches": 2, "progress": False} | settings))
 
 
 def every_step(folder, **settings):

@@ -17,9 +17,10 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from support.callbacks import short
 from support.models import CausalLM, loader, token_batches, trainer
 
-from zssvd_lightning import Phase, ZSSVDCallback
+from zssvd_lightning import Phase
 from zssvd_lightning.errors import UnsupportedTrainingError
 
 
@@ -36,10 +37,6 @@ class Scripted(CausalLM):
     def on_validation_epoch_end(self):
         if not self.trainer.sanity_checking:
             self.log("val_loss", self.scores[min(self.trainer.current_epoch, len(self.scores) - 1)])
-
-
-def short(**settings):
-    return ZSSVDCallback(**({"prune_ratio": 0.3, "correction_batches": 2, "progress": False} | settings))
 
 
 def fit(module, *callbacks, **settings):

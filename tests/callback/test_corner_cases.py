@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from lightning.pytorch.plugins.precision import MixedPrecision
+from support.callbacks import Keeps, short
 from support.models import (
     CausalLM,
     assert_same_state,
@@ -25,24 +26,9 @@ from support.models import (
 )
 from torch.utils.data import DataLoader, IterableDataset
 
-from zssvd_lightning import LowRankCheckpointMixin, LowRankLinear, Phase, ZSSVDCallback, scheduled_steps
+from zssvd_lightning import LowRankCheckpointMixin, LowRankLinear, Phase, scheduled_steps
 from zssvd_lightning.errors import CheckpointError, UnfinishedError, UnsupportedTrainingError
 from zssvd_lightning.structure import ranks_of
-
-
-def short(**settings):
-    return ZSSVDCallback(**({"prune_ratio": 0.3, "correction_batches": 2, "progress": False} | settings))
-
-
-class Keeps(ZSSVDCallback):
-    """Keeps the statistics of the first calibration."""
-
-    kept = None
-
-    def on_before_backward(self, trainer, pl_module, loss):
-        if self.phase is Phase.CALIBRATE:
-            self.kept = self.kept or self._lifecycle.compression.moments
-        super().on_before_backward(trainer, pl_module, loss)
 
 
 class Interrupt(L.Callback):

@@ -5,6 +5,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from support.callbacks import Keeps, short
 from support.models import CausalLM, loader, padded_batches, state_of, tiny_llama, token_batches, trainer
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -22,10 +23,6 @@ class Diary(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.phases.append(self.callback.phase.value)
         self.weights.append({n: p.detach().clone() for n, p in pl_module.named_parameters()})
-
-
-def short(**settings):
-    return ZSSVDCallback(**({"prune_ratio": 0.3, "correction_batches": 2, "progress": False} | settings))
 
 
 def fit(callback, batches=None, module=None, **settings):
@@ -142,15 +139,6 @@ def half_precision(init_scale):
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=init_scale))
 
 
-class Gradients(ZSSVDCallback):
-    """Keeps the statistics of the first calibration."""
-
-    def on_before_backward(self, trainer, pl_module, loss):
-        if self.phase is Phase.CALIBRATE:
-            self.kept = self._lifecycle.compression.moments
-        super().on_before_backward(trainer, pl_module, loss)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -162,7 +150,7 @@ class Gradients(ZSSVDCallback):
 def test_statistics_do_not_depend_on_precision_or_loss_scale(settings):
     def statistics(**settings):
         torch.manual_seed(0)
-        callback, module = Gradients(0.3, corrections=0, progress=False), CausalLM()
+        callback, module = Keeps(0.3, corrections=0, progress=False), CausalLM()
         module.model.model.layers[0].requires_grad_(False)
         module.configure_optimizers = lambda: torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
         fit(callback, padded_batches(), module, **settings)
@@ -179,7 +167,7 @@ def test_statistics_do_not_depend_on_precision_or_loss_scale(settings):
 
 
 def test_batches_whose_gradients_overflow_are_not_counted(caplog):
-    callback = Gradients(0.3, corrections=0, progress=False)
+    callback = Keeps(0.3, corrections=0, progress=False)
     fit(callback, plugins=[half_precision(2.0**31)], max_epochs=12)
     assert "overflowed" in caplog.text
     assert callback.phase == "done"

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from support.callbacks import Keeps
 from support.models import CausalLM, loader, padded_batches, tiny_bert, tiny_gpt2, tiny_llama, token_batches, trainer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -13,17 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from zssvd_lightning import LowRankLinear, Phase, ZSSVDCallback
 from zssvd_lightning.errors import CalibrationError, ZeroGradientError
 from zssvd_lightning.structure import ranks_of
-
-
-class Keeps(ZSSVDCallback):
-    """Keeps the statistics of the first calibration."""
-
-    kept = None
-
-    def on_before_backward(self, trainer, pl_module, loss):
-        if self.phase is Phase.CALIBRATE:
-            self.kept = self.kept or self._lifecycle.compression.moments
-        super().on_before_backward(trainer, pl_module, loss)
 
 
 def statistics(module=None, batches=padded_batches, callback=None, **settings):
