@@ -175,6 +175,7 @@ class ZSSVDCallback(ResumableCallback):
                 return
             self._start_over()
         refuse_unsupported(trainer, pl_module)
+        self.adapter.refuse_unsupported()
         refuse_stale_groups(trainer, pl_module)
         if self.dry_run:
             check_plan_output(self._plan_path(trainer))
@@ -182,8 +183,8 @@ class ZSSVDCallback(ResumableCallback):
             self._lifecycle.epoch_length = math.inf
             needed = self.batches_needed(trainer.num_training_batches, most_accumulated(trainer))
             refuse_too_short(trainer, self.start_epoch, self.start_step, 1 if self.extend_training else needed)
-        self._lifecycle.attach(pl_module, self.progress)
-        self._lifecycle.compression.may_discard = scales(trainer)
+        self._lifecycle.attach(pl_module, self.progress, self.adapter)
+        self._lifecycle.compression.gathering.may_discard = scales(trainer)
         telemetry.log_phase(trainer, self.phase)
         self._go_on_if_enough(trainer, pl_module)
 
@@ -196,6 +197,7 @@ class ZSSVDCallback(ResumableCallback):
             self._lifecycle.start()
             telemetry.log_phase(trainer, self.phase)
         if self._lifecycle.gathering:
+            self.adapter.before_batch()
             observed = self._lifecycle.open(self.token_mask(batch), self.loss_terms(batch))
             observed.during(nothing_to_clip(pl_module))
             self._scaler = observed.during(ScalerAtRest(trainer).resting())
@@ -212,7 +214,7 @@ class ZSSVDCallback(ResumableCallback):
         if life.batch is None or life.terms_unit is None:
             return
         life.batch.observation.forward_done()
-        life.compression.add_loss(loss * (accumulate / loss_scale(trainer)), life.batch.terms)
+        life.compression.gathering.add_loss(loss * (accumulate / loss_scale(trainer)), life.batch.terms)
         weight = life.batch.terms * accumulate / life.terms_unit
         if weight != 1.0:
             loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
@@ -228,7 +230,9 @@ class ZSSVDCallback(ResumableCallback):
         """Takes the gradients of the accumulation window, before clipping, and leaves the optimizer none."""
         life = self._lifecycle
         if life.first_losses:
-            telemetry.log(trainer, loss_after_truncation=math.fsum(life.first_losses) / len(life.first_losses))
+            losses = math.fsum(life.first_losses) / len(life.first_losses)
+            everywhere = self.adapter.team.gathered(losses)
+            telemetry.log(trainer, loss_after_truncation=math.fsum(everywhere) / len(everywhere))
             life.first_losses = None
         if life.batch is not None:
             self._collect(trainer, optimizer)
@@ -239,7 +243,7 @@ class ZSSVDCallback(ResumableCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Takes gradients that would go without a step, as where `optimizer_step` is overridden to leave some out."""
-        if self._lifecycle.gathering and self._lifecycle.compression.pending:
+        if self._lifecycle.gathering and self._lifecycle.compression.gathering.pending:
             self._collect(trainer, None)
 
     def on_train_batch_end(
@@ -307,11 +311,14 @@ class ZSSVDCallback(ResumableCallback):
     def _collect(self, trainer: L.Trainer, optimizer: torch.optim.Optimizer | None) -> None:
         """Takes the gradients there are, before a step of `optimizer` if Lightning is about to take one."""
         compression, unit = self._lifecycle.compression, self._lifecycle.terms_unit
-        if unit is not None and unscale(trainer, optimizer, compression.targets.values()):
-            compression.collect_gradients(unit)
+        finite = unscale(trainer, optimizer, compression.targets.values())
+        if scales(trainer):
+            finite = all(compression.team.gathered(finite))
+        if unit is not None and finite:
+            compression.gathering.collect_gradients(unit)
             return
         logger.warning("gradients overflowed in float16; their batches are not counted and the loss scale drops")
-        compression.discard_gradients()
+        compression.gathering.discard_gradients()
         self._scaler.overflowed = True
 
     def _new_lifecycle(self) -> Lifecycle:
@@ -347,8 +354,10 @@ class ZSSVDCallback(ResumableCallback):
         telemetry.log_phase(trainer, life.phase)
 
     def _write_plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        path = self._plan_path(trainer)
-        self._lifecycle.compression.plan().write(path)
+        path, plan = self._plan_path(trainer), self._lifecycle.compression.plan()
+        with self.adapter.team.together():
+            if trainer.is_global_zero:
+                plan.write(path)
         self._abandon(pl_module)
         self._planned = True
         self._borrowed.enter_context(stopping_now(trainer))
@@ -356,7 +365,7 @@ class ZSSVDCallback(ResumableCallback):
 
     def _factorise(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         def set_up_optimizers() -> None:
-            trainer.strategy.setup_optimizers(trainer)
+            self.adapter.rewire()
             refuse_stale_groups(trainer, pl_module)
 
         self.recovers_from = trainer.global_step

@@ -3,8 +3,8 @@
 Weights tell by their names and shapes which layers are low-rank, so `save_weights_only` checkpoints load as well.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from zssvd_lightning.borrowing import overridden
 from zssvd_lightning.structure import match_structure, note
+from zssvd_lightning.targets import replace_module
 
 
 class LowRankCheckpointMixin(nn.Module):
@@ -35,20 +36,25 @@ class LowRankCheckpointMixin(nn.Module):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
+@contextmanager
 def borrowed_checkpoint_hooks(
-    module: L.LightningModule, check: Callable[[Mapping[str, Any]], None]
-) -> AbstractContextManager[None]:
+    module: L.LightningModule,
+    check: Callable[[Mapping[str, Any]], None],
+    replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Has the module's structure follow the checkpoints it loads, and low-rank ones carry a note, within the context.
 
     Args:
         module: the module that a Trainer runs.
         check: is given every checkpoint that is to be loaded, and raises when it should not be.
+        replace: puts a layer in the place of another, `replace(model, old, new)`.
+
+    Returns:
+        What makes the structure that of a checkpoint.
     """
-    return overridden(
-        module,
-        on_load_checkpoint=_Load(module, module.on_load_checkpoint, check),
-        on_save_checkpoint=_Save(module, module.on_save_checkpoint),
-    )
+    load = _Load(module, module.on_load_checkpoint, check, replace)
+    with overridden(module, on_load_checkpoint=load, on_save_checkpoint=_Save(module, module.on_save_checkpoint)):
+        yield load.prepare
 
 
 @dataclass
@@ -58,15 +64,22 @@ class _Load:
     module: L.LightningModule
     own: Callable[[dict[str, Any]], None]
     check: Callable[[Mapping[str, Any]], None] | None
+    replace: Callable[[nn.Module, nn.Module, nn.Module], None]
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         self.own(checkpoint)
+        if "state_dict" in checkpoint:  # strategies that load weights themselves have prepared for it
+            self.prepare(checkpoint)
+
+    def prepare(self, checkpoint: Mapping[str, Any]) -> None:
         if self.check is not None:
             self.check(checkpoint)
-        match_structure(self.module, checkpoint["state_dict"], strict=self.module.strict_loading)
+        match_structure(
+            self.module, checkpoint["state_dict"], strict=self.module.strict_loading, replace=self.replace
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"check": None}
+        return self.__dict__ | {"check": None, "replace": replace_module}
 
 
 @dataclass

@@ -4,8 +4,7 @@ Weights are edited in place by `truncate` and `correct`; modules are replaced on
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -13,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning.budget import Budget, Shape
-from zssvd_lightning.calibration import Observation, checked_loss, collect_gradients, observing
 from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.correction import best_fraction, projected_step
-from zssvd_lightning.decomposition import decompose
+from zssvd_lightning.decomposition import Decomposition, decompose
+from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.factorization import Factors, install, truncated_weight
+from zssvd_lightning.factorization import Factors, low_rank_layer, truncated_weight
+from zssvd_lightning.gathering import Gathering
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import Plan
 from zssvd_lightning.report import LayerReport, Report, Stopwatch
 from zssvd_lightning.selection import RULES, Selection
-from zssvd_lightning.spectrum import Spectrum
-from zssvd_lightning.statistics import Moments, exact_products
-from zssvd_lightning.targets import find_targets, replace_module, weights_snapshot
+from zssvd_lightning.statistics import exact_products
+from zssvd_lightning.targets import Target, find_targets, local_part, replace_module, weights_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +53,11 @@ class Compression:
         model: any module with linear layers.
         config: what to remove and how.
         progress: whether to draw a bar over the long steps.
+        team: the processes that compress the model together.
+        replace: puts a layer in the place of another, `replace(model, old, new)`.
 
     Attributes:
-        may_discard: whether gradients may be discarded, which takes memory for a second set of second moments.
+        gathering: the statistics that the next step will go by.
 
     Raises:
         TargetError: there is nothing to compress, or something that cannot be.
@@ -64,62 +65,34 @@ class Compression:
         PlanError: the plan to follow cannot be read or is of another model.
     """
 
-    def __init__(self, model: nn.Module, config: CompressionConfig, progress: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: CompressionConfig,
+        progress: bool = True,
+        team: Team | None = None,
+        replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
+    ) -> None:
         self.model = model
+        self.team = team or Team()
+        self._replace = replace
         self.config = config
         self.targets = find_targets(model, config.include, config.ignore)
         self.budget = Budget(
             {n: t.shape for n, t in self.targets.items()}, config.prune_ratio, config.min_rank_fraction
         )
         self._plan = None if config.plan is None else Plan.read(config.plan, self.budget)
-        self.moments = Moments()
-        self._window = Moments()
-        self.may_discard = False
+        self.gathering = Gathering(model, self.targets, self.team)
         self._model_parameters = sum(p.numel() for p in model.parameters())
         self.stopwatch = Stopwatch()
-        self.progress = progress
+        self.progress = progress and self.team.rank == 0
         self.losses: list[float] = []
         self.fractions: list[float] = []
         self._step: tuple[float, float] | None = None
-        self._pending: list[tuple[float, float]] = []
         self._originals: dict[str, Tensor] | None = None
         self._selection: Selection | None = None
         self._factors: dict[str, Factors] = {}
         self._installed: dict[str, nn.Module] = {}
-
-    @contextmanager
-    def observing(self, mask: Tensor | None, inputs: bool = True) -> Iterator[Observation]:
-        """One batch under observation; see `calibration.observing`."""
-        moments = self.moments
-        if self.may_discard:
-            moments = self._window
-            moments.leaders |= self.moments.leaders
-        with observing(self.model, self.targets, moments, mask, inputs) as observation:
-            yield observation
-
-    @property
-    def pending(self) -> bool:
-        """Whether losses wait for their gradients."""
-        return bool(self._pending)
-
-    def add_loss(self, loss: Tensor, terms: float) -> None:
-        """Notes a batch's mean loss until its gradient comes. Raises CalibrationError or NonFiniteError."""
-        self._pending.append((checked_loss(loss).item(), terms))
-
-    def collect_gradients(self, weight: float) -> None:
-        """Adds the losses noted and `weight` times the gradients on the targets to the statistics, and clears both."""
-        self.moments.absorb_inputs(self._window)
-        for loss, terms in self._pending:
-            self.moments.add_loss(loss, terms)
-        self._pending = []
-        collect_gradients(self.targets, self.moments, weight)
-
-    def discard_gradients(self) -> None:
-        """Forgets the losses noted, the gradients on the targets and, with `may_discard`, the inputs seen with them."""
-        self._pending = []
-        self._window = Moments()
-        for target in self.targets.values():
-            target.module.weight.grad = None
 
     @torch.no_grad()
     def truncate(self) -> None:
@@ -127,27 +100,29 @@ class Compression:
 
         Raises:
             CalibrationError: the statistics are missing, not finite or degenerate; the message names the layer.
+            ProcessFailedError: that, on another process.
         """
-        spectra, selection = self._select()
+        found, selection = self._select()
         with self.stopwatch("truncate"):
             if self._originals is None:
                 self._originals = weights_snapshot(self.targets)
             self._factors = {}
-            for name, kept in selection.kept.items():
-                target = self.targets[name]
+            for name, target in self.targets.items():
+                kept = selection.kept[name]
                 if kept is None:
                     target.assign(self._originals[name])
                 else:
-                    self._factors[name] = Factors(*spectra[name].factors(kept)).to(target.weight)
-                    target.assign(truncated_weight(self._factors[name]))
+                    self._factors[name] = self._handed_out(found, target, kept)
+                    target.assign(self._truncated(target))
         self._selection = selection
         self._start_afresh()
-        logger.info(
-            "truncated %d of %d layers, predicted drift %.4g",
-            len(self._factors),
-            len(self.targets),
-            selection.predicted_drift,
-        )
+        if self.team.rank == 0:
+            logger.info(
+                "truncated %d of %d layers, predicted drift %.4g",
+                len(self._factors),
+                len(self.targets),
+                selection.predicted_drift,
+            )
 
     @torch.no_grad()
     def correct(self) -> None:
@@ -159,14 +134,16 @@ class Compression:
         if self._originals is None:
             raise RuntimeError("correct() needs a truncate() before it")
         with self.stopwatch("correct"):
-            gradients = {name: self.moments.mean_gradient(name) for name in self.targets}
-            slope = 0.0
+            self.gathering.share_counts()
+            slopes = []
             for name, target in self.targets.items():
+                g = self.gathering.mean_gradient(name)
                 W = target.weight.to(torch.promote_types(target.weight.dtype, torch.float32))
-                stepped = projected_step(W, self._originals[name], gradients[name])
-                slope += float((gradients[name] * (stepped - W)).sum())
+                stepped = projected_step(W, self._originals[name], g, self.team.over_parts)
+                slopes.append((g * (stepped - W)).sum())
                 target.assign(stepped)
-            self._step = (self.moments.mean_loss, slope)
+            slope = float(self.team.over_parts(torch.stack(slopes).sum()))
+            self._step = (self.gathering.moments.mean_loss, slope)
             self.fractions.append(1.0)
         self._start_afresh()
 
@@ -176,10 +153,11 @@ class Compression:
         if self._step is None:
             raise RuntimeError("shorten_step() needs a correct() before it")
         with self.stopwatch("correct"):
-            fraction = best_fraction(*self._step, self.moments.mean_loss)
-            for name, factors in self._factors.items():
+            self.gathering.share_counts()
+            fraction = best_fraction(*self._step, self.gathering.moments.mean_loss)
+            for name in self._factors:
                 target = self.targets[name]
-                target.assign(torch.lerp(truncated_weight(factors), target.weight, fraction))
+                target.assign(torch.lerp(self._truncated(target), target.weight, fraction))
             self._step = None
             self.fractions[-1] = fraction
         self._start_afresh()
@@ -196,18 +174,22 @@ class Compression:
     def factorise(self) -> None:
         """Replaces every truncated layer by a `LowRankLinear`."""
         with self.stopwatch("factorise"):
-            self._installed = install(self.model, self.targets, self._factors)
+            for name in self._factors:
+                old = self.targets[name].module
+                bias = None if old.bias is None else self.team.whole(local_part(old.bias.detach()), len(old.bias))
+                self._installed[name] = low_rank_layer(old, self._whole(self.targets[name]), bias)
+                self._replace(self.model, old, self._installed[name])
 
     def restore(self) -> None:
         """Undoes everything: the dense layers and their original weights are back where they were."""
         for name, module in self._installed.items():
-            replace_module(self.model, module, self.targets[name].module)
+            self._replace(self.model, module, self.targets[name].module)
         if self._originals is not None:
             with torch.no_grad():
                 for name, target in self.targets.items():
                     target.assign(self._originals[name])
         self._originals, self._selection, self._factors, self._installed = None, None, {}, {}
-        self.moments = Moments()
+        self.gathering.start_afresh()
 
     def report(self) -> Report:
         """What was done, so far as the compression itself knows it."""
@@ -230,18 +212,16 @@ class Compression:
     def state_dict(self) -> dict[str, Any]:
         """Everything up to the next `truncate`, as plain types and tensors, from which `load_state_dict` goes on.
 
-        Weights are not in it: they are the model's.
+        Weights are not in it: they are the model's. Of several processes, which all must call it, the first has all
+        tensors in it and the others none.
         """
         return {
             "config": asdict(self.config),
             "shapes": {name: list(shape) for name, shape in self.budget.shapes.items()},
             "model_parameters": self._model_parameters,
-            "moments": self.moments.state_dict(),
-            "window": self._window.state_dict(),
-            "pending": [list(entry) for entry in self._pending],
-            "gradients": self._open_gradients(),
-            "originals": self._originals,
-            "factors": {name: list(factors) for name, factors in self._factors.items()},
+            "gathering": self.gathering.state_dict(),
+            "originals": None if self._originals is None else self._originals_at_first(self._originals),
+            "factors": self._factors_at_first(),
             "step": None if self._step is None else list(self._step),
             "losses": list(self.losses),
             "fractions": list(self.fractions),
@@ -251,18 +231,19 @@ class Compression:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a `state_dict` of a compression of the same model with the same settings.
 
+        The number of processes may be another than when it was taken.
+
         Raises:
             CheckpointError: the settings or the target layers are others.
         """
         refuse_other(state, self.config, self.budget.shapes)
-        self.moments = Moments.from_state_dict(state["moments"], self._device_of)
-        self._window = Moments.from_state_dict(state["window"], self._device_of)
-        self._pending = [(loss, terms) for loss, terms in state["pending"]]
-        for name, gradient in state["gradients"].items():
-            self.targets[name].module.weight.grad = gradient.to(self.targets[name].module.weight, copy=True)
+        self.gathering.load_state_dict(state["gathering"])
         if state["originals"] is not None:
-            self._originals = {n: W.to(self._device_of(n), copy=True) for n, W in state["originals"].items()}
-        self._factors = {n: Factors(*pair).to(self.targets[n].weight) for n, pair in state["factors"].items()}
+            self._originals = self._own_parts(state["originals"])
+        self._factors = {
+            name: Factors(*map(self.team.part, pair)).to(self.targets[name].weight)
+            for name, pair in state["factors"].items()
+        }
         self._step = None if state["step"] is None else (state["step"][0], state["step"][1])
         self._model_parameters = state["model_parameters"]
         self.losses, self.fractions = list(state["losses"]), list(state["fractions"])
@@ -281,27 +262,60 @@ class Compression:
                 f"the checkpoint was taken while layers were being replaced ({', '.join(differing[:3])}); resume from "
                 "another one"
             )
-        self._originals = {name: W.to(self._device_of(name)) for name, W in state["originals"].items()}
+        self._originals = self._own_parts(state["originals"])
         self.restore()
 
-    def _device_of(self, name: str) -> torch.device:
-        return self.targets[name].weight.device
-
-    def _open_gradients(self) -> dict[str, Tensor]:
-        """Gradients of batches whose accumulation window is not closed yet."""
-        weights = {name: target.module.weight for name, target in self.targets.items()} if self._pending else {}
-        return {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
-
-    def _select(self) -> tuple[dict[str, Spectrum], Selection]:
+    def _select(self) -> tuple[Decomposition, Selection]:
         with self.stopwatch("spectrum"), exact_products():
-            spectra, components = decompose(self.targets, self.moments, self.config.metric, self.progress)
+            found = decompose(self.targets, self.gathering, self.config.metric, self.team, self.progress)
         with self.stopwatch("select"):
             rule = RULES[self.config.selection] if self._plan is None else self._plan.rule
-            return spectra, rule(components, self.budget)
+            return found, self.team.decided(lambda: rule(found.components, self.budget))
+
+    def _handed_out(self, found: Decomposition, target: Target, kept: Tensor) -> Factors:
+        """What this process holds of a layer's factors, from the process that has decomposed it."""
+        owner, (m, n), k = found.owners[target.name], target.shape, len(kept)
+        up = down = None
+        if owner == self.team.rank:
+            up, down = found.spectra[target.name].factors(kept)
+        like = target.weight
+        return Factors(
+            self.team.from_owner(owner, up, (m, k), like), self.team.from_owner(owner, down, (k, n), like)
+        )
+
+    def _whole(self, target: Target) -> Factors:
+        """The factors of a layer, on every process."""
+        up, down = self._factors[target.name]
+        return Factors(self.team.whole(up, target.shape[0]), self.team.whole(down, up.shape[1]))
+
+    def _truncated(self, target: Target) -> Tensor:
+        """What this process holds of a layer's truncated weight."""
+        return self.team.part(truncated_weight(self._whole(target)), target.split)
 
     def _start_afresh(self) -> None:
-        self.losses.append(self.moments.mean_loss)
-        self.moments = Moments()
+        self.losses.append(self.gathering.moments.mean_loss)
+        self.gathering.start_afresh()
+
+    def _originals_at_first(self, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        at_first = {}
+        for name, target in self.targets.items():
+            if (W := self.team.to_save(originals[name], target.shape[target.split], target.split)) is not None:
+                at_first[name] = W
+        return at_first
+
+    def _factors_at_first(self) -> dict[str, list[Tensor]]:
+        at_first = {}
+        for name, (up, down) in self._factors.items():
+            pair = (self.team.to_save(up, self.targets[name].shape[0]), self.team.to_save(down, up.shape[1]))
+            if pair[0] is not None and pair[1] is not None:
+                at_first[name] = [pair[0], pair[1]]
+        return at_first
+
+    def _own_parts(self, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: self.team.part(W, self.targets[name].split).to(self.targets[name].weight.device, copy=True)
+            for name, W in originals.items()
+        }
 
 
 def refuse_other(

@@ -3,10 +3,15 @@
 Shapes: the kept original W, the truncated W' and the gradient g at W' are all (m, n).
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 
-def projected_step(truncated: Tensor, original: Tensor, gradient: Tensor) -> Tensor:
+def projected_step(
+    truncated: Tensor, original: Tensor, gradient: Tensor, over_parts: Callable[[Tensor], Tensor] = lambda number: number
+) -> Tensor:
     """`W' + (<g, D> / <g, g>) g` with `D = W - W'`: the part of what truncation took that the loss sees.
 
     Of all steps along g it is the one that ends nearest to the original weight (arXiv 2602.02848).
@@ -15,10 +20,12 @@ def projected_step(truncated: Tensor, original: Tensor, gradient: Tensor) -> Ten
         truncated: W', where the gradient was taken.
         original: W, before any truncation.
         gradient: g = dL/dW', not zero.
+        over_parts: makes sums over a matrix of those over its parts, where processes hold parts of it.
     """
     g = gradient.to(truncated.dtype)
     D = original.to(truncated.dtype) - truncated
-    return truncated + (g * D).sum() / (g * g).sum() * g
+    gD, gg = over_parts(torch.stack([(g * D).sum(), (g * g).sum()]))
+    return truncated + gD / gg * g
 
 
 def best_fraction(before: float, slope: float, after: float) -> float:

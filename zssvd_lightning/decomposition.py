@@ -1,11 +1,16 @@
-"""The spectra of all layers, and what selection sees of them."""
+"""The spectra of all layers, shared out among the processes of a team, and what selection sees of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.gathering import Gathering
 from zssvd_lightning.selection import Components
 from zssvd_lightning.spectrum import Spectrum
 from zssvd_lightning.statistics import Moments
@@ -13,30 +18,103 @@ from zssvd_lightning.targets import Target
 from zssvd_lightning.whitening import METRICS, Whitening, warn_of_jitter
 
 
+@dataclass
+class Decomposition:
+    """All layers decomposed, each by one process."""
+
+    owners: Mapping[str, int]
+    """Name -> rank of the process that has decomposed the layer, in module order."""
+    spectra: dict[str, Spectrum] = field(default_factory=dict)
+    """Name -> spectrum, on the CPU, of the layers of this process."""
+    components: dict[str, Components] = field(default_factory=dict)
+    """Name -> scores of all layers, in module order."""
+
+
+def svd_work(m: int, n: int) -> float:
+    """Floating-point operations of a thin SVD of (m, n), by Householder bidiagonalisation (Golub and Van Loan)."""
+    long, short = max(m, n), min(m, n)
+    return 6.0 * long * short**2 + 20.0 * short**3
+
+
+def whitening_work(n: int) -> float:
+    """Floating-point operations of the Cholesky factorisation of (n, n)."""
+    return n**3 / 3
+
+
+def share_out(targets: Mapping[str, Target], leaders: Mapping[str, str], size: int) -> list[list[str]]:
+    """Layers of each of `size` processes, so that all have about as much to do; those that share an input stay together.
+
+    The costliest group goes first, to the process with the least so far.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in targets:
+        groups.setdefault(leaders.get(name, name), []).append(name)
+    work = {
+        leader: whitening_work(targets[leader].shape[1]) + sum(svd_work(*targets[name].shape) for name in names)
+        for leader, names in groups.items()
+    }
+    shares: list[list[str]] = [[] for _ in range(size)]
+    loads = [0.0] * size
+    for leader in sorted(groups, key=lambda leader: -work[leader]):
+        least = loads.index(min(loads))
+        shares[least] += groups[leader]
+        loads[least] += work[leader]
+    return shares
+
+
 def decompose(
-    targets: Mapping[str, Target], moments: Moments, metric: str, progress: bool
-) -> tuple[dict[str, Spectrum], dict[str, Components]]:
-    """Spectra and scores by layer, kept on the CPU; one whitening for all layers that share an input.
+    targets: Mapping[str, Target], gathering: Gathering, metric: str, team: Team, progress: bool
+) -> Decomposition:
+    """Spectra and scores of all layers; one whitening for those that share an input. Collective.
+
+    Processes go through their shares at the same time, layer by layer, and each holds the whole weight and statistics
+    of one layer at a time.
 
     Raises:
         CalibrationError: statistics are missing, not finite or degenerate, or an SVD failed; names the layer.
+        ProcessFailedError: that, on another process.
     """
-    whitenings: dict[str, Whitening] = {}
-    spectra: dict[str, Spectrum] = {}
-    components: dict[str, Components] = {}
-    for name, target in tqdm(targets.items(), desc="spectra", unit="layer", disable=not progress):
-        leader = moments.leaders.get(name, name)
-        if leader not in whitenings:
-            whitenings[leader] = METRICS[metric](moments, name)
-        try:
-            spectrum = Spectrum.of(target.weight, whitenings[leader])
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise CalibrationError(
-                f"the SVD of {name} {target.shape} failed: {error}; check the weight for NaN and infinite values, "
-                "calibrate on more tokens, or add it to ignore"
-            ) from error
-        delta = spectrum.sensitivities(moments.mean_gradient(name))
-        components[name] = Components(spectrum.sigma.cpu(), delta.cpu())
-        spectra[name] = spectrum.to("cpu")
-    warn_of_jitter(whitenings)
-    return spectra, components
+    gathering.share_counts()
+    leaders = gathering.moments.leaders
+    shares = share_out(targets, leaders, team.size)
+    owners = {name: rank for rank, names in enumerate(shares) for name in names}
+    found = Decomposition({name: owners[name] for name in targets})
+    own: dict[str, Components] = {}
+    whitened: dict[str, Whitening] = {}
+    jitters: dict[str, float] = {}
+    with tqdm(total=len(targets), desc="spectra", unit="layer", disable=not progress) as bar:
+        for turn in _turns(shares):
+            brought = [gathering.layer_at(rank, name) for rank, name in enumerate(turn) if name is not None]
+            own_layer, name = next(filter(None, brought), None), turn[team.rank]
+            with team.together():
+                if own_layer is not None and name is not None:
+                    weight, moments = own_layer
+                    leader = leaders.get(name, name)
+                    if leader not in whitened:
+                        whitened = {leader: METRICS[metric](moments, name)}
+                        jitters[leader] = whitened[leader].jitter
+                    found.spectra[name], own[name] = _decompose(targets[name], weight, moments, whitened[leader])
+            bar.update(len(brought))
+    everyone = {name: scores for theirs in team.gathered(own) for name, scores in theirs.items()}
+    found.components = {name: everyone[name] for name in targets}
+    everywhere = {name: jitter for theirs in team.gathered(jitters) for name, jitter in theirs.items()}
+    if team.rank == 0:
+        warn_of_jitter(everywhere)
+    return found
+
+
+def _turns(shares: list[list[str]]) -> Iterator[tuple[str | None, ...]]:
+    """The layers that all processes work on at the same time, by rank; None for those that have done theirs."""
+    return zip_longest(*shares)
+
+
+def _decompose(target: Target, weight: Tensor, moments: Moments, whitening: Whitening) -> tuple[Spectrum, Components]:
+    try:
+        spectrum = Spectrum.of(weight, whitening)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise CalibrationError(
+            f"the SVD of {target.name} {target.shape} failed: {error}; check the weight for NaN and infinite values, "
+            "calibrate on more tokens, or add it to ignore"
+        ) from error
+    delta = spectrum.sensitivities(moments.mean_gradient(target.name))
+    return spectrum.to("cpu"), Components(spectrum.sigma.cpu(), delta.cpu())

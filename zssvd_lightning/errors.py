@@ -45,6 +45,10 @@ class UnsupportedTrainingError(ZSSVDError, RuntimeError):
     """The training run is of a kind the callback cannot compress in."""
 
 
+class ProcessFailedError(ZSSVDError, RuntimeError):
+    """Another process of the run failed; the message says which, and how."""
+
+
 class UnfinishedError(ZSSVDError, RuntimeError):
     """Training ended before the model was factorised."""
 

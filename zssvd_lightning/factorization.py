@@ -1,15 +1,13 @@
-"""From spectra and a selection to truncated weights, and from those to low-rank modules, swapped in once at the end.
+"""From factors to truncated weights, and to the low-rank layers that are swapped in once, at the end.
 
 Shapes: up (m, k), down (k, n), W_k (m, n).
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from zssvd_lightning.modules import low_rank_like
-from zssvd_lightning.targets import Target, replace_module
+from zssvd_lightning.modules import Dense, LowRankLinear, low_rank_like
 
 HOOKS = (
     "_forward_hooks",
@@ -40,22 +38,13 @@ def truncated_weight(factors: Factors) -> Tensor:
     return factors.up @ factors.down
 
 
-def install(model: nn.Module, targets: Mapping[str, Target], factors: Mapping[str, Factors]) -> dict[str, nn.Module]:
-    """Replaces the targets that have factors, wherever they stand in `model`; returns the new layers by name.
+def low_rank_layer(old: Dense, factors: Factors, bias: Tensor | None) -> LowRankLinear:
+    """The layer that takes the place of `old`.
 
-    Biases, `requires_grad` flags, training mode and forward and backward hooks carry over; layers without factors stay
-    as they are.
-    Nothing is replaced before all the new layers are there.
+    Bias, `requires_grad` flags, training mode and forward and backward hooks carry over.
     """
-    installed: dict[str, nn.Module] = {}
-    for name, (up, down) in factors.items():
-        old = targets[name].module
-        new = low_rank_like(old, down.shape[0])
-        new.fill(up, down, old.bias)
-        new.__dict__.update(
-            {kind: old.__dict__[kind] for kind in HOOKS}
-        )  # the same, so that their handles go on working
-        installed[name] = new
-    for name, layer in installed.items():
-        replace_module(model, targets[name].module, layer)
-    return installed
+    new = low_rank_like(old, len(factors.down))
+    new.to_empty(device=factors.up.device)
+    new.fill(*factors, bias)
+    new.__dict__.update({kind: old.__dict__[kind] for kind in HOOKS})  # the same, so that their handles go on working
+    return new

@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from zssvd_lightning.errors import UnsupportedTrainingError
 
@@ -52,11 +51,6 @@ def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None
                 f"{type(callback).__name__} keeps optimizer groups by the names of weights, which change when layers "
                 "become low-rank; compress in a second fit"
             )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        raise UnsupportedTrainingError(
-            f"{type(trainer.strategy).__name__} wraps or shards the model, but statistics are gathered on one plain "
-            "device; use devices=1 with strategy='auto', or call zssvd_lightning.compress on the model"
-        )
 
 
 def refuse_stale_groups(trainer: L.Trainer, pl_module: L.LightningModule) -> None:

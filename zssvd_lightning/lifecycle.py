@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from zssvd_lightning.calibration import Observation
 from zssvd_lightning.compression import Compression, Step, refuse_other, steps
 from zssvd_lightning.config import CompressionConfig
+from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
+from zssvd_lightning.gathering import Gathering
 from zssvd_lightning.guards import window_end
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.report import Report
-from zssvd_lightning.statistics import Moments
+from zssvd_lightning.strategies import StrategyAdapter
 
 Entered = TypeVar("Entered")
 
@@ -78,7 +80,7 @@ class Lifecycle:
     @property
     def batches(self) -> int:
         """How many batches have given statistics to the step under way."""
-        return self._compression.moments.batches if self._compression is not None else 0
+        return self._compression.gathering.moments.batches if self._compression is not None else 0
 
     def batches_needed(self, batches_per_epoch: float, accumulate: int, first_only: bool = False) -> int:
         """Training batches from the start of an epoch until all steps (or the first) are taken."""
@@ -94,16 +96,19 @@ class Lifecycle:
         batches, epochs = self._calibration
         return int(min(batches, epochs * batches_per_epoch))
 
-    def attach(self, model: nn.Module, progress: bool) -> None:
-        """Begins on `model`, or goes on with it from a checkpoint.
+    def attach(self, model: nn.Module, progress: bool, adapter: StrategyAdapter) -> None:
+        """Begins on `model`, which the strategy of `adapter` runs, or goes on with it from a checkpoint. Collective.
 
         Raises:
+            UnsupportedTrainingError: its layers are laid out over processes in a way that is not known.
             CheckpointError: the checkpoint was of other layers or settings.
             TargetError: there is nothing to compress.
         """
         if self.phase in (Phase.RECOVER, Phase.DONE):
             return
-        compression, saved = Compression(model, self.config, progress), (self._restored or {}).get("compression")
+        compression = Compression(model, self.config, progress, adapter.team, adapter.replace)
+        adapter.refuse_layers(compression.targets)
+        saved = (self._restored or {}).get("compression")
         if self.gathering and saved is not None:
             compression.load_state_dict(saved)
         elif saved is not None:
@@ -115,10 +120,11 @@ class Lifecycle:
         self.phase = self._steps[0].gathers
 
     def open(self, mask: Tensor | None, terms: float) -> "ObservedBatch":
-        """Puts a batch under observation."""
+        """Puts a batch under observation. Collective for the first batch of a gathering."""
         self.close()
+        if self.terms_unit is None:
+            self.terms_unit = max(self.compression.team.gathered(terms))
         self.batch = ObservedBatch(self.compression, self.phase, terms, mask)
-        self.terms_unit = self.terms_unit or terms
         return self.batch
 
     def close(self) -> None:
@@ -130,7 +136,7 @@ class Lifecycle:
     def enough(self, batches_per_epoch: float) -> bool:
         """Whether the step under way has its statistics, all gradients included."""
         limit = self.limit(self.phase, min(batches_per_epoch, self.epoch_length))
-        return self.gathering and self.batches >= limit and not self.compression.pending
+        return self.gathering and self.batches >= limit and not self.compression.gathering.pending
 
     @contextmanager
     def changing_weights(self) -> Iterator[None]:
@@ -167,13 +173,14 @@ class Lifecycle:
         self._compression, self.first_losses = None, []
         self.phase = Phase.RECOVER
 
-    def abandon(self, model: nn.Module) -> None:
+    def abandon(self, model: nn.Module, adapter: StrategyAdapter) -> None:
         """Puts the model back, also where a checkpoint was loaded into it but not gone on from, and starts over."""
         self.close()
         if self._compression is not None:
             self._compression.restore()
         elif self._restored is not None and self._restored["compression"] is not None:
-            Compression(model, self.config, progress=False).put_back(self._restored["compression"])
+            compression = Compression(model, self.config, False, adapter.team, adapter.replace)
+            compression.put_back(self._restored["compression"])
         self._compression, self._restored, self.terms_unit, self._position = None, None, None, 0
         self.phase = Phase.WAIT
 
@@ -193,8 +200,7 @@ class Lifecycle:
         if changing:
             phase, position, terms_unit = Phase.WAIT, 0, None
         elif self.batch is not None and not batch_over and compression is not None:
-            nothing = Moments().state_dict()
-            compression |= {"moments": nothing, "window": nothing, "pending": [], "gradients": {}}
+            compression["gathering"] = Gathering(self.compression.model, {}, Team()).state_dict()
             terms_unit = None
         return {
             "version": VERSION,
@@ -269,7 +275,7 @@ class ObservedBatch:
             if "torch._dynamo" in sys.modules:  # compiled code would not run the hooks
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             self.observation: Observation = stack.enter_context(
-                compression.observing(mask, inputs=phase is Phase.CALIBRATE)
+                compression.gathering.observing(mask, inputs=phase is Phase.CALIBRATE)
             )
             self._stack = stack.pop_all()
 

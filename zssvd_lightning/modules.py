@@ -107,7 +107,7 @@ def shape_of(layer: Dense | LowRankLinear) -> tuple[int, int]:
 
 
 def low_rank_like(layer: Dense | LowRankLinear, rank: int) -> LowRankLinear:
-    """A layer of `rank` without values, for the place of `layer`: its type, device, `requires_grad` and mode."""
+    """A layer of `rank` on the meta device, for the place of `layer`: its type, `requires_grad` and mode."""
     m, n = shape_of(layer)
     new = LowRankLinear(n, m, rank, layer.bias is not None, "meta", _parameter(layer).dtype)
     new.transposed = layer.transposed if isinstance(layer, LowRankLinear) else isinstance(layer, Conv1D)
@@ -116,7 +116,7 @@ def low_rank_like(layer: Dense | LowRankLinear, rank: int) -> LowRankLinear:
 
 
 def dense_like(layer: LowRankLinear) -> Dense:
-    """The kind of dense layer that `layer` replaced, without values, for its place."""
+    """The kind of dense layer that `layer` replaced, on the meta device, for its place."""
     m, n = shape_of(layer)
     with torch.device("meta"):
         new: Dense = nn.Linear(n, m, layer.bias is not None)
@@ -128,7 +128,6 @@ def dense_like(layer: LowRankLinear) -> Dense:
 
 
 def _take_after(new: Dense | LowRankLinear, old: Dense | LowRankLinear) -> None:
-    new.to_empty(device=_parameter(old).device)
     new.train(old.training)
     for name, parameter in new.named_parameters():
         like = old.bias if name.endswith("bias") and old.bias is not None else _parameter(old)

@@ -115,13 +115,13 @@ def gather(
             weight = terms(batch)
             with (
                 torch.enable_grad(),
-                compression.observing(mask(batch), inputs=phase is Phase.CALIBRATE) as observation,
+                compression.gathering.observing(mask(batch), inputs=phase is Phase.CALIBRATE) as observation,
             ):
                 batch_loss = loss(compression.model, batch)
                 observation.forward_done()
-                compression.add_loss(batch_loss, weight)
+                compression.gathering.add_loss(batch_loss, weight)
                 batch_loss.backward()  # type: ignore[no-untyped-call]
-                compression.collect_gradients(weight)
+                compression.gathering.collect_gradients(weight)
 
 
 def _checked(batches: Iterable[Any], limit: int | None, step: str, *, progress: bool) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from zssvd_lightning.lifecycle import Lifecycle
 from zssvd_lightning.limits import Allowance
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.report import Report
+from zssvd_lightning.strategies import StrategyAdapter, adapter_for
 from zssvd_lightning.structure import note, ranks_of
 
 
@@ -35,8 +36,16 @@ class ResumableCallback(L.Callback):
         self._allowance = Allowance()
         self._borrowed = ExitStack()
         self._trainer: weakref.ref[L.Trainer] | None = None
+        self._adapter: StrategyAdapter | None = None
         self._fitting, self._resumed = True, False
         self._compressed: weakref.ref[L.LightningModule] | None = None
+
+    @property
+    def adapter(self) -> StrategyAdapter:
+        """The strategy of the run."""
+        if self._adapter is None:
+            raise RuntimeError("the strategy of the run is known from setup on")
+        return self._adapter
 
     @property
     def phase(self) -> Phase:
@@ -52,12 +61,14 @@ class ResumableCallback(L.Callback):
         """Has the module's structure follow its checkpoints, and forgets the compression of another module."""
         self._borrowed.close()
         self._trainer, self._fitting, self._resumed = weakref.ref(trainer), stage == "fit", False
+        self._adapter = adapter_for(trainer, pl_module)
         if self._fitting and self.phase in (Phase.RECOVER, Phase.DONE):
             if not self._has_compressed(pl_module):
                 self._start_over()
             else:
                 self.recovers_from = 0
-        self._borrowed.enter_context(borrowed_checkpoint_hooks(pl_module, self._check))
+        loaded = self._borrowed.enter_context(borrowed_checkpoint_hooks(pl_module, self._check, self._adapter.replace))
+        self._borrowed.enter_context(self._adapter.loading(loaded))
         self._borrowed.callback(lambda: self._allowance.take_back(trainer))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -113,7 +124,7 @@ class ResumableCallback(L.Callback):
 
     def _abandon(self, pl_module: L.LightningModule) -> None:
         """Puts the module and the Trainer's limits back, and starts over."""
-        self._lifecycle.abandon(pl_module)
+        self._lifecycle.abandon(pl_module, self.adapter)
         if self._trainer is not None and (trainer := self._trainer()) is not None:
             self._allowance.take_back(trainer)
         self._allowance, self.recovers_from = Allowance(), None

@@ -4,7 +4,8 @@ Shapes: W and G are (m, n), the second moment A is (n, n), tokens are the rows o
 Sums are kept, in float32 or wider, so that batches of any length and any number of processes add up exactly.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -47,7 +48,9 @@ class Moments:
     loss_terms: float = 0.0
     """How many terms (predicted tokens) the loss was averaged over."""
     batches: int = 0
-    """How many batches gave a loss."""
+    """How many batches gave a loss on each process."""
+    with_gradient: list[str] = field(default_factory=list)
+    """Layers that have a gradient on some process, once that is known."""
 
     @torch.no_grad()
     def add_inputs(self, leader: str, X: Tensor) -> None:
@@ -69,9 +72,7 @@ class Moments:
         self.gradient_sums[name].add_(gradient, alpha=weight)
 
     def add_loss(self, mean_loss: float, terms: float) -> None:
-        """Adds a batch's loss, a mean over `terms` terms. Raises CalibrationError when there are none."""
-        if not terms > 0:
-            raise CalibrationError(f"a calibration batch counts {terms} loss terms, but needs some; drop such batches")
+        """Adds a batch's loss, a mean over `terms` terms."""
         self.loss_sum += mean_loss * terms
         self.loss_terms += terms
         self.batches += 1
@@ -88,19 +89,45 @@ class Moments:
                 self.input_sums[leader], self.tokens[leader] = sums, window.tokens[leader]
         window.input_sums, window.tokens = {}, {}
 
+    def counts(self) -> dict[str, Any]:
+        """What is known of the batches seen but for the sums of tensors, as plain types."""
+        return {
+            "leaders": dict(self.leaders),
+            "tokens": dict(self.tokens),
+            "with_gradient": [*self.with_gradient, *self.gradient_sums],
+            "loss_sum": self.loss_sum,
+            "loss_terms": self.loss_terms,
+        }
+
+    def take_counts(self, of_all: Sequence[Mapping[str, Any]]) -> None:
+        """Replaces the counts of this process by those over all.
+
+        Args:
+            of_all: the `counts` of every process.
+
+        Raises:
+            CalibrationError: layers share an input on one process and not on another.
+        """
+        tokens: Counter[str] = Counter()
+        for counts in of_all:
+            for name, leader in counts["leaders"].items():
+                if self.leaders.setdefault(name, leader) != leader:
+                    raise CalibrationError(
+                        f"{name} reads the same input as {leader} on one process, but as {self.leaders[name]} on "
+                        f"another; compress them in separate runs, or add {name} to ignore"
+                    )
+            tokens.update(counts["tokens"])
+        self.tokens = dict(tokens)
+        self.loss_sum = sum(counts["loss_sum"] for counts in of_all)
+        self.loss_terms = sum(counts["loss_terms"] for counts in of_all)
+        self.with_gradient = list(dict.fromkeys(name for counts in of_all for name in counts["with_gradient"]))
+
     def state_dict(self) -> dict[str, Any]:
         """All sums, as plain types and tensors (the tensors are these, not copies)."""
         return {
-            f.name: dict(value) if isinstance(value := getattr(self, f.name), dict) else value for f in fields(self)
+            f.name: value.copy() if isinstance(value := getattr(self, f.name), (dict, list)) else value
+            for f in fields(self)
         }
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any], device_of: Callable[[str], torch.device]) -> "Moments":
-        """The statistics of a `state_dict`, each layer's as a copy on the device that `device_of` names for it."""
-        moments = cls(**state)
-        for sums in (moments.input_sums, moments.gradient_sums):
-            sums.update({name: value.to(device_of(name), copy=True) for name, value in sums.items()})
-        return moments
 
     @property
     def mean_loss(self) -> float:
@@ -128,19 +155,24 @@ class Moments:
             )
         return A
 
-    def mean_gradient(self, name: str) -> Tensor:
+    def mean_gradient(self, name: str, over_parts: Callable[[Tensor], Tensor] = lambda number: number) -> Tensor:
         """`G = dL/dW` (m, n), L the mean loss over all terms.
+
+        Args:
+            name: the layer.
+            over_parts: makes a sum over G of that over its part, where processes hold parts of it.
 
         Raises:
             ZeroGradientError: the loss does not depend on the layer.
             NonFiniteError: the gradient is NaN or infinite.
         """
-        if name not in self.gradient_sums or not self.gradient_sums[name].any():
+        total = self.gradient_sums.get(name)
+        size = None if total is None else over_parts(total.abs().sum())
+        if total is None or size is None or size == 0:
             raise ZeroGradientError(
                 f"the calibration loss has no gradient at {name}, so its components cannot be scored; "
                 "use a loss that depends on it, or add it to ignore"
             )
-        G = self.gradient_sums[name] / self.loss_terms
-        if not torch.isfinite(G).all():
-            raise NonFiniteError(f"the gradient at {name} {tuple(G.shape)} is NaN or infinite; lower the loss scale")
-        return G
+        if not torch.isfinite(size):
+            raise NonFiniteError(f"the gradient at {name} is NaN or infinite; lower the loss scale")
+        return total / self.loss_terms

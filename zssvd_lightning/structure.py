@@ -4,7 +4,7 @@ Shapes: W (m, n), up (m, k), down (k, n). Saved weights say it all: where a mode
 layer has `layer.up.weight` and `layer.down.weight`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,10 +35,16 @@ def rebuild(model: nn.Module, ranks: Mapping[str, int]) -> None:
         old = modules.get(name)
         if not isinstance(old, (nn.Linear, Conv1D)):
             raise SavedModelError(f"the config gives {name} rank {rank}, but the model has no linear layer there")
-        replace_module(model, old, low_rank_like(old, rank))
+        replace_module(model, old, low_rank_like(old, rank).to_empty(device=old.weight.device))
 
 
-def match_structure(model: nn.Module, weights: Mapping[str, Any], *, strict: bool = True) -> None:
+def match_structure(
+    model: nn.Module,
+    weights: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
+) -> None:
     """Makes layers of `model` low-rank, of another rank, or dense again, as `weights` have them, in place.
 
     New layers have no values yet. Nothing is changed when the weights would not load afterwards.
@@ -47,6 +53,7 @@ def match_structure(model: nn.Module, weights: Mapping[str, Any], *, strict: boo
         model: the module that is to load the weights.
         weights: its state dict, with the names `model.state_dict()` has or would have.
         strict: whether missing and unexpected names are errors, as in `load_state_dict`.
+        replace: puts a layer in the place of another, `replace(model, old, new)`.
 
     Raises:
         CheckpointError: the weights belong to another model; says which names and shapes do not fit.
@@ -61,7 +68,8 @@ def match_structure(model: nn.Module, weights: Mapping[str, Any], *, strict: boo
     _refuse_foreign(model, replaced, weights, strict)
     olds = dict(_layers(model))
     for name, new in replaced.items():
-        replace_module(model, olds[name], new)
+        device = next(olds[name].parameters()).device
+        replace(model, olds[name], new.to_empty(device=device) if next(new.parameters()).is_meta else new)
 
 
 def note(model: nn.Module) -> dict[str, Tensor]:

@@ -8,13 +8,19 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.budget import break_even_rank
 from zssvd_lightning.config import closest
 from zssvd_lightning.errors import TargetError
-from zssvd_lightning.modules import LowRankLinear
+from zssvd_lightning.modules import LowRankLinear, shape_of
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, as a plain one that shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)
@@ -27,23 +33,37 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """W (m, n), a view: writing into it writes into the model."""
-        return self._oriented(self.module.weight.detach())
+        """W (m, n), or what this process holds of it; a view: writing into it writes into the model."""
+        return self._oriented(local_part(self.module.weight.detach()))
 
     @property
     def gradient(self) -> Tensor | None:
-        """dL/dW (m, n) as autograd left it, or None."""
+        """dL/dW as autograd left it, of what this process holds of W, or None."""
         gradient = self.module.weight.grad
-        return None if gradient is None else self._oriented(gradient)
+        return None if gradient is None else self._oriented(local_part(gradient))
+
+    def leave_gradient(self, gradient: Tensor) -> None:
+        """Puts a copy of dL/dW, of what this process holds of W, where autograd leaves it."""
+        weight = self.module.weight
+        stored = self._oriented(gradient).to(weight.device, weight.dtype, copy=True).contiguous()
+        if isinstance(weight, DTensor):
+            stored = DTensor.from_local(
+                stored, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+            )
+        weight.grad = stored
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n): outputs, inputs."""
-        m, n = self.weight.shape
-        return m, n
+        """(m, n) of the whole W: outputs, inputs."""
+        return shape_of(self.module)
+
+    @property
+    def split(self) -> int:
+        """The dimension of W along which it is cut where several processes share it: the first of what is stored."""
+        return 1 if isinstance(self.module, Conv1D) else 0
 
     def assign(self, W: Tensor) -> None:
-        """Overwrites the weight in place with W (m, n), cast to its type."""
+        """Overwrites the weight in place with W (m, n) or this process's part of it, cast to its type."""
         self.weight.copy_(W)
 
     def _oriented(self, stored: Tensor) -> Tensor:
@@ -115,6 +135,8 @@ def _refusals(model: nn.Module) -> Iterator[tuple[str, str]]:
         weight = dict(module.named_parameters(recurse=False)).get("weight")
         if id(module) in factors:
             yield name, "it is a factor of a layer that is low-rank already"
+        elif isinstance(module, FSDPModule):
+            yield name, "it was given to fully_shard on its own; give the block around it instead"
         elif type(module) not in (nn.Linear, Conv1D) or weight is None:
             yield name, f"{type(module).__name__} does not compute W x + b from a plain weight parameter"
         elif not weight.is_floating_point():

@@ -78,9 +78,9 @@ def safe_cholesky(A: Tensor, name: str) -> tuple[Tensor, float]:
     )
 
 
-def warn_of_jitter(whitenings: Mapping[str, Whitening]) -> None:
-    """One RankDeficientWarning for all layers (by name) whose second moment was singular, with the jitter of each."""
-    jitters = {name: whitening.jitter for name, whitening in whitenings.items() if whitening.jitter}
+def warn_of_jitter(by_layer: Mapping[str, float]) -> None:
+    """One RankDeficientWarning for all layers whose second moment was singular, with the jitter of each."""
+    jitters = {name: jitter for name, jitter in by_layer.items() if jitter}
     if jitters:
         few = ", ".join(f"{name} {jitter:.0e}" for name, jitter in list(jitters.items())[:5])
         warnings.warn(

@@ -269,8 +269,8 @@ def test_a_checkpoint_from_the_middle_of_a_batch_gathers_anew(tmp_path, hook, st
     fitted = trainer(callback, SavesInTheMiddle(tmp_path, hook), max_epochs=6)
     fitted.fit(Bare(), loader(token_batches(seed=3)))
     state = torch.load(tmp_path / f"{step}.ckpt")["callbacks"]["ZSSVDCallback"]
-    assert state["compression"]["moments"]["batches"] == 0
-    assert state["compression"]["moments"]["input_sums"] == {}
+    assert state["compression"]["gathering"]["moments"]["batches"] == 0
+    assert state["compression"]["gathering"]["moments"]["input_sums"] == {}
     resumed = short()
     trainer(resumed, max_epochs=9).fit(Bare(), loader(token_batches()), ckpt_path=str(tmp_path / f"{step}.ckpt"))
     assert resumed.phase is Phase.DONE

@@ -17,5 +17,5 @@ class Keeps(ZSSVDCallback):
 
     def on_before_backward(self, trainer, pl_module, loss):
         if self.phase is Phase.CALIBRATE:
-            self.kept = self.kept or self._lifecycle.compression.moments
+            self.kept = self.kept or self._lifecycle.compression.gathering.moments
         super().on_before_backward(trainer, pl_module, loss)

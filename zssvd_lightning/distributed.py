@@ -1,0 +1,284 @@
+"""All that the processes of one run say to each other: the only place with collectives.
+
+A `Team` is the processes that compress one model together. What a process holds of a layer depends on how it trains:
+
+|            | weights and factors | second moments, gradients | batches          |
+|------------|---------------------|---------------------------|------------------|
+| `Team`     | whole               | whole                     | all              |
+| `Replicas` | whole, all the same | sums over its own batches | its own          |
+| `Shards`   | some rows           | the same rows of the sums | its own          |
+
+Every layer has an owner, the process that brings its weight and statistics together, decomposes it and hands out the
+factors. Methods marked as collective must be called by all processes of the team, in the same order.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from zssvd_lightning.errors import CalibrationError, ProcessFailedError
+from zssvd_lightning.statistics import Moments
+
+T = TypeVar("T")
+
+
+class Team:
+    """One process on its own, and the pattern for several.
+
+    Attributes:
+        rank: number of this process.
+        size: how many processes there are.
+        gradients_divided_by: what the training divides the sum of all processes' gradients by.
+    """
+
+    rank = 0
+    size = 1
+    gradients_divided_by = 1
+
+    def gathered(self, mine: T) -> list[T]:
+        """What each process has, by rank. Collective."""
+        return [mine]
+
+    def decided(self, choose: Callable[[], T]) -> T:
+        """What the first process chooses. Collective."""
+        return choose()
+
+    def together(self) -> AbstractContextManager[None]:
+        """An error within the block, which may differ from process to process, is raised on all. Collective.
+
+        Raises:
+            ProcessFailedError: on processes without an error of their own.
+        """
+        return nullcontext()
+
+    def inputs(self, into: Moments) -> AbstractContextManager[Moments]:
+        """Gives what the second moments of a batch are added to, from where they come `into` the statistics."""
+        return nullcontext(into)
+
+    def weight_at(self, owner: int, part: Tensor, length: int, split: int) -> Tensor | None:
+        """A weight at its owner, None at the others. Collective.
+
+        Args:
+            owner: rank of the process that needs it.
+            part: what this process holds.
+            length: size of the whole along `split`.
+            split: dimension along which shards are cut.
+        """
+        return part
+
+    def sum_at(self, owner: int, part: Tensor, length: int, split: int) -> Tensor | None:
+        """A statistic over all batches at its owner, None at the others; arguments as in `weight_at`. Collective."""
+        return part
+
+    def sum_part(self, part: Tensor) -> Tensor:
+        """What this process holds of a statistic, over the batches of all. Collective."""
+        return part
+
+    def share_of_sum(self, whole: Tensor, split: int) -> Tensor | None:
+        """What this process is to hold of a statistic that all have whole, so that the sum stays what it is."""
+        return whole
+
+    def from_owner(self, owner: int, whole: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
+        """What this process is to hold of a factor that its owner has, in the type of `like`. Collective."""
+        if whole is None:
+            raise RuntimeError("the owner of a factor must have it")
+        return whole.to(like)
+
+    def whole(self, part: Tensor, length: int, split: int = 0) -> Tensor:
+        """All of a weight or factor, on every process; arguments as in `weight_at`. Collective."""
+        return part
+
+    def part(self, whole: Tensor, split: int = 0) -> Tensor:
+        """What this process holds of a weight or factor."""
+        return whole
+
+    def to_save(self, part: Tensor, length: int, split: int = 0) -> Tensor | None:
+        """A weight or factor for the state that the first process saves, on the CPU; None at others. Collective."""
+        whole = self.weight_at(0, part, length, split)
+        return whole if whole is None or self.size == 1 else whole.cpu()
+
+    def over_parts(self, number: Tensor) -> Tensor:
+        """A sum over the entries of a weight, from the sums over what each process holds of it. Collective."""
+        return number
+
+
+class Several(Team):
+    """More than one process, in the default process group."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self._device = device
+
+    def gathered(self, mine: T) -> list[T]:
+        everyone: list[T | None] = [None] * self.size
+        dist.all_gather_object(everyone, mine)
+        return everyone  # type: ignore[return-value]
+
+    def decided(self, choose: Callable[[], T]) -> T:
+        choice: list[T | None] = [None]
+        with self.together():
+            if self.rank == 0:
+                choice = [choose()]
+        dist.broadcast_object_list(choice, src=0, device=self._device)
+        return choice[0]  # type: ignore[return-value]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  (it is raised again, after the others know)
+            own = error
+        messages = self.gathered(None if own is None else f"{type(own).__name__}: {own}")
+        if own is not None:
+            raise own
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise ProcessFailedError(f"process {rank} of {self.size} failed: {message}")
+
+
+class Replicas(Several):
+    """Processes with a whole model each, as under DDP."""
+
+    def weight_at(self, owner: int, part: Tensor, length: int, split: int) -> Tensor | None:
+        return part if self.rank == owner else None
+
+    def sum_at(self, owner: int, part: Tensor, length: int, split: int) -> Tensor | None:
+        total = part.clone(memory_format=torch.contiguous_format)
+        dist.reduce(total, dst=owner)
+        return total if self.rank == owner else None
+
+    def sum_part(self, part: Tensor) -> Tensor:
+        total = part.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    def share_of_sum(self, whole: Tensor, split: int) -> Tensor | None:
+        return whole if self.rank == 0 else None
+
+    def from_owner(self, owner: int, whole: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
+        received = like.new_empty(tuple(shape)) if whole is None else whole.to(like).contiguous()
+        dist.broadcast(received, src=owner)
+        return received
+
+
+class Shards(Several):
+    """Processes with some rows of every weight each, as under FSDP.
+
+    Rows are dealt out as `torch.chunk` does: equally many each, fewer or none to the last. Gradients come summed over
+    the processes, in rows. Second moments are summed and cut into rows whenever a unit of the model has run, so that
+    no process ever holds those of more than one unit.
+
+    Args:
+        device: of the weights.
+        units: modules whose weights come together for a forward pass, with names and input widths of their layers.
+    """
+
+    def __init__(self, device: torch.device, units: Sequence[tuple[nn.Module, Mapping[str, int]]]) -> None:
+        super().__init__(device)
+        self.gradients_divided_by = self.size
+        self._units = units
+        self._names = [name for _, widths in units for name in widths]
+        self._numbers = {name: number for number, name in enumerate(self._names)}
+
+    @contextmanager
+    def inputs(self, into: Moments) -> Iterator[Moments]:
+        seen = Moments(leaders=into.leaders)
+        with ExitStack() as hooks:
+            for unit, widths in self._units:
+                handle = unit.register_forward_hook(lambda *_, w=widths: self._absorb(w, seen, into))
+                hooks.callback(handle.remove)
+            yield seen
+        if seen.input_sums:
+            raise CalibrationError(
+                f"{', '.join(list(seen.input_sums)[:3])} ran outside the forward pass of the module that was given to "
+                "fully_shard; call that module, or add them to ignore"
+            )
+
+    def weight_at(self, owner: int, part: Tensor, length: int, split: int) -> Tensor | None:
+        rows = self._padded(_turned(part, split), length)
+        received = [torch.empty_like(rows) for _ in range(self.size)] if self.rank == owner else None
+        dist.gather(rows, received, dst=owner)
+        return None if received is None else _turned(torch.cat(received)[:length], split)
+
+    def sum_at(self, owner: int, part: Tensor, length: int, split: int) -> Tensor | None:
+        return self.weight_at(owner, part, length, split)
+
+    def share_of_sum(self, whole: Tensor, split: int) -> Tensor | None:
+        return self.part(whole, split)
+
+    def from_owner(self, owner: int, whole: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
+        length, *others = shape
+        received = like.new_empty((self._share(length), *others))
+        shares = None
+        if whole is not None:
+            shares = [self._padded(self._rows_of(whole.to(like), rank), length) for rank in range(self.size)]
+        dist.scatter(received, shares, src=owner)
+        return self._unpadded(received, length)
+
+    def whole(self, part: Tensor, length: int, split: int = 0) -> Tensor:
+        rows = self._padded(_turned(part, split), length)
+        everything = rows.new_empty((self.size * len(rows), *rows.shape[1:]))
+        dist.all_gather_into_tensor(everything, rows)
+        return _turned(everything[:length], split)
+
+    def part(self, whole: Tensor, split: int = 0) -> Tensor:
+        return _turned(self._rows_of(_turned(whole, split), self.rank), split)
+
+    def over_parts(self, number: Tensor) -> Tensor:
+        total = number.clone()
+        dist.all_reduce(total)
+        return total
+
+    def _share(self, length: int) -> int:
+        return math.ceil(length / self.size)
+
+    def _rows_of(self, whole: Tensor, rank: int) -> Tensor:
+        share = self._share(len(whole))
+        return whole[rank * share : (rank + 1) * share]
+
+    def _padded(self, rows: Tensor, length: int) -> Tensor:
+        padded = rows.new_zeros((self._share(length), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        return padded
+
+    def _unpadded(self, rows: Tensor, length: int) -> Tensor:
+        return rows[: max(0, min(len(rows), length - self.rank * len(rows)))]
+
+    def _absorb(self, widths: Mapping[str, int], seen: Moments, into: Moments) -> None:
+        """Sums the second moments of one unit over all processes, and keeps this one's rows of them."""
+        self._agree_on_leaders(list(widths), into.leaders)
+        for leader, width in widths.items():
+            if into.leaders.get(leader) != leader:
+                continue
+            own = seen.input_sums.pop(leader, None)
+            dtype = torch.float32 if own is None else own.dtype
+            padded = torch.zeros(self._share(width) * self.size, width, dtype=dtype, device=self._device)
+            if own is not None:
+                padded[:width] = own
+            rows = padded.new_empty((self._share(width), width))
+            dist.reduce_scatter_tensor(rows, padded)
+            rows = self._unpadded(rows, width)
+            if leader in into.input_sums:
+                into.input_sums[leader] += rows
+            else:
+                into.input_sums[leader], into.tokens[leader] = rows, 0
+            into.tokens[leader] += seen.tokens.pop(leader, 0)
+
+    def _agree_on_leaders(self, names: Sequence[str], leaders: dict[str, str]) -> None:
+        """Tells every process of layers that have run on another only, and whose input they read."""
+        mine = [self._numbers[leaders[name]] if name in leaders else -1 for name in names]
+        numbers = torch.tensor(mine, device=self._device)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        leaders.update((n, self._names[k]) for n, k in zip(names, numbers.tolist(), strict=True) if k >= 0)
+
+
+def _turned(matrix: Tensor, split: int) -> Tensor:
+    """The same with the dimension that is cut in front, and back."""
+    return matrix if split == 0 else matrix.T

@@ -1,0 +1,65 @@
+"""What a compression asks of a strategy, and the strategy that is asked for nothing."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any, ClassVar
+
+import lightning as L
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from torch import nn
+
+from zssvd_lightning.distributed import Team
+from zssvd_lightning.targets import Target, replace_module
+
+
+class StrategyAdapter:
+    """One strategy, for one run of a Trainer. Methods do what a single plain module needs: mostly nothing.
+
+    Args:
+        trainer: the Trainer, whose processes have started.
+        module: the module it runs.
+    """
+
+    serves: ClassVar[tuple[type[Strategy], ...]] = ()
+    """Strategies it is for, subclasses included."""
+
+    def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.trainer = trainer
+        self.module = module
+
+    @cached_property
+    def team(self) -> Team:
+        """The processes, once the model is set up."""
+        return Team()
+
+    def refuse_unsupported(self) -> None:
+        """Raises UnsupportedTrainingError for settings of the strategy that a model cannot be compressed under."""
+
+    def refuse_layers(self, targets: Mapping[str, Target]) -> None:
+        """Raises UnsupportedTrainingError when layers are laid out over the processes in a way that is not known."""
+
+    def before_batch(self) -> None:
+        """Is called before each batch of a gathering, whose gradients are then to be as `team` has them."""
+
+    def replace(self, model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+        """Puts `new` in the place of `old`, which may be put back in the same way. Collective."""
+        replace_module(model, old, new)
+
+    def rewire(self) -> None:
+        """Makes the strategy and new optimizers go by the layers that the module has now. Collective."""
+        self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def loading(self, prepare: Callable[[Mapping[str, Any]], None]) -> AbstractContextManager[None]:
+        """Has `prepare` called before weights are loaded, in strategies that do not leave this to the module's hooks.
+
+        Args:
+            prepare: is given a checkpoint whose `state_dict` has names and shapes alone.
+        """
+        return nullcontext()
+
+
+class SingleDeviceAdapter(StrategyAdapter):
+    """A plain module on one device."""
+
+    serves = (SingleDeviceStrategy,)

@@ -1,0 +1,20 @@
+"""Strategies under which layers cannot be replaced in the middle of a fit, and the way round."""
+
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, XLAStrategy
+
+from zssvd_lightning.errors import UnsupportedTrainingError
+from zssvd_lightning.strategies.base import StrategyAdapter
+
+
+class RefusedAdapter(StrategyAdapter):
+    """Any strategy that nobody serves, and those that are like one that is served but are not."""
+
+    serves = (DeepSpeedStrategy, FSDPStrategy, XLAStrategy)
+
+    def refuse_unsupported(self) -> None:
+        """Raises UnsupportedTrainingError, always."""
+        raise UnsupportedTrainingError(
+            f"under {type(self.trainer.strategy).__name__} layers cannot be replaced in the middle of a fit. Compress "
+            "in a first fit with one device, strategy='ddp' or ModelParallelStrategy (FSDP2), and go on in a second one "
+            "that loads its checkpoint in configure_model, as recipes/two_fits.py does"
+        )
