@@ -15,7 +15,7 @@ factors. Methods marked as collective must be called by all processes of the tea
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from zssvd_lightning.errors import CalibrationError, ProcessFailedError
 from zssvd_lightning.statistics import Moments
+from zssvd_lightning.targets import Target
 
 T = TypeVar("T")
 
@@ -56,7 +57,7 @@ class Team:
         """
         return nullcontext()
 
-    def inputs(self, into: Moments) -> AbstractContextManager[Moments]:
+    def inputs(self, into: Moments, targets: Mapping[str, Target]) -> AbstractContextManager[Moments]:
         """Gives what the second moments of a batch are added to, from where they come `into` the statistics."""
         return nullcontext(into)
 
@@ -177,23 +178,30 @@ class Shards(Several):
 
     Args:
         device: of the weights.
-        units: modules whose weights come together for a forward pass, with names and input widths of their layers.
+        units: modules whose weights come together for a forward pass, outer ones before those within.
     """
 
-    def __init__(self, device: torch.device, units: Sequence[tuple[nn.Module, Mapping[str, int]]]) -> None:
+    def __init__(self, device: torch.device, units: Sequence[nn.Module]) -> None:
         super().__init__(device)
         self.gradients_divided_by = self.size
         self._units = units
-        self._names = [name for _, widths in units for name in widths]
-        self._numbers = {name: number for number, name in enumerate(self._names)}
 
     @contextmanager
-    def inputs(self, into: Moments) -> Iterator[Moments]:
+    def inputs(self, into: Moments, targets: Mapping[str, Target]) -> Iterator[Moments]:
         seen = Moments(leaders=into.leaders)
+        unit_of = {part: unit for unit in self._units for part in unit.modules()}
+        numbers = {name: number for number, name in enumerate(targets)}
         with ExitStack() as hooks:
-            for unit, widths in self._units:
-                handle = unit.register_forward_hook(lambda *_, w=widths: self._absorb(w, seen, into))
-                hooks.callback(handle.remove)
+            for unit in self._units:
+                inside = {name: number for name, number in numbers.items() if unit_of[targets[name].module] is unit}
+
+                def absorb(*_: Any, inside: Mapping[str, int] = inside) -> None:
+                    self._agree_on_leaders(inside, numbers, into.leaders)
+                    for leader in inside:
+                        if into.leaders.get(leader) == leader:
+                            self._absorb(targets[leader], seen, into)
+
+                hooks.callback(unit.register_forward_hook(absorb).remove)
             yield seen
         if seen.input_sums:
             raise CalibrationError(
@@ -251,32 +259,29 @@ class Shards(Several):
     def _unpadded(self, rows: Tensor, length: int) -> Tensor:
         return rows[: max(0, min(len(rows), length - self.rank * len(rows)))]
 
-    def _absorb(self, widths: Mapping[str, int], seen: Moments, into: Moments) -> None:
-        """Sums the second moments of one unit over all processes, and keeps this one's rows of them."""
-        self._agree_on_leaders(list(widths), into.leaders)
-        for leader, width in widths.items():
-            if into.leaders.get(leader) != leader:
-                continue
-            own = seen.input_sums.pop(leader, None)
-            dtype = torch.float32 if own is None else own.dtype
-            padded = torch.zeros(self._share(width) * self.size, width, dtype=dtype, device=self._device)
-            if own is not None:
-                padded[:width] = own
-            rows = padded.new_empty((self._share(width), width))
-            dist.reduce_scatter_tensor(rows, padded)
-            rows = self._unpadded(rows, width)
-            if leader in into.input_sums:
-                into.input_sums[leader] += rows
-            else:
-                into.input_sums[leader], into.tokens[leader] = rows, 0
-            into.tokens[leader] += seen.tokens.pop(leader, 0)
+    def _absorb(self, target: Target, seen: Moments, into: Moments) -> None:
+        """Sums the second moment of one input over all processes, and keeps this one's rows of it."""
+        leader, width = target.name, target.shape[1]
+        own = seen.input_sums.pop(leader, None)
+        dtype = torch.promote_types(target.module.weight.dtype, torch.float32)
+        padded = torch.zeros(self._share(width) * self.size, width, dtype=dtype, device=self._device)
+        if own is not None:
+            padded[:width] = own
+        rows = padded.new_empty((self._share(width), width))
+        dist.reduce_scatter_tensor(rows, padded)
+        rows = self._unpadded(rows, width)
+        into.input_sums[leader] = rows if leader not in into.input_sums else into.input_sums[leader] + rows
+        into.tokens[leader] = into.tokens.get(leader, 0) + seen.tokens.pop(leader, 0)
 
-    def _agree_on_leaders(self, names: Sequence[str], leaders: dict[str, str]) -> None:
+    def _agree_on_leaders(
+        self, inside: Mapping[str, int], numbers: Mapping[str, int], leaders: dict[str, str]
+    ) -> None:
         """Tells every process of layers that have run on another only, and whose input they read."""
-        mine = [self._numbers[leaders[name]] if name in leaders else -1 for name in names]
-        numbers = torch.tensor(mine, device=self._device)
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-        leaders.update((n, self._names[k]) for n, k in zip(names, numbers.tolist(), strict=True) if k >= 0)
+        mine = [numbers[leaders[name]] if name in leaders else -1 for name in inside]
+        known = torch.tensor(mine, device=self._device)
+        dist.all_reduce(known, op=dist.ReduceOp.MAX)
+        names = list(numbers)
+        leaders.update((name, names[k]) for name, k in zip(inside, known.tolist(), strict=True) if k >= 0)
 
 
 def _turned(matrix: Tensor, split: int) -> Tensor:

@@ -46,7 +46,9 @@ class Gathering:
         if self.may_discard:
             into = self._window
             into.leaders |= self.moments.leaders
-        with self._team.inputs(into) as seen, observing(self._model, self._targets, seen, mask, inputs) as observation:
+        with self._team.inputs(into, self._targets) as seen, observing(
+            self._model, self._targets, seen, mask, inputs
+        ) as observation:
             yield observation
 
     @property

@@ -1,0 +1,77 @@
+"""Runs of several processes, each a real one of its own, that find each other as on a cluster."""
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TIMEOUT = 240
+
+
+def start(
+    folder: Path, size: int, work: Callable[..., None], *args: Any, timeout: float = TIMEOUT, nodes: int = 1
+) -> list[int]:
+    """Runs `work(rank, size, folder, *args)` on `size` processes; their exit codes, None for those still going.
+
+    What a process prints or raises is in `folder/RANK.log`.
+    """
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # the server of new processes imports from here, once
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["support.killed_run", "support.parallel"])
+    port = free_port()
+    processes = [
+        context.Process(target=_run, args=(rank, size, nodes, port, folder, work, args)) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
+
+
+def check(folder: Path, codes: list[int]) -> None:
+    """Raises with what the processes said when one of them failed."""
+    if any(code != 0 for code in codes):
+        logs = "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(folder.glob("*.log")))
+        raise AssertionError(f"exit codes {codes}\n{logs}")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _run(
+    rank: int, size: int, nodes: int, port: int, folder: Path, work: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    per_node = size // nodes
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank % per_node),
+        "NODE_RANK": str(rank // per_node),
+        "OMP_NUM_THREADS": "1",
+    }
+    with (folder / f"{rank}.log").open("a", buffering=1) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            import torch
+
+            torch.set_num_threads(1)
+            work(rank, size, folder, *args)
+        except BaseException:
+            traceback.print_exc()
+            log.flush()
+            os._exit(1)
