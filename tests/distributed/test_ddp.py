@@ -1,21 +1,14 @@
 """DDP with real processes: the result of one process over all batches, and replicas that stay equal."""
 
 import functools
-from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from support import processes
 from support.killed_run import Kill
-from support.parallel import NEEDED, Replicated, Run, alone, fit, multiplied_out, results
+from support.parallel import NEEDED, KeepsLast, Replicated, Run, alone, fit, multiplied_out, run
 
 FLOAT64 = {"precision": "64-true"}
-
-
-def run(folder: Path, size: int, run: Run, **settings) -> list[dict]:
-    processes.check(folder, processes.start(folder, size, fit, run, **settings))
-    return results(folder, size)
 
 
 def assert_replicas_equal(ranks: list[dict]) -> None:
@@ -63,11 +56,6 @@ def test_replicas_are_equal_to_the_bit_after_50_more_steps(tmp_path, settings):
 def test_two_nodes_of_two_processes(tmp_path):
     ranks = run(tmp_path, 4, Run(trainer={"num_nodes": 2, "devices": 2}), nodes=2)
     assert_replicas_equal(ranks)
-
-
-class KeepsLast(L.pytorch.callbacks.ModelCheckpoint):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, every_n_train_steps=1, save_top_k=0, save_last=True)
 
 
 @pytest.mark.parametrize(("phase", "batch"), [("calibrate", 3), ("correct", 2), ("recover", 4)])

@@ -8,11 +8,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from support import processes
 from support.models import FAMILIES, CausalLM, loader, padded_batches, trainer
 from zssvd_lightning import ZSSVDCallback
 
@@ -26,6 +28,13 @@ def batches_of(family: str, count: int, rank: int, size: int) -> list[dict[str, 
     if family in ("llama", "gpt2", "bert"):
         return padded_batches(count)[rank::size]
     return (FAMILIES[family].batches() * count)[rank:count:size]
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The members of the outermost lists of modules."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    names = [f"{name}." for name, _ in lists]
+    return [block for name, blocks in lists if not any(name.startswith(n) for n in names) for block in blocks]
 
 
 class Replicated(CausalLM):
@@ -43,10 +52,8 @@ class Sharded(Replicated):
 
     def configure_model(self) -> None:
         mesh = self.device_mesh["data_parallel"]
-        for module in self.model.modules():
-            if isinstance(module, nn.ModuleList):
-                for block in module:
-                    fully_shard(block, mesh=mesh, mp_policy=self.policy)
+        for block in blocks_of(self.model):
+            fully_shard(block, mesh=mesh, mp_policy=self.policy)
         fully_shard(self.model, mesh=mesh, mp_policy=self.policy)
 
 
@@ -101,6 +108,13 @@ def alone(run: Run, size: int) -> dict[str, Any]:
     batches = batches_of(run.family, run.count or NEEDED * size, 0, 1)
     trainer(compression, seen, **run.trainer).fit(module, loader(batches))
     return seen.statement(module, compression)
+
+
+class KeepsLast(ModelCheckpoint):
+    """Saves after every step, to `last.ckpt` alone."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, every_n_train_steps=1, save_top_k=0, save_last=True)
 
 
 class Witness(L.Callback):
@@ -160,5 +174,7 @@ def multiplied_out(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return dense | {f"{n}weight": weights[f"{n}up.weight"] @ weights[f"{n}down.weight"] for n in ups}
 
 
-def results(folder: Path, size: int) -> list[dict[str, Any]]:
+def run(folder: Path, size: int, described: Run, **settings: Any) -> list[dict[str, Any]]:
+    """What each of `size` processes has to say of a run."""
+    processes.check(folder, processes.start(folder, size, fit, described, **settings))
     return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
