@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, phase, batch, accumul
         functools.partial(Kill, batch, "on_train_batch_end", [phase]),
     )
     assert processes.start(killed, 2, fit, described) == [-9, -9]
-    described.callbacks, described.ckpt_path = (), str(killed / "saved" / "last.ckpt")
+    described.callbacks, described.ckpt_path = (), str(KeepsLast.newest(killed / "saved"))
     found = run(killed, 2, described)
     assert_replicas_equal(found)
     assert found[0]["ranks"] == expected[0]["ranks"]

@@ -102,7 +102,7 @@ def fit(rank: int, size: int, folder: Path, run: Run) -> None:
 
 def alone(run: Run, size: int) -> dict[str, Any]:
     """The same on one process that sees the batches of `size`, step by step."""
-    module = Replicated(run.family)
+    module = (run.module or Replicated)(run.family)
     gathered = {"calibration_batches": 4 * size, "correction_batches": 2 * size}
     compression, seen = ZSSVDCallback(**(SHORT | gathered | run.compression)), Witness()
     batches = batches_of(run.family, run.count or NEEDED * size, 0, 1)
@@ -111,10 +111,15 @@ def alone(run: Run, size: int) -> dict[str, Any]:
 
 
 class KeepsLast(ModelCheckpoint):
-    """Saves after every step, to `last.ckpt` alone."""
+    """Saves after every step, to one file or folder."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, every_n_train_steps=1, save_top_k=0, save_last=True)
+
+    @staticmethod
+    def newest(folder: Path) -> Path:
+        """Which has another name once the model is low-rank."""
+        return max(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
 
 
 class Witness(L.Callback):
