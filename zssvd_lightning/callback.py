@@ -370,6 +370,7 @@ class ZSSVDCallback(ResumableCallback):
 
         self.recovers_from = trainer.global_step
         self._lifecycle.factorise(set_up_optimizers)
+        self.adapter.settle()
         start_ranking_afresh(trainer, "truncated")
         self._compressed = weakref.ref(pl_module)
         if not isinstance(pl_module, LowRankCheckpointMixin):

@@ -75,26 +75,19 @@ def decompose(
         ProcessFailedError: that, on another process.
     """
     gathering.share_counts()
-    leaders = gathering.moments.leaders
-    shares = share_out(targets, leaders, team.size)
+    shares = share_out(targets, gathering.moments.leaders, team.size)
     owners = {name: rank for rank, names in enumerate(shares) for name in names}
     found = Decomposition({name: owners[name] for name in targets})
     own: dict[str, Components] = {}
-    whitened: dict[str, Whitening] = {}
     jitters: dict[str, float] = {}
+    latest: dict[str, Whitening] = {}
     with tqdm(total=len(targets), desc="spectra", unit="layer", disable=not progress) as bar:
         for turn in _turns(shares):
-            brought = [gathering.layer_at(rank, name) for rank, name in enumerate(turn) if name is not None]
-            own_layer, name = next(filter(None, brought), None), turn[team.rank]
-            with team.together():
-                if own_layer is not None and name is not None:
-                    weight, moments = own_layer
-                    leader = leaders.get(name, name)
-                    if leader not in whitened:
-                        whitened = {leader: METRICS[metric](moments, name)}
-                        jitters[leader] = whitened[leader].jitter
-                    found.spectra[name], own[name] = _decompose(targets[name], weight, moments, whitened[leader])
-            bar.update(len(brought))
+            mine = _take(turn, targets, gathering, metric, team, latest)
+            if mine is not None:
+                name, found.spectra[name], own[name] = mine
+                jitters |= {leader: whitening.jitter for leader, whitening in latest.items()}
+            bar.update(sum(name is not None for name in turn))
     everyone = {name: scores for theirs in team.gathered(own) for name, scores in theirs.items()}
     found.components = {name: everyone[name] for name in targets}
     everywhere = {name: jitter for theirs in team.gathered(jitters) for name, jitter in theirs.items()}
@@ -106,6 +99,35 @@ def decompose(
 def _turns(shares: list[list[str]]) -> Iterator[tuple[str | None, ...]]:
     """The layers that all processes work on at the same time, by rank; None for those that have done theirs."""
     return zip_longest(*shares)
+
+
+def _take(
+    turn: tuple[str | None, ...],
+    targets: Mapping[str, Target],
+    gathering: Gathering,
+    metric: str,
+    team: Team,
+    latest: dict[str, Whitening],
+) -> tuple[str, Spectrum, Components] | None:
+    """Name, spectrum and scores of this process's layer of a turn; what it held whole is gone afterwards. Collective.
+
+    Args:
+        turn: the layer of each process.
+        targets, gathering, metric, team: as in `decompose`.
+        latest: leader -> whitening of the layer before, and then of this one, which may share it.
+    """
+    brought = [gathering.layer_at(rank, name) for rank, name in enumerate(turn) if name is not None]
+    own, name = next(filter(None, brought), None), turn[team.rank]
+    mine = None
+    with team.together():
+        if own is not None and name is not None:
+            weight, moments = own
+            leader = moments.leaders.get(name, name)
+            if leader not in latest:
+                latest.clear()
+                latest[leader] = METRICS[metric](moments, name)
+            mine = (name, *_decompose(targets[name], weight, moments, latest[leader]))
+    return mine
 
 
 def _decompose(target: Target, weight: Tensor, moments: Moments, whitening: Whitening) -> tuple[Spectrum, Components]:

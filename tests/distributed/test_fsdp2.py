@@ -19,6 +19,7 @@ from support.parallel import (
     run,
     whole_weights,
 )
+from support.witnesses import WholeWeights
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from zssvd_lightning import LowRankCheckpointMixin
@@ -133,3 +134,7 @@ def test_the_consolidated_checkpoint_is_what_ddp_ends_with(tmp_path, replicated,
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 
+
+
+def test_no_process_ever_holds_the_whole_weights_of_two_layers(tmp_path):
+    run(tmp_path, 2, Run(strategy="fsdp2", callbacks=(WholeWeights,)))

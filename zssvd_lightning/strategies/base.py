@@ -50,6 +50,9 @@ class StrategyAdapter:
         """Makes the strategy and new optimizers go by the layers that the module has now. Collective."""
         self.trainer.strategy.setup_optimizers(self.trainer)
 
+    def settle(self) -> None:
+        """Replaced layers will not be put back."""
+
     def loading(self, prepare: Callable[[Mapping[str, Any]], None]) -> AbstractContextManager[None]:
         """Has `prepare` called before weights are loaded, in strategies that do not leave this to the module's hooks.
 

@@ -92,10 +92,13 @@ class FSDP2Adapter(StrategyAdapter):
 
     def rewire(self) -> None:
         """Lets units take note of types and flags as they are now, and sets up optimizers."""
-        self._set_aside = {}
         for unit in self._units():
             unit.begin()
         super().rewire()
+
+    def settle(self) -> None:
+        """Lets go of the rows of replaced layers."""
+        self._set_aside = {}
 
     def loading(self, prepare: Callable[[Mapping[str, Any]], None]) -> AbstractContextManager[None]:
         """Has the structure changed before `strategy.load_checkpoint`, which loads weights into what is there."""
@@ -106,6 +109,7 @@ class FSDP2Adapter(StrategyAdapter):
             path = Path(strategy.broadcast(checkpoint_path))
             before = ranks_of(self.module)
             prepare(_outline(path, weights_only))
+            self.settle()
             if ranks_of(self.module) != before and self.trainer.state.fn == TrainerFn.FITTING:
                 self.rewire()
             loaded: dict[str, Any] = load(checkpoint_path, weights_only)

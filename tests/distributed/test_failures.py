@@ -1,0 +1,133 @@
+"""A process that fails, or does nothing any more: the others say so instead of waiting for ever."""
+
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from support import processes
+from support.parallel import Run, Sharded, fit
+
+from zssvd_lightning import Phase, ZSSVDCallback
+from zssvd_lightning.decomposition import Spectrum
+
+
+class OnOne(L.Callback):
+    """Does something on the second process, after the second batch of the calibration."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == 1 and batch_idx == 1:
+            self.act(pl_module)
+
+    def act(self, module):
+        raise NotImplementedError
+
+
+class Poisons(OnOne):
+    def act(self, module):
+        step = module.training_step
+        module.training_step = lambda *batch: step(*batch) * torch.nan
+
+
+class Hangs(OnOne):
+    def act(self, module):
+        time.sleep(60)
+
+
+class BreaksDecomposition(OnOne):
+    def act(self, module):
+        def fails(*_):
+            raise torch.linalg.LinAlgError("did not converge")
+
+        Spectrum.of = fails
+
+
+class BreaksSelection(L.Callback):
+    """Fails on the first process, which selects for all."""
+
+    def setup(self, trainer, pl_module, stage):
+        if trainer.global_rank == 0:
+            from zssvd_lightning import compression
+
+            compression.RULES = dict.fromkeys(compression.RULES, lambda *_: 1 / 0)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("breaks", "said_by_others"),
+    [
+        (Poisons, None),
+        (Hangs, None),
+        (BreaksDecomposition, "ProcessFailedError: process 1 of 2 failed: CalibrationError: the SVD of model.model."),
+        (BreaksSelection, "ProcessFailedError: process 0 of 2 failed: ZeroDivisionError"),
+    ],
+)
+def test_all_processes_end_within_the_timeout(tmp_path, strategy, breaks, said_by_others):
+    start = time.monotonic()
+    codes = processes.start(tmp_path, 2, fit, Run(strategy=strategy, callbacks=(breaks,), timeout=4), timeout=12)
+    healthy = 1 if breaks is BreaksSelection else 0
+    assert codes[healthy] == 1
+    assert codes[1 - healthy] == (None if breaks is Hangs else 1)
+    assert time.monotonic() - start < 15
+    if said_by_others is not None:
+        assert said_by_others in (tmp_path / f"{healthy}.log").read_text()
+
+
+class StepsBackAtTheEnd(L.Callback):
+    """Notes the parameters before compression, and has the last thing that is done fail."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.before = {n: p.to_local().clone() for n, p in pl_module.named_parameters()}
+
+        def fails(trainer):
+            raise ValueError("no optimizers")
+
+        trainer.strategy.setup_optimizers = fails
+
+    def on_exception(self, trainer, pl_module, exception):
+        after = {n: p.to_local() for n, p in pl_module.named_parameters()}
+        assert after.keys() == self.before.keys()
+        assert all(torch.equal(after[n], p) for n, p in self.before.items())
+        for module in pl_module.modules():
+            if hasattr(module, "_get_fsdp_state"):
+                group = module._get_fsdp_state()._fsdp_param_group
+                assert {p.sharded_param for p in group.fsdp_params} <= set(pl_module.parameters())
+        print("everything is back")
+
+
+def test_layers_go_back_into_their_units_when_the_last_step_fails(tmp_path):
+    codes = processes.start(tmp_path, 2, fit, Run(strategy="fsdp2", callbacks=(StepsBackAtTheEnd,)))
+    assert codes == [1, 1]
+    for rank in (0, 1):
+        log = (tmp_path / f"{rank}.log").read_text()
+        assert "everything is back" in log
+        assert "ValueError: no optimizers" in log
+
+
+class Unfinished(ZSSVDCallback):
+    def batches_needed(self, *_):
+        return 0
+
+
+def run_out(rank: int, size: int, folder: Path, strategy: str) -> None:
+    """A fit that ends in the correction, after a truncation."""
+    from support.models import loader, trainer
+    from support.parallel import Replicated, whole_weights
+
+    from zssvd_lightning.errors import UnfinishedError
+
+    described = Run(strategy=strategy)
+    module = (Sharded if strategy == "fsdp2" else Replicated)()
+    callback = Unfinished(prune_ratio=0.4, calibration_batches=2, correction_batches=4, progress=False)
+    fitted = trainer(callback, devices=size, strategy=described.strategy_for(size), use_distributed_sampler=False)
+    with pytest.raises(UnfinishedError, match="in phase 'correct' after 1 of"):
+        fitted.fit(module, loader(described.batches(rank, size)[:3]))
+    assert callback.phase is Phase.WAIT
+    expected = Replicated().state_dict()
+    assert all(torch.equal(w, expected[n]) for n, w in whole_weights(module).items())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_fit_that_ends_too_soon_puts_the_weights_back(tmp_path, strategy):
+    processes.check(tmp_path, processes.start(tmp_path, 2, run_out, strategy))
