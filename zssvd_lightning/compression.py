@@ -23,7 +23,7 @@ from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import Plan
 from zssvd_lightning.report import LayerReport, Report, Stopwatch
 from zssvd_lightning.selection import RULES, Selection
-from zssvd_lightning.statistics import exact_products
+from zssvd_lightning.statistics import accumulated, exact_products
 from zssvd_lightning.targets import Target, find_targets, local_part, replace_module, weights_snapshot
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class Compression:
             slopes = []
             for name, target in self.targets.items():
                 g = self.gathering.mean_gradient(name)
-                W = target.weight.to(torch.promote_types(target.weight.dtype, torch.float32))
+                W = target.weight.to(accumulated(target.weight.dtype))
                 stepped = projected_step(W, self._originals[name], g, self.team.over_parts)
                 slopes.append((g * (stepped - W)).sum())
                 target.assign(stepped)
@@ -299,14 +299,14 @@ class Compression:
     def _originals_at_first(self, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         at_first = {}
         for name, target in self.targets.items():
-            if (W := self.team.to_save(originals[name], target.shape[target.split], target.split)) is not None:
+            if (W := self.team.weight_to_save(originals[name], target.shape[target.split], target.split)) is not None:
                 at_first[name] = W
         return at_first
 
     def _factors_at_first(self) -> dict[str, list[Tensor]]:
         at_first = {}
         for name, (up, down) in self._factors.items():
-            pair = (self.team.to_save(up, self.targets[name].shape[0]), self.team.to_save(down, up.shape[1]))
+            pair = (self.team.weight_to_save(up, self.targets[name].shape[0]), self.team.weight_to_save(down, up.shape[1]))
             if pair[0] is not None and pair[1] is not None:
                 at_first[name] = [pair[0], pair[1]]
         return at_first

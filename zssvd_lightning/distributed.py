@@ -20,9 +20,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from zssvd_lightning.errors import CalibrationError, ProcessFailedError
-from zssvd_lightning.statistics import Moments
+from zssvd_lightning.statistics import Moments, accumulated
 from zssvd_lightning.targets import Target
 
 T = TypeVar("T")
@@ -98,10 +100,13 @@ class Team:
         """What this process holds of a weight or factor."""
         return whole
 
-    def to_save(self, part: Tensor, length: int, split: int = 0) -> Tensor | None:
-        """A weight or factor for the state that the first process saves, on the CPU; None at others. Collective."""
-        whole = self.weight_at(0, part, length, split)
-        return whole if whole is None or self.size == 1 else whole.cpu()
+    def weight_to_save(self, part: Tensor, length: int, split: int = 0) -> Tensor | None:
+        """A weight or factor for a checkpoint: whole at the process that saves, None at the others. Collective."""
+        return part
+
+    def sum_to_save(self, part: Tensor, length: int, split: int = 0) -> Tensor | None:
+        """A statistic for a checkpoint, as `weight_to_save`. Collective."""
+        return part
 
     def over_parts(self, number: Tensor) -> Tensor:
         """A sum over the entries of a weight, from the sums over what each process holds of it. Collective."""
@@ -160,6 +165,14 @@ class Replicas(Several):
         dist.all_reduce(total)
         return total
 
+    def weight_to_save(self, part: Tensor, length: int, split: int = 0) -> Tensor | None:
+        whole = self.weight_at(0, part, length, split)
+        return None if whole is None else whole.cpu()
+
+    def sum_to_save(self, part: Tensor, length: int, split: int = 0) -> Tensor | None:
+        total = self.sum_at(0, part, length, split)
+        return None if total is None else total.cpu()
+
     def share_of_sum(self, whole: Tensor, split: int) -> Tensor | None:
         return whole if self.rank == 0 else None
 
@@ -179,12 +192,14 @@ class Shards(Several):
     Args:
         device: of the weights.
         units: modules whose weights come together for a forward pass, outer ones before those within.
+        mesh: of the processes, when checkpoints are saved in parts; otherwise the first process saves everything.
     """
 
-    def __init__(self, device: torch.device, units: Sequence[nn.Module]) -> None:
+    def __init__(self, device: torch.device, units: Sequence[nn.Module], mesh: DeviceMesh | None) -> None:
         super().__init__(device)
         self.gradients_divided_by = self.size
         self._units = units
+        self._mesh = mesh
 
     @contextmanager
     def inputs(self, into: Moments, targets: Mapping[str, Target]) -> Iterator[Moments]:
@@ -218,6 +233,17 @@ class Shards(Several):
     def sum_at(self, owner: int, part: Tensor, length: int, split: int) -> Tensor | None:
         return self.weight_at(owner, part, length, split)
 
+    def weight_to_save(self, part: Tensor, length: int, split: int = 0) -> Tensor | None:
+        if self._mesh is None:
+            whole = self.weight_at(0, part, length, split)
+            return None if whole is None else whole.cpu()
+        shape = torch.Size(length if dimension == split else size for dimension, size in enumerate(part.shape))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(part.contiguous(), self._mesh, [Shard(split)], shape=shape, stride=stride)
+
+    def sum_to_save(self, part: Tensor, length: int, split: int = 0) -> Tensor | None:
+        return self.weight_to_save(part, length, split)
+
     def share_of_sum(self, whole: Tensor, split: int) -> Tensor | None:
         return self.part(whole, split)
 
@@ -237,6 +263,8 @@ class Shards(Several):
         return _turned(everything[:length], split)
 
     def part(self, whole: Tensor, split: int = 0) -> Tensor:
+        if isinstance(whole, DTensor):
+            return whole.to_local()
         return _turned(self._rows_of(_turned(whole, split), self.rank), split)
 
     def over_parts(self, number: Tensor) -> Tensor:
@@ -263,7 +291,7 @@ class Shards(Several):
         """Sums the second moment of one input over all processes, and keeps this one's rows of it."""
         leader, width = target.name, target.shape[1]
         own = seen.input_sums.pop(leader, None)
-        dtype = torch.promote_types(target.module.weight.dtype, torch.float32)
+        dtype = accumulated(target.module.weight.dtype)
         padded = torch.zeros(self._share(width) * self.size, width, dtype=dtype, device=self._device)
         if own is not None:
             padded[:width] = own

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zssvd_lightning.calibration import Observation, checked_loss, collect_gradients, observing
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CalibrationError
-from zssvd_lightning.statistics import Moments
+from zssvd_lightning.statistics import Moments, accumulated
 from zssvd_lightning.targets import Target
 
 
@@ -93,9 +93,13 @@ class Gathering:
         """A layer's whole weight and statistics at its owner, None at the others; after `share_counts`. Collective."""
         target, moments = self._targets[name], self.moments
         leader = moments.leaders.get(name, name)
-        A = self._inputs_at(owner, moments, leader) if moments.tokens.get(leader) else None
-        G = self._gradient_at(owner, moments.gradient_sums, name) if name in moments.with_gradient else None
-        weight = self._team.weight_at(owner, target.weight, target.shape[target.split], target.split)
+        length, split = target.shape[target.split], target.split
+        A = G = None
+        if moments.tokens.get(leader):
+            A = self._team.sum_at(owner, self._inputs(moments, leader), target.shape[1], 0)
+        if name in moments.with_gradient:
+            G = self._team.sum_at(owner, self._gradient(moments.gradient_sums, name), length, split)
+        weight = self._team.weight_at(owner, target.weight, length, split)
         if weight is None:
             return None
         whole = Moments(dict(moments.leaders), tokens=moments.tokens, loss_terms=moments.loss_terms)
@@ -112,12 +116,11 @@ class Gathering:
         """
         total = Moments(loss_terms=self.moments.loss_terms)
         if name in self.moments.with_gradient:
-            own = self.moments.gradient_sums.get(name)
-            total.gradient_sums[name] = self._team.sum_part(self._no_gradient(name) if own is None else own)
+            total.gradient_sums[name] = self._team.sum_part(self._gradient(self.moments.gradient_sums, name))
         return total.mean_gradient(name, self._team.over_parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors, all of them on the first process and no tensors on the others. Collective."""
+        """Plain types and tensors, as the team saves them. Collective."""
         counts = self._team.gathered(self.moments.counts() | {"window": self._window.counts()})
         pending = self._team.gathered(self._pending)
         losses = [_mean(entries) for entries in zip(*pending, strict=True)]
@@ -128,7 +131,7 @@ class Gathering:
             "moments": self._of_all(self.moments, counts),
             "window": self._of_all(self._window, [each["window"] for each in counts]),
             "pending": [list(entry) for entry in losses],
-            "gradients": self._gradients_at_first(open_gradients, has_open),
+            "gradients": self._gradients_to_save(open_gradients, has_open),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -140,42 +143,37 @@ class Gathering:
             if (part := self._team.share_of_sum(gradient, self._targets[name].split)) is not None:
                 self._targets[name].leave_gradient(part)
 
-    def _inputs_at(self, owner: int, moments: Moments, leader: str) -> Tensor | None:
-        """`X^T X` over all batches at its owner. Collective."""
+    def _inputs(self, moments: Moments, leader: str) -> Tensor:
+        """`X^T X` over the batches of this process."""
         n, W = self._targets[leader].shape[1], self._targets[leader].weight
         own = moments.input_sums.get(leader)
-        if own is None:
-            own = torch.zeros(n, n, dtype=torch.promote_types(W.dtype, torch.float32), device=W.device)
-        return self._team.sum_at(owner, own, n, 0)
+        return torch.zeros(n, n, dtype=accumulated(W.dtype), device=W.device) if own is None else own
 
-    def _gradient_at(self, owner: int, gradients: Mapping[str, Tensor], name: str) -> Tensor | None:
-        """The summed gradient at its owner. Collective."""
-        target, own = self._targets[name], gradients.get(name)
-        part = self._no_gradient(name) if own is None else own
-        return self._team.sum_at(owner, part, target.shape[target.split], target.split)
-
-    def _no_gradient(self, name: str) -> Tensor:
-        """What a process adds for a layer that did not run on it."""
-        W = self._targets[name].weight
-        return torch.zeros_like(W, dtype=torch.promote_types(W.dtype, torch.float32))
-
-    def _gradients_at_first(self, gradients: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-        ordered = [name for name in self._targets if name in names]
-        found = {name: self._gradient_at(0, gradients, name) for name in ordered}
-        return {name: self._to_save(G) for name, G in found.items() if G is not None}
+    def _gradient(self, gradients: Mapping[str, Tensor], name: str) -> Tensor:
+        """The summed gradient over the batches of this process, none of which may have run through the layer."""
+        W, own = self._targets[name].weight, gradients.get(name)
+        return torch.zeros_like(W, dtype=accumulated(W.dtype)) if own is None else own
 
     def _of_all(self, moments: Moments, counts: list[dict[str, Any]]) -> dict[str, Any]:
         """The `state_dict` of the statistics over all processes."""
         total = Moments(dict(moments.leaders), batches=moments.batches)
         total.take_counts(counts)
-        leaders = [name for name in self._targets if name in total.tokens]
-        found = {leader: self._inputs_at(0, moments, leader) for leader in leaders}
-        total.input_sums = {leader: self._to_save(A) for leader, A in found.items() if A is not None}
-        total.gradient_sums = self._gradients_at_first(moments.gradient_sums, total.with_gradient)
+        for leader in [name for name in self._targets if name in total.tokens]:
+            inputs = self._inputs(moments, leader)
+            if (A := self._team.sum_to_save(inputs, self._targets[leader].shape[1])) is not None:
+                total.input_sums[leader] = A
+        total.gradient_sums = self._gradients_to_save(moments.gradient_sums, total.with_gradient)
         return total.state_dict()
 
-    def _to_save(self, whole: Tensor) -> Tensor:
-        return whole if self._team.size == 1 else whole.cpu()
+    def _gradients_to_save(self, gradients: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+        to_save = {}
+        for name, target in self._targets.items():
+            if name in names:
+                gradient = self._gradient(gradients, name)
+                G = self._team.sum_to_save(gradient, target.shape[target.split], target.split)
+                if G is not None:
+                    to_save[name] = G
+        return to_save
 
     def _own(self, state: Mapping[str, Any]) -> Moments:
         """What is this process's of saved statistics: a part of each sum, and the counts where they are nobody else's."""

@@ -68,7 +68,7 @@ class ResumableCallback(L.Callback):
             else:
                 self.recovers_from = 0
         loaded = self._borrowed.enter_context(borrowed_checkpoint_hooks(pl_module, self._check, self._adapter.replace))
-        self._borrowed.enter_context(self._adapter.loading(loaded))
+        self._borrowed.enter_context(self._adapter.checkpoints(loaded))
         self._borrowed.callback(lambda: self._allowance.take_back(trainer))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

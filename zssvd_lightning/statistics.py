@@ -27,6 +27,11 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """The type in which numbers of `dtype` are added up: float32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 @dataclass
 class Moments:
     """Sums over the calibration tokens.
@@ -55,7 +60,7 @@ class Moments:
     @torch.no_grad()
     def add_inputs(self, leader: str, X: Tensor) -> None:
         """Adds rows X (T, n), already freed of padding."""
-        X = X.detach().to(torch.promote_types(X.dtype, torch.float32))
+        X = X.detach().to(accumulated(X.dtype))
         if leader not in self.input_sums:
             n = X.shape[1]
             self.input_sums[leader] = torch.zeros(n, n, dtype=X.dtype, device=X.device)
@@ -67,8 +72,7 @@ class Moments:
     def add_gradient(self, name: str, gradient: Tensor, weight: float = 1.0) -> None:
         """Adds `weight` times the gradient (m, n) of a mean over `weight` loss terms."""
         if name not in self.gradient_sums:
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            self.gradient_sums[name] = torch.zeros(gradient.shape, dtype=dtype, device=gradient.device)
+            self.gradient_sums[name] = torch.zeros_like(gradient, dtype=accumulated(gradient.dtype))
         self.gradient_sums[name].add_(gradient, alpha=weight)
 
     def add_loss(self, mean_loss: float, terms: float) -> None:

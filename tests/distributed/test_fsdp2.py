@@ -137,4 +137,5 @@ def test_the_consolidated_checkpoint_is_what_ddp_ends_with(tmp_path, replicated,
 
 
 def test_no_process_ever_holds_the_whole_weights_of_two_layers(tmp_path):
-    run(tmp_path, 2, Run(strategy="fsdp2", callbacks=(WholeWeights,)))
+    saving = functools.partial(KeepsLast, tmp_path)
+    run(tmp_path, 2, Run(strategy="fsdp2", callbacks=(WholeWeights, saving), trainer={"enable_checkpointing": True}))

@@ -53,11 +53,11 @@ class StrategyAdapter:
     def settle(self) -> None:
         """Replaced layers will not be put back."""
 
-    def loading(self, prepare: Callable[[Mapping[str, Any]], None]) -> AbstractContextManager[None]:
-        """Has `prepare` called before weights are loaded, in strategies that do not leave this to the module's hooks.
+    def checkpoints(self, prepare: Callable[[Mapping[str, Any]], None]) -> AbstractContextManager[None]:
+        """Has checkpoints saved and loaded as `team` has them, where the strategy does it without the module's hooks.
 
         Args:
-            prepare: is given a checkpoint whose `state_dict` has names and shapes alone.
+            prepare: is given a checkpoint, with names and shapes of weights alone, before the strategy loads it.
         """
         return nullcontext()
 

@@ -5,6 +5,7 @@ no public interface for that: everything private of torch is in `_Unit` below.
 """
 
 import inspect
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, empty
 
 from zssvd_lightning.borrowing import overridden
 from zssvd_lightning.distributed import Shards, Team
@@ -32,6 +35,8 @@ WEIGHTS = "state_dict."
 """What names of weights begin with in a distributed checkpoint of Lightning's."""
 REST = "meta.pt"
 """The file of a distributed checkpoint in which Lightning keeps everything else."""
+PARTS = "zssvd_parts"
+"""The folder of a distributed checkpoint for what a compression under way holds in parts."""
 
 
 class FSDP2Adapter(StrategyAdapter):
@@ -46,7 +51,10 @@ class FSDP2Adapter(StrategyAdapter):
     @cached_property
     def team(self) -> Team:
         """The processes of the run."""
-        return Shards(self.trainer.strategy.root_device, self._sharded_modules())
+        strategy: Any = self.trainer.strategy
+        in_parts = strategy._save_distributed_checkpoint  # noqa: SLF001
+        mesh = strategy.device_mesh["data_parallel"] if in_parts else None
+        return Shards(strategy.root_device, self._sharded_modules(), mesh)
 
     def refuse_unsupported(self) -> None:
         """Raises UnsupportedTrainingError where this release of torch is not known inside."""
@@ -100,10 +108,19 @@ class FSDP2Adapter(StrategyAdapter):
         """Lets go of the rows of replaced layers."""
         self._set_aside = {}
 
-    def loading(self, prepare: Callable[[Mapping[str, Any]], None]) -> AbstractContextManager[None]:
-        """Has the structure changed before `strategy.load_checkpoint`, which loads weights into what is there."""
+    def checkpoints(self, prepare: Callable[[Mapping[str, Any]], None]) -> AbstractContextManager[None]:
+        """Has the structure changed before weights are loaded, and what is in parts saved and loaded in parts."""
         strategy: Any = self.trainer.strategy
-        load = strategy.load_checkpoint
+        save, load = strategy.save_checkpoint, strategy.load_checkpoint
+
+        def save_in_parts(checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
+            folder = Path(strategy.broadcast(filepath)) / PARTS
+            parts: dict[str, Tensor] = {}
+            save(_without_parts(checkpoint, parts), filepath, *args, **kwargs)
+            if parts:
+                dcp.save(parts, checkpoint_id=folder)
+            elif strategy.is_global_zero:
+                shutil.rmtree(folder, ignore_errors=True)  # of a checkpoint that was here before
 
         def load_prepared(checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
             path = Path(strategy.broadcast(checkpoint_path))
@@ -113,9 +130,9 @@ class FSDP2Adapter(StrategyAdapter):
             if ranks_of(self.module) != before and self.trainer.state.fn == TrainerFn.FITTING:
                 self.rewire()
             loaded: dict[str, Any] = load(checkpoint_path, weights_only)
-            return loaded
+            return _with_parts(loaded, path / PARTS, strategy.device_mesh["data_parallel"])
 
-        return overridden(strategy, load_checkpoint=load_prepared)
+        return overridden(strategy, save_checkpoint=save_in_parts, load_checkpoint=load_prepared)
 
     def _sharded_modules(self) -> list[nn.Module]:
         return [module for module in self.module.modules() if isinstance(module, FSDPModule)]
@@ -215,3 +232,43 @@ def _outline(path: Path, weights_only: bool | None) -> dict[str, Any]:
         if name.startswith(WEIGHTS) and isinstance(entry, TensorStorageMetadata)
     }
     return rest | {"state_dict": weights}
+
+
+def _without_parts(checkpoint: dict[str, Any], parts: dict[str, Tensor]) -> dict[str, Any]:
+    """A checkpoint in which callbacks keep names for tensors in parts, which go into `parts`."""
+
+    def name(tensor: DTensor) -> dict[str, Any]:
+        parts[str(len(parts))] = tensor
+        return {PARTS: str(len(parts) - 1), "split": tensor.placements[0].dim}  # type: ignore[attr-defined]
+
+    callbacks = _mapped(checkpoint.get("callbacks", {}), lambda entry: isinstance(entry, DTensor), name)
+    return checkpoint | {"callbacks": callbacks} if "callbacks" in checkpoint else checkpoint
+
+
+def _with_parts(checkpoint: dict[str, Any], folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
+    """A checkpoint with what each process is to hold of the tensors that any number of them have saved in parts."""
+    if not folder.is_dir() or "callbacks" not in checkpoint:
+        return checkpoint
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    parts: dict[str, Tensor] = {}
+
+    def make(named: dict[str, Any]) -> Tensor:
+        entry: Any = saved[named[PARTS]]
+        placements = [Shard(named["split"])]
+        part = empty(*entry.size, dtype=entry.properties.dtype, device_mesh=mesh, placements=placements)
+        return parts.setdefault(named[PARTS], part)
+
+    callbacks = _mapped(checkpoint["callbacks"], lambda entry: isinstance(entry, dict) and PARTS in entry, make)
+    dcp.load(parts, checkpoint_id=folder)
+    return checkpoint | {"callbacks": callbacks}
+
+
+def _mapped(entry: Any, is_leaf: Callable[[Any], bool], change: Callable[[Any], Any]) -> Any:
+    """Nested dictionaries and lists with some entries changed."""
+    if is_leaf(entry):
+        return change(entry)
+    if isinstance(entry, dict):
+        return {key: _mapped(value, is_leaf, change) for key, value in entry.items()}
+    if isinstance(entry, (list, tuple)):
+        return type(entry)(_mapped(value, is_leaf, change) for value in entry)
+    return entry
