@@ -1,11 +1,14 @@
 """FSDP2 with real processes: the result of one process over all batches, from parameters that stay in rows."""
 
 import functools
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import processes
 from support.killed_run import Kill
+from support.models import loader, token_batches, trainer
 from support.parallel import (
     NEEDED,
     InBfloat16,
@@ -21,8 +24,14 @@ from support.parallel import (
 )
 from support.witnesses import WholeWeights
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.distributed.tensor import Shard
 
-from zssvd_lightning import LowRankCheckpointMixin
+from zssvd_lightning import LowRankCheckpointMixin, ZSSVDCallback
+from zssvd_lightning.errors import TargetError, UnsupportedTrainingError
+from zssvd_lightning.strategies import FSDP2Adapter
+from zssvd_lightning.structure import ranks_of
 
 @pytest.mark.parametrize(("size", "family"), [(2, "llama"), (3, "gpt2"), (2, "t5")])
 def test_sharded_parameters_give_what_one_process_makes_of_the_same_batches(tmp_path, size, family):
@@ -71,14 +80,16 @@ class InDouble(ReplicatedInDouble, Sharded):
 
 
 @pytest.mark.parametrize("distributed", [True, False])
-@pytest.mark.parametrize(("phase", "batch"), [("calibrate", 3), ("correct", 2), ("recover", 4)])
-def test_a_killed_run_goes_on_to_the_same_result(tmp_path, phase, batch, distributed):
+@pytest.mark.parametrize(
+    ("phase", "batch", "accumulate"), [("calibrate", 3, 1), ("calibrate", 3, 2), ("correct", 2, 1), ("recover", 4, 1)]
+)
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path, phase, batch, accumulate, distributed):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
     described = Run(
         strategy="fsdp2",
         count=2 * (NEEDED + 8),
-        trainer={"enable_checkpointing": True},
+        trainer={"enable_checkpointing": True, "accumulate_grad_batches": accumulate},
         module=InDouble,
         settings={"save_distributed_checkpoint": distributed},
     )
@@ -97,6 +108,32 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, phase, batch, distrib
     torch.testing.assert_close(found[0]["seen"], expected[0]["seen"][-left:], rtol=1e-6, atol=0)
     found, wanted = (multiplied_out(r[0]["weights"]) for r in (found, expected))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+def evaluate(rank: int, size: int, folder: Path, path: Path) -> None:
+    """Validates a checkpoint with a module and a callback that know nothing of it."""
+    described = Run(strategy="fsdp2")
+    module, settings = InDouble(), {"devices": size, "strategy": described.strategy_for(size)}
+    evaluated = trainer(ZSSVDCallback(), use_distributed_sampler=False, **settings)
+    evaluated.validate(module, loader(token_batches()), ckpt_path=str(path), verbose=False)
+    weights = whole_weights(module)
+    assert ranks_of(module)
+    assert all(torch.equal(weights[n], t) for n, t in torch.load(folder / "0.pt")["weights"].items())
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_processes_validates_a_checkpoint(tmp_path, size, distributed):
+    described = Run(
+        strategy="fsdp2",
+        module=InDouble,
+        callbacks=(functools.partial(KeepsLast, tmp_path),),
+        trainer={"enable_checkpointing": True},
+        settings={"save_distributed_checkpoint": distributed},
+        count=2 * (NEEDED + 1),
+    )
+    run(tmp_path, 2, described)
+    processes.check(tmp_path, processes.start(tmp_path, size, evaluate, KeepsLast.newest(tmp_path)))
 
 
 class Loads(LowRankCheckpointMixin, Replicated):
@@ -139,3 +176,66 @@ def test_the_consolidated_checkpoint_is_what_ddp_ends_with(tmp_path, replicated,
 def test_no_process_ever_holds_the_whole_weights_of_two_layers(tmp_path):
     saving = functools.partial(KeepsLast, tmp_path)
     run(tmp_path, 2, Run(strategy="fsdp2", callbacks=(WholeWeights, saving), trainer={"enable_checkpointing": True}))
+
+
+def test_three_processes_go_on_with_what_two_have_gathered(tmp_path):
+    """Batches are dealt out anew, so that only the sums so far can be compared."""
+    described = Run(
+        strategy="fsdp2",
+        module=InDouble,
+        callbacks=(
+            functools.partial(KeepsLast, tmp_path / "saved"),
+            functools.partial(Kill, 3, "on_train_batch_end", ["correct"]),
+        ),
+        trainer={"enable_checkpointing": True},
+        count=3 * NEEDED,
+    )
+    assert processes.start(tmp_path, 2, fit, described) == [-9, -9]
+    described.callbacks, described.ckpt_path = (), str(KeepsLast.newest(tmp_path / "saved"))
+    ranks = run(tmp_path, 3, described)
+    assert len(ranks[0]["losses"]) == 4
+    assert ranks[0]["ranks"] == ranks[1]["ranks"] == ranks[2]["ranks"]
+
+
+REFUSED = {
+    "whole": ("", "is laid out whole, but compression needs its rows cut over all 2 processes"),
+    "columns": ("columns", r"is laid out \(Shard\(dim=1\),\)"),
+    "every layer": ("layers", "it was given to fully_shard on its own; give the block around it instead"),
+}
+
+
+class OtherLayout(Replicated):
+    """Shards something else than rows of blocks."""
+
+    layout = ""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        if self.layout == "layers":
+            for module in self.model.modules():
+                if isinstance(module, torch.nn.Linear):
+                    fully_shard(module, mesh=mesh)
+        if self.layout == "columns":
+            fully_shard(self.model.model.layers[0], mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+        fully_shard(self.model.model.embed_tokens, mesh=mesh)
+
+
+def refused(rank: int, size: int, folder: Path, layout: str, message: str) -> None:
+    OtherLayout.layout = layout
+    described = Run(strategy="fsdp2")
+    settings = {"devices": size, "strategy": described.strategy_for(size), "use_distributed_sampler": False}
+    fitted = trainer(ZSSVDCallback(calibration_batches=2, progress=False), max_epochs=9, **settings)
+    with pytest.raises((UnsupportedTrainingError, TargetError), match=message):
+        fitted.fit(OtherLayout(), loader(described.batches(rank, size)))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_layouts_are_refused_before_any_batch(tmp_path, case):
+    processes.check(tmp_path, processes.start(tmp_path, 2, refused, *REFUSED[case]))
+
+
+def test_a_torch_that_is_another_inside_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(_fsdp_param.FSDPParam, "__init__", lambda self, parameter: None)
+    adapter = FSDP2Adapter(SimpleNamespace(), SimpleNamespace())
+    with pytest.raises(UnsupportedTrainingError, match=r"FSDP2 of torch .* is not as this release knows it inside"):
+        adapter.refuse_unsupported()
