@@ -124,7 +124,8 @@ class ResumableCallback(L.Callback):
 
     def _abandon(self, pl_module: L.LightningModule) -> None:
         """Puts the module and the Trainer's limits back, and starts over."""
-        self._lifecycle.abandon(pl_module, self.adapter)
+        if self._adapter is not None:  # else the run went on in other processes than this one
+            self._lifecycle.abandon(pl_module, self._adapter)
         if self._trainer is not None and (trainer := self._trainer()) is not None:
             self._allowance.take_back(trainer)
         self._allowance, self.recovers_from = Allowance(), None

@@ -1,10 +1,13 @@
+from importlib.metadata import EntryPoint
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy, XLAStrategy
 from support.models import CausalLM, assert_same_state, loader, state_of, token_batches, trainer
 
-from zssvd_lightning import LowRankLinear, Phase, ZSSVDCallback
+from zssvd_lightning import LowRankLinear, Phase, ZSSVDCallback, strategies
 from zssvd_lightning.errors import (
     BudgetError,
     CalibrationError,
@@ -14,6 +17,7 @@ from zssvd_lightning.errors import (
     UnfinishedError,
     UnsupportedTrainingError,
 )
+from zssvd_lightning.strategies import SingleDeviceAdapter, adapter_for
 
 
 class Manual(CausalLM):
@@ -155,12 +159,33 @@ def test_bad_arguments_are_refused_at_once(arguments):
         ZSSVDCallback(**arguments)
 
 
-def test_strategies_that_wrap_the_model_are_refused():
-    settings = {"strategy": DDPStrategy(process_group_backend="gloo")}
-    with pytest.raises(UnsupportedTrainingError, match="DDPStrategy wraps or shards"):
-        trainer(ZSSVDCallback(progress=False), max_epochs=6, **settings).fit(CausalLM(), loader(token_batches()))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+class Elsewhere(Strategy):
+    """One that nobody serves."""
+
+
+Elsewhere.__abstractmethods__ = frozenset()
+
+@pytest.mark.parametrize("kind", [Elsewhere, FSDPStrategy, DeepSpeedStrategy, XLAStrategy])
+def test_other_strategies_are_refused_and_the_way_round_is_named(kind):
+    fitted = SimpleNamespace(strategy=object.__new__(kind))
+    with pytest.raises(UnsupportedTrainingError, match=rf"under {kind.__name__} .*recipes/two_fits.py"):
+        adapter_for(fitted, CausalLM()).refuse_unsupported()
+
+
+class Special(SingleDeviceStrategy):
+    """Somebody's own, which has an adapter of its own."""
+
+
+class SpecialAdapter(SingleDeviceAdapter):
+    serves = (Special,)
+
+
+def test_an_entry_point_adds_an_adapter(monkeypatch):
+    point = EntryPoint("special", f"{__name__}:SpecialAdapter", "zssvd_lightning.strategies")
+    monkeypatch.setattr(strategies, "entry_points", lambda group: [point] if group == point.group else [])
+    found = adapter_for(SimpleNamespace(strategy=Special("cpu")), CausalLM())
+    assert type(found) is SpecialAdapter
+    assert type(adapter_for(SimpleNamespace(strategy=SingleDeviceStrategy("cpu")), CausalLM())) is SingleDeviceAdapter
 
 
 class SkipsEpochs(CausalLM):

@@ -1,12 +1,23 @@
 """DDP with real processes: the result of one process over all batches, and replicas that stay equal."""
 
 import functools
+from pathlib import Path
+from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
+import yaml
+from lightning.pytorch.strategies import DDPStrategy
 from support import processes
 from support.killed_run import Kill
-from support.parallel import NEEDED, KeepsLast, Replicated, Run, alone, fit, multiplied_out, run
+from support.models import loader, token_batches, trainer
+from support.parallel import NEEDED, SHORT, KeepsLast, Replicated, Run, alone, fit, multiplied_out, run
+
+from zssvd_lightning import LowRankCheckpointMixin, ZSSVDCallback
+from zssvd_lightning.errors import UnsupportedTrainingError
+from zssvd_lightning.strategies import DDPAdapter
+from zssvd_lightning.structure import ranks_of
 
 FLOAT64 = {"precision": "64-true"}
 
@@ -84,3 +95,73 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, phase, batch, accumul
 class Momentum(Replicated):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class OverflowsOnOne(L.Callback):
+    """Lets gradients of the third calibration batch of the second process overflow."""
+
+    def setup(self, trainer, pl_module, stage):
+        step = pl_module.training_step
+
+        def steps(batch, batch_idx):
+            loss = step(batch, batch_idx)
+            if trainer.global_rank == 1 and batch_idx == 2:
+                loss.register_hook(lambda gradient: gradient * torch.inf)
+            return loss
+
+        pl_module.training_step = steps
+
+    def on_train_end(self, trainer, pl_module):
+        (compression,) = [c for c in trainer.callbacks if isinstance(c, ZSSVDCallback)]
+        print("scale", trainer.precision_plugin.scaler.get_scale(), "losses", len(compression.report.losses))
+
+
+def test_an_overflow_on_one_process_discards_the_batches_of_all(tmp_path):
+    described = Run(count=2 * (NEEDED + 1), callbacks=(OverflowsOnOne,), scale=1024.0)
+    ranks = run(tmp_path, 2, described)
+    assert_replicas_equal(ranks)
+    assert "scale 512.0 losses 4" in (tmp_path / "0.log").read_text()
+    assert "scale 512.0 losses 4" in (tmp_path / "1.log").read_text()
+
+
+def plan_then_follow(rank: int, size: int, folder: Path) -> None:
+    """A dry run, and a compression by what it wrote."""
+    described = Run()
+    distribution = {"devices": size, "use_distributed_sampler": False}
+    ranks = []
+    for settings in ({"dry_run": True}, {}):
+        module, callback = Replicated(), ZSSVDCallback(**(SHORT | {"plan": folder / "plan.yaml"} | settings))
+        strategy = described.strategy_for(size)
+        trainer(callback, strategy=strategy, **distribution).fit(module, loader(described.batches(rank, size)))
+        ranks.append(ranks_of(module))
+    assert ranks[0] == {}
+    layers = yaml.safe_load((folder / "plan.yaml").read_text())["layers"]
+    assert ranks[1] == {name: entry["rank"] for name, entry in layers.items() if entry["rank"] != "dense"}
+
+
+def test_a_dry_run_writes_one_plan_that_all_follow(tmp_path):
+    processes.check(tmp_path, processes.start(tmp_path, 2, plan_then_follow))
+
+
+class Loads(LowRankCheckpointMixin, Replicated):
+    """Takes low-rank weights back from the processes that trained them."""
+
+
+def test_processes_that_hand_weights_back_need_a_module_that_can_take_them():
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
+    with pytest.raises(UnsupportedTrainingError, match="give it LowRankCheckpointMixin as a base class"):
+        DDPAdapter(SimpleNamespace(strategy=strategy), Replicated()).refuse_unsupported()
+    module = Loads()
+    trainer(ZSSVDCallback(**SHORT), devices=2, strategy=strategy).fit(module, loader(token_batches(4 * NEEDED)))
+    assert ranks_of(module)
+
+
+def test_local_sgd_is_refused(tmp_path):
+    described = Run(callbacks=(LocalSGD,))
+    assert processes.start(tmp_path, 2, fit, described) == [1, 1]
+    assert "UnsupportedTrainingError: local SGD lets the weights" in (tmp_path / "1.log").read_text()
+
+
+class LocalSGD(L.Callback):
+    def setup(self, trainer, pl_module, stage):
+        trainer.strategy._model_averager = object()

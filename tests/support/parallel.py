@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -77,11 +78,16 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the strategy."""
     timeout: float = 60
+    scale: float | None = None
+    """Loss scale of 16-mixed precision."""
     callbacks: tuple[Callable[[], L.Callback], ...] = ()
     ckpt_path: str | None = None
 
     def strategy_for(self, size: int) -> Any:
         shared = {"process_group_backend": "gloo", "timeout": timedelta(seconds=self.timeout)} | self.settings
+        if self.scale is not None:
+            scaler = torch.amp.GradScaler("cpu", init_scale=self.scale, growth_interval=10**9)
+            shared["precision_plugin"] = MixedPrecision("16-mixed", "cpu", scaler)
         return DDPStrategy(**shared) if self.strategy == "ddp" else ModelParallelStrategy(size, 1, **shared)
 
     def batches(self, rank: int, size: int) -> list[dict[str, Tensor]]:
