@@ -40,7 +40,7 @@ def main(folder: str) -> None:
                 floor = 0.0  # noqa: PLW2901
             config = replace(one_shot, prune_ratio=prune_ratio, selection=selection, min_rank_fraction=floor)
             compression = Compression(run.model, config)
-            compression.moments = copy.copy(calibrated.moments)
+            compression.gathering.moments = copy.copy(calibrated.gathering.moments)
             compression.truncate()
             value = perplexity(run.model, held_out, desc=f"{selection} {prune_ratio}").perplexity
             compression.restore()

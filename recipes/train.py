@@ -3,6 +3,9 @@
 `python recipes/train.py fit --config configs/smollm2-135m/train.yaml [--ckpt_path last] [--trainer.max_steps 20 ...]`
 `python recipes/train.py validate --config configs/smollm2-135m/train.yaml --ckpt_path last`
 
+On several devices, with what differs in a second file, `ddp.yaml` or `fsdp2.yaml`:
+`python recipes/train.py fit --config configs/smollm2-135m/train.yaml --config configs/smollm2-135m/ddp.yaml`
+
 Nothing in the module or the data knows of compression but the mixin, which lets the module load its own compressed
 checkpoints. Copy it and put yours in.
 """
@@ -11,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from zssvd_lightning import LowRankCheckpointMixin
@@ -33,16 +37,25 @@ class CausalLM(LowRankCheckpointMixin, L.LightningModule):
         self.model, self.tokenizer = load_model(source)
         self.model.train()
 
+    def configure_model(self) -> None:
+        """Shards the blocks under FSDP2, and what is left of the model; other strategies need nothing here."""
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]
+            for module in self.model.modules():
+                if type(module).__name__ in self.model._no_split_modules:  # noqa: SLF001
+                    fully_shard(module, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.model(**batch).loss
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self.model(**batch).loss, batch_size=len(batch["input_ids"]), prog_bar=True)
+        self.log("val_loss", self.model(**batch).loss, prog_bar=True, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val_perplexity", self.trainer.callback_metrics["val_loss"].exp())
+        self.log("val_perplexity", self.trainer.callback_metrics["val_loss"].exp(), sync_dist=True)
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
@@ -84,10 +97,10 @@ class Text(L.LightningDataModule):
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Remembers its position, so that a resumed run goes on with the next batch."""
-        return StatefulDataLoader(TokenWindows(self.train), self.hparams.batch_size)
+        return StatefulDataLoader(TokenWindows(self.train), batch_size=self.hparams.batch_size)
 
     def val_dataloader(self) -> StatefulDataLoader:
-        return StatefulDataLoader(TokenWindows(self.validation), self.hparams.batch_size)
+        return StatefulDataLoader(TokenWindows(self.validation), batch_size=self.hparams.batch_size)
 
 
 if __name__ == "__main__":

@@ -74,9 +74,7 @@ class _Load:
     def prepare(self, checkpoint: Mapping[str, Any]) -> None:
         if self.check is not None:
             self.check(checkpoint)
-        match_structure(
-            self.module, checkpoint["state_dict"], strict=self.module.strict_loading, replace=self.replace
-        )
+        match_structure(self.module, checkpoint["state_dict"], strict=self.module.strict_loading, replace=self.replace)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"check": None, "replace": replace_module}

@@ -212,16 +212,16 @@ class Compression:
     def state_dict(self) -> dict[str, Any]:
         """Everything up to the next `truncate`, as plain types and tensors, from which `load_state_dict` goes on.
 
-        Weights are not in it: they are the model's. Of several processes, which all must call it, the first has all
-        tensors in it and the others none.
+        Weights are not in it: they are the model's. Of several processes all must call it, and the team says which of
+        them has which tensors in it.
         """
         return {
             "config": asdict(self.config),
             "shapes": {name: list(shape) for name, shape in self.budget.shapes.items()},
             "model_parameters": self._model_parameters,
             "gathering": self.gathering.state_dict(),
-            "originals": None if self._originals is None else self._originals_at_first(self._originals),
-            "factors": self._factors_at_first(),
+            "originals": None if self._originals is None else self._originals_to_save(self._originals),
+            "factors": self._factors_to_save(),
             "step": None if self._step is None else list(self._step),
             "losses": list(self.losses),
             "fractions": list(self.fractions),
@@ -279,9 +279,7 @@ class Compression:
         if owner == self.team.rank:
             up, down = found.spectra[target.name].factors(kept)
         like = target.weight
-        return Factors(
-            self.team.from_owner(owner, up, (m, k), like), self.team.from_owner(owner, down, (k, n), like)
-        )
+        return Factors(self.team.from_owner(owner, up, (m, k), like), self.team.from_owner(owner, down, (k, n), like))
 
     def _whole(self, target: Target) -> Factors:
         """The factors of a layer, on every process."""
@@ -296,20 +294,22 @@ class Compression:
         self.losses.append(self.gathering.moments.mean_loss)
         self.gathering.start_afresh()
 
-    def _originals_at_first(self, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        at_first = {}
+    def _originals_to_save(self, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        to_save = {}
         for name, target in self.targets.items():
-            if (W := self.team.weight_to_save(originals[name], target.shape[target.split], target.split)) is not None:
-                at_first[name] = W
-        return at_first
+            W = self.team.weight_to_save(originals[name], target.shape[target.split], target.split)
+            if W is not None:
+                to_save[name] = W
+        return to_save
 
-    def _factors_at_first(self) -> dict[str, list[Tensor]]:
-        at_first = {}
+    def _factors_to_save(self) -> dict[str, list[Tensor]]:
+        to_save = {}
         for name, (up, down) in self._factors.items():
-            pair = (self.team.weight_to_save(up, self.targets[name].shape[0]), self.team.weight_to_save(down, up.shape[1]))
-            if pair[0] is not None and pair[1] is not None:
-                at_first[name] = [pair[0], pair[1]]
-        return at_first
+            whole_up = self.team.weight_to_save(up, self.targets[name].shape[0])
+            whole_down = self.team.weight_to_save(down, up.shape[1])
+            if whole_up is not None and whole_down is not None:
+                to_save[name] = [whole_up, whole_down]
+        return to_save
 
     def _own_parts(self, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {

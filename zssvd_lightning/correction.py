@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def projected_step(
-    truncated: Tensor, original: Tensor, gradient: Tensor, over_parts: Callable[[Tensor], Tensor] = lambda number: number
+    truncated: Tensor,
+    original: Tensor,
+    gradient: Tensor,
+    over_parts: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Tensor:
     """`W' + (<g, D> / <g, g>) g` with `D = W - W'`: the part of what truncation took that the loss sees.
 
@@ -25,7 +28,8 @@ def projected_step(
     g = gradient.to(truncated.dtype)
     D = original.to(truncated.dtype) - truncated
     gD, gg = over_parts(torch.stack([(g * D).sum(), (g * g).sum()]))
-    return truncated + gD / gg * g
+    stepped: Tensor = truncated + gD / gg * g
+    return stepped
 
 
 def best_fraction(before: float, slope: float, after: float) -> float:

@@ -42,9 +42,9 @@ def whitening_work(n: int) -> float:
 
 
 def share_out(targets: Mapping[str, Target], leaders: Mapping[str, str], size: int) -> list[list[str]]:
-    """Layers of each of `size` processes, so that all have about as much to do; those that share an input stay together.
+    """Layers of each of `size` processes, so that all have about as much to do.
 
-    The costliest group goes first, to the process with the least so far.
+    Layers that share an input stay together. The costliest group goes first, to the process with the least so far.
     """
     groups: dict[str, list[str]] = {}
     for name in targets:
@@ -75,15 +75,17 @@ def decompose(
         ProcessFailedError: that, on another process.
     """
     gathering.share_counts()
-    shares = share_out(targets, gathering.moments.leaders, team.size)
+    leaders = gathering.moments.leaders
+    shares = share_out(targets, leaders, team.size)
     owners = {name: rank for rank, names in enumerate(shares) for name in names}
     found = Decomposition({name: owners[name] for name in targets})
+    first = {leaders.get(name, name): name for names in shares for name in reversed(names)}
     own: dict[str, Components] = {}
     jitters: dict[str, float] = {}
     latest: dict[str, Whitening] = {}
     with tqdm(total=len(targets), desc="spectra", unit="layer", disable=not progress) as bar:
         for turn in _turns(shares):
-            mine = _take(turn, targets, gathering, metric, team, latest)
+            mine = _take(turn, targets, gathering, metric, team, first, latest)
             if mine is not None:
                 name, found.spectra[name], own[name] = mine
                 jitters |= {leader: whitening.jitter for leader, whitening in latest.items()}
@@ -107,22 +109,26 @@ def _take(
     gathering: Gathering,
     metric: str,
     team: Team,
+    first: Mapping[str, str],
     latest: dict[str, Whitening],
 ) -> tuple[str, Spectrum, Components] | None:
     """Name, spectrum and scores of this process's layer of a turn; what it held whole is gone afterwards. Collective.
 
-    Args:
-        turn: the layer of each process.
-        targets, gathering, metric, team: as in `decompose`.
-        latest: leader -> whitening of the layer before, and then of this one, which may share it.
+    `first` has the first layer to be decomposed of every leader; `latest` the whitening of the layer before by its
+    leader, and then of this one, which may share it.
     """
-    brought = [gathering.layer_at(rank, name) for rank, name in enumerate(turn) if name is not None]
+    leaders = gathering.moments.leaders
+    brought = [
+        gathering.layer_at(rank, name, inputs=name == first.get(leaders.get(name, name)))
+        for rank, name in enumerate(turn)
+        if name is not None
+    ]
     own, name = next(filter(None, brought), None), turn[team.rank]
     mine = None
     with team.together():
         if own is not None and name is not None:
             weight, moments = own
-            leader = moments.leaders.get(name, name)
+            leader = leaders.get(name, name)
             if leader not in latest:
                 latest.clear()
                 latest[leader] = METRICS[metric](moments, name)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from typing_extensions import override
 
 from zssvd_lightning.errors import CalibrationError, ProcessFailedError
 from zssvd_lightning.statistics import Moments, accumulated
@@ -121,11 +122,13 @@ class Several(Team):
         self.size = dist.get_world_size()
         self._device = device
 
+    @override
     def gathered(self, mine: T) -> list[T]:
         everyone: list[T | None] = [None] * self.size
         dist.all_gather_object(everyone, mine)
         return everyone  # type: ignore[return-value]
 
+    @override
     def decided(self, choose: Callable[[], T]) -> T:
         choice: list[T | None] = [None]
         with self.together():
@@ -134,6 +137,7 @@ class Several(Team):
         dist.broadcast_object_list(choice, src=0, device=self._device)
         return choice[0]  # type: ignore[return-value]
 
+    @override
     @contextmanager
     def together(self) -> Iterator[None]:
         own: Exception | None = None
@@ -152,30 +156,37 @@ class Several(Team):
 class Replicas(Several):
     """Processes with a whole model each, as under DDP."""
 
+    @override
     def weight_at(self, owner: int, part: Tensor, length: int, split: int) -> Tensor | None:
         return part if self.rank == owner else None
 
+    @override
     def sum_at(self, owner: int, part: Tensor, length: int, split: int) -> Tensor | None:
         total = part.clone(memory_format=torch.contiguous_format)
         dist.reduce(total, dst=owner)
         return total if self.rank == owner else None
 
+    @override
     def sum_part(self, part: Tensor) -> Tensor:
         total = part.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
 
+    @override
     def weight_to_save(self, part: Tensor, length: int, split: int = 0) -> Tensor | None:
         whole = self.weight_at(0, part, length, split)
         return None if whole is None else whole.cpu()
 
+    @override
     def sum_to_save(self, part: Tensor, length: int, split: int = 0) -> Tensor | None:
         total = self.sum_at(0, part, length, split)
         return None if total is None else total.cpu()
 
+    @override
     def share_of_sum(self, whole: Tensor, split: int) -> Tensor | None:
         return whole if self.rank == 0 else None
 
+    @override
     def from_owner(self, owner: int, whole: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
         received = like.new_empty(tuple(shape)) if whole is None else whole.to(like).contiguous()
         dist.broadcast(received, src=owner)
@@ -201,6 +212,7 @@ class Shards(Several):
         self._units = units
         self._mesh = mesh
 
+    @override
     @contextmanager
     def inputs(self, into: Moments, targets: Mapping[str, Target]) -> Iterator[Moments]:
         seen = Moments(leaders=into.leaders)
@@ -224,15 +236,18 @@ class Shards(Several):
                 "fully_shard; call that module, or add them to ignore"
             )
 
+    @override
     def weight_at(self, owner: int, part: Tensor, length: int, split: int) -> Tensor | None:
         rows = self._padded(_turned(part, split), length)
         received = [torch.empty_like(rows) for _ in range(self.size)] if self.rank == owner else None
         dist.gather(rows, received, dst=owner)
         return None if received is None else _turned(torch.cat(received)[:length], split)
 
+    @override
     def sum_at(self, owner: int, part: Tensor, length: int, split: int) -> Tensor | None:
         return self.weight_at(owner, part, length, split)
 
+    @override
     def weight_to_save(self, part: Tensor, length: int, split: int = 0) -> Tensor | None:
         if self._mesh is None:
             whole = self.weight_at(0, part, length, split)
@@ -241,12 +256,15 @@ class Shards(Several):
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(part.contiguous(), self._mesh, [Shard(split)], shape=shape, stride=stride)
 
+    @override
     def sum_to_save(self, part: Tensor, length: int, split: int = 0) -> Tensor | None:
         return self.weight_to_save(part, length, split)
 
+    @override
     def share_of_sum(self, whole: Tensor, split: int) -> Tensor | None:
         return self.part(whole, split)
 
+    @override
     def from_owner(self, owner: int, whole: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
         length, *others = shape
         received = like.new_empty((self._share(length), *others))
@@ -256,17 +274,20 @@ class Shards(Several):
         dist.scatter(received, shares, src=owner)
         return self._unpadded(received, length)
 
+    @override
     def whole(self, part: Tensor, length: int, split: int = 0) -> Tensor:
         rows = self._padded(_turned(part, split), length)
         everything = rows.new_empty((self.size * len(rows), *rows.shape[1:]))
         dist.all_gather_into_tensor(everything, rows)
         return _turned(everything[:length], split)
 
+    @override
     def part(self, whole: Tensor, split: int = 0) -> Tensor:
         if isinstance(whole, DTensor):
             return whole.to_local()
         return _turned(self._rows_of(_turned(whole, split), self.rank), split)
 
+    @override
     def over_parts(self, number: Tensor) -> Tensor:
         total = number.clone()
         dist.all_reduce(total)
@@ -301,9 +322,7 @@ class Shards(Several):
         into.input_sums[leader] = rows if leader not in into.input_sums else into.input_sums[leader] + rows
         into.tokens[leader] = into.tokens.get(leader, 0) + seen.tokens.pop(leader, 0)
 
-    def _agree_on_leaders(
-        self, inside: Mapping[str, int], numbers: Mapping[str, int], leaders: dict[str, str]
-    ) -> None:
+    def _agree_on_leaders(self, inside: Mapping[str, int], numbers: Mapping[str, int], leaders: dict[str, str]) -> None:
         """Tells every process of layers that have run on another only, and whose input they read."""
         mine = [numbers[leaders[name]] if name in leaders else -1 for name in inside]
         known = torch.tensor(mine, device=self._device)

@@ -46,9 +46,10 @@ class Gathering:
         if self.may_discard:
             into = self._window
             into.leaders |= self.moments.leaders
-        with self._team.inputs(into, self._targets) as seen, observing(
-            self._model, self._targets, seen, mask, inputs
-        ) as observation:
+        with (
+            self._team.inputs(into, self._targets) as seen,
+            observing(self._model, self._targets, seen, mask, inputs) as observation,
+        ):
             yield observation
 
     @property
@@ -89,13 +90,19 @@ class Gathering:
         """
         self.moments.take_counts(self._team.gathered(self.moments.counts()))
 
-    def layer_at(self, owner: int, name: str) -> tuple[Tensor, Moments] | None:
-        """A layer's whole weight and statistics at its owner, None at the others; after `share_counts`. Collective."""
+    def layer_at(self, owner: int, name: str, *, inputs: bool) -> tuple[Tensor, Moments] | None:
+        """A layer's whole weight and statistics at its owner, None at the others; after `share_counts`. Collective.
+
+        Args:
+            owner: rank of the process that needs it.
+            name: the layer.
+            inputs: whether the second moment comes along.
+        """
         target, moments = self._targets[name], self.moments
         leader = moments.leaders.get(name, name)
         length, split = target.shape[target.split], target.split
         A = G = None
-        if moments.tokens.get(leader):
+        if inputs and moments.tokens.get(leader):
             A = self._team.sum_at(owner, self._inputs(moments, leader), target.shape[1], 0)
         if name in moments.with_gradient:
             G = self._team.sum_at(owner, self._gradient(moments.gradient_sums, name), length, split)
@@ -176,7 +183,7 @@ class Gathering:
         return to_save
 
     def _own(self, state: Mapping[str, Any]) -> Moments:
-        """What is this process's of saved statistics: a part of each sum, and the counts where they are nobody else's."""
+        """What this process holds of saved statistics: its part of each sum, and the counts if it is the first."""
         moments = Moments(**{**state, "input_sums": {}, "gradient_sums": {}})
         if self._team.rank != 0:
             moments.tokens = dict.fromkeys(state["tokens"], 0)

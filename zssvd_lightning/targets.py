@@ -18,6 +18,7 @@ from zssvd_lightning.config import closest
 from zssvd_lightning.errors import TargetError
 from zssvd_lightning.modules import LowRankLinear, shape_of
 
+
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, as a plain one that shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -165,6 +165,7 @@ class Elsewhere(Strategy):
 
 Elsewhere.__abstractmethods__ = frozenset()
 
+
 @pytest.mark.parametrize("kind", [Elsewhere, FSDPStrategy, DeepSpeedStrategy, XLAStrategy])
 def test_other_strategies_are_refused_and_the_way_round_is_named(kind):
     fitted = SimpleNamespace(strategy=object.__new__(kind))

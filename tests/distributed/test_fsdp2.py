@@ -33,6 +33,7 @@ from zssvd_lightning.errors import TargetError, UnsupportedTrainingError
 from zssvd_lightning.strategies import FSDP2Adapter
 from zssvd_lightning.structure import ranks_of
 
+
 @pytest.mark.parametrize(("size", "family"), [(2, "llama"), (3, "gpt2"), (2, "t5")])
 def test_sharded_parameters_give_what_one_process_makes_of_the_same_batches(tmp_path, size, family):
     ranks = run(tmp_path, size, Run(strategy="fsdp2", family=family, module=InDouble))
@@ -169,8 +170,6 @@ def test_the_consolidated_checkpoint_is_what_ddp_ends_with(tmp_path, replicated,
     assert all(torch.equal(loaded[name], t.to(loaded[name])) for name, t in sharded.items())
     found, wanted = multiplied_out(sharded), multiplied_out(replicated)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
-
-
 
 
 def test_no_process_ever_holds_the_whole_weights_of_two_layers(tmp_path):

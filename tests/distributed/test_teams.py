@@ -71,13 +71,15 @@ def everyone(team: Team, rank: int, size: int) -> None:
     with team.together():
         pass
     failing = size - 1
-    with pytest.raises(
-        KeyError if rank == failing else ProcessFailedError,
-        match="gone" if rank == failing else f"process {failing} of {size} failed: KeyError: 'gone'",
+    with (
+        pytest.raises(
+            KeyError if rank == failing else ProcessFailedError,
+            match="gone" if rank == failing else f"process {failing} of {size} failed: KeyError: 'gone'",
+        ),
+        team.together(),
     ):
-        with team.together():
-            if rank == failing:
-                raise KeyError("gone")
+        if rank == failing:
+            raise KeyError("gone")
     with pytest.raises(ValueError if rank == 0 else ProcessFailedError):
         team.decided(lambda: int("none"))
     dist.destroy_process_group()
@@ -99,7 +101,7 @@ def test_work_is_shared_out_as_evenly_as_the_greedy_rule_promises(shapes, size):
     assert sorted(name for share in shares for name in share) == sorted(targets)
     work = {n: svd_work(*t.shape) + whitening_work(t.shape[1]) for n, t in targets.items()}
     loads = [sum(work[name] for name in share) for share in shares]
-    least_possible = max(max(work.values()), sum(work.values()) / size)
+    least_possible = max(*work.values(), sum(work.values()) / size)
     assert max(loads) <= (4 / 3 - 1 / (3 * size)) * best(list(work.values()), size) + 1e-6
     assert max(loads) >= least_possible - 1e-6
 
@@ -108,9 +110,7 @@ def best(work: list[float], size: int) -> float:
     """The least that the busiest of `size` processes can have, found by trying everything."""
     loads = {(0.0,) * size}
     for item in sorted(work, reverse=True):
-        loads = {
-            tuple(sorted((*load[:k], load[k] + item, *load[k + 1 :]))) for load in loads for k in range(size)
-        }
+        loads = {tuple(sorted((*load[:k], load[k] + item, *load[k + 1 :]))) for load in loads for k in range(size)}
     return min(max(load) for load in loads)
 
 

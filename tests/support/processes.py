@@ -71,7 +71,7 @@ def _run(
 
             torch.set_num_threads(1)
             work(rank, size, folder, *args)
-        except BaseException:
+        except BaseException:  # noqa: BLE001  (it goes to the log, and the process ends with it)
             traceback.print_exc()
             log.flush()
             os._exit(1)

@@ -22,7 +22,7 @@ class WholeWeights(L.Callback):
         self.seen: Counter[str] = Counter()
         self.together: set[frozenset[str]] = set()
         for owner, name, layer_of in (
-            (Gathering, "layer_at", lambda self, owner, name: name),
+            (Gathering, "layer_at", lambda self, owner, name, **_: name),
             (Compression, "_whole", lambda self, target: target.name),
         ):
             setattr(owner, name, self._entering(getattr(owner, name), layer_of))

@@ -21,10 +21,7 @@ GROUP = "zssvd_lightning.strategies"
 def adapter_for(trainer: L.Trainer, module: L.LightningModule) -> StrategyAdapter:
     """The adapter for the strategy of a Trainer; for one that nobody serves, one that refuses it when asked."""
     added: list[type[StrategyAdapter]] = [point.load() for point in entry_points(group=GROUP)]
-    adapters = {
-        served: adapter
-        for adapter in (SingleDeviceAdapter, DDPAdapter, FSDP2Adapter, RefusedAdapter, *added)
-        for served in adapter.serves
-    }
-    nearest = next((adapters[kind] for kind in type(trainer.strategy).__mro__ if kind in adapters), RefusedAdapter)
+    ours: list[type[StrategyAdapter]] = [SingleDeviceAdapter, DDPAdapter, FSDP2Adapter, RefusedAdapter]
+    serving: dict[type, type[StrategyAdapter]] = {kind: adapter for adapter in ours + added for kind in adapter.serves}
+    nearest = next((serving[kind] for kind in type(trainer.strategy).__mro__ if kind in serving), RefusedAdapter)
     return nearest(trainer, module)

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_parts
+from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard, empty
@@ -94,7 +95,7 @@ class FSDP2Adapter(StrategyAdapter):
             if unit.holds(inside):
                 self._set_aside[old] = unit.take_out(inside)
                 replace_module(model, old, new)
-                unit.put_in(self._set_aside.pop(new, None) or unit.cut(new))
+                unit.put_in(self._set_aside.pop(new, []) or unit.cut(new))
                 return
         replace_module(model, old, new)
 
@@ -118,7 +119,7 @@ class FSDP2Adapter(StrategyAdapter):
             parts: dict[str, Tensor] = {}
             save(_without_parts(checkpoint, parts), filepath, *args, **kwargs)
             if parts:
-                dcp.save(parts, checkpoint_id=folder)
+                save_parts(parts, checkpoint_id=folder)
             elif strategy.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)  # of a checkpoint that was here before
 
@@ -259,7 +260,7 @@ def _with_parts(checkpoint: dict[str, Any], folder: Path, mesh: DeviceMesh) -> d
         return parts.setdefault(named[PARTS], part)
 
     callbacks = _mapped(checkpoint["callbacks"], lambda entry: isinstance(entry, dict) and PARTS in entry, make)
-    dcp.load(parts, checkpoint_id=folder)
+    load_parts(parts, checkpoint_id=folder)
     return checkpoint | {"callbacks": callbacks}
 
 

@@ -1,6 +1,7 @@
 """Strategies under which layers cannot be replaced in the middle of a fit, and the way round."""
 
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, XLAStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 
 from zssvd_lightning.errors import UnsupportedTrainingError
 from zssvd_lightning.strategies.base import StrategyAdapter
@@ -15,6 +16,6 @@ class RefusedAdapter(StrategyAdapter):
         """Raises UnsupportedTrainingError, always."""
         raise UnsupportedTrainingError(
             f"under {type(self.trainer.strategy).__name__} layers cannot be replaced in the middle of a fit. Compress "
-            "in a first fit with one device, strategy='ddp' or ModelParallelStrategy (FSDP2), and go on in a second one "
-            "that loads its checkpoint in configure_model, as recipes/two_fits.py does"
+            "in a first fit on one device, with strategy='ddp' or with ModelParallelStrategy (FSDP2), and go on in a "
+            "second one that loads its checkpoint in configure_model, as recipes/two_fits.py does"
         )

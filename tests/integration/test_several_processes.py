@@ -1,0 +1,102 @@
+"""The recipes on a real pretrained model on several processes, started as people start them; with few samples."""
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from support.processes import free_port
+
+from zssvd_lightning.texts import load_text
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "smollm2-135m"
+
+
+def config(folder: Path, name: str) -> str:
+    """A recipe's own settings, for a few short windows."""
+    settings = yaml.safe_load((CONFIGS / name).read_text())
+    for part in ("train", "validation"):  # less to tokenise
+        text = folder / f"{part}.txt"
+        text.write_text(load_text(settings["data"][part])[:30_000])
+        settings["data"][part] = str(text)
+    settings["data"] |= {"length": 32, "samples": 24, "validation_samples": 4}
+    trainer = settings["trainer"]
+    trainer |= {"max_steps": 4, "val_check_interval": 4, "default_root_dir": str(folder), "accelerator": "cpu"}
+    trainer |= {"enable_progress_bar": False, "enable_model_summary": False, "accumulate_grad_batches": 2}
+    trainer["logger"] = {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder)}}
+    if "callbacks" in trainer:
+        saving = trainer["callbacks"][0]["init_args"]
+        saving |= {"dirpath": str(folder / "checkpoints"), "every_n_train_steps": trainer["max_steps"]}
+        few = {"calibration_batches": 4, "corrections": 0, "include": "*.layers.?.self_attn.*"}
+        trainer["callbacks"][-1]["init_args"] |= few
+    path = folder / name
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def run(*commands: list[str]) -> None:
+    """Commands at the same time."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    started = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) for command in commands]
+    for process in started:
+        _, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, errors[-3000:]
+
+
+def nodes(count: int, *command: str) -> list[list[str]]:
+    """As on a cluster: the same on every node, which knows its number and where the first one is."""
+    port = str(free_port())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--nnodes", str(count)]
+    where = ["--master-addr", "127.0.0.1", "--master-port", port]
+    return [[*torchrun, *where, "--node-rank", str(node), *command] for node in range(count)]
+
+
+def metric(folder: Path, name: str) -> list[float]:
+    (file,) = folder.glob("lightning_logs/version_*/metrics.csv")
+    with file.open() as rows:
+        return [float(row[name]) for row in csv.DictReader(rows) if row.get(name)]
+
+
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory):
+    """The main recipe under DDP on two nodes."""
+    folder = tmp_path_factory.mktemp("ddp")
+    recipe = [str(ROOT / "recipes" / "train.py"), "fit", "--config", config(folder, "train.yaml")]
+    several = ["--config", str(CONFIGS / "ddp.yaml"), "--trainer.devices", "1", "--trainer.num_nodes", "2"]
+    run(*nodes(2, *recipe, *several))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """The main recipe under FSDP2, whose processes Lightning starts."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    recipe = [sys.executable, str(ROOT / "recipes" / "train.py"), "fit", "--config", config(folder, "train.yaml")]
+    run([*recipe, "--config", str(CONFIGS / "fsdp2.yaml")])
+    return folder
+
+
+def test_ddp_and_fsdp2_compress_the_model_alike(replicated, sharded):
+    for name, tolerance in (("zssvd/pruned", 1e-3), ("zssvd/loss_before_truncation", 1e-2), ("val_perplexity", 3e-2)):
+        one, other = metric(replicated, name), metric(sharded, name)
+        assert len(one) == len(other) > 0
+        assert one == pytest.approx(other, rel=tolerance)
+    assert metric(replicated, "zssvd/pruned")[-1] >= 0.2
+    assert 20 < metric(replicated, "val_perplexity")[-1] < 1000
+
+
+def test_a_second_fit_trains_the_low_rank_model_in_shards(replicated, tmp_path):
+    (checkpoint,) = (replicated / "checkpoints").glob("last*.ckpt")
+    saved = torch.load(checkpoint, mmap=True)["state_dict"]
+    assert any(name.endswith("q_proj.up.weight") for name in saved)
+    recipe = [sys.executable, str(ROOT / "recipes" / "two_fits.py"), "fit"]
+    settings = ["--config", config(tmp_path, "second-fit.yaml"), "--config", str(CONFIGS / "fsdp2.yaml")]
+    run([*recipe, *settings, "--model.compressed", str(checkpoint), "--trainer.max_steps", "2"])
+    (first,) = metric(tmp_path, "val_perplexity")[:1]
+    assert -1 < math.log(first) - math.log(metric(replicated, "val_perplexity")[-1]) < 0.05
