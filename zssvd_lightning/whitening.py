@@ -67,7 +67,8 @@ def safe_cholesky(A: Tensor, name: str) -> tuple[Tensor, float]:
     scale = A.diagonal().mean()
     jitter = 0.0
     while scale > 0 and jitter <= LAST_JITTER:
-        shifted = A + jitter * scale * torch.eye(len(A), dtype=A.dtype, device=A.device)
+        shifted = A.clone() if jitter else A
+        shifted.diagonal().add_(jitter * scale)
         L, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
             return L, jitter
