@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit bench table clean
+.PHONY: help install demo test lint types unit bench scaling table clean
 
 help:  ## Say what every target does
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ unit: $(READY)  ## Tests alone
 
 bench: $(READY)  ## Time a whole compression against a plain forward and backward over the same batches
 	$(BIN)/python benchmarks/bench.py configs/smollm2-135m/zs-20.yaml $(BENCH)
+
+scaling: $(READY)  ## Bytes, memory and seconds on 1, 2 and 4 processes, and what they make of large models
+	$(BIN)/python benchmarks/scaling.py
 
 table: $(READY)  ## The README's table of selections and budgets; needs TEXTS=folder with both WikiText-2 files
 	$(BIN)/python benchmarks/table.py $(TEXTS)

@@ -31,7 +31,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
 
 def test_commands_name_files_that_are_there():
     root = README.parent
-    text = README.read_text()
+    text = README.read_text() + (root / "docs" / "scaling.md").read_text()
     for path in re.findall(r"(?:configs|recipes)/[\w./-]+\.(?:yaml|py)", text):
         assert (root / path).is_file(), path
     targets = re.findall(r"^make (\w+)", text, re.MULTILINE)
