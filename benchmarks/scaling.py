@@ -1,4 +1,4 @@
-"""What a compression costs on several processes: formulas, the same measured on small runs, and tables for large models.
+"""What a compression costs on several processes: formulas, the same measured on small runs, and large models.
 
 `python benchmarks/scaling.py` prints the tables of docs/scaling.md; give the machine nothing else to do meanwhile.
 
@@ -21,10 +21,10 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -218,11 +218,9 @@ def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: 
     factorise = Compression.factorise
 
     def look(self: Compression) -> None:
-        found["originals and factors"] = _bytes(self._originals) + _bytes(self._factors)  # noqa: SLF001
-        found["factors"] = shapes.weight * sum(
-            (self._selection.rank(name) or 0) * sum(target.shape)  # type: ignore[union-attr]  # noqa: SLF001
-            for name, target in self.targets.items()
-        )
+        found["originals and factors"] = _bytes(self._originals) + _bytes(self._factors)
+        ranks = {name: layer.rank or 0 for name, layer in self.report().layers.items()}
+        found["factors"] = shapes.weight * sum(ranks[name] * sum(t.shape) for name, t in self.targets.items())
         with measured("factorisation", found):
             factorise(self)
 
@@ -243,7 +241,6 @@ def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: 
     callback = ZSSVDCallback(
         PRUNE_RATIO, calibration_batches=BATCHES, correction_batches=1, line_search=False, progress=False
     )
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     ids = torch.randint(64, (2 * BATCHES + 1, 4, 128), generator=torch.Generator().manual_seed(rank))
     trainer = L.Trainer(
         accelerator="cpu",
@@ -252,9 +249,13 @@ def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: 
         max_epochs=1,
         callbacks=[callback],
         use_distributed_sampler=False,
-        **quiet,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
-    trainer.fit(Module(shapes), DataLoader([{"input_ids": i, "labels": i} for i in ids], batch_size=None))
+    batches: Any = [{"input_ids": i, "labels": i} for i in ids]
+    trainer.fit(Module(shapes), DataLoader(batches, batch_size=None))
     torch.save(dict(found), Path(folder) / f"{rank}.pt")
 
 
@@ -269,7 +270,7 @@ def run(strategy: str, size: int, shapes: Llama) -> list[dict[str, float]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        mp.spawn(work, (size, port, strategy, shapes, folder), nprocs=size)  # type: ignore[no-untyped-call]
+        spawn(work, (size, port, strategy, shapes, folder), nprocs=size)  # type: ignore[no-untyped-call]
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
 
 
@@ -313,7 +314,9 @@ def check() -> None:
 
 def project(rate: float) -> None:
     """Prints what the formulas say of large models."""
-    print("| model | strategy | ranks | a batch | truncation | correction | statistics | originals, factors | spectra |")
+    print(
+        "| model | strategy | ranks | a batch | truncation | correction | statistics | originals, factors | spectra |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for model in LARGE:
         factors = (1 - PRUNE_RATIO) * model.weight * model.weights

@@ -3,9 +3,10 @@
 To read the code in the order data flows through it: `callback` (when; `lifecycle` and `phase` how far; `resumable`,
 `guards`, `precision`, `limits`, `scores`, `checkpoint`, `telemetry` and `borrowing` deal with the rest of Lightning)
 and `pipeline` (without a Trainer) drive `compression` (what), on one process or on several (`strategies`,
-`distributed`); that takes `targets`, watches them (`gathering`, `calibration`, `statistics`), changes coordinates (`whitening`), decomposes (`decomposition`, `spectrum`), chooses (`budget`,
-`selection`, `plan`), truncates (`factorization`, `modules`, `structure`) and corrects (`correction`). `report`,
-`picture`, `hub`, `evaluation`, `texts`, `models`, `files`, `run` and `cli` stand around it.
+`distributed`); that takes `targets`, watches them (`gathering`, `calibration`, `statistics`), changes coordinates
+(`whitening`), decomposes (`decomposition`, `spectrum`), chooses (`budget`, `selection`, `plan`), truncates
+(`factorization`, `modules`, `structure`) and corrects (`correction`). `report`, `picture`, `hub`, `evaluation`,
+`texts`, `models`, `files`, `run` and `cli` stand around it.
 """
 
 from zssvd_lightning import errors

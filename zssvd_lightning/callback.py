@@ -176,14 +176,17 @@ class ZSSVDCallback(ResumableCallback):
             self._start_over()
         refuse_unsupported(trainer, pl_module)
         self.adapter.refuse_unsupported()
-        refuse_stale_groups(trainer, pl_module)
-        if self.dry_run:
-            check_plan_output(self._plan_path(trainer))
-        if self.phase is Phase.WAIT:
-            self._lifecycle.epoch_length = math.inf
-            needed = self.batches_needed(trainer.num_training_batches, most_accumulated(trainer))
-            refuse_too_short(trainer, self.start_epoch, self.start_step, 1 if self.extend_training else needed)
-        self._lifecycle.attach(pl_module, self.progress, self.adapter)
+        self.adapter.show_weights()
+        plan_path = self._plan_path(trainer) if self.dry_run else None
+        with self.adapter.team.together():
+            refuse_stale_groups(trainer, pl_module)
+            if plan_path is not None and trainer.is_global_zero:
+                check_plan_output(plan_path)
+            if self.phase is Phase.WAIT:
+                self._lifecycle.epoch_length = math.inf
+                needed = self.batches_needed(trainer.num_training_batches, most_accumulated(trainer))
+                refuse_too_short(trainer, self.start_epoch, self.start_step, 1 if self.extend_training else needed)
+            self._lifecycle.attach(pl_module, self.progress, self.adapter)
         self._lifecycle.compression.gathering.may_discard = scales(trainer)
         telemetry.log_phase(trainer, self.phase)
         self._go_on_if_enough(trainer, pl_module)
@@ -197,6 +200,7 @@ class ZSSVDCallback(ResumableCallback):
             self._lifecycle.start()
             telemetry.log_phase(trainer, self.phase)
         if self._lifecycle.gathering:
+            self.adapter.show_weights()
             self.adapter.before_batch()
             observed = self._lifecycle.open(self.token_mask(batch), self.loss_terms(batch))
             observed.during(nothing_to_clip(pl_module))
@@ -341,6 +345,7 @@ class ZSSVDCallback(ResumableCallback):
         life = self._lifecycle
         if not life.enough(trainer.num_training_batches):
             return
+        self.adapter.show_weights()
         if self.dry_run:
             self._write_plan(trainer, pl_module)
             return

@@ -30,6 +30,9 @@ from zssvd_lightning.targets import Target
 
 T = TypeVar("T")
 
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # the name since torch 2.13, before
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 class Team:
     """One process on its own, and the pattern for several.
@@ -278,7 +281,7 @@ class Shards(Several):
     def whole(self, part: Tensor, length: int, split: int = 0) -> Tensor:
         rows = self._padded(_turned(part, split), length)
         everything = rows.new_empty((self.size * len(rows), *rows.shape[1:]))
-        dist.all_gather_into_tensor(everything, rows)
+        all_gather(everything, rows)
         return _turned(everything[:length], split)
 
     @override
@@ -317,7 +320,7 @@ class Shards(Several):
         if own is not None:
             padded[:width] = own
         rows = padded.new_empty((self._share(width), width))
-        dist.reduce_scatter_tensor(rows, padded)
+        reduce_scatter(rows, padded)
         rows = self._unpadded(rows, width)
         into.input_sums[leader] = rows if leader not in into.input_sums else into.input_sums[leader] + rows
         into.tokens[leader] = into.tokens.get(leader, 0) + seen.tokens.pop(leader, 0)

@@ -97,7 +97,7 @@ class Lifecycle:
         return int(min(batches, epochs * batches_per_epoch))
 
     def attach(self, model: nn.Module, progress: bool, adapter: StrategyAdapter) -> None:
-        """Begins on `model`, which the strategy of `adapter` runs, or goes on with it from a checkpoint. Collective.
+        """Begins on `model`, which the strategy of `adapter` runs, or goes on with it from a checkpoint.
 
         Raises:
             UnsupportedTrainingError: its layers are laid out over processes in a way that is not known.

@@ -125,6 +125,7 @@ class ResumableCallback(L.Callback):
     def _abandon(self, pl_module: L.LightningModule) -> None:
         """Puts the module and the Trainer's limits back, and starts over."""
         if self._adapter is not None:  # else the run went on in other processes than this one
+            self._adapter.show_weights()
             self._lifecycle.abandon(pl_module, self._adapter)
         if self._trainer is not None and (trainer := self._trainer()) is not None:
             self._allowance.take_back(trainer)

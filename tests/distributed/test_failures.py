@@ -1,5 +1,6 @@
 """A process that fails, or does nothing any more: the others say so instead of waiting for ever."""
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import lightning as L
 import pytest
 import torch
 from support import processes
-from support.parallel import Run, Sharded, fit
+from support.models import loader, trainer
+from support.parallel import SHORT, Replicated, Run, Sharded, fit, whole_weights
 
 from zssvd_lightning import Phase, ZSSVDCallback
 from zssvd_lightning.decomposition import Spectrum
+from zssvd_lightning.errors import UnfinishedError
 
 
 class OnOne(L.Callback):
@@ -112,11 +115,6 @@ class Unfinished(ZSSVDCallback):
 
 def run_out(rank: int, size: int, folder: Path, strategy: str) -> None:
     """A fit that ends in the correction, after a truncation."""
-    from support.models import loader, trainer
-    from support.parallel import Replicated, whole_weights
-
-    from zssvd_lightning.errors import UnfinishedError
-
     described = Run(strategy=strategy)
     module = (Sharded if strategy == "fsdp2" else Replicated)()
     callback = Unfinished(prune_ratio=0.4, calibration_batches=2, correction_batches=4, progress=False)
@@ -131,3 +129,47 @@ def run_out(rank: int, size: int, folder: Path, strategy: str) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_fit_that_ends_too_soon_puts_the_weights_back(tmp_path, strategy):
     processes.check(tmp_path, processes.start(tmp_path, 2, run_out, strategy))
+
+
+class BreaksForward(L.Callback):
+    """Fails in the middle of the model while the weights are truncated; notes what is there afterwards."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.before = {n: p.to_local().clone() for n, p in pl_module.named_parameters()}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 5:
+            pl_module.model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *_: int("none"))
+
+    def on_exception(self, trainer, pl_module, exception):
+        after = dict(pl_module.named_parameters())
+        assert all(torch.equal(after[n].to_local(), p) for n, p in self.before.items())
+        assert not any(module._forward_pre_hooks for module in pl_module.modules() if type(module) is torch.nn.Linear)
+        print("everything is back")
+
+
+def test_sharded_weights_go_back_when_a_forward_pass_fails_halfway(tmp_path):
+    assert processes.start(tmp_path, 2, fit, Run(strategy="fsdp2", callbacks=(BreaksForward,))) == [1, 1]
+    for rank in (0, 1):
+        log = (tmp_path / f"{rank}.log").read_text()
+        assert "everything is back" in log
+        assert "ValueError: invalid literal" in log
+
+
+class LosesPlan(L.Callback):
+    """Has the second process look for the plan where there is none, as on another node."""
+
+    def setup(self, trainer, pl_module, stage):
+        (compression,) = [c for c in trainer.callbacks if isinstance(c, ZSSVDCallback)]
+        name = "missing.yaml" if trainer.global_rank == 1 else "plan.yaml"
+        compression._lifecycle.config = dataclasses.replace(
+            compression.config, plan=f"{compression.config.plan}/{name}"
+        )
+
+
+def test_a_plan_that_one_process_cannot_read_is_an_error_on_all(tmp_path):
+    callback = ZSSVDCallback(**(SHORT | {"dry_run": True, "plan": tmp_path / "plan.yaml"}))
+    trainer(callback, max_epochs=9).fit(Replicated(), loader(Run().batches(0, 1)))
+    described = Run(callbacks=(LosesPlan,), compression={"plan": str(tmp_path)}, timeout=30)
+    assert processes.start(tmp_path, 2, fit, described, timeout=25) == [1, 1]
+    assert "ProcessFailedError: process 1 of 2 failed: PlanError" in (tmp_path / "0.log").read_text()

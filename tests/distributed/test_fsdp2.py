@@ -1,6 +1,7 @@
 """FSDP2 with real processes: the result of one process over all batches, from parameters that stay in rows."""
 
 import functools
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,7 @@ from torch.distributed.tensor import Shard
 from zssvd_lightning import LowRankCheckpointMixin, ZSSVDCallback
 from zssvd_lightning.errors import TargetError, UnsupportedTrainingError
 from zssvd_lightning.strategies import FSDP2Adapter
+from zssvd_lightning.strategies.parts import PARTS
 from zssvd_lightning.structure import ranks_of
 
 
@@ -235,6 +237,53 @@ def test_other_layouts_are_refused_before_any_batch(tmp_path, case):
 
 def test_a_torch_that_is_another_inside_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(_fsdp_param.FSDPParam, "__init__", lambda self, parameter: None)
-    adapter = FSDP2Adapter(SimpleNamespace(), SimpleNamespace())
+    adapter = FSDP2Adapter(SimpleNamespace(), torch.nn.Module())
     with pytest.raises(UnsupportedTrainingError, match=r"FSDP2 of torch .* is not as this release knows it inside"):
         adapter.refuse_unsupported()
+
+
+def test_parts_that_are_missing_are_named(tmp_path):
+    described = Run(
+        strategy="fsdp2",
+        callbacks=(
+            functools.partial(KeepsLast, tmp_path / "saved"),
+            functools.partial(Kill, 3, "on_train_batch_end", ["calibrate"]),
+        ),
+        trainer={"enable_checkpointing": True},
+    )
+    assert processes.start(tmp_path, 2, fit, described) == [-9, -9]
+    newest = KeepsLast.newest(tmp_path / "saved")
+    shutil.rmtree(newest / PARTS)
+    described.callbacks, described.ckpt_path = (), str(newest)
+    assert processes.start(tmp_path, 2, fit, described) == [1, 1]
+    for rank in (0, 1):
+        assert "CheckpointError" in (tmp_path / f"{rank}.log").read_text()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_validation_in_between_changes_nothing(tmp_path, strategy):
+    (tmp_path / "with").mkdir(), (tmp_path / "without").mkdir()
+    settings = {"val_check_interval": 1, "num_sanity_val_steps": 1}
+    validated = Run(strategy=strategy, module=Validated[strategy], trainer=settings)
+    found = run(tmp_path / "with", 2, validated)
+    without = {"limit_val_batches": 0}
+    expected = run(tmp_path / "without", 2, Run(strategy=strategy, module=Validated[strategy], trainer=without))
+    assert found[0]["ranks"] == expected[0]["ranks"]
+    assert found[0]["losses"] == expected[0]["losses"]
+    assert all(torch.equal(t, expected[0]["weights"][n]) for n, t in found[0]["weights"].items())
+
+
+class WithValidation:
+    def val_dataloader(self):
+        return loader(token_batches(2))
+
+
+class ReplicatedValidated(WithValidation, Replicated):
+    pass
+
+
+class ShardedValidated(WithValidation, Sharded):
+    pass
+
+
+Validated = {"ddp": ReplicatedValidated, "fsdp2": ShardedValidated}

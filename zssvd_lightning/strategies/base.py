@@ -39,8 +39,11 @@ class StrategyAdapter:
     def refuse_layers(self, targets: Mapping[str, Target]) -> None:
         """Raises UnsupportedTrainingError when layers are laid out over the processes in a way that is not known."""
 
+    def show_weights(self) -> None:
+        """Makes the module's parameters those that optimizers and `team` know, at whatever moment."""
+
     def before_batch(self) -> None:
-        """Is called before each batch of a gathering, whose gradients are then to be as `team` has them."""
+        """Has the gradients of the next batch become what `team` expects them to be."""
 
     def replace(self, model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         """Puts `new` in the place of `old`, which may be put back in the same way. Collective."""
