@@ -160,7 +160,8 @@ def collect_gradients(targets: Mapping[str, Target], moments: Moments, weight: f
         if (gradient := target.gradient) is not None:
             moments.add_gradient(name, gradient, weight)
         target.module.weight.grad = None
-    if without := [name for name in moments.leaders if name not in moments.gradient_sums]:
+    known = {*moments.gradient_sums, *moments.with_gradient}
+    if without := [name for name in moments.leaders if name not in known]:
         raise ZeroGradientError(
             f"the loss has no gradient at {', '.join(without[:3])} ({len(without)} layers), though they run in the "
             "forward pass: it is under torch.no_grad or its output is detached, as a teacher's; or activations are "

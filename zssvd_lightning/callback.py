@@ -29,7 +29,13 @@ from zssvd_lightning.calibration import loss_terms, token_mask
 from zssvd_lightning.checkpoint import LowRankCheckpointMixin
 from zssvd_lightning.config import CompressionConfig, require
 from zssvd_lightning.errors import CalibrationError, CheckpointError, UnfinishedError
-from zssvd_lightning.guards import most_accumulated, refuse_stale_groups, refuse_too_short, refuse_unsupported
+from zssvd_lightning.guards import (
+    most_accumulated,
+    refuse_stale_groups,
+    refuse_too_short,
+    refuse_uneven,
+    refuse_unsupported,
+)
 from zssvd_lightning.lifecycle import Lifecycle
 from zssvd_lightning.limits import stopping_now
 from zssvd_lightning.phase import Phase
@@ -177,6 +183,7 @@ class ZSSVDCallback(ResumableCallback):
         refuse_unsupported(trainer, pl_module)
         self.adapter.refuse_unsupported()
         self.adapter.show_weights()
+        refuse_uneven(self.adapter.team.gathered(trainer.num_training_batches))
         plan_path = self._plan_path(trainer) if self.dry_run else None
         with self.adapter.team.together():
             refuse_stale_groups(trainer, pl_module)
@@ -203,6 +210,7 @@ class ZSSVDCallback(ResumableCallback):
             self.adapter.show_weights()
             self.adapter.before_batch()
             observed = self._lifecycle.open(self.token_mask(batch), self.loss_terms(batch))
+            self.adapter.note_flags()
             observed.during(nothing_to_clip(pl_module))
             self._scaler = observed.during(ScalerAtRest(trainer).resting())
 
@@ -315,6 +323,7 @@ class ZSSVDCallback(ResumableCallback):
     def _collect(self, trainer: L.Trainer, optimizer: torch.optim.Optimizer | None) -> None:
         """Takes the gradients there are, before a step of `optimizer` if Lightning is about to take one."""
         compression, unit = self._lifecycle.compression, self._lifecycle.terms_unit
+        self.adapter.show_weights()
         finite = unscale(trainer, optimizer, compression.targets.values())
         if scales(trainer):
             finite = all(compression.team.gathered(finite))

@@ -139,10 +139,10 @@ class Compression:
             for name, target in self.targets.items():
                 g = self.gathering.mean_gradient(name)
                 W = target.weight.to(accumulated(target.weight.dtype))
-                stepped = projected_step(W, self._originals[name], g, self.team.over_parts)
+                stepped = projected_step(W, self._originals[name], g, self.team.over_rows)
                 slopes.append((g * (stepped - W)).sum())
                 target.assign(stepped)
-            slope = float(self.team.over_parts(torch.stack(slopes).sum()))
+            slope = float(self.team.over_rows(torch.stack(slopes).sum()))
             self._step = (self.gathering.moments.mean_loss, slope)
             self.fractions.append(1.0)
         self._start_afresh()
@@ -209,17 +209,20 @@ class Compression:
             seconds=dict(self.stopwatch.seconds),
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, statistics: bool = True) -> dict[str, Any]:
         """Everything up to the next `truncate`, as plain types and tensors, from which `load_state_dict` goes on.
 
         Weights are not in it: they are the model's. Of several processes all must call it, and the team says which of
         them has which tensors in it.
+
+        Args:
+            statistics: whether to go on from the batches so far; without, the gathering under way starts over.
         """
         return {
             "config": asdict(self.config),
             "shapes": {name: list(shape) for name, shape in self.budget.shapes.items()},
             "model_parameters": self._model_parameters,
-            "gathering": self.gathering.state_dict(),
+            "gathering": self.gathering.state_dict() if statistics else Gathering.empty_state(),
             "originals": None if self._originals is None else self._originals_to_save(self._originals),
             "factors": self._factors_to_save(),
             "step": None if self._step is None else list(self._step),

@@ -13,7 +13,7 @@ def projected_step(
     truncated: Tensor,
     original: Tensor,
     gradient: Tensor,
-    over_parts: Callable[[Tensor], Tensor] = lambda sums: sums,
+    over_rows: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Tensor:
     """`W' + (<g, D> / <g, g>) g` with `D = W - W'`: the part of what truncation took that the loss sees.
 
@@ -23,11 +23,11 @@ def projected_step(
         truncated: W', where the gradient was taken.
         original: W, before any truncation.
         gradient: g = dL/dW', not zero.
-        over_parts: makes sums over a matrix of those over its parts, where processes hold parts of it.
+        over_rows: makes sums over a matrix of those over its parts, where processes hold parts of it.
     """
     g = gradient.to(truncated.dtype)
     D = original.to(truncated.dtype) - truncated
-    gD, gg = over_parts(torch.stack([(g * D).sum(), (g * g).sum()]))
+    gD, gg = over_rows(torch.stack([(g * D).sum(), (g * g).sum()]))
     stepped: Tensor = truncated + gD / gg * g
     return stepped
 

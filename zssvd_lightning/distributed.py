@@ -1,4 +1,4 @@
-"""All that the processes of one run say to each other: the only place with collectives.
+"""All that the processes of a compression say to each other: the only place that calls collectives of torch.
 
 A `Team` is the processes that compress one model together. What a process holds of a layer depends on how it trains:
 
@@ -25,13 +25,15 @@ from torch.distributed.tensor import DTensor, Shard
 from typing_extensions import override
 
 from zssvd_lightning.errors import CalibrationError, ProcessFailedError
-from zssvd_lightning.statistics import Moments, accumulated
+from zssvd_lightning.statistics import Moments, accumulated, not_shared_alike
 from zssvd_lightning.targets import Target
 
 T = TypeVar("T")
 
-reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # the name since torch 2.13, before
-all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(
+    dist, "reduce_scatter_single", dist.reduce_scatter_tensor
+)  # the name since torch 2.13, before
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 class Team:
@@ -67,6 +69,9 @@ class Team:
         """Gives what the second moments of a batch are added to, from where they come `into` the statistics."""
         return nullcontext(into)
 
+    def inputs_seen(self) -> None:
+        """Is called once a forward pass is over. Raises CalibrationError when not all inputs were taken in."""
+
     def weight_at(self, owner: int, part: Tensor, length: int, split: int) -> Tensor | None:
         """A weight at its owner, None at the others. Collective.
 
@@ -82,7 +87,7 @@ class Team:
         """A statistic over all batches at its owner, None at the others; arguments as in `weight_at`. Collective."""
         return part
 
-    def sum_part(self, part: Tensor) -> Tensor:
+    def over_batches(self, part: Tensor) -> Tensor:
         """What this process holds of a statistic, over the batches of all. Collective."""
         return part
 
@@ -112,7 +117,7 @@ class Team:
         """A statistic for a checkpoint, as `weight_to_save`. Collective."""
         return part
 
-    def over_parts(self, number: Tensor) -> Tensor:
+    def over_rows(self, number: Tensor) -> Tensor:
         """A sum over the entries of a weight, from the sums over what each process holds of it. Collective."""
         return number
 
@@ -170,7 +175,7 @@ class Replicas(Several):
         return total if self.rank == owner else None
 
     @override
-    def sum_part(self, part: Tensor) -> Tensor:
+    def over_batches(self, part: Tensor) -> Tensor:
         total = part.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
@@ -214,11 +219,12 @@ class Shards(Several):
         self.gradients_divided_by = self.size
         self._units = units
         self._mesh = mesh
+        self._seen = Moments()
 
     @override
     @contextmanager
     def inputs(self, into: Moments, targets: Mapping[str, Target]) -> Iterator[Moments]:
-        seen = Moments(leaders=into.leaders)
+        seen = self._seen = Moments(leaders=into.leaders)
         unit_of = {part: unit for unit in self._units for part in unit.modules()}
         numbers = {name: number for number, name in enumerate(targets)}
         with ExitStack() as hooks:
@@ -233,10 +239,13 @@ class Shards(Several):
 
                 hooks.callback(unit.register_forward_hook(absorb).remove)
             yield seen
-        if seen.input_sums:
+
+    @override
+    def inputs_seen(self) -> None:
+        if self._seen.input_sums:
             raise CalibrationError(
-                f"{', '.join(list(seen.input_sums)[:3])} ran outside the forward pass of the module that was given to "
-                "fully_shard; call that module, or add them to ignore"
+                f"{', '.join(list(self._seen.input_sums)[:3])} ran outside the forward pass of the module that was "
+                "given to fully_shard; call that module, or add them to ignore"
             )
 
     @override
@@ -281,7 +290,7 @@ class Shards(Several):
     def whole(self, part: Tensor, length: int, split: int = 0) -> Tensor:
         rows = self._padded(_turned(part, split), length)
         everything = rows.new_empty((self.size * len(rows), *rows.shape[1:]))
-        all_gather(everything, rows)
+        _all_gather(everything, rows)
         return _turned(everything[:length], split)
 
     @override
@@ -291,7 +300,7 @@ class Shards(Several):
         return _turned(self._rows_of(_turned(whole, split), self.rank), split)
 
     @override
-    def over_parts(self, number: Tensor) -> Tensor:
+    def over_rows(self, number: Tensor) -> Tensor:
         total = number.clone()
         dist.all_reduce(total)
         return total
@@ -320,18 +329,23 @@ class Shards(Several):
         if own is not None:
             padded[:width] = own
         rows = padded.new_empty((self._share(width), width))
-        reduce_scatter(rows, padded)
+        _reduce_scatter(rows, padded)
         rows = self._unpadded(rows, width)
         into.input_sums[leader] = rows if leader not in into.input_sums else into.input_sums[leader] + rows
         into.tokens[leader] = into.tokens.get(leader, 0) + seen.tokens.pop(leader, 0)
 
     def _agree_on_leaders(self, inside: Mapping[str, int], numbers: Mapping[str, int], leaders: dict[str, str]) -> None:
         """Tells every process of layers that have run on another only, and whose input they read."""
-        mine = [numbers[leaders[name]] if name in leaders else -1 for name in inside]
-        known = torch.tensor(mine, device=self._device)
+        names, unknown = list(numbers), -len(numbers)
+        mine = [numbers[leaders[name]] if name in leaders else unknown for name in inside]
+        others = [-number if number != unknown else unknown for number in mine]
+        known = torch.tensor([mine, others], device=self._device)
         dist.all_reduce(known, op=dist.ReduceOp.MAX)
-        names = list(numbers)
-        leaders.update((name, names[k]) for name, k in zip(inside, known.tolist(), strict=True) if k >= 0)
+        for name, highest, lowest in zip(inside, *known.tolist(), strict=True):
+            if highest not in (unknown, -lowest):
+                raise not_shared_alike(name, names[highest], names[-lowest])
+            if highest != unknown:
+                leaders[name] = names[highest]
 
 
 def _turned(matrix: Tensor, split: int) -> Tensor:

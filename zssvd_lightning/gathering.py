@@ -4,7 +4,7 @@ Shapes: W and G are (m, n), the second moment A is (n, n).
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Gathering:
             into = self._window
             into.leaders |= self.moments.leaders
         with (
-            self._team.inputs(into, self._targets) as seen,
+            self._team.inputs(into, self._targets) if inputs else nullcontext(into) as seen,
             observing(self._model, self._targets, seen, mask, inputs) as observation,
         ):
             yield observation
@@ -61,6 +61,7 @@ class Gathering:
         """Notes a batch's mean loss until its gradient comes. Raises CalibrationError or NonFiniteError."""
         if not terms > 0:
             raise CalibrationError(f"a calibration batch counts {terms} loss terms, but needs some; drop such batches")
+        self._team.inputs_seen()
         self._pending.append((checked_loss(loss).item(), terms))
 
     def collect_gradients(self, weight: float) -> None:
@@ -123,8 +124,13 @@ class Gathering:
         """
         total = Moments(loss_terms=self.moments.loss_terms)
         if name in self.moments.with_gradient:
-            total.gradient_sums[name] = self._team.sum_part(self._gradient(self.moments.gradient_sums, name))
-        return total.mean_gradient(name, self._team.over_parts)
+            total.gradient_sums[name] = self._team.over_batches(self._gradient(self.moments.gradient_sums, name))
+        return total.mean_gradient(name, self._team.over_rows)
+
+    @staticmethod
+    def empty_state() -> dict[str, Any]:
+        """The `state_dict` before the first batch."""
+        return {"moments": Moments().state_dict(), "window": Moments().state_dict(), "pending": [], "gradients": {}}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, as the team saves them. Collective."""

@@ -1,6 +1,7 @@
 """Which training runs can be compressed in, and what to do about the others."""
 
 import math
+from collections.abc import Sequence
 
 import lightning as L
 from lightning.pytorch.callbacks import (
@@ -82,6 +83,19 @@ def most_accumulated(trainer: L.Trainer) -> int:
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     scheduled = [max(c.scheduling.values()) for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
     return max([trainer.accumulate_grad_batches, *scheduled])
+
+
+def refuse_uneven(batches: Sequence[float]) -> None:
+    """Raises UnsupportedTrainingError when processes have loaders of different length.
+
+    Args:
+        batches: in an epoch, of every process.
+    """
+    if len(set(batches)) > 1:
+        raise UnsupportedTrainingError(
+            f"the training loaders of the processes have {', '.join(f'{count:g}' for count in batches)} batches, so "
+            "that some would wait for others; give them equally many, for instance by limit_train_batches"
+        )
 
 
 def refuse_too_short(trainer: L.Trainer, start_epoch: int, start_step: int, batches_needed: int) -> None:

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from zssvd_lightning.calibration import Observation
 from zssvd_lightning.compression import Compression, Step, refuse_other, steps
 from zssvd_lightning.config import CompressionConfig
-from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.gathering import Gathering
 from zssvd_lightning.guards import window_end
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.report import Report
@@ -71,6 +69,11 @@ class Lifecycle:
         if self._compression is None:
             raise RuntimeError(f"no compression is under way in phase {self.phase!r}")
         return self._compression
+
+    @property
+    def has_touched(self) -> bool:
+        """Whether there is something to put back."""
+        return self._compression is not None or self._restored is not None
 
     @property
     def gathering(self) -> bool:
@@ -129,9 +132,9 @@ class Lifecycle:
 
     def close(self) -> None:
         """Ends the observation of a batch, also of one that was given up."""
-        if self.batch is not None:
-            self.batch.close()
-            self.batch = None
+        batch, self.batch = self.batch, None
+        if batch is not None:
+            batch.close()
 
     def enough(self, batches_per_epoch: float) -> bool:
         """Whether the step under way has its statistics, all gradients included."""
@@ -195,12 +198,12 @@ class Lifecycle:
         """
         phase, position, terms_unit, compression = self.phase, self._position, self.terms_unit, None
         changing = self._changing and self._compression is not None
+        whole_batches = self.batch is None or batch_over
         if self._compression is not None and (self.gathering or changing):
-            compression = self._compression.state_dict()
+            compression = self._compression.state_dict(statistics=whole_batches or changing)
         if changing:
             phase, position, terms_unit = Phase.WAIT, 0, None
-        elif self.batch is not None and not batch_over and compression is not None:
-            compression["gathering"] = Gathering(self.compression.model, {}, Team()).state_dict()
+        elif not whole_batches:
             terms_unit = None
         return {
             "version": VERSION,

@@ -68,7 +68,7 @@ class ResumableCallback(L.Callback):
             else:
                 self.recovers_from = 0
         loaded = self._borrowed.enter_context(borrowed_checkpoint_hooks(pl_module, self._check, self._adapter.replace))
-        self._borrowed.enter_context(self._adapter.checkpoints(loaded))
+        self._borrowed.enter_context(self._adapter.checkpoints(loaded, self.state_key))
         self._borrowed.callback(lambda: self._allowance.take_back(trainer))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -106,6 +106,10 @@ class ResumableCallback(L.Callback):
         """Raises CheckpointError for a callback state that a fit cannot go on from; nothing has been loaded then."""
         self._lifecycle.check(state)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes along with a copy, or to another process: nothing of the run under way."""
+        return self.__dict__ | {"_trainer": None, "_adapter": None, "_compressed": None, "_borrowed": ExitStack()}
+
     def _check(self, checkpoint: Mapping[str, Any]) -> None:
         if self._fitting and (state := checkpoint.get("callbacks", {}).get(self.state_key)) is not None:
             self.refuse_state(state)
@@ -125,8 +129,11 @@ class ResumableCallback(L.Callback):
     def _abandon(self, pl_module: L.LightningModule) -> None:
         """Puts the module and the Trainer's limits back, and starts over."""
         if self._adapter is not None:  # else the run went on in other processes than this one
-            self._adapter.show_weights()
+            if self._lifecycle.has_touched:
+                self._adapter.show_weights()
             self._lifecycle.abandon(pl_module, self._adapter)
+            self._adapter.note_flags()
+            self._adapter.settle()
         if self._trainer is not None and (trainer := self._trainer()) is not None:
             self._allowance.take_back(trainer)
         self._allowance, self.recovers_from = Allowance(), None

@@ -27,6 +27,14 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def not_shared_alike(name: str, leader: str, other: str) -> CalibrationError:
+    """The error that layers share an input on one process and not on another."""
+    return CalibrationError(
+        f"{name} reads the same input as {leader} on one process, but as {other} on another; compress them in separate "
+        f"runs, or add {name} to ignore"
+    )
+
+
 def accumulated(dtype: torch.dtype) -> torch.dtype:
     """The type in which numbers of `dtype` are added up: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
@@ -116,10 +124,7 @@ class Moments:
         for counts in of_all:
             for name, leader in counts["leaders"].items():
                 if self.leaders.setdefault(name, leader) != leader:
-                    raise CalibrationError(
-                        f"{name} reads the same input as {leader} on one process, but as {self.leaders[name]} on "
-                        f"another; compress them in separate runs, or add {name} to ignore"
-                    )
+                    raise not_shared_alike(name, leader, self.leaders[name])
             tokens.update(counts["tokens"])
         self.tokens = dict(tokens)
         self.loss_sum = sum(counts["loss_sum"] for counts in of_all)
@@ -159,19 +164,19 @@ class Moments:
             )
         return A
 
-    def mean_gradient(self, name: str, over_parts: Callable[[Tensor], Tensor] = lambda number: number) -> Tensor:
+    def mean_gradient(self, name: str, over_rows: Callable[[Tensor], Tensor] = lambda number: number) -> Tensor:
         """`G = dL/dW` (m, n), L the mean loss over all terms.
 
         Args:
             name: the layer.
-            over_parts: makes a sum over G of that over its part, where processes hold parts of it.
+            over_rows: makes a sum over G of that over its part, where processes hold parts of it.
 
         Raises:
             ZeroGradientError: the loss does not depend on the layer.
             NonFiniteError: the gradient is NaN or infinite.
         """
         total = self.gradient_sums.get(name)
-        size = None if total is None else over_parts(total.abs().sum())
+        size = None if total is None else over_rows(total.abs().sum())
         if total is None or size is None or size == 0:
             raise ZeroGradientError(
                 f"the calibration loss has no gradient at {name}, so its components cannot be scored; "

@@ -165,3 +165,40 @@ def test_local_sgd_is_refused(tmp_path):
 class LocalSGD(L.Callback):
     def setup(self, trainer, pl_module, stage):
         trainer.strategy._model_averager = object()
+
+
+class Experts(Replicated):
+    """The second process uses a layer that the first never does."""
+
+    def __init__(self, family: str = "llama") -> None:
+        super().__init__(family)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(2))
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.model.model(batch["input_ids"]).last_hidden_state
+        return self.experts[self.global_rank](hidden).square().mean()
+
+
+def test_layers_that_run_on_one_process_only(tmp_path):
+    (tmp_path / "whole").mkdir()
+    described = Run(
+        module=Experts,
+        settings={"find_unused_parameters": True},
+        trainer={"enable_checkpointing": True, **FLOAT64},
+        compression={"correction_batches": 1},
+    )
+    expected = run(tmp_path / "whole", 2, described)
+    described.callbacks = (
+        functools.partial(KeepsLast, tmp_path / "saved"),
+        functools.partial(Kill, 2, "on_train_batch_end", ["calibrate"]),
+    )
+    assert processes.start(tmp_path, 2, fit, described) == [-9, -9]
+    described.callbacks, described.ckpt_path = (), str(KeepsLast.newest(tmp_path / "saved"))
+    found = run(tmp_path, 2, described)
+    assert found[0]["ranks"] == found[1]["ranks"] == expected[0]["ranks"]
+    assert found[0]["ranks"].keys() >= {"experts.0", "experts.1"}
+
+
+def test_loaders_of_different_length_are_refused(tmp_path):
+    assert processes.start(tmp_path, 2, fit, Run(count=2 * NEEDED + 1)) == [1, 1]
+    assert "processes have 13, 12 batches" in (tmp_path / "0.log").read_text()

@@ -137,8 +137,10 @@ class BreaksForward(L.Callback):
     def on_train_start(self, trainer, pl_module):
         self.before = {n: p.to_local().clone() for n, p in pl_module.named_parameters()}
 
+    at = 5
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 5:
+        if batch_idx == self.at:
             pl_module.model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *_: int("none"))
 
     def on_exception(self, trainer, pl_module, exception):
@@ -148,8 +150,15 @@ class BreaksForward(L.Callback):
         print("everything is back")
 
 
-def test_sharded_weights_go_back_when_a_forward_pass_fails_halfway(tmp_path):
-    assert processes.start(tmp_path, 2, fit, Run(strategy="fsdp2", callbacks=(BreaksForward,))) == [1, 1]
+class BreaksCalibration(BreaksForward):
+    """The same while inputs are watched."""
+
+    at = 9
+
+
+@pytest.mark.parametrize("breaks", [BreaksForward, BreaksCalibration])
+def test_sharded_weights_go_back_when_a_forward_pass_fails_halfway(tmp_path, breaks):
+    assert processes.start(tmp_path, 2, fit, Run(strategy="fsdp2", callbacks=(breaks,))) == [1, 1]
     for rank in (0, 1):
         log = (tmp_path / f"{rank}.log").read_text()
         assert "everything is back" in log

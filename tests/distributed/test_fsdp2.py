@@ -1,10 +1,13 @@
 """FSDP2 with real processes: the result of one process over all batches, from parameters that stay in rows."""
 
 import functools
+import gc
 import shutil
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from support import processes
@@ -12,12 +15,14 @@ from support.killed_run import Kill
 from support.models import loader, token_batches, trainer
 from support.parallel import (
     NEEDED,
+    SHORT,
     InBfloat16,
     KeepsLast,
     Replicated,
     Run,
     Sharded,
     alone,
+    blocks_of,
     fit,
     multiplied_out,
     run,
@@ -242,7 +247,8 @@ def test_a_torch_that_is_another_inside_is_refused_by_name(monkeypatch):
         adapter.refuse_unsupported()
 
 
-def test_parts_that_are_missing_are_named(tmp_path):
+@pytest.mark.parametrize("of_another", [True, False])
+def test_parts_that_are_missing_or_of_another_save_are_an_error(tmp_path, of_another):
     described = Run(
         strategy="fsdp2",
         callbacks=(
@@ -253,7 +259,15 @@ def test_parts_that_are_missing_are_named(tmp_path):
     )
     assert processes.start(tmp_path, 2, fit, described) == [-9, -9]
     newest = KeepsLast.newest(tmp_path / "saved")
-    shutil.rmtree(newest / PARTS)
+    if of_another:
+        rest = torch.load(newest / "meta.pt")
+        sums = rest["callbacks"]["ZSSVDCallback"]["compression"]["gathering"]["moments"]["input_sums"]
+        assert sums
+        for name in sums.values():
+            name[PARTS] = f"another{name[PARTS]}"
+        torch.save(rest, newest / "meta.pt")
+    else:
+        shutil.rmtree(newest / PARTS)
     described.callbacks, described.ckpt_path = (), str(newest)
     assert processes.start(tmp_path, 2, fit, described) == [1, 1]
     for rank in (0, 1):
@@ -287,3 +301,78 @@ class ShardedValidated(WithValidation, Sharded):
 
 
 Validated = {"ddp": ReplicatedValidated, "fsdp2": ShardedValidated}
+
+
+def fit_again_after_a_dry_run(rank: int, size: int, folder: Path) -> None:
+    """A fit of the same module must find its units as they were."""
+    described, module = Run(strategy="fsdp2"), InBfloat16()
+    for callback in (ZSSVDCallback(**(SHORT | {"dry_run": True, "plan": folder / "plan.yaml"})), None):
+        settings = {"devices": size, "strategy": described.strategy_for(size), "use_distributed_sampler": False}
+        fitted = trainer(*([callback] if callback else []), **settings)
+        fitted.fit(module, loader(described.batches(rank, size)))
+        module.configure_model = lambda: None
+    assert all(p.grad is None or p.grad.dtype == p.dtype for p in module.parameters())
+
+
+def test_a_module_trains_on_after_a_dry_run_in_mixed_precision(tmp_path):
+    processes.check(tmp_path, processes.start(tmp_path, 2, fit_again_after_a_dry_run))
+
+
+class Frozen(InBfloat16):
+    """Its blocks do not train, but are compressed all the same."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        for block in blocks_of(self.model):
+            block.requires_grad_(False)
+
+
+def test_frozen_blocks_are_compressed_after_other_training(tmp_path):
+    described = Run(strategy="fsdp2", module=Frozen, count=2 * (NEEDED + 3), compression={"start_step": 2})
+    assert run(tmp_path, 2, described)[0]["ranks"]
+
+
+class NothingIsLeft(L.Callback):
+    """Looks for dense weights that nothing needs any more, before the garbage collector comes."""
+
+    def on_train_start(self, trainer, pl_module):
+        gc.disable()
+        blocks = blocks_of(pl_module.model)
+        self.dense = [weakref.ref(m) for b in blocks for m in b.modules() if type(m) is torch.nn.Linear]
+
+    def on_train_end(self, trainer, pl_module):
+        here = {id(module) for module in pl_module.modules()}
+        gone = [ref() for ref in self.dense if ref() is None or id(ref()) not in here]
+        assert len(gone) > 5
+        assert not [module for module in gone if module is not None]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_replaced_weights_are_freed(tmp_path, strategy):
+    run(tmp_path, 2, Run(strategy=strategy, callbacks=(NothingIsLeft,), count=2 * (NEEDED + 2)))
+
+
+def test_a_checkpoint_without_optimizer_state_is_refused_by_name(tmp_path):
+    (tmp_path / "ddp").mkdir()
+    described = Run(
+        callbacks=(
+            functools.partial(KeepsLast, tmp_path / "saved"),
+            functools.partial(Kill, 3, "on_train_batch_end", ["calibrate"]),
+        ),
+        trainer={"enable_checkpointing": True},
+    )
+    assert processes.start(tmp_path / "ddp", 2, fit, described) == [-9, -9]
+    resumed = Run(strategy="fsdp2", ckpt_path=str(KeepsLast.newest(tmp_path / "saved")))
+    assert processes.start(tmp_path, 2, fit, resumed) == [1, 1]
+    assert "holds an optimizer without a state" in (tmp_path / "1.log").read_text()
+
+
+def test_gradients_of_another_scale_are_refused(tmp_path):
+    assert processes.start(tmp_path, 2, fit, Run(strategy="fsdp2", module=Scaled)) == [1, 1]
+    assert "UnsupportedTrainingError: set_gradient_divide_factor" in (tmp_path / "0.log").read_text()
+
+
+class Scaled(Sharded):
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.model.set_gradient_divide_factor(1.0)

@@ -41,7 +41,7 @@ def replicas(rank: int, size: int, folder: Path) -> None:
             like = torch.empty(0)
             received = team.from_owner(owner, whole, (1, 5), like)
             assert torch.equal(received, matrices(owner)[0].float())
-            torch.testing.assert_close(team.sum_part(mine), expected)
+            torch.testing.assert_close(team.over_batches(mine), expected)
     everyone(team, rank, size)
 
 
@@ -60,7 +60,7 @@ def shards(rank: int, size: int, folder: Path) -> None:
         for owner in range(size):
             received = team.from_owner(owner, whole if rank == owner else None, whole.shape, torch.empty(0))
             assert torch.equal(received, team.part(whole).float())
-        torch.testing.assert_close(team.over_parts(team.part(whole).sum()), whole.sum())
+        torch.testing.assert_close(team.over_rows(team.part(whole).sum()), whole.sum())
     everyone(team, rank, size)
 
 

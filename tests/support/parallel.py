@@ -100,7 +100,12 @@ def fit(rank: int, size: int, folder: Path, run: Run) -> None:
     module = (run.module or {"ddp": Replicated, "fsdp2": Sharded}[run.strategy])(run.family)
     compression, seen = ZSSVDCallback(**(SHORT | run.compression)), Witness()
     distribution = {"devices": size, "strategy": run.strategy_for(size), "use_distributed_sampler": False}
-    fitted = trainer(compression, seen, *(make() for make in run.callbacks), **(distribution | run.trainer))
+    fitted = trainer(
+        compression,
+        seen,
+        *(make() for make in run.callbacks),
+        **(distribution | {"default_root_dir": folder} | run.trainer),
+    )
     batches = StatefulDataLoader(run.batches(rank, size), batch_size=None)  # knows where a resumed run goes on
     fitted.fit(module, batches, ckpt_path=run.ckpt_path)
     torch.save(seen.statement(module, compression), folder / f"{rank}.pt")

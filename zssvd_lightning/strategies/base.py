@@ -45,8 +45,11 @@ class StrategyAdapter:
     def before_batch(self) -> None:
         """Has the gradients of the next batch become what `team` expects them to be."""
 
+    def note_flags(self) -> None:
+        """Is called when parameters have begun to require gradients, or not to any more."""
+
     def replace(self, model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-        """Puts `new` in the place of `old`, which may be put back in the same way. Collective."""
+        """Puts `new` in the place of `old`, which may be put back in the same way."""
         replace_module(model, old, new)
 
     def rewire(self) -> None:
@@ -56,11 +59,12 @@ class StrategyAdapter:
     def settle(self) -> None:
         """Replaced layers will not be put back."""
 
-    def checkpoints(self, prepare: Callable[[Mapping[str, Any]], None]) -> AbstractContextManager[None]:
+    def checkpoints(self, prepare: Callable[[Mapping[str, Any]], None], key: str) -> AbstractContextManager[None]:
         """Has checkpoints saved and loaded as `team` has them, where the strategy does it without the module's hooks.
 
         Args:
             prepare: is given a checkpoint, with names and shapes of weights alone, before the strategy loads it.
+            key: under which the callbacks' part of a checkpoint has the state of the compression.
         """
         return nullcontext()
 

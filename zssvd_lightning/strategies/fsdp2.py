@@ -8,19 +8,20 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from zssvd_lightning.borrowing import overridden
 from zssvd_lightning.distributed import Shards, Team
-from zssvd_lightning.errors import UnsupportedTrainingError
+from zssvd_lightning.errors import CheckpointError, UnsupportedTrainingError
+from zssvd_lightning.strategies import parts
 from zssvd_lightning.strategies.base import StrategyAdapter
-from zssvd_lightning.strategies.parts import outline, save_with_parts, with_parts
-from zssvd_lightning.strategies.units import Unit, refuse_unknown_torch
+from zssvd_lightning.strategies.units import Unit, let_go, refuse_unknown_torch
 from zssvd_lightning.structure import ranks_of
 from zssvd_lightning.targets import Target, replace_module
 
@@ -43,8 +44,13 @@ class FSDP2Adapter(StrategyAdapter):
         return Shards(strategy.root_device, self._sharded_modules(), mesh)
 
     def refuse_unsupported(self) -> None:
-        """Raises UnsupportedTrainingError where this release of torch is not known inside."""
+        """Raises UnsupportedTrainingError where torch is not known inside, or gradients are divided as users say."""
         refuse_unknown_torch(self._sharded_modules())
+        if any(unit.divides_as_told for unit in self._units()):
+            raise UnsupportedTrainingError(
+                "set_gradient_divide_factor gives gradients a scale that the loss does not have; leave it out until "
+                "the model is low-rank"
+            )
 
     def refuse_layers(self, targets: Mapping[str, Target]) -> None:
         """Raises UnsupportedTrainingError for layers that are not in rows over all processes, or on the CPU beside."""
@@ -73,46 +79,63 @@ class FSDP2Adapter(StrategyAdapter):
         for unit in self._units():
             unit.shard()
 
+    def note_flags(self) -> None:
+        """Lets units take note, since they reduce gradients in the type of the parameters that require some."""
+        for unit in self._units():
+            unit.begin()
+
     def replace(self, model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         """Puts `new` in the place of `old`, in its unit too: cuts its parameters into rows and frees the rest."""
         inside = set(old.modules())
-        for unit in self._units():
-            if unit.holds(inside):
-                self._set_aside[old] = unit.take_out(inside)
-                replace_module(model, old, new)
-                unit.put_in(self._set_aside.pop(new, []) or unit.cut(new))
-                return
+        unit = next((unit for unit in self._units() if unit.holds(inside)), None)
+        if unit is None:
+            replace_module(model, old, new)
+            return
+        parameters = self._set_aside.pop(new) if new in self._set_aside else unit.cut(new)
+        self._set_aside[old] = unit.take_out(inside)
         replace_module(model, old, new)
+        unit.put_in(parameters)
 
     def rewire(self) -> None:
         """Lets units take note of types and flags as they are now, and sets up optimizers."""
-        for unit in self._units():
-            unit.begin()
+        self.note_flags()
         super().rewire()
 
     def settle(self) -> None:
         """Lets go of the rows of replaced layers."""
+        for parameters in self._set_aside.values():
+            let_go(parameters)
         self._set_aside = {}
 
-    def checkpoints(self, prepare: Callable[[Mapping[str, Any]], None]) -> AbstractContextManager[None]:
+    def checkpoints(self, prepare: Callable[[Mapping[str, Any]], None], key: str) -> AbstractContextManager[None]:
         """Has the structure changed before weights are loaded, and what is in parts saved and loaded in parts."""
         strategy: Any = self.trainer.strategy
         save, load = strategy.save_checkpoint, strategy.load_checkpoint
 
         def save_in_parts(checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
-            path = Path(strategy.broadcast(filepath))
-            save_rest = lambda rest: save(rest, filepath, *args, **kwargs)  # noqa: E731
-            save_with_parts(save_rest, checkpoint, path, first=strategy.is_global_zero)
+            path, token = strategy.broadcast((Path(filepath), uuid4().hex))
+            states, state_parts = dict(checkpoint.get("callbacks", {})), dict[str, Tensor]()
+            if key in states:
+                states[key], state_parts = parts.taken_out(states[key], token)
+                checkpoint = checkpoint | {"callbacks": states}
+            save(checkpoint, filepath, *args, **kwargs)
+            parts.save(state_parts, path, first=strategy.is_global_zero)
 
         def load_prepared(checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-            path = Path(strategy.broadcast(checkpoint_path))
-            before = ranks_of(self.module)
-            prepare(outline(path, weights_only))
+            path, fitting = Path(strategy.broadcast(checkpoint_path)), self.trainer.state.fn == TrainerFn.FITTING
+            self.refuse_unsupported()
+            before, outline = ranks_of(self.module), parts.outline(path, weights_only)
+            if fitting:
+                _refuse_empty_optimizers(outline, path)
+            prepare(outline)
             self.settle()
-            if ranks_of(self.module) != before and self.trainer.state.fn == TrainerFn.FITTING:
+            if ranks_of(self.module) != before and fitting:
                 self.rewire()
             loaded: dict[str, Any] = load(checkpoint_path, weights_only)
-            return with_parts(loaded, path, strategy.device_mesh["data_parallel"])
+            if key in loaded.get("callbacks", {}):
+                mesh = strategy.device_mesh["data_parallel"]
+                loaded["callbacks"][key] = parts.put_back(loaded["callbacks"][key], path, mesh)
+            return loaded
 
         return overridden(strategy, save_checkpoint=save_in_parts, load_checkpoint=load_prepared)
 
@@ -122,3 +145,13 @@ class FSDP2Adapter(StrategyAdapter):
     def _units(self) -> Iterator[Unit]:
         for module in self._sharded_modules():
             yield from Unit.of(module)
+
+
+def _refuse_empty_optimizers(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Raises CheckpointError for what Lightning would fail on without a word of the cause."""
+    if any(not state["state"] for state in checkpoint.get("optimizer_states", [])):
+        raise CheckpointError(
+            f"{path} holds an optimizer without a state, as those of one device and of DDP are before their first "
+            "step, and Lightning cannot go on from such a one under FSDP2; resume from a later checkpoint, or under "
+            "the strategy it was taken with"
+        )

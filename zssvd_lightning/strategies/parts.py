@@ -39,35 +39,39 @@ def outline(path: Path, weights_only: bool | None) -> dict[str, Any]:
     return rest | {"state_dict": weights}
 
 
-def save_with_parts(
-    save: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any], path: Path, *, first: bool
-) -> None:
-    """Saves a checkpoint, and beside it the tensors in parts that callbacks have in their states. Collective.
+def taken_out(state: Any, token: str) -> tuple[Any, dict[str, Tensor]]:
+    """A callback's state with names for the tensors in parts, and these by their names.
 
     Args:
-        save: saves the rest.
-        checkpoint: what Lightning has collected.
-        path: its folder.
-        first: whether this is the first process.
+        state: dictionaries and lists.
+        token: of this checkpoint alone, so that parts of another are not taken for its own.
     """
     parts: dict[str, Tensor] = {}
 
     def name(tensor: DTensor) -> dict[str, Any]:
-        parts[str(len(parts))] = tensor
-        return {PARTS: str(len(parts) - 1), "split": tensor.placements[0].dim}  # type: ignore[attr-defined]
+        names = f"{token}-{len(parts)}"
+        parts[names] = tensor
+        return {PARTS: names, "split": tensor.placements[0].dim}  # type: ignore[attr-defined]
 
-    if "callbacks" in checkpoint:
-        named = _mapped(checkpoint["callbacks"], lambda entry: isinstance(entry, DTensor), name)
-        checkpoint = checkpoint | {"callbacks": named}
-    save(checkpoint)
+    return _mapped(state, lambda entry: isinstance(entry, DTensor), name), parts
+
+
+def save(parts: dict[str, Tensor], path: Path, *, first: bool) -> None:
+    """Saves parts beside a checkpoint, in place of those of an older one. Collective.
+
+    Args:
+        parts: by name; none when no compression is under way.
+        path: folder of the checkpoint.
+        first: whether this is the first process.
+    """
     if parts:
         save_parts(parts, checkpoint_id=path / PARTS)
     elif first:
-        shutil.rmtree(path / PARTS, ignore_errors=True)  # of a checkpoint that was here before
+        shutil.rmtree(path / PARTS, ignore_errors=True)
 
 
-def with_parts(checkpoint: dict[str, Any], path: Path, mesh: DeviceMesh) -> dict[str, Any]:
-    """A checkpoint with what each process is to hold of the tensors that any number of them have saved. Collective.
+def put_back(state: Any, path: Path, mesh: DeviceMesh) -> Any:
+    """A state with what each process is to hold of the tensors that any number of them have saved. Collective.
 
     Raises:
         CheckpointError: they are not there.
@@ -77,18 +81,19 @@ def with_parts(checkpoint: dict[str, Any], path: Path, mesh: DeviceMesh) -> dict
 
     def make(named: dict[str, Any]) -> Tensor:
         if named[PARTS] not in saved:
-            raise CheckpointError(f"{folder} does not hold all it should; resume from another checkpoint")
+            raise CheckpointError(
+                f"{folder} is not what the checkpoint was saved with, as after a save that was cut short; resume from "
+                "another checkpoint"
+            )
         entry: Any = saved[named[PARTS]]
         placements = [Shard(named["split"])]
         part = empty(*entry.size, dtype=entry.properties.dtype, device_mesh=mesh, placements=placements)
         return parts.setdefault(named[PARTS], part)
 
-    if "callbacks" in checkpoint:
-        is_name = lambda entry: isinstance(entry, dict) and PARTS in entry  # noqa: E731
-        checkpoint = checkpoint | {"callbacks": _mapped(checkpoint["callbacks"], is_name, make)}
+    with_parts = _mapped(state, lambda entry: isinstance(entry, dict) and PARTS in entry, make)
     if parts:
         load_parts(parts, checkpoint_id=folder)
-    return checkpoint
+    return with_parts
 
 
 def _mapped(entry: Any, is_leaf: Callable[[Any], bool], change: Callable[[Any], Any]) -> Any:
@@ -97,6 +102,6 @@ def _mapped(entry: Any, is_leaf: Callable[[Any], bool], change: Callable[[Any], 
         return change(entry)
     if isinstance(entry, dict):
         return {key: _mapped(value, is_leaf, change) for key, value in entry.items()}
-    if isinstance(entry, (list, tuple)):
-        return type(entry)(_mapped(value, is_leaf, change) for value in entry)
+    if isinstance(entry, list):
+        return [_mapped(value, is_leaf, change) for value in entry]
     return entry

@@ -19,15 +19,11 @@ TESTED = "2.13"
 SIGNATURE = ["self", "param", "module_info", "mesh_info", "post_forward_mesh_info", "device", "shard_placement_fn"]
 SIGNATURE += ["mp_policy", "offload_policy"]
 OF_A_GROUP = (
-    "fsdp_params",
-    "mesh_info",
-    "post_forward_mesh_info",
-    "device",
-    "mp_policy",
-    "offload_policy",
-    "_to_sharded",
+    *("fsdp_params", "mesh_info", "post_forward_mesh_info", "device", "mp_policy", "offload_policy"),
+    *("_to_sharded", "lazy_init"),
+    *("_module_to_pre_save_state_dict_hook_handle", "_module_to_pre_load_state_dict_hook_handle"),
 )
-OF_SAVING = ("_module_to_pre_save_state_dict_hook_handle", "_module_to_pre_load_state_dict_hook_handle", "lazy_init")
+OF_A_PARAMETER = ("_module_info", "_post_load_hook_handle")
 
 
 class Unit:
@@ -89,7 +85,19 @@ class Unit:
 
     def is_as_known(self) -> bool:
         """Whether all that is used of it is there."""
-        return hasattr(self._state, "_is_root") and all(hasattr(self._group, name) for name in OF_A_GROUP + OF_SAVING)
+        group_is = hasattr(self._state, "_is_root") and all(hasattr(self._group, name) for name in OF_A_GROUP)
+        return group_is and all(hasattr(param, name) for param in self._group.fsdp_params for name in OF_A_PARAMETER)
+
+    @property
+    def divides_as_told(self) -> bool:
+        """Whether the sum of gradients is divided by something else than the number of processes."""
+        return getattr(self._group, "gradient_divide_factor", None) is not None
+
+
+def let_go(params: list[Any]) -> None:
+    """Frees parameters that were taken out: torch has them and their module hold each other."""
+    for param in params:
+        param._post_load_hook_handle.remove()  # noqa: SLF001
 
 
 def refuse_unknown_torch(modules: list[nn.Module]) -> None:
