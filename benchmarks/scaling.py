@@ -218,21 +218,21 @@ def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: 
     factorise = Compression.factorise
 
     def look(self: Compression) -> None:
-        found["originals and factors"] = _bytes(self._originals) + _bytes(self._factors)
+        found["originals and factors"] = _bytes(self._originals) + _bytes(self._factors.held)
         ranks = {name: layer.rank or 0 for name, layer in self.report().layers.items()}
         found["factors"] = shapes.weight * sum(ranks[name] * sum(t.shape) for name, t in self.targets.items())
         with measured("factorisation", found):
             factorise(self)
 
     Compression.factorise = look  # type: ignore[method-assign]
-    decompose = Compression._select  # noqa: SLF001
+    decompose = Compression._select
 
     def count(self: Compression) -> Any:
         moments = self.gathering.moments
         found["statistics"] = _bytes(moments.input_sums) + _bytes(moments.gradient_sums)
         return decompose(self)
 
-    Compression._select = count  # type: ignore[method-assign]  # noqa: SLF001
+    Compression._select = count  # type: ignore[method-assign]
     running: Strategy = (
         DDPStrategy(process_group_backend="gloo")
         if strategy == "ddp"

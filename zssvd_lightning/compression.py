@@ -17,14 +17,14 @@ from zssvd_lightning.correction import best_fraction, projected_step
 from zssvd_lightning.decomposition import Decomposition, decompose
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.factorization import Factors, low_rank_layer, truncated_weight
+from zssvd_lightning.factorization import HeldFactors
 from zssvd_lightning.gathering import Gathering
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import Plan
 from zssvd_lightning.report import LayerReport, Report, Stopwatch
 from zssvd_lightning.selection import RULES, Selection
 from zssvd_lightning.statistics import accumulated, exact_products
-from zssvd_lightning.targets import Target, find_targets, local_part, replace_module, weights_snapshot
+from zssvd_lightning.targets import find_targets, replace_module, weights_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Compression:
         self._step: tuple[float, float] | None = None
         self._originals: dict[str, Tensor] | None = None
         self._selection: Selection | None = None
-        self._factors: dict[str, Factors] = {}
+        self._factors = HeldFactors(self.targets, self.team)
         self._installed: dict[str, nn.Module] = {}
 
     @torch.no_grad()
@@ -106,14 +106,14 @@ class Compression:
         with self.stopwatch("truncate"):
             if self._originals is None:
                 self._originals = weights_snapshot(self.targets)
-            self._factors = {}
+            self._factors = HeldFactors(self.targets, self.team)
             for name, target in self.targets.items():
                 kept = selection.kept[name]
                 if kept is None:
                     target.assign(self._originals[name])
                 else:
-                    self._factors[name] = self._handed_out(found, target, kept)
-                    target.assign(self._truncated(target))
+                    self._factors.take(found, name, kept)
+                    target.assign(self._factors.truncated(name))
         self._selection = selection
         self._start_afresh()
         if self.team.rank == 0:
@@ -157,7 +157,7 @@ class Compression:
             fraction = best_fraction(*self._step, self.gathering.moments.mean_loss)
             for name in self._factors:
                 target = self.targets[name]
-                target.assign(torch.lerp(self._truncated(target), target.weight, fraction))
+                target.assign(torch.lerp(self._factors.truncated(name), target.weight, fraction))
             self._step = None
             self.fractions[-1] = fraction
         self._start_afresh()
@@ -175,10 +175,8 @@ class Compression:
         """Replaces every truncated layer by a `LowRankLinear`."""
         with self.stopwatch("factorise"):
             for name in self._factors:
-                old = self.targets[name].module
-                bias = None if old.bias is None else self.team.whole(local_part(old.bias.detach()), len(old.bias))
-                self._installed[name] = low_rank_layer(old, self._whole(self.targets[name]), bias)
-                self._replace(self.model, old, self._installed[name])
+                self._installed[name] = self._factors.layer(name)
+                self._replace(self.model, self.targets[name].module, self._installed[name])
 
     def restore(self) -> None:
         """Undoes everything: the dense layers and their original weights are back where they were."""
@@ -188,7 +186,8 @@ class Compression:
             with torch.no_grad():
                 for name, target in self.targets.items():
                     target.assign(self._originals[name])
-        self._originals, self._selection, self._factors, self._installed = None, None, {}, {}
+        self._originals, self._selection, self._installed = None, None, {}
+        self._factors = HeldFactors(self.targets, self.team)
         self.gathering.start_afresh()
 
     def report(self) -> Report:
@@ -224,7 +223,7 @@ class Compression:
             "model_parameters": self._model_parameters,
             "gathering": self.gathering.state_dict() if statistics else Gathering.empty_state(),
             "originals": None if self._originals is None else self._originals_to_save(self._originals),
-            "factors": self._factors_to_save(),
+            "factors": self._factors.state_dict(),
             "step": None if self._step is None else list(self._step),
             "losses": list(self.losses),
             "fractions": list(self.fractions),
@@ -243,10 +242,7 @@ class Compression:
         self.gathering.load_state_dict(state["gathering"])
         if state["originals"] is not None:
             self._originals = self._own_parts(state["originals"])
-        self._factors = {
-            name: Factors(*map(self.team.part, pair)).to(self.targets[name].weight)
-            for name, pair in state["factors"].items()
-        }
+        self._factors.load_state_dict(state["factors"])
         self._step = None if state["step"] is None else (state["step"][0], state["step"][1])
         self._model_parameters = state["model_parameters"]
         self.losses, self.fractions = list(state["losses"]), list(state["fractions"])
@@ -275,24 +271,6 @@ class Compression:
             rule = RULES[self.config.selection] if self._plan is None else self._plan.rule
             return found, self.team.decided(lambda: rule(found.components, self.budget))
 
-    def _handed_out(self, found: Decomposition, target: Target, kept: Tensor) -> Factors:
-        """What this process holds of a layer's factors, from the process that has decomposed it."""
-        owner, (m, n), k = found.owners[target.name], target.shape, len(kept)
-        up = down = None
-        if owner == self.team.rank:
-            up, down = found.spectra[target.name].factors(kept)
-        like = target.weight
-        return Factors(self.team.from_owner(owner, up, (m, k), like), self.team.from_owner(owner, down, (k, n), like))
-
-    def _whole(self, target: Target) -> Factors:
-        """The factors of a layer, on every process."""
-        up, down = self._factors[target.name]
-        return Factors(self.team.whole(up, target.shape[0]), self.team.whole(down, up.shape[1]))
-
-    def _truncated(self, target: Target) -> Tensor:
-        """What this process holds of a layer's truncated weight."""
-        return self.team.part(truncated_weight(self._whole(target)), target.split)
-
     def _start_afresh(self) -> None:
         self.losses.append(self.gathering.moments.mean_loss)
         self.gathering.start_afresh()
@@ -303,15 +281,6 @@ class Compression:
             W = self.team.weight_to_save(originals[name], target.shape[target.split], target.split)
             if W is not None:
                 to_save[name] = W
-        return to_save
-
-    def _factors_to_save(self) -> dict[str, list[Tensor]]:
-        to_save = {}
-        for name, (up, down) in self._factors.items():
-            whole_up = self.team.weight_to_save(up, self.targets[name].shape[0])
-            whole_down = self.team.weight_to_save(down, up.shape[1])
-            if whole_up is not None and whole_down is not None:
-                to_save[name] = [whole_up, whole_down]
         return to_save
 
     def _own_parts(self, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """The spectra of all layers, shared out among the processes of a team, and what selection sees of them."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,16 +18,18 @@ from zssvd_lightning.statistics import Moments
 from zssvd_lightning.targets import Target
 from zssvd_lightning.whitening import METRICS, Whitening, warn_of_jitter
 
+T = TypeVar("T")
 
-@dataclass
+
+@dataclass(frozen=True)
 class Decomposition:
     """All layers decomposed, each by one process."""
 
     owners: Mapping[str, int]
-    """Name -> rank of the process that has decomposed the layer, in module order."""
-    spectra: dict[str, Spectrum] = field(default_factory=dict)
+    """Name -> rank of the process that has decomposed the layer."""
+    spectra: Mapping[str, Spectrum]
     """Name -> spectrum, on the CPU, of the layers of this process."""
-    components: dict[str, Components] = field(default_factory=dict)
+    components: Mapping[str, Components]
     """Name -> scores of all layers, in module order."""
 
 
@@ -75,74 +78,73 @@ def decompose(
         ProcessFailedError: that, on another process.
     """
     gathering.share_counts()
-    leaders = gathering.moments.leaders
-    shares = share_out(targets, leaders, team.size)
-    owners = {name: rank for rank, names in enumerate(shares) for name in names}
-    found = Decomposition({name: owners[name] for name in targets})
-    first = {leaders.get(name, name): name for names in shares for name in reversed(names)}
-    own: dict[str, Components] = {}
-    jitters: dict[str, float] = {}
-    latest: dict[str, Whitening] = {}
+    shares = share_out(targets, gathering.moments.leaders, team.size)
+    worker = _Worker(targets, gathering, metric, team)
     with tqdm(total=len(targets), desc="spectra", unit="layer", disable=not progress) as bar:
-        for turn in _turns(shares):
-            mine = _take(turn, targets, gathering, metric, team, first, latest)
-            if mine is not None:
-                name, found.spectra[name], own[name] = mine
-                jitters |= {leader: whitening.jitter for leader, whitening in latest.items()}
+        for turn in zip_longest(*shares):
+            worker.take(turn)
             bar.update(sum(name is not None for name in turn))
-    everyone = {name: scores for theirs in team.gathered(own) for name, scores in theirs.items()}
-    found.components = {name: everyone[name] for name in targets}
-    everywhere = {name: jitter for theirs in team.gathered(jitters) for name, jitter in theirs.items()}
+    components = _of_all(team, worker.components)
+    jitters = _of_all(team, worker.jitters)
     if team.rank == 0:
-        warn_of_jitter(everywhere)
-    return found
+        warn_of_jitter(jitters)
+    owners = {name: rank for rank, names in enumerate(shares) for name in names}
+    return Decomposition(owners, worker.spectra, {name: components[name] for name in targets})
 
 
-def _turns(shares: list[list[str]]) -> Iterator[tuple[str | None, ...]]:
-    """The layers that all processes work on at the same time, by rank; None for those that have done theirs."""
-    return zip_longest(*shares)
+class _Worker:
+    """One process at its share of the layers."""
+
+    def __init__(self, targets: Mapping[str, Target], gathering: Gathering, metric: str, team: Team) -> None:
+        self.spectra: dict[str, Spectrum] = {}
+        self.components: dict[str, Components] = {}
+        self.jitters: dict[str, float] = {}
+        self._targets = targets
+        self._gathering = gathering
+        self._metric = METRICS[metric]
+        self._team = team
+        self._started: set[str] = set()
+        self._whitening: tuple[str, Whitening] | None = None
+
+    def take(self, turn: tuple[str | None, ...]) -> None:
+        """Decomposes this process's layer while the others do theirs. Collective.
+
+        What was held whole for it is gone afterwards, but for the whitening, which the next layer may share.
+
+        Args:
+            turn: the layers by rank; None for processes that have done theirs.
+        """
+        own = None
+        for rank, name in enumerate(turn):
+            if name is not None:
+                leader = self._gathering.moments.leaders.get(name, name)
+                layer = self._gathering.layer_at(rank, name, inputs=leader not in self._started)
+                self._started.add(leader)
+                own = (name, leader, *layer) if layer is not None else own
+        with self._team.together():
+            if own is not None:
+                self._decompose(*own)
+
+    def _decompose(self, name: str, leader: str, weight: Tensor, moments: Moments) -> None:
+        if self._whitening is None or self._whitening[0] != leader:
+            self._whitening = None
+            self._whitening = leader, self._metric(moments, name)
+            self.jitters[leader] = self._whitening[1].jitter
+        spectrum = _spectrum(self._targets[name], weight, self._whitening[1])
+        delta = spectrum.sensitivities(moments.mean_gradient(name))
+        self.spectra[name], self.components[name] = spectrum.to("cpu"), Components(spectrum.sigma.cpu(), delta.cpu())
 
 
-def _take(
-    turn: tuple[str | None, ...],
-    targets: Mapping[str, Target],
-    gathering: Gathering,
-    metric: str,
-    team: Team,
-    first: Mapping[str, str],
-    latest: dict[str, Whitening],
-) -> tuple[str, Spectrum, Components] | None:
-    """Name, spectrum and scores of this process's layer of a turn; what it held whole is gone afterwards. Collective.
-
-    `first` has the first layer to be decomposed of every leader; `latest` the whitening of the layer before by its
-    leader, and then of this one, which may share it.
-    """
-    leaders = gathering.moments.leaders
-    brought = [
-        gathering.layer_at(rank, name, inputs=name == first.get(leaders.get(name, name)))
-        for rank, name in enumerate(turn)
-        if name is not None
-    ]
-    own, name = next(filter(None, brought), None), turn[team.rank]
-    mine = None
-    with team.together():
-        if own is not None and name is not None:
-            weight, moments = own
-            leader = leaders.get(name, name)
-            if leader not in latest:
-                latest.clear()
-                latest[leader] = METRICS[metric](moments, name)
-            mine = (name, *_decompose(targets[name], weight, moments, latest[leader]))
-    return mine
+def _of_all(team: Team, own: Mapping[str, T]) -> dict[str, T]:
+    """What every process has for its layers, in one dictionary. Collective."""
+    return {name: value for theirs in team.gathered(own) for name, value in theirs.items()}
 
 
-def _decompose(target: Target, weight: Tensor, moments: Moments, whitening: Whitening) -> tuple[Spectrum, Components]:
+def _spectrum(target: Target, weight: Tensor, whitening: Whitening) -> Spectrum:
     try:
-        spectrum = Spectrum.of(weight, whitening)
+        return Spectrum.of(weight, whitening)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise CalibrationError(
             f"the SVD of {target.name} {target.shape} failed: {error}; check the weight for NaN and infinite values, "
             "calibrate on more tokens, or add it to ignore"
         ) from error
-    delta = spectrum.sensitivities(moments.mean_gradient(target.name))
-    return spectrum.to("cpu"), Components(spectrum.sigma.cpu(), delta.cpu())

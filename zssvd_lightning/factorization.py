@@ -1,13 +1,17 @@
-"""From factors to truncated weights, and to the low-rank layers that are swapped in once, at the end.
+"""From spectra and a selection to truncated weights, and to the low-rank layers that are swapped in at the end.
 
 Shapes: up (m, k), down (k, n), W_k (m, n).
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
+from zssvd_lightning.decomposition import Decomposition
+from zssvd_lightning.distributed import Team
 from zssvd_lightning.modules import Dense, LowRankLinear, low_rank_like
+from zssvd_lightning.targets import Target, local_part
 
 HOOKS = (
     "_forward_hooks",
@@ -48,3 +52,69 @@ def low_rank_layer(old: Dense, factors: Factors, bias: Tensor | None) -> LowRank
     new.fill(*factors, bias)
     new.__dict__.update({kind: old.__dict__[kind] for kind in HOOKS})  # the same, so that their handles go on working
     return new
+
+
+class HeldFactors:
+    """The factors of all truncated layers, of which each process holds what its team says.
+
+    Args:
+        targets: the layers.
+        team: the processes that compress the model together.
+
+    Attributes:
+        held: what this process holds, by layer.
+    """
+
+    def __init__(self, targets: Mapping[str, Target], team: Team) -> None:
+        self._targets = targets
+        self._team = team
+        self.held: dict[str, Factors] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the truncated layers."""
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        """How many layers are truncated."""
+        return len(self.held)
+
+    def take(self, found: Decomposition, name: str, kept: Tensor) -> None:
+        """Takes the components `kept` (k,) of a layer from the process that has decomposed it. Collective."""
+        target, owner = self._targets[name], found.owners[name]
+        (m, n), k = target.shape, len(kept)
+        up, down = found.spectra[name].factors(kept) if owner == self._team.rank else (None, None)
+        self.held[name] = Factors(
+            self._team.from_owner(owner, up, (m, k), target.weight),
+            self._team.from_owner(owner, down, (k, n), target.weight),
+        )
+
+    def truncated(self, name: str) -> Tensor:
+        """What this process holds of a layer's truncated weight. Collective."""
+        return self._team.part(truncated_weight(self._whole(name)), self._targets[name].split)
+
+    def layer(self, name: str) -> LowRankLinear:
+        """The whole low-rank layer for the place of a truncated one. Collective."""
+        old = self._targets[name].module
+        bias = None if old.bias is None else self._team.whole(local_part(old.bias.detach()), len(old.bias))
+        return low_rank_layer(old, self._whole(name), bias)
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Factors by layer, as the team saves them. Collective."""
+        to_save = {}
+        for name, (up, down) in self.held.items():
+            saved = (
+                self._team.weight_to_save(up, self._targets[name].shape[0]),
+                self._team.weight_to_save(down, up.shape[1]),
+            )
+            if saved[0] is not None and saved[1] is not None:
+                to_save[name] = [saved[0], saved[1]]
+        return to_save
+
+    def load_state_dict(self, state: Mapping[str, Sequence[Tensor]]) -> None:
+        """Takes what this process is to hold of a `state_dict`."""
+        for name, pair in state.items():
+            self.held[name] = Factors(*map(self._team.part, pair)).to(self._targets[name].weight)
+
+    def _whole(self, name: str) -> Factors:
+        up, down = self.held[name]
+        return Factors(self._team.whole(up, self._targets[name].shape[0]), self._team.whole(down, up.shape[1]))

@@ -7,9 +7,9 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from zssvd_lightning import compression
-from zssvd_lightning.compression import Compression
+from zssvd_lightning import factorization
 from zssvd_lightning.distributed import Shards
+from zssvd_lightning.factorization import HeldFactors
 from zssvd_lightning.gathering import Gathering
 
 
@@ -23,10 +23,10 @@ class WholeWeights(L.Callback):
         self.together: set[frozenset[str]] = set()
         for owner, name, layer_of in (
             (Gathering, "layer_at", lambda self, owner, name, **_: name),
-            (Compression, "_whole", lambda self, target: target.name),
+            (HeldFactors, "_whole", lambda self, name: name),
         ):
             setattr(owner, name, self._entering(getattr(owner, name), layer_of))
-        for owner, name in ((Shards, "weight_at"), (Shards, "whole"), (compression, "truncated_weight")):
+        for owner, name in ((Shards, "weight_at"), (Shards, "whole"), (factorization, "truncated_weight")):
             setattr(owner, name, self._noting(getattr(owner, name)))
 
     def _entering(self, original: Any, layer_of: Any) -> Any:
