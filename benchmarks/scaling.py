@@ -1,9 +1,10 @@
 """What a compression costs on several processes: formulas, the same measured on small runs, and large models.
 
-`python benchmarks/scaling.py` prints the tables of docs/scaling.md; give the machine nothing else to do meanwhile.
+`python benchmarks/scaling.py` prints the figures in docs/scaling.md; give the machine nothing else to do meanwhile.
 
 Letters: a layer is (m, n); an input that some layers share has width n; R processes; w bytes a weight; statistics are
-in float32. Bytes moved are those that all processes send together, by the ring algorithms of gloo and NCCL.
+in float32. Bytes moved are those that all processes send together for the compression, by ring algorithms; the
+reduction to one process is gloo's.
 """
 
 import functools
@@ -32,6 +33,7 @@ from zssvd_lightning import ZSSVDCallback
 from zssvd_lightning.compression import Compression
 from zssvd_lightning.decomposition import share_out, svd_work, whitening_work
 from zssvd_lightning.distributed import Shards
+from zssvd_lightning.lifecycle import Lifecycle
 from zssvd_lightning.targets import find_targets
 
 STATISTIC = 4
@@ -88,11 +90,17 @@ class Llama:
         """Numbers in all second moments: sum of n^2 over inputs."""
         return sum(self.targets[leader].shape[1] ** 2 for leader in set(self.leaders.values()))
 
+    def spectra(self, size: int) -> int:
+        """Numbers in the spectra of the process with most of them: sum of r (m + n + 1) over its layers."""
+        shares = share_out(self.targets, self.leaders, size)
+        shapes = [[self.targets[name].shape for name in share] for share in shares]
+        most: int = max(sum(min(shape) * (sum(shape) + 1) for shape in share) for share in shapes)
+        return most
+
     @property
-    def spectra(self) -> int:
-        """Numbers in all spectra: sum of r (m + n + 1)."""
-        shapes = [target.shape for target in self.targets.values()]
-        return sum(min(shape) * (sum(shape) + 1) for shape in shapes)
+    def statistics(self) -> tuple[int, int]:
+        """Bytes of all second moments, and of all gradients."""
+        return STATISTIC * self.second_moments, STATISTIC * self.weights
 
     @property
     def of_a_unit(self) -> int:
@@ -112,7 +120,7 @@ class Llama:
         )
 
 
-def moved(model: Llama, strategy: str, size: int, factors: float) -> dict[str, float]:
+def moved(model: Llama, strategy: str, size: int, factors: float, low_rank: float) -> dict[str, float]:
     """Bytes moved for each step of a compression.
 
     Args:
@@ -120,20 +128,23 @@ def moved(model: Llama, strategy: str, size: int, factors: float) -> dict[str, f
         strategy: `ddp` or `fsdp2`.
         size: processes, R.
         factors: bytes of all factors, w times the sum of k (m + n).
+        low_rank: bytes of the low-rank model, which DDP sends when it wraps it.
     """
-    A, G, W = STATISTIC * model.second_moments, STATISTIC * model.weights, model.weight * model.weights
+    (A, G), W = model.statistics, model.weight * model.weights
     others = size - 1
     if strategy == "ddp":
         return {
             "a batch": 0,
             "truncation": others * (1 + 1 / size) * (A + G) + others * factors,
             "correction": 2 * others * G,
-            "factorisation": 0,
+            "line search": 0,
+            "factorisation": others * low_rank,
         }
     return {
         "a batch": others * A,
         "truncation": others / size * (A + G + W + factors) + others * factors,
         "correction": 0,
+        "line search": others * factors,
         "factorisation": others * factors,
     }
 
@@ -147,7 +158,7 @@ def held(model: Llama, strategy: str, size: int, factors: float) -> dict[str, fl
         size: processes, R.
         factors: bytes of all factors, w times the sum of k (m + n).
     """
-    A, G, W = STATISTIC * model.second_moments, STATISTIC * model.weights, model.weight * model.weights
+    (A, G), W = model.statistics, model.weight * model.weights
     share = 1 if strategy == "ddp" else 1 / size
     return {"statistics": share * (A + G), "originals and factors": share * (W + factors)}
 
@@ -215,16 +226,19 @@ def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: 
     watch(Compression, "truncate", "truncation")
     watch(Compression, "correct", "correction")
     watch(Shards, "_absorb", "a batch")
-    factorise = Compression.factorise
+    watch(Compression, "shorten_step", "line search")
+    factorise = Lifecycle.factorise
 
-    def look(self: Compression) -> None:
+    def look(life: Lifecycle, set_up_optimizers: Any) -> None:
+        self = life.compression
         found["originals and factors"] = _bytes(self._originals) + _bytes(self._factors.held)
         ranks = {name: layer.rank or 0 for name, layer in self.report().layers.items()}
         found["factors"] = shapes.weight * sum(ranks[name] * sum(t.shape) for name, t in self.targets.items())
         with measured("factorisation", found):
-            factorise(self)
+            factorise(life, set_up_optimizers)
+        found["low-rank model"] = _bytes([*self.model.parameters(), *self.model.buffers()])
 
-    Compression.factorise = look  # type: ignore[method-assign]
+    Lifecycle.factorise = look  # type: ignore[method-assign, assignment]
     decompose = Compression._select
 
     def count(self: Compression) -> Any:
@@ -238,10 +252,8 @@ def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: 
         if strategy == "ddp"
         else ModelParallelStrategy(size, 1, process_group_backend="gloo")
     )
-    callback = ZSSVDCallback(
-        PRUNE_RATIO, calibration_batches=BATCHES, correction_batches=1, line_search=False, progress=False
-    )
-    ids = torch.randint(64, (2 * BATCHES + 1, 4, 128), generator=torch.Generator().manual_seed(rank))
+    callback = ZSSVDCallback(PRUNE_RATIO, calibration_batches=BATCHES, correction_batches=1, progress=False)
+    ids = torch.randint(64, (2 * BATCHES + 2, 4, 128), generator=torch.Generator().manual_seed(rank))
     trainer = L.Trainer(
         accelerator="cpu",
         devices=size,
@@ -289,15 +301,15 @@ def check() -> None:
     print("| strategy | processes | step | computed | measured |\n|---|---|---|---|---|")
     run("ddp", 1, SMALL)  # whatever is slow the first time
     alone = {strategy: run(strategy, 1, SMALL) for strategy in ("ddp", "fsdp2")}
-    rate = SMALL.busiest(1) / (sum(_seconds(ranks) for ranks in alone.values()) / len(alone))
+    rate = SMALL.busiest(1) / min(_seconds(ranks) for ranks in alone.values())
     for strategy, of_one in alone.items():
         for size in (1, 2, 4):
             ranks = of_one if size == 1 else run(strategy, size, SMALL)
-            factors = ranks[0]["factors"]
-            seen = {step: ranks[0].get(step, 0.0) for step in ("a batch", "truncation", "correction", "factorisation")}
+            factors, low_rank = ranks[0]["factors"], ranks[0]["low-rank model"]
+            seen = {step: ranks[0].get(step, 0.0) for step in moved(SMALL, strategy, size, factors, low_rank)}
             seen["truncation"] /= 2  # one before and one after the correction
             seen["a batch"] /= 2 * BATCHES
-            for step, ring in moved(SMALL, strategy, size, factors).items():
+            for step, ring in moved(SMALL, strategy, size, factors, low_rank).items():
                 computed = ring * (GLOO_REDUCE_SCATTER if step == "a batch" else 1)
                 if size > 1:
                     _row(strategy, size, f"{step}, MB moved", computed / 1e6, seen[step] / 1e6)
@@ -314,20 +326,20 @@ def check() -> None:
 
 def project(rate: float) -> None:
     """Prints what the formulas say of large models."""
-    print(
-        "| model | strategy | ranks | a batch | truncation | correction | statistics | originals, factors | spectra |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = ("a batch", "truncation", "correction", "line search", "factorisation")
+    print(f"| model | strategy | ranks | {' | '.join(columns)} | statistics | originals, factors | spectra |")
+    print("|---" * (len(columns) + 6) + "|")
     for model in LARGE:
         factors = (1 - PRUNE_RATIO) * model.weight * model.weights
         for strategy in ("ddp", "fsdp2"):
             for size in (1, 8, 64):
-                sent = {step: value / size / 1e9 for step, value in moved(model, strategy, size, factors).items()}
+                steps = moved(model, strategy, size, factors, factors)
+                sent = {step: value / size / 1e9 for step, value in steps.items()}
                 kept = {kind: value / 1e9 for kind, value in held(model, strategy, size, factors).items()}
                 print(
-                    f"| {model.name} | {strategy} | {size} | {sent['a batch']:.1f} | {sent['truncation']:.1f} | "
-                    f"{sent['correction']:.1f} | {kept['statistics']:.1f} | {kept['originals and factors']:.1f} | "
-                    f"{4 * model.spectra / size / 1e9:.1f} |"
+                    f"| {model.name} | {strategy} | {size} | {' | '.join(f'{sent[step]:.1f}' for step in columns)} | "
+                    f"{kept['statistics']:.1f} | {kept['originals and factors']:.1f} | "
+                    f"{4 * model.spectra(size) / 1e9:.1f} |"
                 )
     print("\n| model | ranks | TFLOP of the busiest | seconds at the rate above |\n|---|---|---|---|")
     for model in LARGE:

@@ -1,9 +1,11 @@
 """Compression in one fit, training of the factors in another, for strategies under which layers cannot be replaced.
 
-The first is `recipes/train.py`, on one device, under DDP or FSDP2, which may end as soon as the model is low-rank:
-`python recipes/train.py fit --config configs/smollm2-135m/train.yaml --trainer.max_steps 9`
-The second builds the low-rank model from its checkpoint before the strategy wraps or shards it:
-`python recipes/two_fits.py fit --config configs/smollm2-135m/second-fit.yaml --trainer.strategy fsdp`
+The first is `recipes/train.py`, on one device, under DDP, or under FSDP2 with `save_distributed_checkpoint: false`; it
+may end as soon as the model is low-rank, and the newest of its checkpoints is the one to go on from:
+`python recipes/train.py fit --config configs/smollm2-135m/train.yaml --trainer.max_steps 10`
+The second builds the low-rank model from it before the strategy wraps or shards it:
+`python recipes/two_fits.py fit --config configs/smollm2-135m/second-fit.yaml --trainer.strategy fsdp
+    --model.compressed outputs/train/checkpoints/last-v2.ckpt`
 """
 
 import torch
@@ -31,6 +33,10 @@ class CompressedLM(CausalLM):
         if not any(isinstance(module, LowRankLinear) for module in self.modules()):
             checkpoint = torch.load(self.hparams.compressed, map_location="cpu", mmap=True, weights_only=True)
             self.load_state_dict(checkpoint["state_dict"])
+            if not any(isinstance(module, LowRankLinear) for module in self.modules()):
+                raise ValueError(
+                    f"{self.hparams.compressed} is of before the model was low-rank; take a later checkpoint"
+                )
         super().configure_model()
 
 

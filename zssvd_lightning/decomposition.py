@@ -70,8 +70,8 @@ def decompose(
 ) -> Decomposition:
     """Spectra and scores of all layers; one whitening for those that share an input. Collective.
 
-    Processes go through their shares at the same time, layer by layer, and each holds the whole weight and statistics
-    of one layer at a time.
+    Processes go through their shares at the same time, layer by layer. Each holds the whole weight and statistics of
+    one layer at a time, the latest whitening, and on the CPU the spectra of its share.
 
     Raises:
         CalibrationError: statistics are missing, not finite or degenerate, or an SVD failed; names the layer.

@@ -1,4 +1,4 @@
-"""All that the processes of a compression say to each other: the only place that calls collectives of torch.
+"""All that the processes of a compression say to each other, but for checkpoints: the only place with collectives.
 
 A `Team` is the processes that compress one model together. What a process holds of a layer depends on how it trains:
 
@@ -30,10 +30,9 @@ from zssvd_lightning.targets import Target
 
 T = TypeVar("T")
 
-_reduce_scatter = getattr(
-    dist, "reduce_scatter_single", dist.reduce_scatter_tensor
-)  # the name since torch 2.13, before
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+# torch 2.13 has other names for them than the releases before
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Team:
@@ -206,7 +205,7 @@ class Shards(Several):
 
     Rows are dealt out as `torch.chunk` does: equally many each, fewer or none to the last. Gradients come summed over
     the processes, in rows. Second moments are summed and cut into rows whenever a unit of the model has run, so that
-    no process ever holds those of more than one unit.
+    no process holds those of more than one unit and the ones around it.
 
     Args:
         device: of the weights.

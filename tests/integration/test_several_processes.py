@@ -40,19 +40,27 @@ def config(folder: Path, name: str) -> str:
     return str(path)
 
 
-def run(*commands: list[str]) -> None:
+def run(folder: Path, *commands: list[str]) -> None:
     """Commands at the same time."""
+    logs = [folder / f"{number}.log" for number in range(len(commands))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) for command in commands]
-    for process in started:
-        _, errors = process.communicate(timeout=500)
-        assert process.returncode == 0, errors[-3000:]
+    started = [
+        subprocess.Popen(command, stderr=log.open("w"), env=environment)
+        for command, log in zip(commands, logs, strict=True)
+    ]
+    try:
+        for process, log in zip(started, logs, strict=True):
+            assert process.wait(timeout=500) == 0, log.read_text()[-3000:]
+    finally:
+        for process in started:
+            process.kill()
 
 
-def nodes(count: int, *command: str) -> list[list[str]]:
+def nodes(folder: Path, count: int, *command: str) -> list[list[str]]:
     """As on a cluster: the same on every node, which knows its number and where the first one is."""
     port = str(free_port())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--nnodes", str(count)]
+    torchrun += ["--log-dir", str(folder / "torchrun")]
     where = ["--master-addr", "127.0.0.1", "--master-port", port]
     return [[*torchrun, *where, "--node-rank", str(node), *command] for node in range(count)]
 
@@ -69,7 +77,7 @@ def replicated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     recipe = [str(ROOT / "recipes" / "train.py"), "fit", "--config", config(folder, "train.yaml")]
     several = ["--config", str(CONFIGS / "ddp.yaml"), "--trainer.devices", "1", "--trainer.num_nodes", "2"]
-    run(*nodes(2, *recipe, *several))
+    run(folder, *nodes(folder, 2, *recipe, *several))
     return folder
 
 
@@ -78,7 +86,7 @@ def sharded(tmp_path_factory):
     """The main recipe under FSDP2, whose processes Lightning starts."""
     folder = tmp_path_factory.mktemp("fsdp2")
     recipe = [sys.executable, str(ROOT / "recipes" / "train.py"), "fit", "--config", config(folder, "train.yaml")]
-    run([*recipe, "--config", str(CONFIGS / "fsdp2.yaml")])
+    run(folder, [*recipe, "--config", str(CONFIGS / "fsdp2.yaml")])
     return folder
 
 
@@ -97,6 +105,6 @@ def test_a_second_fit_trains_the_low_rank_model_in_shards(replicated, tmp_path):
     assert any(name.endswith("q_proj.up.weight") for name in saved)
     recipe = [sys.executable, str(ROOT / "recipes" / "two_fits.py"), "fit"]
     settings = ["--config", config(tmp_path, "second-fit.yaml"), "--config", str(CONFIGS / "fsdp2.yaml")]
-    run([*recipe, *settings, "--model.compressed", str(checkpoint), "--trainer.max_steps", "2"])
+    run(tmp_path, [*recipe, *settings, "--model.compressed", str(checkpoint), "--trainer.max_steps", "2"])
     (first,) = metric(tmp_path, "val_perplexity")[:1]
     assert -1 < math.log(first) - math.log(metric(replicated, "val_perplexity")[-1]) < 0.05

@@ -1,7 +1,6 @@
 """One training run with compression in it, as a process of its own that can be killed at any hook and resumed."""
 
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -13,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from support.models import CausalLM, token_batches, trainer
+from support.processes import context
 from zssvd_lightning import ZSSVDCallback
 
 HOOKS = (
@@ -97,10 +97,7 @@ def start(
     kill: tuple[int, str, list[str] | None] | None = None,
 ) -> int:
     """`run` in a new process; returns its exit code, negative for the signal that ended it."""
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # the server of new processes imports from here, once
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.killed_run"])
-    process = context.Process(target=run, args=(folder, callback, settings, kill))
+    process = context().Process(target=run, args=(folder, callback, settings, kill))
     process.start()
     process.join()
     return process.exitcode

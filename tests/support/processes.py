@@ -5,32 +5,44 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 TIMEOUT = 240
 
 
+def context() -> ForkServerContext:
+    """Whose processes start at once, since their server has imported everything; it takes its paths from here."""
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["support.killed_run", "support.parallel"])
+    return server
+
+
 def start(
-    folder: Path, size: int, work: Callable[..., None], *args: Any, timeout: float = TIMEOUT, nodes: int = 1
-) -> list[int]:
+    folder: Path,
+    size: int,
+    work: Callable[..., None],
+    *args: Any,
+    timeout: float = TIMEOUT,
+    nodes: int = 1,
+    wait_for: Sequence[int] | None = None,
+) -> list[int | None]:
     """Runs `work(rank, size, folder, *args)` on `size` processes; their exit codes, None for those still going.
 
-    What a process prints or raises is in `folder/RANK.log`.
+    What a process prints or raises is in `folder/RANK.log`. It waits for those in `wait_for`, or all, and so long.
     """
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # the server of new processes imports from here, once
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.killed_run", "support.parallel"])
     port = free_port()
     processes = [
-        context.Process(target=_run, args=(rank, size, nodes, port, folder, work, args)) for rank in range(size)
+        context().Process(target=_run, args=(rank, size, nodes, port, folder, work, args)) for rank in range(size)
     ]
     for process in processes:
         process.start()
     end = time.monotonic() + timeout
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
+    for rank in range(size) if wait_for is None else wait_for:
+        processes[rank].join(max(0.0, end - time.monotonic()))
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
@@ -61,7 +73,6 @@ def _run(
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": str(rank % per_node),
         "NODE_RANK": str(rank // per_node),
-        "OMP_NUM_THREADS": "1",
     }
     with (folder / f"{rank}.log").open("a", buffering=1) as log:
         os.dup2(log.fileno(), 1)

@@ -151,7 +151,7 @@ def _refuse_empty_optimizers(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Raises CheckpointError for what Lightning would fail on without a word of the cause."""
     if any(not state["state"] for state in checkpoint.get("optimizer_states", [])):
         raise CheckpointError(
-            f"{path} holds an optimizer without a state, as those of one device and of DDP are before their first "
-            "step, and Lightning cannot go on from such a one under FSDP2; resume from a later checkpoint, or under "
-            "the strategy it was taken with"
+            f"{path} holds an optimizer without a state, as one of plain SGD, or one of DDP before its first step; "
+            "Lightning cannot go on from such a one under FSDP2. Resume from a later checkpoint, with an optimizer "
+            "that keeps something, or under the strategy it was taken with"
         )
