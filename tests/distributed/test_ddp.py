@@ -1,6 +1,5 @@
 """DDP with real processes: the result of one process over all batches, and replicas that stay equal."""
 
-import functools
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +10,8 @@ import torch
 import yaml
 from lightning.pytorch.strategies import DDPStrategy
 from support import processes
-from support.killed_run import Kill
 from support.models import loader, token_batches, trainer
-from support.parallel import NEEDED, SHORT, KeepsLast, Replicated, Run, alone, fit, multiplied_out, run
+from support.parallel import NEEDED, SHORT, Replicated, Run, alone, fit, killed, multiplied_out, run
 
 from zssvd_lightning import LowRankCheckpointMixin, ZSSVDCallback
 from zssvd_lightning.errors import UnsupportedTrainingError
@@ -73,18 +71,13 @@ def test_two_nodes_of_two_processes(tmp_path):
 @pytest.mark.parametrize(("phase", "batch"), [("calibrate", 3), ("correct", 2), ("recover", 4)])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_killed_run_goes_on_to_the_same_result(tmp_path, phase, batch, accumulate):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir(), killed.mkdir()
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), folder.mkdir()
     settings = FLOAT64 | {"enable_checkpointing": True, "accumulate_grad_batches": accumulate}
     described = Run(count=2 * (NEEDED + 8), trainer=settings, module=Momentum)
     expected = run(whole, 2, described)
-    described.callbacks = (
-        functools.partial(KeepsLast, killed / "saved"),
-        functools.partial(Kill, batch, "on_train_batch_end", [phase]),
-    )
-    assert processes.start(killed, 2, fit, described) == [-9, -9]
-    described.callbacks, described.ckpt_path = (), str(KeepsLast.newest(killed / "saved"))
-    found = run(killed, 2, described)
+    described.ckpt_path = str(killed(folder, 2, described, phase, batch))
+    found = run(folder, 2, described)
     assert_replicas_equal(found)
     assert found[0]["ranks"] == expected[0]["ranks"]
     torch.testing.assert_close(found[0]["losses"], expected[0]["losses"], rtol=1e-9, atol=0)
@@ -189,12 +182,7 @@ def test_layers_that_run_on_one_process_only(tmp_path):
         compression={"correction_batches": 1},
     )
     expected = run(tmp_path / "whole", 2, described)
-    described.callbacks = (
-        functools.partial(KeepsLast, tmp_path / "saved"),
-        functools.partial(Kill, 2, "on_train_batch_end", ["calibrate"]),
-    )
-    assert processes.start(tmp_path, 2, fit, described) == [-9, -9]
-    described.callbacks, described.ckpt_path = (), str(KeepsLast.newest(tmp_path / "saved"))
+    described.ckpt_path = str(killed(tmp_path, 2, described, "calibrate", 2))
     found = run(tmp_path, 2, described)
     assert found[0]["ranks"] == found[1]["ranks"] == expected[0]["ranks"]
     torch.testing.assert_close(found[0]["losses"], expected[0]["losses"], rtol=1e-9, atol=0)

@@ -11,7 +11,6 @@ import lightning as L
 import pytest
 import torch
 from support import processes
-from support.killed_run import Kill
 from support.models import loader, token_batches, trainer
 from support.parallel import (
     NEEDED,
@@ -24,6 +23,7 @@ from support.parallel import (
     alone,
     blocks_of,
     fit,
+    killed,
     multiplied_out,
     run,
     whole_weights,
@@ -93,8 +93,8 @@ class InDouble(ReplicatedInDouble, Sharded):
     ("phase", "batch", "accumulate"), [("calibrate", 3, 1), ("calibrate", 3, 2), ("correct", 2, 1), ("recover", 4, 1)]
 )
 def test_a_killed_run_goes_on_to_the_same_result(tmp_path, phase, batch, accumulate, distributed):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir(), killed.mkdir()
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), folder.mkdir()
     described = Run(
         strategy="fsdp2",
         count=2 * (NEEDED + 8),
@@ -103,13 +103,8 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, phase, batch, accumul
         settings={"save_distributed_checkpoint": distributed},
     )
     expected = run(whole, 2, described)
-    described.callbacks = (
-        functools.partial(KeepsLast, killed / "saved"),
-        functools.partial(Kill, batch, "on_train_batch_end", [phase]),
-    )
-    assert processes.start(killed, 2, fit, described) == [-9, -9]
-    described.callbacks, described.ckpt_path = (), str(KeepsLast.newest(killed / "saved"))
-    found = run(killed, 2, described)
+    described.ckpt_path = str(killed(folder, 2, described, phase, batch))
+    found = run(folder, 2, described)
     assert found[0]["ranks"] == expected[0]["ranks"]
     torch.testing.assert_close(found[0]["losses"], expected[0]["losses"], rtol=1e-9, atol=0)
     left = len(found[0]["seen"])
@@ -192,15 +187,10 @@ def test_three_processes_go_on_with_what_two_have_gathered(tmp_path):
     described = Run(
         strategy="fsdp2",
         module=InDouble,
-        callbacks=(
-            functools.partial(KeepsLast, tmp_path / "saved"),
-            functools.partial(Kill, 3, "on_train_batch_end", ["correct"]),
-        ),
         trainer={"enable_checkpointing": True},
         count=3 * NEEDED,
     )
-    assert processes.start(tmp_path, 2, fit, described) == [-9, -9]
-    described.callbacks, described.ckpt_path = (), str(KeepsLast.newest(tmp_path / "saved"))
+    described.ckpt_path = str(killed(tmp_path, 2, described, "correct", 3))
     ranks = run(tmp_path, 3, described)
     assert len(ranks[0]["losses"]) == 4
     assert ranks[0]["losses"][0] == expected[0]["losses"][0]
@@ -259,14 +249,9 @@ def test_a_torch_that_is_another_inside_is_refused_by_name(monkeypatch):
 def test_parts_that_are_missing_or_of_another_save_are_an_error(tmp_path, of_another):
     described = Run(
         strategy="fsdp2",
-        callbacks=(
-            functools.partial(KeepsLast, tmp_path / "saved"),
-            functools.partial(Kill, 3, "on_train_batch_end", ["calibrate"]),
-        ),
         trainer={"enable_checkpointing": True},
     )
-    assert processes.start(tmp_path, 2, fit, described) == [-9, -9]
-    newest = KeepsLast.newest(tmp_path / "saved")
+    newest = killed(tmp_path, 2, described, "calibrate", 3)
     if of_another:
         rest = torch.load(newest / "meta.pt")
         sums = rest["callbacks"]["ZSSVDCallback"]["compression"]["gathering"]["moments"]["input_sums"]
@@ -276,7 +261,7 @@ def test_parts_that_are_missing_or_of_another_save_are_an_error(tmp_path, of_ano
         torch.save(rest, newest / "meta.pt")
     else:
         shutil.rmtree(newest / PARTS)
-    described.callbacks, described.ckpt_path = (), str(newest)
+    described.ckpt_path = str(newest)
     assert processes.start(tmp_path, 2, fit, described) == [1, 1]
     for rank in (0, 1):
         assert "is not what the checkpoint was saved with" in (tmp_path / f"{rank}.log").read_text()
@@ -362,15 +347,8 @@ def test_replaced_weights_are_freed(tmp_path, strategy):
 
 def test_a_checkpoint_without_optimizer_state_is_refused_by_name(tmp_path):
     (tmp_path / "ddp").mkdir()
-    described = Run(
-        callbacks=(
-            functools.partial(KeepsLast, tmp_path / "saved"),
-            functools.partial(Kill, 3, "on_train_batch_end", ["calibrate"]),
-        ),
-        trainer={"enable_checkpointing": True},
-    )
-    assert processes.start(tmp_path / "ddp", 2, fit, described) == [-9, -9]
-    resumed = Run(strategy="fsdp2", ckpt_path=str(KeepsLast.newest(tmp_path / "saved")))
+    newest = killed(tmp_path / "ddp", 2, Run(), "calibrate", 3)
+    resumed = Run(strategy="fsdp2", ckpt_path=str(newest))
     assert processes.start(tmp_path, 2, fit, resumed) == [1, 1]
     assert "holds an optimizer without a state" in (tmp_path / "1.log").read_text()
 

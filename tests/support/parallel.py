@@ -1,5 +1,7 @@
 """Training runs with compression in them under DDP and FSDP2, for one process of several."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from support import processes
+from support.killed_run import Kill
 from support.models import FAMILIES, CausalLM, loader, padded_batches, trainer
 from zssvd_lightning import ZSSVDCallback
 
@@ -188,6 +191,16 @@ def multiplied_out(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     dense = {n: t for n, t in weights.items() if not n.endswith(("up.weight", "down.weight"))}
     ups = [n.removesuffix("up.weight") for n in weights if n.endswith("up.weight")]
     return dense | {f"{n}weight": weights[f"{n}up.weight"] @ weights[f"{n}down.weight"] for n in ups}
+
+
+def killed(folder: Path, size: int, described: Run, phase: str, batches: int) -> Path:
+    """Kills all processes of a run after so many batches of a phase; the newest checkpoint it left."""
+    saving = functools.partial(KeepsLast, folder / "saved")
+    dying = functools.partial(Kill, batches, "on_train_batch_end", [phase])
+    settings = {"enable_checkpointing": True} | described.trainer
+    doomed = dataclasses.replace(described, callbacks=(saving, dying), trainer=settings)
+    assert processes.start(folder, size, fit, doomed) == [-9] * size
+    return KeepsLast.newest(folder / "saved")
 
 
 def run(folder: Path, size: int, described: Run, **settings: Any) -> list[dict[str, Any]]:
