@@ -11,8 +11,7 @@ import pytest
 import torch
 import yaml
 from support.processes import free_port
-
-from zssvd_lightning.texts import load_text
+from support.recipes import shorten_texts
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "smollm2-135m"
@@ -21,10 +20,7 @@ CONFIGS = ROOT / "configs" / "smollm2-135m"
 def config(folder: Path, name: str) -> str:
     """A recipe's own settings, for a few short windows."""
     settings = yaml.safe_load((CONFIGS / name).read_text())
-    for part in ("train", "validation"):  # less to tokenise
-        text = folder / f"{part}.txt"
-        text.write_text(load_text(settings["data"][part])[:30_000])
-        settings["data"][part] = str(text)
+    shorten_texts(settings, folder, 30_000)
     settings["data"] |= {"length": 32, "samples": 24, "validation_samples": 4}
     trainer = settings["trainer"]
     trainer |= {"max_steps": 4, "val_check_interval": 4, "default_root_dir": str(folder), "accelerator": "cpu"}

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from zssvd_lightning.texts import load_text
+from support.recipes import shorten_texts
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,10 +18,7 @@ ROOT = Path(__file__).parents[2]
 def config(folder, *more):
     """The recipe's own, for a few short windows."""
     settings = yaml.safe_load((ROOT / "configs" / "smollm2-135m" / "train.yaml").read_text())
-    for name in ("train", "validation"):  # less to tokenise
-        text = folder / f"{name}.txt"
-        text.write_text(load_text(settings["data"][name])[:60_000])
-        settings["data"][name] = str(text)
+    shorten_texts(settings, folder, 60_000)
     settings["data"] |= {"length": 64, "samples": 64, "validation_samples": 2}
     trainer = settings["trainer"]
     trainer |= {"max_steps": 4, "val_check_interval": 16, "default_root_dir": str(folder)}
