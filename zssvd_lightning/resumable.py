@@ -129,11 +129,13 @@ class ResumableCallback(L.Callback):
     def _abandon(self, pl_module: L.LightningModule) -> None:
         """Puts the module and the Trainer's limits back, and starts over."""
         if self._adapter is not None:  # else the run went on in other processes than this one
-            if self._lifecycle.has_touched:
+            touched = self._lifecycle.has_touched
+            if touched:
                 self._adapter.show_weights()
             self._lifecycle.abandon(pl_module, self._adapter)
-            self._adapter.note_flags()
-            self._adapter.settle()
+            if touched:
+                self._adapter.note_flags()
+                self._adapter.settle()
         if self._trainer is not None and (trainer := self._trainer()) is not None:
             self._allowance.take_back(trainer)
         self._allowance, self.recovers_from = Allowance(), None

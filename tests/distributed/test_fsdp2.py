@@ -31,7 +31,7 @@ from support.parallel import (
 from support.witnesses import WholeWeights
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import Shard
 
@@ -362,3 +362,15 @@ class Scaled(Sharded):
     def configure_model(self) -> None:
         super().configure_model()
         self.model.set_gradient_divide_factor(1.0)
+
+
+class UnknownInside(L.Callback):
+    """Has torch look like a release that is another inside, from the start of the training on."""
+
+    def on_fit_start(self, trainer, pl_module):
+        del FSDPModule._get_fsdp_state
+
+
+def test_the_error_about_torch_is_the_one_that_is_seen(tmp_path):
+    assert processes.start(tmp_path, 2, fit, Run(strategy="fsdp2", callbacks=(UnknownInside,))) == [1, 1]
+    assert "is not as this release knows it inside" in (tmp_path / "0.log").read_text().splitlines()[-1]
