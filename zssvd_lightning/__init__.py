@@ -14,13 +14,15 @@ from zssvd_lightning.callback import ZSSVDCallback
 from zssvd_lightning.checkpoint import LowRankCheckpointMixin
 from zssvd_lightning.config import CompressionConfig, RunConfig, load_config
 from zssvd_lightning.evaluation import perplexity
-from zssvd_lightning.hub import from_pretrained, save_pretrained
+from zssvd_lightning.export import export_onnx, merge
 from zssvd_lightning.limits import scheduled_steps
 from zssvd_lightning.modules import LowRankLinear
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.pipeline import compress
+from zssvd_lightning.quantization import quantize
 from zssvd_lightning.report import Report
 from zssvd_lightning.run import Run
+from zssvd_lightning.saving import from_pretrained, save_pretrained
 
 __all__ = [
     "CompressionConfig",
@@ -33,9 +35,12 @@ __all__ = [
     "ZSSVDCallback",
     "compress",
     "errors",
+    "export_onnx",
     "from_pretrained",
     "load_config",
+    "merge",
     "perplexity",
+    "quantize",
     "save_pretrained",
     "scheduled_steps",
 ]

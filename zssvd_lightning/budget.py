@@ -1,6 +1,6 @@
-"""What is asked, what each rank costs, and when it is met.
+"""What is asked, and when it is met. What a rank costs is for `storage` to say.
 
-Shapes: a matrix is (m, n); a rank-k pair of factors stores k (m + n) numbers.
+Shapes: a matrix is (m, n).
 """
 
 import math
@@ -8,32 +8,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from zssvd_lightning.errors import BudgetError
+from zssvd_lightning.storage import STORAGES
 
 Shape = tuple[int, int]
 
 
-def break_even_rank(m: int, n: int) -> int:
-    """The largest rank whose factors store fewer than `m n` numbers: `r* = (m n - 1) // (m + n)`."""
-    return (m * n - 1) // (m + n)
-
-
-def stored_parameters(m: int, n: int, rank: int) -> int:
-    """Numbers kept for an (m, n) matrix of which `rank` components are left; above break-even it stays dense."""
-    return rank * (m + n) if rank <= break_even_rank(m, n) else m * n
-
-
 @dataclass(frozen=True)
 class Budget:
-    """How many parameters have to go, and how low each rank may get.
+    """How many parameters have to go, and how low each rank may get. Two numbers in 8 bits count as one.
 
     Raises:
-        BudgetError: the rank floor leaves more parameters than `prune_ratio` allows.
+        BudgetError: the rank floor leaves more parameters than `prune_ratio` allows, or the storage alone removes as
+            many as it asks for.
     """
 
     shapes: Mapping[str, Shape]
     """Shape (m, n) of every target, in module order."""
     prune_ratio: float
     min_rank_fraction: float = 0.0
+    storage: str = "factors"
+    """How matrices are kept, by its name in `storage.STORAGES`."""
 
     def __post_init__(self) -> None:
         least = sum(self.stored(name, self.floor(name)) for name in self.shapes)
@@ -42,6 +36,11 @@ class Budget:
                 f"prune_ratio {self.prune_ratio} asks for {self.to_remove:,} of {self.total:,} parameters, but with "
                 f"min_rank_fraction {self.min_rank_fraction} at most {self.total - least:,} can go "
                 f"({(self.total - least) / self.total:.3f}); lower one of the two, or target more layers"
+            )
+        if self.total - self.kept(dict.fromkeys(self.shapes)) >= self.to_remove:
+            raise BudgetError(
+                f"prune_ratio {self.prune_ratio} is reached by storage {self.storage!r} alone, with nothing dropped; "
+                "ask for more"
             )
 
     @property
@@ -55,23 +54,28 @@ class Budget:
         return math.ceil(self.prune_ratio * self.total - 1e-9)
 
     def floor(self, name: str) -> int:
-        """The lowest rank `name` may get: its share of the break-even rank, and never 0."""
-        return max(1, math.ceil(self.min_rank_fraction * break_even_rank(*self.shapes[name]) - 1e-9))
+        """The lowest rank `name` may get: its share of the highest low rank, and never 0."""
+        return max(1, math.ceil(self.min_rank_fraction * self.highest_rank(name) - 1e-9))
+
+    def highest_rank(self, name: str) -> int:
+        """The largest rank at which `name` is low-rank; above it, it stays dense."""
+        return STORAGES[self.storage].highest_rank(*self.shapes[name])
 
     def stored(self, name: str, rank: int) -> int:
         """Numbers kept for `name` at `rank`."""
-        return stored_parameters(*self.shapes[name], rank)
+        return STORAGES[self.storage].cost(*self.shapes[name], rank)
+
+    def kept_of(self, name: str, rank: int | None) -> int:
+        """Numbers kept for `name` at `rank`, None being dense."""
+        return self.stored(name, min(self.shapes[name]) if rank is None else rank)
 
     def is_low_rank(self, name: str, rank: int) -> bool:
-        """Whether factors at `rank` store less than the dense matrix does."""
-        return rank <= break_even_rank(*self.shapes[name])
+        """Whether `name` takes less at `rank` than it does dense."""
+        return rank <= self.highest_rank(name)
 
     def kept(self, ranks: Mapping[str, int | None]) -> int:
         """Numbers kept for all targets at these ranks, None being dense."""
-        return sum(
-            m * n if ranks[name] is None else self.stored(name, ranks[name] or 0)
-            for name, (m, n) in self.shapes.items()
-        )
+        return sum(self.kept_of(name, ranks[name]) for name in self.shapes)
 
     def reached(self, ranks: Mapping[str, int | None]) -> float:
         """Fraction of the parameters that goes at these ranks."""

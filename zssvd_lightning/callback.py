@@ -41,6 +41,7 @@ from zssvd_lightning.limits import stopping_now
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import check_plan_output
 from zssvd_lightning.precision import ScalerAtRest, loss_scale, nothing_to_clip, scales, unscale
+from zssvd_lightning.quantization import EIGHT_BIT, in_8_bits_already, quantize
 from zssvd_lightning.resumable import ResumableCallback
 from zssvd_lightning.scores import hold_early_stopping, start_ranking_afresh
 
@@ -69,6 +70,9 @@ class ZSSVDCallback(ResumableCallback):
             again; without, all of it, as the paper does.
         metric: `input` (whitened by the input second moment) or `none` (plain SVD).
         selection: `zero_sum`, `abs_delta`, `abs_delta_unordered`, `most_negative`, `sigma` or `uniform`.
+        storage: how matrices are kept in the end, `factors`, `remap` or `hq`; the last two are in 8 bits from the end
+            of the fit on, and their factors in the model's type until then.
+        rows_in_16_bits: `last`, or `loss_aware` choice of what `remap` leaves in 16 bits.
         min_rank_fraction: rank floor of each matrix, as a fraction of its break-even rank.
         include: name patterns of the layers to compress (`q_proj`, `*.layers.3.*`, or `re:` and a regular
             expression); all linear layers when None.
@@ -114,6 +118,8 @@ class ZSSVDCallback(ResumableCallback):
         line_search: bool = True,
         metric: str = "input",
         selection: str = "zero_sum",
+        storage: str = "factors",
+        rows_in_16_bits: str = "last",
         min_rank_fraction: float = 0.0,
         include: Sequence[str] | str | None = None,
         ignore: Sequence[str] | str | None = None,
@@ -130,6 +136,8 @@ class ZSSVDCallback(ResumableCallback):
             prune_ratio=prune_ratio,
             metric=metric,
             selection=selection,
+            storage=storage,
+            rows_in_16_bits=rows_in_16_bits,
             corrections=corrections,
             correction_batches=correction_batches,
             line_search=line_search,
@@ -182,6 +190,7 @@ class ZSSVDCallback(ResumableCallback):
             self._start_over()
         refuse_unsupported(trainer, pl_module)
         self.adapter.refuse_unsupported()
+        self.adapter.refuse_storage(self.config.storage)
         self.adapter.show_weights()
         refuse_uneven(self.adapter.team.gathered(trainer.num_training_batches))
         plan_path = self._plan_path(trainer) if self.dry_run else None
@@ -293,6 +302,12 @@ class ZSSVDCallback(ResumableCallback):
             telemetry.log_phase(trainer, self.phase)
         elif self.phase is not Phase.DONE and not self._planned:
             self._give_up(pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Puts the trained factors into 8 bits, if the storage is to have them; checkpoints of the fit are not."""
+        if self.phase is Phase.DONE and self.config.storage in EIGHT_BIT and not in_8_bits_already(pl_module):
+            life, config = self._lifecycle, self.config
+            quantize(pl_module, config.storage, life.importances, config.include, config.ignore)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Puts everything back, unless the model was factorised already."""

@@ -12,6 +12,7 @@ import lightning as L
 from torch import nn
 
 from zssvd_lightning.borrowing import overridden
+from zssvd_lightning.hub import mark
 from zssvd_lightning.structure import match_structure, note
 from zssvd_lightning.targets import replace_module
 
@@ -33,6 +34,7 @@ class LowRankCheckpointMixin(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Makes layers low-rank or dense as the weights have them, and loads them; see `nn.Module`."""
         match_structure(self, state_dict, strict=strict)
+        mark(self)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
@@ -75,6 +77,7 @@ class _Load:
         if self.check is not None:
             self.check(checkpoint)
         match_structure(self.module, checkpoint["state_dict"], strict=self.module.strict_loading, replace=self.replace)
+        mark(self.module)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"check": None, "replace": replace_module}

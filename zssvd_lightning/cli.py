@@ -1,4 +1,4 @@
-"""`zssvd compress`, `plan`, `evaluate` and `phases`."""
+"""`zssvd compress`, `plan`, `evaluate`, `export` and `phases`."""
 
 import json
 import logging
@@ -7,23 +7,29 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zssvd_lightning import evaluation, texts
-from zssvd_lightning.config import EvaluationConfig, RunConfig, load_config
-from zssvd_lightning.errors import ConfigError, ZSSVDError
-from zssvd_lightning.files import MARKER
+from zssvd_lightning import evaluation, texts, zero_shot
+from zssvd_lightning.config import EvaluateConfig, ExportConfig, RunConfig, load_config
+from zssvd_lightning.errors import ConfigError, ModelSourceError, ZSSVDError
+from zssvd_lightning.export import export_onnx, merge
+from zssvd_lightning.files import MARKER, check_output
 from zssvd_lightning.models import load_model, place
 from zssvd_lightning.picture import draw_phases
 from zssvd_lightning.pipeline import compress as compress_model
 from zssvd_lightning.pipeline import plan as plan_ranks
 from zssvd_lightning.plan import check_plan_output
+from zssvd_lightning.report import Report, Stopwatch
 from zssvd_lightning.run import Run
+from zssvd_lightning.saving import save_pretrained
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file's.")
 ]
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 @app.callback()
@@ -66,15 +72,45 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="Folder of a run, or any model source.")],
     overrides: Overrides = None,
 ) -> None:
-    """Perplexity of a saved model as JSON. Keys: text, windows, length; for a folder of a run, its own by default."""
-    settings = load_config(EvaluationConfig, None, _stripped(overrides or []), _recorded(model))
-    if settings.text is None:
-        raise ConfigError(f"{model} records no evaluation text; give one as text=SOURCE")
-    loaded, tokenizer = load_model(model)
-    place(loaded)
-    tokens = texts.tokenize(texts.load_text(settings.text), tokenizer)
-    windows = texts.windows(tokens, settings.length, settings.windows, settings.text)
-    typer.echo(json.dumps(evaluation.perplexity(loaded, windows)._asdict()))
+    """Perplexity and zero-shot accuracy of a saved model as JSON.
+
+    Keys: text, windows, length, by default those of the run; tasks, data, include, limit, batch_size, dense.
+    """
+    settings = load_config(EvaluateConfig, None, _stripped(overrides or []), _recorded(model))
+    if settings.text is None and not settings.tasks:
+        raise ConfigError(f"{model} records no evaluation text; give one as text=SOURCE, or tasks as tasks=[piqa]")
+    dense = settings.dense if settings.tasks else None
+    tasks = zero_shot.load_tasks(settings.tasks, settings.data, settings.include) if settings.tasks else None
+    sources = {"model": model} if dense is None else {"dense": dense, "compressed": model}
+    models = {which: _loaded(which, source) for which, source in sources.items()}
+    measured: dict[str, Any] = {}
+    if settings.text is not None:
+        measured |= _perplexity(*next(reversed(models.values())), settings, settings.text)
+    if tasks is not None:
+        measured |= {"models": sources, **_accuracy(models, tasks, settings)}
+    typer.echo(json.dumps(measured))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="Folder of a compressed model.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write a model for other tools. Keys: format (dense, self_contained, onnx), dtype, max_shard_size."""
+    settings = load_config(ExportConfig, None, overrides or ())
+    check_output(folder)
+    loaded, tokenizer = load_model(model, settings.dtype or "auto")
+    if settings.format == "onnx":
+        export_onnx(loaded, folder, tokenizer)
+    else:
+        carries_code = settings.format == "self_contained"
+        if not carries_code:
+            merge(loaded)
+        report = _report(model) if carries_code else None
+        shard = settings.max_shard_size
+        save_pretrained(loaded, folder, tokenizer, report=report, max_shard_size=shard, self_contained=carries_code)
+    typer.echo(f"wrote {folder}")
 
 
 @app.command()
@@ -102,10 +138,48 @@ def _stripped(overrides: list[str]) -> list[str]:
     return [override.removeprefix("evaluation.") for override in overrides]
 
 
+def _loaded(which: str, source: str) -> Loaded:
+    try:
+        return load_model(source)
+    except ModelSourceError as error:
+        if which != "dense":
+            raise
+        raise ModelSourceError(f"dense: {error}; name it as dense=SOURCE, or leave it out with dense=null") from error
+
+
+def _perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluateConfig, text: str
+) -> dict[str, Any]:
+    place(model)
+    tokens = texts.tokenize(texts.load_text(text), tokenizer)
+    windows = texts.windows(tokens, settings.length, settings.windows, text)
+    return evaluation.perplexity(model, windows)._asdict()
+
+
+def _accuracy(models: dict[str, Loaded], tasks: zero_shot.Tasks, settings: EvaluateConfig) -> dict[str, Any]:
+    """Measures every model on the tasks, from the last, and lets go of it, so that the accelerator holds one."""
+    scores: dict[str, zero_shot.Scores] = {}
+    watch = Stopwatch()
+    while models:
+        which, (model, tokenizer) = models.popitem()
+        typer.echo(f"{', '.join(settings.tasks)}: {which}", err=True)
+        place(model)
+        with watch(which):
+            scores[which] = zero_shot.accuracy(model, tokenizer, tasks, settings.batch_size, settings.limit)
+    compared = zero_shot.side_by_side(dict(reversed(scores.items())))
+    Console(stderr=True).print(zero_shot.table(compared))
+    return {"tasks": compared, "task_seconds": watch.seconds}
+
+
+def _report(model: str) -> Report | None:
+    path = Path(model) / MARKER
+    return Report.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
 def _recorded(model: str) -> dict[str, Any]:
-    """The evaluation settings in the report of a run's folder."""
+    """The evaluation settings in the report of a run's folder, and the model it compressed as `dense`."""
     path = Path(model) / MARKER
     if not path.is_file():
         return {}
-    recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("config", {}).get("evaluation", {})
-    return recorded
+    config = json.loads(path.read_text(encoding="utf-8")).get("config", {})
+    return {**config.get("evaluation", {}), "dense": config.get("model", {}).get("source")}

@@ -19,8 +19,10 @@ from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.factorization import HeldFactors
 from zssvd_lightning.gathering import Gathering
+from zssvd_lightning.hub import mark
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import Plan
+from zssvd_lightning.quantization import EIGHT_BIT, Importance, in_8_bits
 from zssvd_lightning.report import LayerReport, Report, Stopwatch
 from zssvd_lightning.selection import RULES, Selection
 from zssvd_lightning.statistics import accumulated, exact_products
@@ -58,6 +60,7 @@ class Compression:
 
     Attributes:
         gathering: the statistics that the next step will go by.
+        importances: of the truncated layers, for `quantize`; None unless they were asked for.
 
     Raises:
         TargetError: there is nothing to compress, or something that cannot be.
@@ -79,7 +82,7 @@ class Compression:
         self.config = config
         self.targets = find_targets(model, config.include, config.ignore)
         self.budget = Budget(
-            {n: t.shape for n, t in self.targets.items()}, config.prune_ratio, config.min_rank_fraction
+            {n: t.shape for n, t in self.targets.items()}, config.prune_ratio, config.min_rank_fraction, config.storage
         )
         self._plan = None if config.plan is None else Plan.read(config.plan, self.budget)
         self.gathering = Gathering(model, self.targets, self.team)
@@ -93,6 +96,7 @@ class Compression:
         self._selection: Selection | None = None
         self._factors = HeldFactors(self.targets, self.team)
         self._installed: dict[str, nn.Module] = {}
+        self.importances: dict[str, Importance] | None = None
 
     @torch.no_grad()
     def truncate(self) -> None:
@@ -115,6 +119,8 @@ class Compression:
                     self._factors.take(found, name, kept)
                     target.assign(self._factors.truncated(name))
         self._selection = selection
+        if self.config.weighs_rows:
+            self.importances = {name: found.importances[name] for name in self._factors}
         self._start_afresh()
         if self.team.rank == 0:
             logger.info(
@@ -177,6 +183,18 @@ class Compression:
             for name in self._factors:
                 self._installed[name] = self._factors.layer(name)
                 self._replace(self.model, self.targets[name].module, self._installed[name])
+            mark(self.model)
+
+    def store(self) -> None:
+        """Puts factors, and with `hq` dense layers, into the 8 bits that the storage is to have; after `factorise`."""
+        if self.config.storage not in EIGHT_BIT:
+            return
+        with self.stopwatch("store"):
+            layers: dict[str, Any] = {name: self._installed.get(name, t.module) for name, t in self.targets.items()}
+            for name, new in in_8_bits(layers, self.config.storage, self.importances).items():
+                self._replace(self.model, layers[name], new)
+                self._installed[name] = new
+            mark(self.model)
 
     def restore(self) -> None:
         """Undoes everything: the dense layers and their original weights are back where they were."""
@@ -186,6 +204,7 @@ class Compression:
             with torch.no_grad():
                 for name, target in self.targets.items():
                     target.assign(self._originals[name])
+        mark(self.model)
         self._originals, self._selection, self._installed = None, None, {}
         self._factors = HeldFactors(self.targets, self.team)
         self.gathering.start_afresh()
@@ -195,7 +214,10 @@ class Compression:
         if self._selection is None:
             raise RuntimeError("report() needs a truncate() before it")
         ranks = {name: self._selection.rank(name) for name in self.targets}
-        layers = {name: LayerReport(rank, self.budget.shapes[name]) for name, rank in ranks.items()}
+        layers = {
+            name: LayerReport(rank, self.budget.shapes[name], self.budget.kept_of(name, rank))
+            for name, rank in ranks.items()
+        }
         return Report(
             asked=self.config.prune_ratio if self._plan is None else self._plan.reached,
             parameters_before=self.budget.total,
@@ -266,7 +288,9 @@ class Compression:
 
     def _select(self) -> tuple[Decomposition, Selection]:
         with self.stopwatch("spectrum"), exact_products():
-            found = decompose(self.targets, self.gathering, self.config.metric, self.team, self.progress)
+            found = decompose(
+                self.targets, self.gathering, self.config.metric, self.team, self.progress, self.config.weighs_rows
+            )
         with self.stopwatch("select"):
             rule = RULES[self.config.selection] if self._plan is None else self._plan.rule
             return found, self.team.decided(lambda: rule(found.components, self.budget))

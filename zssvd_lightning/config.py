@@ -12,12 +12,14 @@ from yaml import YAMLError
 
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.selection import RULES
+from zssvd_lightning.storage import ROWS_IN_16_BITS, STORAGES
 from zssvd_lightning.whitening import METRICS
 
 T = TypeVar("T")
 
 MOST_NAMED = 30
 """Names a message lists at most."""
+EXPORTS = ("dense", "self_contained", "onnx")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -43,8 +45,13 @@ class CompressionConfig:
     line_search: bool = True
     """Take only the part of each projected step at which the loss is estimated to be least, from as many batches again;
     without, all of it, as the paper does."""
+    storage: str = "factors"
+    """How matrices are kept: `factors` in the model's type, `remap` in 8 bits but for what the larger factor has more,
+    which makes a component cost `max(m, n)` instead of `m + n`, or `hq` all in 8 bits, for prune ratios above 0.5."""
+    rows_in_16_bits: str = "last"
+    """Which rows of the factors `remap` leaves in 16 bits: the `last`, or by `loss_aware` choice over all layers."""
     min_rank_fraction: float = 0.0
-    """No matrix gets a rank below this fraction of its break-even rank, in [0, 1]."""
+    """No matrix gets a rank below this fraction of the highest rank that saves anything, in [0, 1]."""
     include: list[str] | None = None
     """Name patterns of the layers to compress (`*.q_proj`, or `re:` and a regular expression); all when None."""
     ignore: list[str] | None = None
@@ -60,6 +67,13 @@ class CompressionConfig:
         require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
         _require_one_of("metric", self.metric, METRICS)
         _require_one_of("selection", self.selection, RULES)
+        _require_one_of("storage", self.storage, STORAGES)
+        _require_one_of("rows_in_16_bits", self.rows_in_16_bits, ROWS_IN_16_BITS)
+
+    @property
+    def weighs_rows(self) -> bool:
+        """Whether calibration has to tell what errors in outputs and inputs cost."""
+        return self.storage == "remap" and self.rows_in_16_bits == "loss_aware"
 
 
 @dataclass(frozen=True)
@@ -69,10 +83,13 @@ class ModelConfig:
     source: str = "???"
     """`package:NAME` (a package that ships a GGUF file), a local folder, or a hub id."""
     dtype: str = "float32"
-    """Floating-point type of the weights."""
+    """Floating-point type of the weights while compressing."""
+    saved_dtype: str | None = None
+    """Floating-point type of the weights in the output; `dtype` when None."""
 
     def __post_init__(self) -> None:
         _require_one_of("model.dtype", self.dtype, DTYPES)
+        _require_one_of("model.saved_dtype", self.saved_dtype or self.dtype, DTYPES)
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,50 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require(self.windows >= 0, "evaluation.windows", self.windows, "0 or more")
         require(self.length >= 2, "evaluation.length", self.length, "2 or more")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(EvaluationConfig):
+    """What `zssvd evaluate` measures: perplexity where there is a text, accuracy where there are tasks."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Zero-shot tasks of EleutherAI's lm-evaluation-harness (`[piqa,arc_easy,winogrande]`), which reads their rows from
+    the hub."""
+    data: str | None = None
+    """Folder with `piqa_val.jsonl`, `arc_easy_test.jsonl` or `winogrande_val.jsonl`, rows `{goal, choices, gold}`,
+    `{question, choices, gold}` and `{sentence, choices, gold}`. Those tasks are read from it, and none from the hub."""
+    include: str | None = None
+    """Folder with the harness's YAML files of more tasks."""
+    dense: str | None = None
+    """Model source to measure tasks on beside the one that is evaluated; for a folder of a run the model that was
+    compressed, unless this is null."""
+    limit: int | None = None
+    """Rows of each task, from the first; all when None."""
+    batch_size: int = 8
+    """Sequences of a task in a batch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What `zssvd export` writes."""
+
+    format: str = "dense"
+    """`dense` merges compressed layers, for tools that know no low rank; `self_contained` adds the code that
+    `trust_remote_code=True` needs to load the folder without this package; `onnx` is a graph for onnxruntime."""
+    dtype: str | None = None
+    """Floating-point type of the weights; as they were saved when None."""
+    max_shard_size: str = "5GB"
+    """Size of each file of weights, at most."""
+
+    def __post_init__(self) -> None:
+        _require_one_of("format", self.format, EXPORTS)
+        if self.dtype is not None:
+            _require_one_of("dtype", self.dtype, DTYPES)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.gathering import Gathering
+from zssvd_lightning.quantization import Importance, importance
 from zssvd_lightning.selection import Components
 from zssvd_lightning.spectrum import Spectrum
 from zssvd_lightning.statistics import Moments
@@ -31,6 +32,8 @@ class Decomposition:
     """Name -> spectrum, on the CPU, of the layers of this process."""
     components: Mapping[str, Components]
     """Name -> scores of all layers, in module order."""
+    importances: Mapping[str, Importance]
+    """Name -> importance of each output and input, for the layers there are statistics of it."""
 
 
 def svd_work(m: int, n: int) -> float:
@@ -66,12 +69,25 @@ def share_out(targets: Mapping[str, Target], leaders: Mapping[str, str], size: i
 
 
 def decompose(
-    targets: Mapping[str, Target], gathering: Gathering, metric: str, team: Team, progress: bool
+    targets: Mapping[str, Target],
+    gathering: Gathering,
+    metric: str,
+    team: Team,
+    progress: bool,
+    weigh: bool = False,
 ) -> Decomposition:
     """Spectra and scores of all layers; one whitening for those that share an input. Collective.
 
     Processes go through their shares at the same time, layer by layer. Each holds the whole weight and statistics of
     one layer at a time, the latest whitening, and on the CPU the spectra of its share.
+
+    Args:
+        targets: the layers.
+        gathering: statistics of them.
+        metric: by its name in `whitening.METRICS`.
+        team: the processes that compress the model together.
+        progress: whether to draw a bar.
+        weigh: whether to find the importance of outputs and inputs too.
 
     Raises:
         CalibrationError: statistics are missing, not finite or degenerate, or an SVD failed; names the layer.
@@ -79,7 +95,7 @@ def decompose(
     """
     gathering.share_counts()
     shares = share_out(targets, gathering.moments.leaders, team.size)
-    worker = _Worker(targets, gathering, metric, team)
+    worker = _Worker(targets, gathering, metric, team, weigh)
     with tqdm(total=len(targets), desc="spectra", unit="layer", disable=not progress) as bar:
         for turn in zip_longest(*shares):
             worker.take(turn)
@@ -89,20 +105,26 @@ def decompose(
     if team.rank == 0:
         warn_of_jitter(jitters)
     owners = {name: rank for rank, names in enumerate(shares) for name in names}
-    return Decomposition(owners, worker.spectra, {name: components[name] for name in targets})
+    importances = {name: Importance(*pair) for name, pair in _of_all(team, worker.importances).items()}
+    return Decomposition(owners, worker.spectra, {name: components[name] for name in targets}, importances)
 
 
 class _Worker:
     """One process at its share of the layers."""
 
-    def __init__(self, targets: Mapping[str, Target], gathering: Gathering, metric: str, team: Team) -> None:
+    def __init__(
+        self, targets: Mapping[str, Target], gathering: Gathering, metric: str, team: Team, weigh: bool
+    ) -> None:
         self.spectra: dict[str, Spectrum] = {}
         self.components: dict[str, Components] = {}
         self.jitters: dict[str, float] = {}
+        self.importances: dict[str, tuple[Tensor, Tensor]] = {}
         self._targets = targets
         self._gathering = gathering
         self._metric = METRICS[metric]
         self._team = team
+        self._weigh = weigh
+        self._mean_squares = torch.empty(0)
         self._started: set[str] = set()
         self._whitening: tuple[str, Whitening] | None = None
 
@@ -130,8 +152,14 @@ class _Worker:
             self._whitening = None
             self._whitening = leader, self._metric(moments, name)
             self.jitters[leader] = self._whitening[1].jitter
+            if self._weigh:
+                self._mean_squares = moments.second_moment(name).diagonal().clone()
         spectrum = _spectrum(self._targets[name], weight, self._whitening[1])
-        delta = spectrum.sensitivities(moments.mean_gradient(name))
+        G = moments.mean_gradient(name)
+        delta = spectrum.sensitivities(G)
+        if self._weigh:
+            found = importance(self._mean_squares, self._whitening[1].whiten_gradient(G))
+            self.importances[name] = found.outputs.cpu(), found.inputs.cpu()
         self.spectra[name], self.components[name] = spectrum.to("cpu"), Components(spectrum.sigma.cpu(), delta.cpu())
 
 

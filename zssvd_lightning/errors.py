@@ -71,3 +71,19 @@ class SavedModelError(ZSSVDError, RuntimeError):
 
 class RankDeficientWarning(UserWarning):
     """A second moment was singular; names the layer and the jitter that made it positive definite."""
+
+
+class TaskError(ZSSVDError, ValueError):
+    """A task to evaluate on is unknown, does not load, or its rows are missing or malformed."""
+
+
+class UnsupportedServingError(ZSSVDError, RuntimeError):
+    """A serving engine needs a layer in a way that its compressed form does not allow."""
+
+
+class ExportError(ZSSVDError, RuntimeError):
+    """A model cannot be written in the format asked for."""
+
+
+class QuantizationError(ZSSVDError, ValueError):
+    """A model cannot be kept in 8 bits as asked."""

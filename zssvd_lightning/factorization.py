@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zssvd_lightning.decomposition import Decomposition
 from zssvd_lightning.distributed import Team
-from zssvd_lightning.modules import Dense, LowRankLinear, low_rank_like
+from zssvd_lightning.modules import Dense, LowRankLinear
 from zssvd_lightning.targets import Target, local_part
 
 HOOKS = (
@@ -47,7 +47,7 @@ def low_rank_layer(old: Dense, factors: Factors, bias: Tensor | None) -> LowRank
 
     Bias, `requires_grad` flags, training mode and forward and backward hooks carry over.
     """
-    new = low_rank_like(old, len(factors.down))
+    new = LowRankLinear.like(old, rank=len(factors.down))
     new.to_empty(device=factors.up.device)
     new.fill(*factors, bias)
     new.__dict__.update({kind: old.__dict__[kind] for kind in HOOKS})  # the same, so that their handles go on working

@@ -1,20 +1,46 @@
 """Writing files and folders so that an interrupted run loses nothing."""
 
+import ctypes
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from zssvd_lightning.errors import OutputError
 
 MARKER = "report.json"
 """Lists, under `files`, what this package wrote into a folder; a folder that holds nothing else may be replaced."""
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "*processor_config.json",
+    "modeling_zssvd.py",
+    "zssvd_modules.py",
+    "model.onnx*",
+    "README.md",
+)
+"""What saved models consist of; a folder of a compressed one, or of an ONNX graph, may be replaced as well."""
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of Linux's renameat2."""
 
 
 def check_output(path: str | Path) -> Path:
-    """The output folder, when it may be written: absent, empty, or holding an earlier run and nothing else.
+    """The output folder, when it may be written: absent, empty, or holding nothing but what this package wrote.
+
+    A folder with a dense model is not to be replaced, since it may be the one that compression began with.
 
     Raises:
         OutputError: it is a file, or holds something this package did not write.
@@ -22,19 +48,39 @@ def check_output(path: str | Path) -> Path:
     path = Path(path).expanduser().resolve()
     if path.exists() and not path.is_dir():
         raise OutputError(f"output {path} is a file; name a folder")
-    if path.exists() and (foreign := sorted({entry.name for entry in path.iterdir()} - _written(path / MARKER))):
+    if path.exists() and (foreign := sorted(_entries(path) - _written(path / MARKER))):
         raise OutputError(
-            f"output {path} holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}, which no earlier run "
-            "wrote; name an empty or new folder"
+            f"output {path} holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}, which this package "
+            "did not write; name an empty or new folder"
         )
     return path
 
 
+def _entries(folder: Path) -> set[str]:
+    """Names of what is in a folder; without those of its model, where this package wrote it."""
+    names = {entry.name for entry in folder.iterdir()}
+    if "model.onnx" in names or _config(folder).get("model_type") == "zssvd":
+        names = {name for name in names if not any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)}
+    return names
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found = _json(folder / "config.json")
+    return found if isinstance(found, dict) else {}
+
+
 def _written(report: Path) -> set[str]:
     try:
-        return set(json.loads(report.read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return set(_json(report)["files"])
+    except (KeyError, TypeError):
         return set()
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 @contextmanager
@@ -81,14 +127,26 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 
 
 def _swap(new: Path, path: Path) -> None:
+    """Puts `new` in the place of `path`, and removes what was there."""
     if not path.exists():
         new.rename(path)
-        return
-    old = path.with_name(f"{new.name}.old")
-    path.rename(old)
-    try:
-        new.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old)
+    elif _exchange(new, path):
+        shutil.rmtree(new)
+    else:
+        old = path.with_name(f"{new.name}.old")
+        path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+        shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Has two folders change places in one step, so that neither is ever missing; False where the system cannot."""
+    with suppress(OSError, AttributeError):  # no C library, or one without the call
+        exchange = ctypes.CDLL(None).renameat2
+        failed: int = exchange(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
+        return failed == 0
+    return False

@@ -1,57 +1,86 @@
-"""Compressed models as folders that transformers reads: its usual files, with every rank in the config.
+"""The format of compressed models on disk: the files of transformers, with the form of every layer in the config.
 
 Importing this module registers the format, so that `AutoModelForCausalLM.from_pretrained(folder)` rebuilds the
-low-rank layers before it loads the weights.
+compressed layers before it loads the weights. Without it, transformers does not know the model type and says so.
 """
 
-from pathlib import Path
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from zssvd_lightning.errors import SavedModelError
-from zssvd_lightning.structure import ranks_of, rebuild
+from zssvd_lightning.integrity import refuse_changed, refuse_missing
+from zssvd_lightning.structure import rebuild, specs_of
 
 METHOD = "zssvd"
+"""Model type and quantization method of compressed models on disk. In memory they have the type they began with."""
+BASE = "base_model_type"
 FORMAT_VERSION = 1
 
 
 @register_quantization_config(METHOD)
-class LowRankConfig(QuantizationConfigMixin):
+class CompressedLayers(QuantizationConfigMixin):
     """The `quantization_config` entry of a compressed model's config.
 
     Args:
-        ranks: rank of every low-rank layer, by its name in the model.
+        layers: kind and sizes of every compressed layer, by its name in the model.
+        files: SHA-256 digest of each file of weights, by its name; not known of a model in memory.
         version: of this format.
     """
 
-    def __init__(self, ranks: dict[str, int] | None = None, version: int = FORMAT_VERSION, **_: Any) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, dict[str, Any]] | None = None,
+        files: Mapping[str, str] | None = None,
+        version: int = FORMAT_VERSION,
+        **_: Any,
+    ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.ranks = ranks or {}
+        self.layers = dict(layers or {})
+        self.files = dict(files or {})
         self.version = version
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, as in `config.json`."""
+        digests = {"files": self.files} if self.files else {}
+        return {"quant_method": METHOD, "version": self.version, "layers": self.layers} | digests
 
 
 @register_quantizer(METHOD)
-class LowRankRebuilder(HfQuantizer):
-    """Puts empty low-rank layers into the model that transformers is about to load weights into."""
+class Rebuilder(HfQuantizer):
+    """Puts empty compressed layers into the model that transformers is about to load weights into."""
 
     requires_calibration = True
-    quantization_config: LowRankConfig
+    quantization_config: CompressedLayers
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        if self.quantization_config.version > FORMAT_VERSION:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        found = self.quantization_config
+        if found.version > FORMAT_VERSION:
             raise SavedModelError(
-                f"the folder is of format {self.quantization_config.version}, this release reads {FORMAT_VERSION}; "
-                "upgrade zssvd-lightning"
+                f"the folder is of format {found.version}, this release reads {FORMAT_VERSION}; upgrade zssvd-lightning"
             )
-        rebuild(model, self.quantization_config.ranks)
+        refuse_changed(checkpoint_files or (), found.files)
+        rebuild(model, found.layers)
+        refuse_missing(checkpoint_files or (), {name: model.get_submodule(name) for name in found.layers})
         return model
 
-    def is_serializable(self, *_: Any, **__: Any) -> bool:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        """From here on it is a model like others, which may be cast, trained and saved as such."""
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        del model.config._is_quantized  # noqa: SLF001
+        mark(model)
+        return model
+
+    def is_serializable(self) -> bool:
         """Saving again writes the same format."""
         return True
 
@@ -60,42 +89,82 @@ class LowRankRebuilder(HfQuantizer):
         """The factors are ordinary parameters."""
         return True
 
-    @property
-    def is_qat_trainable(self) -> bool:
-        """So that the transformers Trainer fine-tunes them in full."""
-        return True
+
+class CompressedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+    """Reads the config of a compressed model, as one of the model type it began with."""
+
+    model_type = METHOD
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config of the architecture, for the model classes of transformers.
+
+        Raises:
+            SavedModelError: the entry that names the architecture or the layers is missing, or it is not known.
+        """
+        told = dict(config_dict)
+        told.pop("auto_map", None)  # for those who do not have this package
+        base = told.pop(BASE, None)
+        if base not in CONFIG_MAPPING or (told.get("quantization_config") or {}).get("quant_method") != METHOD:
+            raise SavedModelError(
+                f"config.json is of model type {METHOD!r}, but has {BASE} {base!r}, which transformers does not know, "
+                "or no quantization_config with the layers; upgrade transformers, or save the model again"
+            )
+        return CONFIG_MAPPING[base].from_dict(told | {"model_type": base}, **kwargs)
 
 
-def save_pretrained(
-    model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
-) -> None:
-    """Writes a compressed (or dense) model, and its tokenizer, as safetensors and config files into `folder`."""
-    if ranks := ranks_of(model):
-        model.config.quantization_config = LowRankConfig(ranks)
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+AutoConfig.register(METHOD, CompressedConfig)
 
 
-def from_pretrained(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
-    """The causal language model in a folder that `save_pretrained` wrote, compressed or dense.
+def mark(model: nn.Module) -> None:
+    """Has the configs of the transformers models in `model` tell of its compressed layers, however they are saved.
 
-    Args:
-        folder: a local folder, or a hub id.
-        dtype: floating-point type of the weights, such as `float32`; as they were saved when `auto`.
+    Dense models lose such a mark.
+    """
+    seen: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(name.startswith(outer) for outer in seen):
+            seen.append(f"{name}." if name else "")
+            tell(module.config, specs_of(module))
+
+
+def tell(config: PreTrainedConfig, specs: Mapping[str, dict[str, Any]]) -> None:
+    """Has one config tell of compressed layers, or no longer when `specs` is empty.
 
     Raises:
-        SavedModelError: weights are missing or of the wrong shape, so the model would be partly random, or a
-            compressed model has some left over.
+        SavedModelError: the config tells of another quantization already.
     """
-    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    model, info = loaded
-    checked: PreTrainedModel = model
-    suspect = ["missing_keys", "mismatched_keys", *(["unexpected_keys"] if ranks_of(checked) else [])]
-    wrong = {key: info[key] for key in suspect if info[key]}
-    if wrong:
-        raise SavedModelError(f"{folder} does not hold the weights its config speaks of: {wrong}")
-    return checked
+    plain = getattr(type(config), "plain", type(config))
+    found = getattr(config, "quantization_config", None)
+    if specs:
+        if found is not None and not isinstance(found, CompressedLayers):
+            raise SavedModelError(f"a config can tell of one quantization only, and has {type(found).__name__} already")
+        config.quantization_config = CompressedLayers(specs)
+        config.__class__ = _telling(plain)  # type: ignore[arg-type]
+    elif isinstance(found, CompressedLayers):
+        del config.quantization_config
+        config.__class__ = plain
+
+
+@cache
+def _telling(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """A config class like `base` whose files are of the type of compressed models."""
+
+    class Telling(base):  # type: ignore[misc, valid-type]
+        def to_json_string(self, use_diff: bool = True) -> str:
+            told = json.loads(super().to_json_string(use_diff))
+            return json.dumps(told | {BASE: told["model_type"], "model_type": METHOD}, indent=2, sort_keys=True) + "\n"
+
+        def __reduce__(self) -> Any:  # a class made here cannot be found by its name
+            return _revived, (base, self.__dict__)
+
+    Telling.plain = base
+    Telling.__name__, Telling.__qualname__ = base.__name__, base.__qualname__  # transformers looks classes up by name
+    return Telling
+
+
+def _revived(base: type[PreTrainedConfig], state: Mapping[str, Any]) -> PreTrainedConfig:
+    telling = _telling(base)  # type: ignore[arg-type]
+    config = telling.__new__(telling)
+    config.__dict__.update(state)
+    return config

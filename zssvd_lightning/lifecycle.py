@@ -20,6 +20,7 @@ from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.guards import window_end
 from zssvd_lightning.phase import Phase
+from zssvd_lightning.quantization import Importance
 from zssvd_lightning.report import Report
 from zssvd_lightning.strategies import StrategyAdapter
 
@@ -40,6 +41,7 @@ class Lifecycle:
     Attributes:
         phase: where it stands.
         report: what was done, from FACTORISE on.
+        importances: of the low-rank layers, from FACTORISE on, for `quantize`; None unless they are needed.
         batch: the batch under observation.
         terms_unit: loss terms of the first batch of a gathering, in multiples of which gradients are weighted.
         batches_into_epoch: batches of this epoch that have ended.
@@ -51,6 +53,7 @@ class Lifecycle:
         self.config = config
         self.phase = Phase.WAIT
         self.report: Report | None = None
+        self.importances: dict[str, Importance] | None = None
         self.batch: ObservedBatch | None = None
         self.terms_unit: float | None = None
         self.batches_into_epoch = 0
@@ -171,7 +174,7 @@ class Lifecycle:
         self.compression.factorise()
         with self.compression.stopwatch(Phase.FACTORISE.value):
             set_up_optimizers()
-        self.report = self.compression.report()
+        self.report, self.importances = self.compression.report(), self.compression.importances
         self.report.config = {"compression": asdict(self.config)}
         self._compression, self.first_losses = None, []
         self.phase = Phase.RECOVER
@@ -216,6 +219,7 @@ class Lifecycle:
             "first_losses": None if self.first_losses is None else list(self.first_losses),
             "compression": compression,
             "report": None if self.report is None else self.report.to_dict(),
+            "importances": None if self.importances is None else {n: list(i) for n, i in self.importances.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -233,6 +237,8 @@ class Lifecycle:
         self.epoch_length = state["epoch_length"]
         self.first_losses = state["first_losses"]
         self.report = None if state["report"] is None else Report.from_dict(state["report"])
+        found = state["importances"]
+        self.importances = None if found is None else {name: Importance(*pair) for name, pair in found.items()}
         self._restored = state
 
     def check(self, state: Mapping[str, Any]) -> None:

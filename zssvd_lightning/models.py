@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from zssvd_lightning.errors import ModelSourceError
-from zssvd_lightning.hub import from_pretrained
+from zssvd_lightning.saving import from_pretrained
 
 
 def load_model(source: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -18,7 +18,7 @@ def load_model(source: str, dtype: str = "float32") -> tuple[PreTrainedModel, Pr
     Args:
         source: `package:NAME` (an installed distribution that holds one `.gguf` file), a local folder, compressed by
             this package or not, or a hub id.
-        dtype: floating-point type of the weights, such as `float32`.
+        dtype: floating-point type of the weights, such as `float32`; as they were saved when `auto`.
 
     Raises:
         ModelSourceError: there is no such package, file, folder or hub model, or it cannot be read.
@@ -56,7 +56,9 @@ def _from_package(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
         )
     folder, file = str(weights[0].parent), weights[0].name
     try:
-        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=getattr(torch, dtype))
+        read = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=getattr(torch, "float32" if dtype == "auto" else dtype)
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     except (OSError, ValueError) as error:
         raise ModelSourceError(f"cannot read {weights[0]}: {error}") from error

@@ -6,7 +6,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from zssvd_lightning.budget import stored_parameters
 from zssvd_lightning.errors import TextError
 from zssvd_lightning.files import replacing_file
 from zssvd_lightning.phase import Phase
@@ -95,11 +94,10 @@ def _column(metrics: str | Path, name: str) -> list[tuple[int, float]]:
 def _grid(report: Report) -> tuple[list[str], list[str], list[list[float]]]:
     """Rows are names without their numbers, columns the first number in the name; NaN where there is no layer."""
     cells: dict[tuple[str, str], float] = {}
-    for name, (rank, (m, n)) in report.layers.items():
+    for name, (_, (m, n), kept) in report.layers.items():
         number = re.search(r"\d+", name)
         kind = re.sub(r"^.*?\.\d+\.", "", name)
-        stored = m * n if rank is None else stored_parameters(m, n, rank)
-        cells[kind, number.group() if number else ""] = stored / (m * n)
+        cells[kind, number.group() if number else ""] = kept / (m * n)
     rows = list(dict.fromkeys(kind for kind, _ in cells))
     columns = list(dict.fromkeys(number for _, number in cells))
     return rows, columns, [[cells.get((row, column), float("nan")) for column in columns] for row in rows]

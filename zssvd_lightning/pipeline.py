@@ -46,7 +46,7 @@ def compress(
     progress: bool = True,
     **reading: Unpack[Reading],
 ) -> Report:
-    """Compresses `model` in place: calibrate, truncate, correct and truncate again, factorise.
+    """Compresses `model` in place: calibrate, truncate, correct and truncate again, factorise, store.
 
     Args:
         model: any module of `nn.Linear` or transformers' `Conv1D` layers.
@@ -69,6 +69,7 @@ def compress(
             gather(compression, batches, step.gathers, **reading)
             step.act(compression)
         compression.factorise()
+        compression.store()
     return compression.report()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from zssvd_lightning.budget import Budget, Shape, break_even_rank
+from zssvd_lightning.budget import Budget, Shape
 from zssvd_lightning.errors import OutputError, PlanError
 from zssvd_lightning.files import replacing_file
 from zssvd_lightning.selection import Components, Selection, of_ranks
@@ -30,6 +30,8 @@ class Plan:
     """Name -> (m, n)."""
     reached: float
     """Fraction of the target layers' parameters that these ranks remove."""
+    highest: Mapping[str, int]
+    """Name -> largest rank at which the layer takes less than it does dense."""
     drifts: Mapping[str, float] | None = None
     """Name -> predicted change of the loss; None for a plan that was read."""
 
@@ -37,7 +39,7 @@ class Plan:
     def of(cls, selection: Selection, budget: Budget) -> "Plan":
         """The ranks of a selection."""
         ranks = {name: selection.rank(name) for name in budget.shapes}
-        return cls(ranks, budget.shapes, budget.reached(ranks), selection.drifts)
+        return cls(ranks, budget.shapes, budget.reached(ranks), _highest(budget), selection.drifts)
 
     @classmethod
     def read(cls, path: str | Path, budget: Budget) -> "Plan":
@@ -53,8 +55,8 @@ class Plan:
                 f"({', '.join(others[:3])}); plan with the same include and ignore, and give layers to leave alone "
                 f"rank: {DENSE}"
             )
-        ranks = {name: _rank(path, name, layers[name], budget.shapes[name]) for name in budget.shapes}
-        return cls(ranks, budget.shapes, budget.reached(ranks))
+        ranks = {name: _rank(path, name, layers[name], budget) for name in budget.shapes}
+        return cls(ranks, budget.shapes, budget.reached(ranks), _highest(budget))
 
     def write(self, path: str | Path) -> None:
         """Writes the plan as YAML. Raises OutputError when there is a file already, or it cannot be written."""
@@ -76,7 +78,7 @@ class Plan:
 
     def _entry(self, name: str) -> dict[str, Any]:
         rank, shape = self.ranks[name], self.shapes[name]
-        entry: dict[str, Any] = {"rank": DENSE if rank is None else rank, "break_even": break_even_rank(*shape)}
+        entry: dict[str, Any] = {"rank": DENSE if rank is None else rank, "break_even": self.highest[name]}
         if self.drifts is not None:
             entry["predicted_drift"] = float(f"{self.drifts[name]:.3g}")
         return entry | {"shape": list(shape)}
@@ -103,16 +105,20 @@ def _layers(path: Path) -> dict[str, Any]:
     return layers
 
 
-def _rank(path: str | Path, name: str, entry: Any, shape: Shape) -> int | None:
+def _highest(budget: Budget) -> dict[str, int]:
+    return {name: budget.highest_rank(name) for name in budget.shapes}
+
+
+def _rank(path: str | Path, name: str, entry: Any, budget: Budget) -> int | None:
+    shape, highest = budget.shapes[name], budget.highest_rank(name)
     rank = entry.get("rank") if isinstance(entry, dict) else None
     if isinstance(entry, dict) and list(entry.get("shape", shape)) != list(shape):
         raise PlanError(f"plan {path} has {name} as {entry['shape']}, but it is {list(shape)} in the model")
     if rank == DENSE:
         return None
-    highest = break_even_rank(*shape)
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= highest:
         raise PlanError(
-            f"plan {path} gives {name} {shape} rank {rank!r}; it must be 1 to {highest}, above which factors store "
-            f"more than the layer does, or {DENSE}"
+            f"plan {path} gives {name} {shape} rank {rank!r}; it must be 1 to {highest}, above which storage "
+            f"{budget.storage!r} takes more than the layer does, or {DENSE}"
         )
     return rank

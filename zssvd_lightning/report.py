@@ -41,11 +41,16 @@ class LayerReport(NamedTuple):
     """Components kept; None where the layer stays dense."""
     shape: tuple[int, int]
     """(m, n) of the dense weight."""
+    kept: int
+    """Numbers it is kept in; two in 8 bits count as one."""
 
 
 @dataclass
 class Report:
-    """What was asked, what was reached and what it cost. Parameters are those of the target layers alone."""
+    """What was asked, what was reached and what it cost.
+
+    Parameters are those of the target layers alone; after compression, two in 8 bits count as one.
+    """
 
     asked: float
     """Prune ratio asked for."""
@@ -63,11 +68,12 @@ class Report:
     seconds: dict[str, float]
     """Wall-clock seconds by step."""
     perplexity: dict[str, float] | None = None
-    """Of the `dense` and the `compressed` model."""
+    """Of the `dense` and the `compressed` model, and of the `reloaded` one where it is kept in fewer bits."""
     perplexity_second: dict[str, float] | None = None
     """The same on a text of another domain."""
     file_bytes: dict[str, int] | None = None
-    """Bytes that the weights of the `dense` and the `compressed` model take on disk."""
+    """Bytes on disk of the weights of the `compressed` model, `expected` ones of the numbers it keeps, and those of
+    the `dense` one in the same type."""
     peak_rss_bytes: int = 0
     """Largest resident memory of the process so far."""
     seed: int | None = None
@@ -113,7 +119,7 @@ class Report:
             "seed": self.seed,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
             "config": dict(self.config),
-            "ranks": {n: {"rank": layer.rank, "shape": list(layer.shape)} for n, layer in self.layers.items()},
+            "ranks": {n: layer._asdict() | {"shape": list(layer.shape)} for n, layer in self.layers.items()},
         }
 
     @classmethod
@@ -124,7 +130,10 @@ class Report:
             parameters_before=saved["parameters"]["before"],
             parameters_after=saved["parameters"]["after"],
             model_parameters_before=saved["parameters"]["model"]["before"],
-            layers={n: LayerReport(layer["rank"], tuple(layer["shape"])) for n, layer in saved["ranks"].items()},
+            layers={
+                n: LayerReport(layer["rank"], tuple(layer["shape"]), layer["kept"])
+                for n, layer in saved["ranks"].items()
+            },
             predicted_drift=saved["predicted_drift"],
             losses=list(saved["losses"]),
             correction_fractions=list(saved["correction_fractions"]),
@@ -145,6 +154,8 @@ class Report:
         for title, pair in (("perplexity", self.perplexity), ("perplexity, second text", self.perplexity_second)):
             if pair:
                 table.add_row(title, f"{pair['dense']:.2f}", f"{pair['compressed']:.2f}")
+                if "reloaded" in pair:
+                    table.add_row(f"{title}, as saved", "", f"{pair['reloaded']:.2f}")
         table.add_row("target parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}")
         table.add_row("all parameters", f"{self.model_parameters_before:,}", f"{self.model_parameters_after:,}")
         if self.file_bytes:

@@ -4,15 +4,20 @@ import json
 from dataclasses import asdict
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from zssvd_lightning import evaluation, texts
+from zssvd_lightning.card import write_card
 from zssvd_lightning.config import RunConfig
 from zssvd_lightning.files import MARKER, check_output, replacing_folder
-from zssvd_lightning.hub import save_pretrained
 from zssvd_lightning.models import load_model, place
 from zssvd_lightning.picture import draw
+from zssvd_lightning.quantization import EIGHT_BIT
 from zssvd_lightning.report import Report, peak_rss_bytes
+from zssvd_lightning.saving import from_pretrained, write_model
+from zssvd_lightning.structure import specs_of
 
 
 class Run:
@@ -41,7 +46,6 @@ class Run:
             texts.sampled_windows(tokens, calibration.length, calibration.samples, calibration.seed, calibration.text)
         )
         self._windows = {key: self._evaluation_windows(text) for key, text in self._evaluation_texts().items()}
-        self._dense_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self._perplexity: dict[str, dict[str, float]] = {key: {} for key in self._windows}
         self._evaluate_seconds = 0.0
 
@@ -49,16 +53,25 @@ class Run:
         """The calibration windows in batches, always in the same order."""
         return DataLoader(self.calibration, batch_size=self.config.calibration.batch_size)
 
-    def evaluate(self, which: str) -> None:
-        """Measures perplexity on every evaluation text, as that of the `dense` or the `compressed` model."""
-        place(self.model)
+    def evaluate(self, which: str, model: PreTrainedModel | None = None) -> None:
+        """Measures perplexity on every evaluation text, as that of the `dense` or the `compressed` model.
+
+        Args:
+            which: key in the report.
+            model: another than the run's own.
+        """
+        model = model or self.model
+        place(model)
         for key, windows in self._windows.items():
-            result = evaluation.perplexity(self.model, windows, desc=f"{key}, {which}", progress=self.progress)
+            result = evaluation.perplexity(model, windows, desc=f"{key}, {which}", progress=self.progress)
             self._perplexity[key][which] = result.perplexity
             self._evaluate_seconds += result.seconds
 
     def save(self, report: Report, picture: bool = False) -> None:
         """Completes `report` and writes it, the model and the tokenizer to the output folder, all or nothing.
+
+        The model is cast to its `saved_dtype`. Where it is then another than was evaluated, as with storage in 8 bits,
+        what was written is loaded again and evaluated as `reloaded`.
 
         Args:
             report: of the compression.
@@ -67,21 +80,35 @@ class Run:
         Raises:
             OutputError: writing failed; what was there before is untouched.
         """
-        report.perplexity = self._perplexity.get("perplexity")
-        report.perplexity_second = self._perplexity.get("perplexity_second")
-        if self._windows:
-            report.seconds["evaluate"] = self._evaluate_seconds
+        dtype = getattr(torch, self.config.model.saved_dtype or self.config.model.dtype)
+        changed = self.model.dtype != dtype or self.config.compression.storage in EIGHT_BIT
+        nn.Module.to(self.model, dtype)
         report.seed = self.config.calibration.seed
         report.config = asdict(self.config)
         with replacing_folder(self.output) as folder:
-            save_pretrained(self.model, folder, self.tokenizer)
-            compressed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-            report.file_bytes = {"dense": self._dense_bytes, "compressed": compressed}
+            write_model(self.model, folder, self.tokenizer)
+            report.file_bytes = {
+                "dense": report.model_parameters_before * dtype.itemsize,
+                "expected": self._expected_bytes(report, dtype.itemsize),
+                "compressed": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+            }
+            if changed:
+                self.evaluate("reloaded", from_pretrained(folder))
+            report.perplexity = self._perplexity.get("perplexity")
+            report.perplexity_second = self._perplexity.get("perplexity_second")
+            if self._windows:
+                report.seconds["evaluate"] = self._evaluate_seconds
             report.peak_rss_bytes = peak_rss_bytes()
             if picture:
                 draw(report, folder / "report.png")
+            write_card(folder, self.output.name, specs_of(self.model), report)
             written = report.to_dict() | {"files": sorted([MARKER, *(entry.name for entry in folder.iterdir())])}
             (folder / MARKER).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+    def _expected_bytes(self, report: Report, size: int) -> int:
+        """Bytes that the numbers kept would take, those of targets being of 16 bits where the storage is of 8."""
+        others = report.model_parameters_before - report.parameters_before
+        return others * size + report.parameters_after * (2 if self.config.compression.storage in EIGHT_BIT else size)
 
     def _evaluation_texts(self) -> dict[str, str]:
         wanted = {"perplexity": self.config.evaluation.text, "perplexity_second": self.config.evaluation.second}

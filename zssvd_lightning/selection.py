@@ -6,8 +6,10 @@ whose offer is taken next; everything else is `_drop_until_met`, written once.
 """
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -122,10 +124,14 @@ def sigma(matrices: Mapping[str, Components], budget: Budget) -> Selection:
 
 
 def uniform(matrices: Mapping[str, Components], budget: Budget) -> Selection:
-    """The same fraction of every matrix: `k = floor((1 - prune_ratio) m n / (m + n))` (SVD-LLM, arXiv 2403.07378)."""
+    """The same fraction of every matrix, for factors `k = floor((1 - prune_ratio) m n / (m + n))`.
+
+    As SVD-LLM does (arXiv 2403.07378).
+    """
     ranks = {}
     for name, (m, n) in budget.shapes.items():
-        ranks[name] = int((1 - budget.prune_ratio) * m * n / (m + n) + 1e-9)
+        allowed = (1 - budget.prune_ratio) * m * n + 1e-9
+        ranks[name] = bisect_right(range(min(m, n) + 1), allowed, key=partial(budget.stored, name)) - 1
         if ranks[name] < budget.floor(name):
             raise BudgetError(
                 f"uniform ranks give {name} ({m}, {n}) rank {ranks[name]}, below its floor {budget.floor(name)}; "
@@ -173,7 +179,7 @@ def _drop_until_met(
 
     for i in range(len(names)):
         offer(i)
-    removed = 0
+    removed = budget.total - sum(budget.stored(name, rank) for name, rank in zip(names, ranks, strict=True))
     while removed < budget.to_remove:
         i = queue.take()
         removed += budget.stored(names[i], ranks[i]) - budget.stored(names[i], ranks[i] - 1)

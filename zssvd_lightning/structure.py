@@ -1,10 +1,11 @@
-"""Which layers are low-rank, in a model and in saved weights, and making the first agree with the second.
+"""Which layers are compressed, in a model and in saved weights, and making the first agree with the second.
 
-Shapes: W (m, n), up (m, k), down (k, n). Saved weights say it all: where a model has `layer.weight`, a low-rank
-layer has `layer.up.weight` and `layer.down.weight`.
+Saved weights say it all: where a model has `layer.weight`, a low-rank layer has `layer.up.weight` and
+`layer.down.weight`, and other forms have names of their own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,30 +13,55 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.errors import CheckpointError, SavedModelError
-from zssvd_lightning.modules import LOADING_NOTE, Dense, LowRankLinear, dense_like, low_rank_like, shape_of
+from zssvd_lightning.modules import (
+    KINDS,
+    LOADING_NOTE,
+    CompressedLinear,
+    Dense,
+    Int8LowRankLinear,
+    LowRankLinear,
+    dense_like,
+    layer_like,
+    shape_of,
+)
 from zssvd_lightning.targets import replace_module
 
 NAMED = 3
 """How many parameters of a kind a message names."""
 
 
+def specs_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Kind and sizes of every compressed layer in `model`, by qualified name."""
+    return {name: module.spec for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+
+
 def ranks_of(model: nn.Module) -> dict[str, int]:
-    """Rank of every `LowRankLinear` in `model`, by qualified name."""
-    return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    """Rank of every layer of low rank in `model`, by qualified name."""
+    low_rank = (LowRankLinear, Int8LowRankLinear)
+    return {name: module.rank for name, module in model.named_modules() if isinstance(module, low_rank)}
 
 
-def rebuild(model: nn.Module, ranks: Mapping[str, int]) -> None:
-    """Replaces the dense layers named in `ranks` by uninitialised low-rank ones, in place.
+def rebuild(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replaces the dense layers named in `specs` by uninitialised compressed ones, in place.
 
     Raises:
-        SavedModelError: a name is not a linear layer of the model.
+        SavedModelError: a name is not a linear layer of the model, or there is no such kind of layer.
     """
     modules = dict(model.named_modules())
-    for name, rank in ranks.items():
+    for name, spec in specs.items():
         old = modules.get(name)
         if not isinstance(old, (nn.Linear, Conv1D)):
-            raise SavedModelError(f"the config gives {name} rank {rank}, but the model has no linear layer there")
-        replace_module(model, old, low_rank_like(old, rank).to_empty(device=old.weight.device))
+            raise SavedModelError(f"the config has {name} compressed, but the model has no linear layer there")
+        if spec.get("kind") not in KINDS:
+            raise SavedModelError(
+                f"the config has {name} as {spec.get('kind')!r}, this release knows {', '.join(KINDS)}; upgrade "
+                "zssvd-lightning"
+            )
+        try:
+            new = layer_like(old, spec)
+        except (TypeError, RuntimeError) as error:
+            raise SavedModelError(f"the config has {name} as {dict(spec)}, which is no such layer: {error}") from error
+        replace_module(model, old, new.to_empty(device=old.weight.device))
 
 
 def match_structure(
@@ -45,7 +71,7 @@ def match_structure(
     strict: bool = True,
     replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
 ) -> None:
-    """Makes layers of `model` low-rank, of another rank, or dense again, as `weights` have them, in place.
+    """Makes layers of `model` compressed, of another form or rank, or dense again, as `weights` have them, in place.
 
     New layers have no values yet. Nothing is changed when the weights would not load afterwards.
 
@@ -58,8 +84,8 @@ def match_structure(
     Raises:
         CheckpointError: the weights belong to another model; says which names and shapes do not fit.
     """
-    replaced: dict[str, Dense | LowRankLinear] = {}
-    successors: dict[int, Dense | LowRankLinear] = {}
+    replaced: dict[str, Dense | CompressedLinear] = {}
+    successors: dict[int, Dense | CompressedLinear] = {}
     for name, layer in _layers(model):
         if id(layer) not in successors and (successor := _successor(name, layer, weights)) is not None:
             successors[id(layer)] = successor
@@ -68,42 +94,51 @@ def match_structure(
     _refuse_foreign(model, replaced, weights, strict)
     olds = dict(_layers(model))
     for name, new in replaced.items():
-        device = next(olds[name].parameters()).device
-        replace(model, olds[name], new.to_empty(device=device) if next(new.parameters()).is_meta else new)
+        device = next(_tensors(olds[name])).device
+        replace(model, olds[name], new.to_empty(device=device) if next(_tensors(new)).is_meta else new)
 
 
 def note(model: nn.Module) -> dict[str, Tensor]:
     """The entry that a plain load of this model's weights stumbles over and so reports; none for a dense model.
 
-    It goes behind all others, where a long list of names ends, and under a low-rank layer, which knows to drop it.
+    It goes behind all others, where a long list of names ends, and under a compressed layer, which knows to drop it.
     """
-    low_rank = [(name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
-    return {f"{name}.{LOADING_NOTE}": torch.empty(0) for name, _ in low_rank[-1:]}
+    return {f"{name}.{LOADING_NOTE}": torch.empty(0) for name in list(specs_of(model))[-1:]}
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Dense | LowRankLinear]]:
-    """Layers that are or can be low-rank, under every name they have; factors are part of theirs."""
+def _layers(model: nn.Module) -> Iterator[tuple[str, Dense | CompressedLinear]]:
+    """Layers that are or can be compressed, under every name they have; factors are part of theirs."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Linear, Conv1D, LowRankLinear)):
+        if isinstance(module, (nn.Linear, Conv1D, CompressedLinear)):
             parent = model.get_submodule(name.rpartition(".")[0]) if "." in name else model
-            if not isinstance(parent, LowRankLinear):
+            if not isinstance(parent, CompressedLinear):
                 yield name, module
 
 
-def _successor(name: str, layer: Dense | LowRankLinear, weights: Mapping[str, Any]) -> Dense | LowRankLinear | None:
+def _successor(
+    name: str, layer: Dense | CompressedLinear, weights: Mapping[str, Any]
+) -> Dense | CompressedLinear | None:
     """The layer without values that can take these weights, where `layer` cannot."""
     if f"{name}.weight" in weights:
-        return dense_like(layer) if isinstance(layer, LowRankLinear) else None
-    up, down = weights.get(f"{name}.up.weight"), weights.get(f"{name}.down.weight")
-    if up is None or down is None or (isinstance(layer, LowRankLinear) and layer.rank == len(down)):
-        return None
-    m, n = shape_of(layer)
-    if up.shape != (m, len(down)) or down.shape[1] != n:
-        raise CheckpointError(
-            f"{name} is ({m}, {n}) in the model, but its factors are up {tuple(up.shape)} and down "
-            f"{tuple(down.shape)} in the checkpoint; load it into the model it was saved from"
-        )
-    return low_rank_like(layer, len(down))
+        return dense_like(layer) if isinstance(layer, CompressedLinear) else None
+    for kind, form in KINDS.items():
+        if (sizes := form.found_in(weights, name)) is None:
+            continue
+        spec = {"kind": kind} | sizes
+        new = layer_like(layer, spec)
+        for part, value in new.state_dict().items():
+            found = weights.get(f"{name}.{part}")
+            if found is not None and found.shape != value.shape:
+                raise CheckpointError(
+                    f"{name} is {shape_of(layer)} in the model, so that its {part} is {tuple(value.shape)}, but it is "
+                    f"{tuple(found.shape)} in the checkpoint; load it into the model it was saved from"
+                )
+        return None if isinstance(layer, CompressedLinear) and layer.spec == spec else new
+    return None
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())
 
 
 def _refuse_foreign(
@@ -148,7 +183,7 @@ def _complaint(kind: str, names: Iterable[str]) -> list[str]:
 
 def _loads_in_its_own_way(module: nn.Module) -> bool:
     """Whether a module may rename or convert what it loads, so that only itself can tell what fits."""
-    if isinstance(module, LowRankLinear):
+    if isinstance(module, CompressedLinear):
         return False
     overridden = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict  # noqa: SLF001
     return overridden or bool(module._load_state_dict_pre_hooks)  # noqa: SLF001

@@ -34,6 +34,13 @@ class Whitening:
         whitened: Tensor = W @ self.L.to(W)
         return whitened
 
+    def whiten_gradient(self, G: Tensor) -> Tensor:
+        """`H = G L^-T` (m, n), the gradient by the whitened weight."""
+        if self.L is None:
+            return G
+        solved: Tensor = torch.linalg.solve_triangular(self.L.T.to(G), G, upper=True, left=False)
+        return solved
+
     def unwhiten(self, Vh: Tensor) -> Tensor:
         """`Vh L^-1` (r, n), by a triangular solve."""
         if self.L is None:

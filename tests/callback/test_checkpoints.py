@@ -192,7 +192,7 @@ class Renamed(CausalLM):
 
 
 FOREIGN = {
-    "compressed, of another width": (Other, 16, r"q_proj is \(24, 24\) in the model, but its factors are up \(32,"),
+    "compressed, of another width": (Other, 16, r"q_proj is \(24, 24\) in the model, so that its down.weight is"),
     "compressed, of another depth": (Deeper, 16, r"missing \(model.model.layers.2"),
     "compressed, of other names": (Renamed, 16, "missing .*unexpected"),
     "dense, of another width": (Other, 2, r"of another shape \(.* \(97, 32\) instead of \(97, 24\)"),

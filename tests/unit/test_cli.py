@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
-from support.models import saved_tiny_llama
+from support.models import saved_tiny_llama, tiny_tokenizer
 
 from zssvd_lightning.cli import main
 from zssvd_lightning.files import MARKER
@@ -20,6 +20,9 @@ def workshop(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workshop")
     torch.manual_seed(0)
     saved_tiny_llama(folder / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<unk>"
+    tokenizer.save_pretrained(folder / "model")
     words = random.Random(0).choices(["the", "state", "of", "union", "is", "strong"], k=4000)
     (folder / "text.txt").write_text(" ".join(words))
     (folder / "other.jsonl").write_text("\n".join(json.dumps({"goal": " ".join(words[i : i + 9])}) for i in range(300)))
@@ -93,6 +96,45 @@ def test_compress_then_evaluate(workshop, zssvd):
     assert dense["perplexity"] == pytest.approx(report["perplexity"]["dense"], rel=1e-6)
 
 
+def test_evaluate_on_tasks(workshop, zssvd, tmp_path):
+    rows = [{"goal": "a", "choices": [f"b{i}", "c" * i], "gold": i % 2} for i in range(1, 7)]
+    (tmp_path / "piqa_val.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = ["tasks=[piqa]", f"data={tmp_path}", "batch_size=4"]
+    zssvd("compress", workshop / "config.yaml", "compression.corrections=0", f"output={workshop}/tasks")
+    done = zssvd("evaluate", workshop / "tasks", *asked)
+    out = json.loads(done.out)
+    assert out["models"] == {"dense": f"{workshop}/model", "compressed": f"{workshop}/tasks"}
+    assert list(out["tasks"]) == ["piqa"]
+    piqa = out["tasks"]["piqa"]
+    assert piqa["rows"] == 6
+    assert {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"} == piqa.keys() - {"rows"}
+    assert all(list(piqa[metric]) == ["dense", "compressed"] for metric in piqa if metric != "rows")
+    assert out["tokens"] == 3 * 31
+    assert set(out["task_seconds"]) == {"dense", "compressed"}
+    assert f"{piqa['acc']['dense']:.4f} ± {piqa['acc_stderr']['dense']:.4f}" in done.err
+
+    alone = json.loads(zssvd("evaluate", workshop / "model", *asked).out)
+    assert "perplexity" not in alone
+    assert alone["tasks"]["piqa"]["acc"] == {"model": piqa["acc"]["dense"]}
+    alone = json.loads(zssvd("evaluate", workshop / "tasks", *asked, "dense=null", "text=null", "limit=2").out)
+    assert alone["models"] == {"model": f"{workshop}/tasks"}
+    assert alone["tasks"]["piqa"]["rows"] == 2
+    other = json.loads(zssvd("evaluate", workshop / "model", *asked, f"dense={workshop}/tasks").out)
+    assert other["tasks"]["piqa"]["acc"]["dense"] == piqa["acc"]["compressed"]
+    for overrides, message in (
+        (["dense=nowhere/model"], "dense=null"),
+        (["limit=0"], "limit is 0"),
+        (["batch_size=0"], "batch_size is 0"),
+        (["tasks=[piqua]"], "did you mean 'piqa'"),
+        (["taks=[piqa]"], "did you mean 'tasks'"),
+        ([f"data={workshop}"], "piqa_val.jsonl"),
+    ):
+        done = zssvd("evaluate", workshop / "tasks", *asked, *overrides)
+        assert done.code == 1
+        assert message in done.err
+        assert not done.out
+
+
 def test_whole_text_and_no_text(workshop, zssvd):
     zssvd(
         "compress",
@@ -115,7 +157,7 @@ def test_whole_text_and_no_text(workshop, zssvd):
         (["compress", "{}/nowhere.yaml"], "does not exist"),
         (["compress", "{}/config.yaml", "calibration.samples=9999"], "windows of 32"),
         (["compress", "{}/config.yaml", "evaluation.length=999999"], "windows of 999999"),
-        (["compress", "{}/config.yaml", "output={}/model"], "which no earlier run wrote"),
+        (["compress", "{}/config.yaml", "output={}/model"], "which this package did not write"),
         (["compress", "{}/config.yaml", "compression.include=[lm_head]", "output={}/new"], "tied"),
         (["compress", "{}/config.yaml", "model.source={}/none"], "no config.json"),
         (["evaluate", "{}/model"], "give one as text=SOURCE"),

@@ -51,7 +51,7 @@ def test_full_disk_is_a_named_error(tmp_path):
 def test_a_report_does_not_give_away_what_else_is_there(tmp_path, report):
     (tmp_path / MARKER).write_text(report)
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(OutputError, match="which no earlier run wrote"), replacing_folder(tmp_path):
+    with pytest.raises(OutputError, match="which this package did not write"), replacing_folder(tmp_path):
         pass
     assert "thesis.tex" in written(tmp_path)
 
@@ -72,3 +72,23 @@ def test_folders_of_others_are_refused(tmp_path):
     with pytest.raises(OutputError, match="is a file"):
         check_output(tmp_path / "thesis.tex")
     assert check_output(tmp_path / "new") == tmp_path / "new"
+
+
+def test_replacing_never_leaves_the_place_empty(tmp_path, monkeypatch):
+    """Whatever moment a process ends at: folders change places in one step, where the system can do that."""
+    with replacing_folder(tmp_path / "out") as folder:
+        write(folder, "old")
+    monkeypatch.setattr("pathlib.Path.rename", lambda *_: pytest.fail("renamed"))
+    with replacing_folder(tmp_path / "out") as folder:
+        write(folder, "new")
+    assert written(tmp_path / "out") == ["new", MARKER]
+    assert written(tmp_path) == ["out"]
+
+
+def test_replacing_works_where_the_system_cannot_exchange_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr("zssvd_lightning.files._exchange", lambda *_: False)
+    for name in ("old", "new"):
+        with replacing_folder(tmp_path / "out") as folder:
+            write(folder, name)
+    assert written(tmp_path / "out") == ["new", MARKER]
+    assert written(tmp_path) == ["out"]

@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -6,37 +8,60 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.models import (
+    VOCABULARY,
     saved_tiny_llama,
+    sequence_pairs,
     tiny_gpt2,
     tiny_llama,
+    tiny_t5,
+    tiny_tokenizer,
     token_batches,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from zssvd_lightning import CompressionConfig, LowRankLinear, compress, from_pretrained, save_pretrained
-from zssvd_lightning.errors import ModelSourceError, SavedModelError
+from zssvd_lightning import CompressionConfig, LowRankLinear, compress, from_pretrained, merge, save_pretrained
+from zssvd_lightning.errors import ModelSourceError, OutputError, SavedModelError
 from zssvd_lightning.models import load_model
-from zssvd_lightning.structure import ranks_of, rebuild
+from zssvd_lightning.structure import rebuild, specs_of
+
+
+def tiny_opt():
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2}
+    return OPTForCausalLM(OPTConfig(vocab_size=VOCABULARY, num_attention_heads=4, max_position_embeddings=64, **sizes))
+
 
 BUILDERS = {
     "tied llama": tiny_llama,
     "untied llama": lambda: tiny_llama(tie_word_embeddings=False),
     "gpt2": tiny_gpt2,
+    "opt": tiny_opt,
     "llama with biases": lambda: tiny_llama(attention_bias=True, mlp_bias=True),
+}
+STORED = {
+    "factors": CompressionConfig(0.3, corrections=0),
+    "remap": CompressionConfig(0.4, corrections=0, storage="remap"),
+    "remap, loss-aware": CompressionConfig(0.4, corrections=0, storage="remap", rows_in_16_bits="loss_aware"),
+    "hq": CompressionConfig(0.6, corrections=0, storage="hq"),
 }
 
 
-def compressed(build=tiny_llama, dtype=torch.float32):
-    config = build().config
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    compress(model, token_batches(), CompressionConfig(0.3, corrections=0), progress=False)
+def compressed(build=tiny_llama, dtype=torch.float32, config=STORED["factors"]):
+    model = AutoModelForCausalLM.from_config(build().config, dtype=dtype)  # .to(dtype) would round rotary frequencies
+    compress(model, token_batches(), config, progress=False)
     return model.eval()
 
 
 def logits(model):
     with torch.no_grad():
         return model(input_ids=token_batches(1)[0]["input_ids"]).logits
+
+
+def edit_config(folder, change):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,64 +71,281 @@ def test_reloaded_model_gives_equal_logits_also_after_saving_again(tmp_path, bui
     save_pretrained(model, tmp_path / "one")
     first = from_pretrained(tmp_path / "one")
     assert torch.equal(logits(first), logits(model))
-    assert ranks_of(first) == ranks_of(model)
+    assert specs_of(first) == specs_of(model)
+    assert first.dtype == dtype
     save_pretrained(first, tmp_path / "two")
-    second = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "two", device_map="auto")
     assert torch.equal(logits(second), logits(model))
     assert any(isinstance(m, LowRankLinear) for m in second.modules())
+    tied = second.config.tie_word_embeddings
+    assert (second.get_output_embeddings().weight is second.get_input_embeddings().weight) == tied
 
 
-def test_a_fresh_process_reads_it(tmp_path):
+@pytest.mark.parametrize("stored", list(STORED)[1:])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_8_bit_models_are_saved_in_8_bits_and_reloaded_to_equal_logits(tmp_path, build, stored):
+    model = compressed(build, torch.bfloat16, STORED[stored])
+    save_pretrained(model, tmp_path / "one")
+    types = {
+        str(value.dtype) for name, value in load_file(tmp_path / "one" / "model.safetensors").items() if "codes" in name
+    }
+    assert types == {"torch.int8"}
+    first = from_pretrained(tmp_path / "one")
+    assert torch.equal(logits(first), logits(model))
+    first.save_pretrained(tmp_path / "two")
+    assert torch.equal(logits(from_pretrained(tmp_path / "two")), logits(model))
+    in_float32 = from_pretrained(tmp_path / "one", dtype="float32")
+    torch.testing.assert_close(logits(in_float32), logits(model).float(), atol=0.05, rtol=0.1)
+
+
+def test_plain_save_pretrained_of_transformers_writes_what_loading_takes(tmp_path):
     model = compressed()
-    save_pretrained(model, tmp_path / "m")
-    code = (
-        "import sys, torch; from zssvd_lightning import from_pretrained; from support.models import token_batches\n"
-        "with torch.no_grad(): out = from_pretrained(sys.argv[1])(input_ids=token_batches(1)[0]['input_ids']).logits\n"
-        "torch.save(out, sys.argv[2])"
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "zssvd"
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_weights_in_several_files(tmp_path):
+    model = compressed()
+    save_pretrained(model, tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
+
+
+def test_a_model_of_another_task_comes_back_as_its_class(tmp_path):
+    model = tiny_t5().eval()
+    batches = sequence_pairs()
+    compress(model, batches, CompressionConfig(0.3, corrections=0), progress=False)
+    save_pretrained(model, tmp_path)
+    again = from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    with torch.no_grad():
+        assert torch.equal(again(**batches[0]).logits, model(**batches[0]).logits)
+
+
+def test_a_reloaded_model_is_cast_copied_and_pickled_like_any_other(tmp_path):
+    save_pretrained(compressed(), tmp_path)
+    model = from_pretrained(tmp_path)
+    expected = logits(model)
+    assert torch.equal(
+        logits(copy.deepcopy(model).half().float().double().float()), logits(copy.deepcopy(model).half().float())
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "m"), str(tmp_path / "logits.pt")]
-    subprocess.run(command, check=True, cwd="tests")
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model))
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    config = pickle.loads(pickle.dumps(model.config))
+    assert config.to_json_string() == model.config.to_json_string()
+    assert config.model_type == "llama"
+    assert not model.is_quantized
+
+
+def test_merging_gives_an_ordinary_model(tmp_path):
+    for name, config in STORED.items():
+        model = compressed(tiny_gpt2, config=config)
+        expected, folder = logits(model), tmp_path / name
+        merge(model)
+        torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+        assert {n for n, _ in model.named_parameters()} == {n for n, _ in tiny_gpt2().named_parameters()}
+        save_pretrained(model, folder)
+        assert "zssvd" not in (folder / "config.json").read_text()
+        assert not (folder / "README.md").exists()
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model))
+
+
+FRESH = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+ids, folder, out = torch.load(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+def failure(**options):
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, **options)
+    except ValueError as error:
+        return str(error)
+result = {"plain": failure(trust_remote_code=False)}
+trusted = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+result["trusted"] = logits(trusted)
+trusted.save_pretrained(out / "again")
+result["again"] = logits(AutoModelForCausalLM.from_pretrained(out / "again", trust_remote_code=True))
+assert "zssvd_lightning" not in sys.modules
+import zssvd_lightning
+result["with package"] = logits(zssvd_lightning.from_pretrained(folder))
+result["automatic"] = logits(AutoModelForCausalLM.from_pretrained(folder))
+torch.save(result, out / "result.pt")
+"""
+
+
+@pytest.mark.parametrize("stored", ["factors", "remap, loss-aware"])
+def test_a_fresh_process_with_and_without_the_package(tmp_path, stored):
+    """Without it, the folder says that its model type is not known, or is loaded by the code it carries."""
+    model = compressed(config=STORED[stored])
+    save_pretrained(model, tmp_path / "m", self_contained=True)
+    torch.save(token_batches(1)[0]["input_ids"], tmp_path / "ids.pt")
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "ids.pt"), str(tmp_path / "m"), str(tmp_path)]
+    subprocess.run(command, check=True)
+    result = torch.load(tmp_path / "result.pt")
+    assert "trust_remote_code" in result.pop("plain")
+    for how, found in result.items():
+        assert torch.equal(found, logits(model)), how
+    assert torch.equal(logits(from_pretrained(tmp_path / "again")), logits(model))
+
+
+def test_a_folder_without_code_names_its_model_type_to_those_without_the_package(tmp_path):
+    save_pretrained(compressed(), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "zssvd"
+    code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, capture_output=True, text=True)
+    assert found.returncode != 0
+    assert "model type `zssvd`" in found.stderr
 
 
 def test_missing_weights_are_refused_by_name(tmp_path):
-    save_pretrained(compressed(), tmp_path)
+    model = compressed()
+    model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     gone = next(name for name in weights if name.endswith("up.weight"))
     del weights[gone]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(SavedModelError, match=gone):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_missing_dense_weights_are_refused_by_name(tmp_path):
+    saved_tiny_llama(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SavedModelError, match=r"model\.norm\.weight"):
         from_pretrained(tmp_path)
 
 
-def test_changed_ranks_are_refused(tmp_path):
+@pytest.mark.parametrize("load", [from_pretrained, AutoModelForCausalLM.from_pretrained])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied"])
+def test_damaged_files_are_refused(tmp_path, damage, load):
     save_pretrained(compressed(), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    name = next(iter(config["quantization_config"]["ranks"]))
-    config["quantization_config"]["ranks"][name] += 1
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SavedModelError, match=name):
+    file = tmp_path / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes({"flipped": content, "truncated": content[: len(content) // 2], "emptied": b""}[damage])
+    with pytest.raises(SavedModelError, match="is not the file that was saved"):
+        load(tmp_path)
+
+
+def test_a_truncated_file_without_a_digest_is_refused_too(tmp_path):
+    compressed().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(SavedModelError, match="cannot be read"):
         from_pretrained(tmp_path)
 
 
-def test_a_newer_format_is_refused(tmp_path):
+class Malice:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('unpickled')",)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_nothing_is_unpickled(tmp_path, dense):
+    if dense:
+        saved_tiny_llama(tmp_path)
+    else:
+        save_pretrained(compressed(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Malice()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises((SavedModelError, OSError)):
+        from_pretrained(tmp_path)
+    if not dense:
+        with pytest.raises(SavedModelError, match="no safetensors file"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def changed(key, value):
+    def change(config):
+        layers = config["quantization_config"]["layers"]
+        layers[next(iter(layers))][key] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed("rank", 999), r"should be .*999.*the folder does not hold the weights"),
+        (changed("rank", "many"), "which is no such layer"),
+        (changed("kind", "magic"), "'magic', this release knows low_rank"),
+        (lambda c: c["quantization_config"].update(version=99), "upgrade zssvd-lightning"),
+        (
+            lambda c: c["quantization_config"]["layers"].update({"model.nowhere": {"kind": "int8"}}),
+            "no linear layer there",
+        ),
+        (lambda c: c.pop("quantization_config"), "or no quantization_config"),
+        (lambda c: c.pop("base_model_type"), "base_model_type None"),
+        (lambda c: c.update(base_model_type="lama"), "base_model_type 'lama'"),
+    ],
+)
+def test_changed_configs_are_refused(tmp_path, change, message):
     save_pretrained(compressed(), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["version"] = 99
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SavedModelError, match="upgrade zssvd-lightning"):
+    edit_config(tmp_path, change)
+    with pytest.raises(SavedModelError, match=message):
         from_pretrained(tmp_path)
 
 
-def test_ranks_of_layers_there_are_not():
+def test_layers_there_are_not():
     with pytest.raises(SavedModelError, match="no linear layer there"):
-        rebuild(nn.Sequential(nn.ReLU()), {"0": 3})
+        rebuild(nn.Sequential(nn.ReLU()), {"0": {"kind": "low_rank", "rank": 3}})
+
+
+def test_only_models_of_transformers_are_saved(tmp_path):
+    with pytest.raises(SavedModelError, match="Sequential is no model of transformers"):
+        save_pretrained(nn.Sequential(nn.Linear(3, 3)), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_saving_replaces_a_model_and_nothing_else(tmp_path):
+    saved_tiny_llama(tmp_path / "dense")
+    model = compressed()
+    with pytest.raises(OutputError, match=r"config\.json.*did not write"):
+        save_pretrained(model, tmp_path / "dense")
+    assert not specs_of(from_pretrained(tmp_path / "dense"))
+    save_pretrained(model, tmp_path / "m", tiny_tokenizer(), max_shard_size="20KB")
+    save_pretrained(model, tmp_path / "m", tiny_tokenizer())
+    assert torch.equal(logits(from_pretrained(tmp_path / "m")), logits(model))
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) == 1
+    (tmp_path / "m" / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match=r"thesis\.tex"):
+        save_pretrained(model, tmp_path / "m")
+    assert (tmp_path / "m" / "thesis.tex").exists()
+
+
+def test_a_model_card_tells_what_was_done(tmp_path):
+    model = tiny_llama()
+    report = compress(model, token_batches(), CompressionConfig(0.3, corrections=0), progress=False)
+    report.config = {
+        "model": {"source": "someone/tiny-llama"},
+        "calibration": {"text": "package:speeches", "samples": 4, "length": 24, "seed": 0},
+        "compression": {"selection": "zero_sum", "metric": "input", "corrections": 0},
+        "evaluation": {"text": "held.txt", "windows": 2, "length": 24},
+    }
+    report.perplexity = {"dense": 20.0, "compressed": 25.125}
+    save_pretrained(model, tmp_path / "mine", report=report)
+    card = (tmp_path / "mine" / "README.md").read_text()
+    for told in (
+        "base_model: someone/tiny-llama",
+        "# mine",
+        "25.12",
+        "20.00",
+        "package:speeches",
+        "held.txt",
+        "as two factors",
+    ):
+        assert told in card, told
 
 
 def test_dense_folders_load_too(tmp_path):
     folder = saved_tiny_llama(tmp_path / "dense")
     model, tokenizer = load_model(str(folder))
-    assert not ranks_of(model)
+    assert not specs_of(model)
     assert tokenizer("ab").input_ids == [67, 68]
     assert model.dtype == torch.float32
 

@@ -7,10 +7,10 @@ from zssvd_lightning.picture import draw
 from zssvd_lightning.report import LayerReport, Report, Stopwatch, peak_rss_bytes
 
 LAYERS = {
-    "net.layers.0.q": LayerReport(10, (64, 64)),
-    "net.layers.0.up": LayerReport(None, (64, 32)),
-    "net.layers.1.q": LayerReport(20, (64, 64)),
-    "head": LayerReport(3, (9, 64)),
+    "net.layers.0.q": LayerReport(10, (64, 64), 1280),
+    "net.layers.0.up": LayerReport(None, (64, 32), 2048),
+    "net.layers.1.q": LayerReport(20, (64, 64), 2560),
+    "head": LayerReport(3, (9, 64), 219),
 }
 
 
@@ -37,7 +37,7 @@ def test_json_has_the_names_scripts_rely_on():
     plain = json.loads(json.dumps(report(perplexity={"dense": 5.0, "compressed": 7.0}).to_dict()))
     assert plain["prune_ratio"] == {"asked": 0.4, "reached": pytest.approx(0.4)}
     assert plain["parameters"] == {"before": 10_000, "after": 6_000, "model": {"before": 15_000, "after": 11_000}}
-    assert plain["ranks"]["net.layers.0.up"] == {"rank": None, "shape": [64, 32]}
+    assert plain["ranks"]["net.layers.0.up"] == {"rank": None, "shape": [64, 32], "kept": 2048}
     assert plain["predicted_drift"] == -0.25
     assert plain["perplexity"] == {"dense": 5.0, "compressed": 7.0}
     assert "perplexity_second" not in plain

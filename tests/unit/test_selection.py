@@ -3,9 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zssvd_lightning.budget import Budget, break_even_rank, stored_parameters
+from zssvd_lightning.budget import Budget
 from zssvd_lightning.errors import BudgetError
 from zssvd_lightning.selection import RULES, Components, abs_delta, zero_sum
+from zssvd_lightning.storage import STORAGES, break_even_rank
 
 GREEDY = [name for name in RULES if name != "uniform"]
 shapes = st.lists(st.tuples(st.integers(3, 14), st.integers(3, 14)), min_size=1, max_size=5)
@@ -41,7 +42,7 @@ def brute_force(rule, matrices, budget):
 
     def saved():
         return sum(
-            budget.shapes[n][0] * budget.shapes[n][1] - stored_parameters(*budget.shapes[n], len(c))
+            budget.shapes[n][0] * budget.shapes[n][1] - STORAGES["factors"].cost(*budget.shapes[n], len(c))
             for n, c in left.items()
         )
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.modules import dense_like, low_rank_like
+from zssvd_lightning.modules import dense_like
 from zssvd_lightning.structure import match_structure, note, ranks_of
 
 
@@ -29,7 +29,7 @@ def test_a_model_follows_weights_to_low_rank_and_back(family):
 def test_flags_types_and_modes_carry_over_both_ways():
     layer = nn.Linear(8, 6, dtype=torch.float64).eval()
     layer.weight.requires_grad_(False)
-    low_rank = low_rank_like(layer, 2)
+    low_rank = LowRankLinear.like(layer, rank=2)
     for new in (low_rank, dense_like(low_rank)):
         assert not new.training
         flags = {n: p.requires_grad for n, p in new.named_parameters()}
@@ -41,7 +41,7 @@ def test_flags_types_and_modes_carry_over_both_ways():
 def test_making_layers_draws_no_random_numbers():
     layer = tiny_gpt2().transformer.h[0].attn.c_attn
     before = torch.random.get_rng_state()
-    dense_like(low_rank_like(layer, 3))
+    dense_like(LowRankLinear.like(layer, rank=3))
     assert torch.equal(before, torch.random.get_rng_state())
 
 

@@ -36,6 +36,9 @@ class StrategyAdapter:
     def refuse_unsupported(self) -> None:
         """Raises UnsupportedTrainingError for settings of the strategy that a model cannot be compressed under."""
 
+    def refuse_storage(self, storage: str) -> None:
+        """Raises UnsupportedTrainingError for a storage that the layers cannot be put into when the fit ends."""
+
     def refuse_layers(self, targets: Mapping[str, Target]) -> None:
         """Raises UnsupportedTrainingError when layers are laid out over the processes in a way that is not known."""
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from zssvd_lightning.borrowing import overridden
 from zssvd_lightning.distributed import Shards, Team
 from zssvd_lightning.errors import CheckpointError, UnsupportedTrainingError
+from zssvd_lightning.quantization import EIGHT_BIT
 from zssvd_lightning.strategies import parts
 from zssvd_lightning.strategies.base import StrategyAdapter
 from zssvd_lightning.strategies.units import Unit, let_go, refuse_unknown_torch
@@ -50,6 +51,14 @@ class FSDP2Adapter(StrategyAdapter):
             raise UnsupportedTrainingError(
                 "set_gradient_divide_factor gives gradients a scale that the loss does not have; leave it out until "
                 "the model is low-rank"
+            )
+
+    def refuse_storage(self, storage: str) -> None:
+        """Raises UnsupportedTrainingError for storage in 8 bits, which is made of whole factors."""
+        if storage in EIGHT_BIT:
+            raise UnsupportedTrainingError(
+                f"storage {storage!r} puts whole factors into 8 bits when the fit ends, but under FSDP2 each "
+                "process has a part of them; compress under DDP or on one device, or keep storage='factors'"
             )
 
     def refuse_layers(self, targets: Mapping[str, Target]) -> None:

@@ -1,0 +1,72 @@
+"""Saves that are killed, or for which the disk is too small, in processes of their own."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.models import tiny_llama, token_batches
+
+from zssvd_lightning import CompressionConfig, compress, from_pretrained, save_pretrained
+
+SAVE = """
+import os, resource, signal, sys
+from pathlib import Path
+import safetensors.torch, transformers.modeling_utils as modeling
+from zssvd_lightning import from_pretrained, save_pretrained
+from zssvd_lightning import files
+folder, how = sys.argv[1:]
+model = from_pretrained(folder)
+for parameter in model.parameters():
+    parameter.data.zero_()
+if how == "full disk":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+elif how == "killed while writing":
+    save = modeling.safe_save_file
+    def kill(*args, **kwargs):
+        save(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+    modeling.safe_save_file = kill
+else:
+    exchange = files._exchange
+    def kill(*args):
+        if how == "killed after the exchange":
+            exchange(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+    files._exchange = kill
+save_pretrained(model, folder)
+"""
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=token_batches(1)[0]["input_ids"]).logits
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_llama()
+    compress(model, token_batches(), CompressionConfig(0.3, corrections=0), progress=False)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "how", ["full disk", "killed while writing", "killed before the exchange", "killed after the exchange"]
+)
+def test_the_folder_is_whole_whenever_a_save_ends(tmp_path, model, how):
+    folder = tmp_path / "m"
+    save_pretrained(model, folder)
+    ended = subprocess.run([sys.executable, "-c", SAVE, str(folder), how], check=False, capture_output=True, text=True)
+    found = logits(from_pretrained(folder))
+    if how == "full disk":
+        assert ended.returncode == 1
+        assert "OutputError: cannot write" in ended.stderr
+        assert "what was there before is untouched" in ended.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    else:
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert torch.equal(found, torch.zeros_like(found) if how.endswith("after the exchange") else logits(model))
+    save_pretrained(model, folder)
+    assert torch.equal(logits(from_pretrained(folder)), logits(model))

@@ -1,0 +1,57 @@
+"""Whether files of weights are what their config says, found out before anything is loaded from them."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from zssvd_lightning.errors import SavedModelError
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_changed(files: Iterable[str | Path], digests: Mapping[str, str]) -> None:
+    """Raises SavedModelError for files of weights that are no safetensors, or not as they were when saved.
+
+    Args:
+        files: the files that are to be loaded.
+        digests: of files by name; files are not compared when it is empty.
+    """
+    for path in map(Path, files):
+        if path.suffix != ".safetensors":
+            raise SavedModelError(f"{path} is no safetensors file, and nothing else is loaded; save the model again")
+        if digests and digests.get(path.name) != digest(path):
+            raise SavedModelError(
+                f"{path} is not the file that was saved: its digest is not the one in config.json. It was cut short or "
+                "changed; copy the folder again, or save the model with save_pretrained"
+            )
+
+
+def refuse_missing(files: Iterable[str | Path], layers: Mapping[str, nn.Module]) -> None:
+    """Raises SavedModelError when safetensors files lack a tensor of a compressed layer, or have it in another shape.
+
+    Args:
+        files: the files that are to be loaded; none means that weights come from elsewhere.
+        layers: the layers that weights will be loaded into, by name.
+    """
+    shapes: dict[str, list[int]] = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise SavedModelError(f"{path} cannot be read: {error}; copy the folder again") from error
+    for name, layer in layers.items() if shapes else ():
+        for part, value in layer.state_dict().items():
+            found = shapes.get(f"{name}.{part}", shapes.get(f"{name}.{part}".partition(".")[2]))
+            if found != list(value.shape):
+                raise SavedModelError(
+                    f"{name}.{part} should be {list(value.shape)} and is {found or 'missing'}; the folder does not "
+                    "hold the weights its config speaks of"
+                )

@@ -1,0 +1,115 @@
+"""Compressed models to folders and back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from zssvd_lightning.card import write_card
+from zssvd_lightning.errors import OutputError, SavedModelError
+from zssvd_lightning.files import replacing_folder
+from zssvd_lightning.hub import mark
+from zssvd_lightning.integrity import digest
+from zssvd_lightning.report import Report
+from zssvd_lightning.self_contained import carry_code
+from zssvd_lightning.structure import specs_of
+
+SHARD = "5GB"
+WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+"""Options of transformers that say where a config is, and not what the model is to be."""
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    report: Report | None = None,
+    max_shard_size: str | int = SHARD,
+    self_contained: bool = False,
+) -> None:
+    """Writes a compressed (or dense) model as a folder that transformers reads, all or nothing.
+
+    Weights go into safetensors, the form and rank of every layer into `config.json`, what was done into a model card.
+
+    Args:
+        model: a model of transformers.
+        folder: to write; what an earlier save left there is replaced.
+        tokenizer: saved beside the model.
+        report: of the compression, for the model card.
+        max_shard_size: of each file of weights, such as `5GB`.
+        self_contained: whether to add the code that `from_pretrained(folder, trust_remote_code=True)` needs to load the
+            model where this package is not installed.
+
+    Raises:
+        OutputError: the folder holds something else, or cannot be written; what was there before is untouched.
+        SavedModelError: the model is not one of transformers.
+    """
+    with replacing_folder(folder) as temporary:
+        write_model(model, temporary, tokenizer, max_shard_size, self_contained=self_contained)
+        write_card(temporary, Path(folder).name, specs_of(model), report)
+
+
+def write_model(
+    model: nn.Module,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: str | int = SHARD,
+    *,
+    self_contained: bool = False,
+) -> None:
+    """Writes weights, config and tokenizer into a new folder; see `save_pretrained`."""
+    if not isinstance(model, PreTrainedModel):
+        raise SavedModelError(f"{type(model).__name__} is no model of transformers; save the one it holds")
+    mark(model)
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {folder}: {error}; what was there before is untouched") from error
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if specs_of(model):
+        path = folder / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["quantization_config"]["files"] = {
+            file.name: digest(file) for file in sorted(folder.glob("*.safetensors"))
+        }
+        if self_contained:
+            config["auto_map"] = carry_code(model, folder)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def from_pretrained(folder: str | Path, dtype: str = "auto", **options: Any) -> PreTrainedModel:
+    """The model in a folder that `save_pretrained` wrote, compressed or dense, of the class it was saved from.
+
+    Args:
+        folder: a local folder, or a hub id.
+        dtype: floating-point type of the weights, such as `float32`; as they were saved when `auto`.
+        options: others of transformers' `from_pretrained`, such as `device_map="auto"`.
+
+    Raises:
+        SavedModelError: files are damaged, or weights are missing, left over or of the wrong shape, so that the model
+            would be partly random.
+    """
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    where = {key: value for key, value in options.items() if key in WHERE}
+    config = options.pop("config", None) or AutoConfig.from_pretrained(str(folder), **where)
+    architecture = getattr(transformers, (config.architectures or ["none"])[0], None)
+    loader: Any = AutoModelForCausalLM if architecture is None or hasattr(config, "auto_map") else architecture
+    settings = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True} | options
+    try:
+        loaded: Any = loader.from_pretrained(str(folder), config=config, dtype=wanted, **settings)
+    except SafetensorError as error:
+        raise SavedModelError(f"the weights in {folder} cannot be read: {error}; copy the folder again") from error
+    model, info = loaded
+    checked: PreTrainedModel = model
+    suspect = ["missing_keys", "mismatched_keys", *(["unexpected_keys"] if specs_of(checked) else [])]
+    wrong = {key: info[key] for key in suspect if info[key]}
+    if wrong:
+        raise SavedModelError(f"{folder} does not hold the weights its config speaks of: {wrong}")
+    return checked

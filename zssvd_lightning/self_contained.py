@@ -1,0 +1,75 @@
+"""Folders that carry the code they need, for readers who do not have this package: `trust_remote_code=True`."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+
+from zssvd_lightning import modules
+
+LAYERS = "zssvd_modules"
+MODEL = "modeling_zssvd"
+CODE = '''"""{model}, with the layers that its config names in compressed form."""
+
+from transformers import {config}, {model}
+
+from .{layers} import layer_like
+
+
+class Compressed{config}({config}):
+    model_type = "zssvd"
+
+
+class Compressed{model}({model}):
+    config_class = Compressed{config}
+
+    def __init__(self, config):
+        super().__init__(config)
+        config.quantization_config.pop("files", None)  # digests are of what was read, not of what will be saved
+        for name, spec in config.quantization_config["layers"].items():
+            parent, _, leaf = name.rpartition(".")
+            owner = self.get_submodule(parent)
+            old = getattr(owner, leaf)
+            setattr(owner, leaf, layer_like(old, spec).to_empty(device=old.weight.device))
+        self.post_init()
+'''
+AUTOMATIC: tuple[Any, ...] = (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering,
+    AutoModelForImageClassification,
+    AutoModel,
+)
+
+
+def carry_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """Writes the code of a compressed model into its folder, and returns the `auto_map` that names it."""
+    architecture, config = type(model).__name__, type(model.config).__name__
+    shutil.copyfile(modules.__file__, folder / f"{LAYERS}.py")
+    code = CODE.format(model=architecture, config=config, layers=LAYERS)
+    (folder / f"{MODEL}.py").write_text(code, encoding="utf-8")
+    automatic = next((auto for auto in AUTOMATIC if _makes(auto, model)), AutoModel)
+    return {
+        "AutoConfig": f"{MODEL}.Compressed{config}",
+        automatic.__name__: f"{MODEL}.Compressed{architecture}",
+    }
+
+
+def _makes(automatic: Any, model: PreTrainedModel) -> bool:
+    """Whether an automatic class of transformers would make a model of this class from its config."""
+    mapping = automatic._model_mapping  # noqa: SLF001
+    return type(model.config) in mapping and mapping[type(model.config)] is type(model)
