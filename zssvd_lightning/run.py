@@ -71,7 +71,7 @@ class Run:
         """Completes `report` and writes it, the model and the tokenizer to the output folder, all or nothing.
 
         The model is cast to its `saved_dtype`. Where it is then another than was evaluated, as with storage in 8 bits,
-        what was written is loaded again and evaluated as `reloaded`.
+        what was written is loaded again, and evaluated as `reloaded` in the type the others were.
 
         Args:
             report: of the compression.
@@ -93,7 +93,7 @@ class Run:
                 "compressed": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
             }
             if changed:
-                self.evaluate("reloaded", from_pretrained(folder))
+                self.evaluate("reloaded", from_pretrained(folder, self.config.model.dtype))
             report.perplexity = self._perplexity.get("perplexity")
             report.perplexity_second = self._perplexity.get("perplexity_second")
             if self._windows:

@@ -1,6 +1,7 @@
 """The main job on a real pretrained model and real text, with few samples."""
 
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -55,3 +56,30 @@ def test_recipe_compresses_a_real_model_that_evaluate_reads_back(tmp_path, monke
     assert ranks == {n: r["rank"] for n, r in report["ranks"].items() if r["rank"] is not None}
     ids = tokenizer("The state of the union is", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
+
+
+def zssvd(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["zssvd", *map(str, arguments)])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+
+
+def test_a_real_model_in_8_bits_takes_what_its_ratio_says_and_is_exported(tmp_path, monkeypatch):
+    """Kept in 0.6 of its targets' bytes; merged, it is a plain model of the same function."""
+    output = tmp_path / "out"
+    zssvd(monkeypatch, "compress", ROOT / "configs" / "smollm2-135m" / "remap-40.yaml", *SMALL, f"output={output}")
+    report = json.loads((output / "report.json").read_text())
+    assert report["prune_ratio"]["reached"] == pytest.approx(0.4, abs=1e-4)
+    size = report["file_bytes"]
+    assert size["compressed"] == pytest.approx(size["expected"], rel=0.02)
+    assert size["expected"] == pytest.approx(2 * (134_515_008 - 0.4 * 106_168_320), rel=1e-4)
+    perplexity = report["perplexity"]
+    assert abs(math.log(perplexity["reloaded"] / perplexity["compressed"])) < 0.02
+
+    zssvd(monkeypatch, "export", output, tmp_path / "dense", "dtype=float32")
+    model, tokenizer = load_model(str(output))
+    merged, _ = load_model(str(tmp_path / "dense"))
+    ids = tokenizer("The state of the union is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, model(ids).logits, atol=1e-3, rtol=1e-3)
+    assert sum(p.numel() for p in merged.parameters()) == 134_515_008

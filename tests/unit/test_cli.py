@@ -96,6 +96,31 @@ def test_compress_then_evaluate(workshop, zssvd):
     assert dense["perplexity"] == pytest.approx(report["perplexity"]["dense"], rel=1e-6)
 
 
+def test_storage_in_8_bits_is_measured_as_it_was_written(workshop, zssvd):
+    kept = ["compression.storage=remap", "compression.rows_in_16_bits=loss_aware", "model.saved_dtype=bfloat16"]
+    done = zssvd("compress", workshop / "config.yaml", f"output={workshop}/remap", "compression.corrections=0", *kept)
+    assert "perplexity, as saved" in done.out
+    report = json.loads((workshop / "remap" / MARKER).read_text())
+    assert report["prune_ratio"]["reached"] >= 0.4
+    whole = report["parameters"]["model"]
+    assert report["file_bytes"]["dense"] == 2 * whole["before"]
+    assert report["file_bytes"]["expected"] == 2 * whole["after"]
+    perplexity = report["perplexity"]
+    assert perplexity["reloaded"] == pytest.approx(perplexity["compressed"], rel=0.05)
+    assert perplexity["reloaded"] != perplexity["compressed"]
+    again = json.loads(zssvd("evaluate", workshop / "remap").out.splitlines()[-1])
+    assert again["perplexity"] == pytest.approx(perplexity["reloaded"], rel=1e-6)
+    assert "reloaded" in (workshop / "remap" / "README.md").read_text()
+
+
+def test_weights_are_written_in_another_type_if_asked(workshop, zssvd):
+    zssvd("compress", workshop / "config.yaml", f"output={workshop}/half", "model.saved_dtype=float16")
+    report = json.loads((workshop / "half" / MARKER).read_text())
+    assert report["file_bytes"]["compressed"] == pytest.approx(report["file_bytes"]["expected"], rel=0.2)  # headers
+    assert report["perplexity"]["reloaded"] == pytest.approx(report["perplexity"]["compressed"], rel=0.05)
+    assert load_model(f"{workshop}/half", "auto")[0].dtype == torch.float16
+
+
 def test_evaluate_on_tasks(workshop, zssvd, tmp_path):
     rows = [{"goal": "a", "choices": [f"b{i}", "c" * i], "gold": i % 2} for i in range(1, 7)]
     (tmp_path / "piqa_val.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -1,0 +1,127 @@
+"""Storage in 8 bits: factors are trained in floating point, and kept in 8 bits from the end of the fit on."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from support.callbacks import short
+from support.models import CausalLM, loader, token_batches, trainer
+
+from zssvd_lightning import (
+    CompressionConfig,
+    LowRankCheckpointMixin,
+    LowRankLinear,
+    compress,
+    from_pretrained,
+    save_pretrained,
+)
+from zssvd_lightning.errors import UnsupportedTrainingError
+from zssvd_lightning.modules import EightBitLinear, Int8LowRankLinear
+from zssvd_lightning.strategies.fsdp2 import FSDP2Adapter
+from zssvd_lightning.structure import specs_of
+
+REMAP = {"prune_ratio": 0.4, "corrections": 0, "storage": "remap"}
+
+
+class Watches(L.Callback):
+    """Notes which forms layers have while the factors are trained, and the weights at the end of training."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.forms = {type(module) for module in pl_module.modules()}
+
+    def on_train_end(self, trainer, pl_module):
+        self.trained = copy.deepcopy(pl_module.model)
+
+
+class LM(LowRankCheckpointMixin, CausalLM):
+    pass
+
+
+def fit(settings, *callbacks, **limits):
+    module, callback, watches = LM(), short(**settings), Watches()
+    fitted = trainer(callback, watches, *callbacks, **({"max_epochs": 3} | limits))
+    fitted.fit(module, loader(token_batches()))
+    return module, callback, watches, fitted
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=token_batches(1)[0]["input_ids"]).logits
+
+
+@pytest.mark.parametrize("rows", ["last", "loss_aware"])
+def test_the_fit_trains_factors_and_leaves_them_in_8_bits(tmp_path, rows):
+    module, callback, watches, _ = fit(REMAP | {"rows_in_16_bits": rows})
+    assert LowRankLinear in watches.forms
+    assert not any(issubclass(form, EightBitLinear) for form in watches.forms)
+    low_rank = {name for name, layer in callback.report.layers.items() if layer.rank is not None}
+    assert {name for name, spec in specs_of(module).items() if spec["kind"] == "int8_low_rank"} == low_rank
+    torch.testing.assert_close(logits(module.model), logits(watches.trained), atol=0.05, rtol=0.05)
+    assert not torch.equal(logits(module.model), logits(watches.trained))
+    assert any(spec["ordered"] for spec in specs_of(module).values()) == (rows == "loss_aware")
+    save_pretrained(module.model, tmp_path / "m", report=callback.report)
+    assert torch.equal(logits(from_pretrained(tmp_path / "m")), logits(module.model))
+
+
+def test_hq_has_dense_layers_in_8_bits_too():
+    module, callback, _, _ = fit({"prune_ratio": 0.6, "corrections": 0, "storage": "hq"})
+    assert set(specs_of(module)) == set(callback.report.layers)
+    assert callback.report.reached >= 0.6
+
+
+def test_a_fit_without_training_ends_like_compress():
+    module, reference = LM(), LM()
+    reference.load_state_dict(module.state_dict())
+    batches = token_batches()
+    compress(
+        reference, batches, CompressionConfig(**REMAP), progress=False, loss=lambda m, batch: m.model(**batch).loss
+    )
+    trainer(short(**REMAP), max_epochs=1).fit(module, loader(batches))
+    assert specs_of(module) == specs_of(reference)
+    torch.testing.assert_close(logits(module.model), logits(reference.model), atol=1e-3, rtol=1e-3)
+
+
+def test_checkpoints_of_the_fit_hold_factors_and_are_gone_on_from(tmp_path):
+    settings = REMAP | {"rows_in_16_bits": "loss_aware"}
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    module, _, _, fitted = fit(settings, saving, enable_checkpointing=True, default_root_dir=tmp_path)
+    resumed, callback = LM(), short(**settings)
+    second = trainer(callback, max_epochs=3)
+    second.fit(resumed, loader(token_batches()), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert specs_of(resumed) == specs_of(module)
+    assert torch.equal(logits(resumed.model), logits(module.model))
+    fitted.validate(module, loader(token_batches()), ckpt_path=tmp_path / "epoch=1.ckpt", verbose=False)
+    assert not any(isinstance(m, EightBitLinear) for m in module.modules())  # as the checkpoint has it
+
+
+def test_a_checkpoint_in_8_bits_is_loaded_as_such(tmp_path):
+    module, _, _, fitted = fit(REMAP)
+    fitted.save_checkpoint(tmp_path / "end.ckpt", weights_only=True)
+    again = LM.load_from_checkpoint(tmp_path / "end.ckpt")
+    assert any(isinstance(m, Int8LowRankLinear) for m in again.modules())
+    assert torch.equal(logits(again.model), logits(module.model))
+    again.load_state_dict(LM().state_dict())
+    assert not specs_of(again)
+    assert not hasattr(again.model.config, "quantization_config")
+
+
+def test_a_failed_fit_leaves_a_dense_model():
+    class Fails(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise ZeroDivisionError
+
+    module = LM()
+    with pytest.raises(ZeroDivisionError):
+        trainer(short(**REMAP), Fails(), max_epochs=3).fit(module, loader(token_batches()))
+    assert not specs_of(module)
+    assert type(module.model.config).__name__ == "LlamaConfig"
+    assert not hasattr(module.model.config, "quantization_config")
+
+
+def test_whole_factors_are_not_to_be_had_under_fsdp2():
+    adapter = object.__new__(FSDP2Adapter)
+    with pytest.raises(UnsupportedTrainingError, match="storage 'remap' puts whole factors into 8 bits"):
+        adapter.refuse_storage("remap")
+    adapter.refuse_storage("factors")
