@@ -4,9 +4,12 @@ To read the code in the order data flows through it: `callback` (when; `lifecycl
 `guards`, `precision`, `limits`, `scores`, `checkpoint`, `telemetry` and `borrowing` deal with the rest of Lightning)
 and `pipeline` (without a Trainer) drive `compression` (what), on one process or on several (`strategies`,
 `distributed`); that takes `targets`, watches them (`gathering`, `calibration`, `statistics`), changes coordinates
-(`whitening`), decomposes (`decomposition`, `spectrum`), chooses (`budget`, `selection`, `plan`), truncates
-(`factorization`, `modules`, `structure`) and corrects (`correction`). `report`, `picture`, `hub`, `evaluation`,
-`texts`, `models`, `files`, `run` and `cli` stand around it.
+(`whitening`), decomposes (`decomposition`, `spectrum`), chooses (`storage`, `budget`, `selection`, `plan`), truncates
+(`factorization`, `modules`, `structure`), corrects (`correction`) and stores in 8 bits (`quantization`).
+
+What comes out is saved and loaded (`saving`, `hub`, `integrity`, `self_contained`, `card`, `files`), exported
+(`export`), served (`vllm_plugin`, `fused`), measured (`evaluation`, `zero_shot`) and told of (`report`, `picture`).
+`texts`, `models`, `run` and `cli` are around it all.
 """
 
 from zssvd_lightning import errors

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zssvd_lightning import evaluation, texts, zero_shot
 from zssvd_lightning.config import EvaluateConfig, ExportConfig, RunConfig, load_config
 from zssvd_lightning.errors import ConfigError, ModelSourceError, ZSSVDError
-from zssvd_lightning.export import export_onnx, merge
+from zssvd_lightning.export import export_dense, export_onnx
 from zssvd_lightning.files import MARKER, check_output
 from zssvd_lightning.models import load_model, place
 from zssvd_lightning.picture import draw_phases
@@ -103,13 +103,11 @@ def export(
     loaded, tokenizer = load_model(model, settings.dtype or "auto")
     if settings.format == "onnx":
         export_onnx(loaded, folder, tokenizer)
+    elif settings.format == "dense":
+        export_dense(loaded, folder, tokenizer, settings.max_shard_size)
     else:
-        carries_code = settings.format == "self_contained"
-        if not carries_code:
-            merge(loaded)
-        report = _report(model) if carries_code else None
-        shard = settings.max_shard_size
-        save_pretrained(loaded, folder, tokenizer, report=report, max_shard_size=shard, self_contained=carries_code)
+        report, shard = _report(model), settings.max_shard_size
+        save_pretrained(loaded, folder, tokenizer, report=report, max_shard_size=shard, self_contained=True)
     typer.echo(f"wrote {folder}")
 
 

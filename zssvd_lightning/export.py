@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from zssvd_lightning.errors import ExportError, SavedModelError
 from zssvd_lightning.files import replacing_folder
 from zssvd_lightning.hub import mark, tell
 from zssvd_lightning.modules import CompressedLinear, dense_like
+from zssvd_lightning.saving import SHARD, write_model
 from zssvd_lightning.targets import replace_module
 
 OPSET = 18
@@ -39,6 +41,41 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         )
         replace_module(model, old, new)
     mark(model)
+
+
+def export_dense(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: str | int = SHARD,
+) -> None:
+    """Merges a model and writes it as an ordinary checkpoint, for tools that know no low rank, such as GGUF converters.
+
+    Args:
+        model: a compressed model, which is merged in place.
+        folder: to write.
+        tokenizer: saved with it.
+        max_shard_size: of each file of weights.
+
+    Raises:
+        OutputError: the folder holds something else, or cannot be written.
+        SavedModelError: the model is not one of transformers.
+    """
+    with replacing_folder(folder) as temporary:
+        merge(model)
+        write_model(model, temporary, tokenizer, max_shard_size)
+        _repeat_for_older_readers(temporary / "config.json")
+
+
+def _repeat_for_older_readers(path: Path) -> None:
+    """Has a config name the rotary embeddings as before transformers 5 too, where many converters still look."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rotary = config.get("rope_parameters") or {}
+    if "rope_theta" in rotary:
+        config["rope_theta"] = rotary["rope_theta"]
+        if rotary.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in rotary.items() if key != "rope_theta"}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def export_onnx(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments, pipeline
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress, export_onnx, from_pretrained, save_pretrained
 from zssvd_lightning.cli import main
 from zssvd_lightning.errors import ExportError, OutputError, SavedModelError
+from zssvd_lightning.export import export_dense
 from zssvd_lightning.structure import specs_of
 
 CONFIGS = {
@@ -147,6 +148,32 @@ def test_exports_load_where_the_package_is_not_imported(tmp_path, monkeypatch, f
     command = [sys.executable, "-c", PLAIN, *map(str, (tmp_path / "out", tmp_path / "ids.pt", tmp_path / "out.pt"))]
     subprocess.run(command + ["trust"] * (form == "self_contained"), check=True)
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), logits(model, input_ids=ids), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rotary",
+    [
+        {"rope_type": "default", "rope_theta": 12345.0},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 12345.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ],
+)
+def test_dense_configs_tell_rotary_embeddings_to_older_readers_too(tmp_path, rotary):
+    model = tiny_llama(rope_parameters=rotary).eval()
+    compress(model, token_batches(), CONFIGS["factors"], progress=False)
+    ids = token_batches(1)[0]["input_ids"]
+    expected = logits(model, input_ids=ids)
+    export_dense(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_theta"] == 12345.0
+    assert ("rope_scaling" in config) == (rotary["rope_type"] != "default")
+    torch.testing.assert_close(logits(from_pretrained(tmp_path), input_ids=ids), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_bad_exports_are_refused(tmp_path, monkeypatch, capsys):
