@@ -28,8 +28,12 @@ class Budget:
     min_rank_fraction: float = 0.0
     storage: str = "factors"
     """How matrices are kept, by its name in `storage.STORAGES`."""
+    planned: bool = False
+    """Whether ranks come from a plan, so that `prune_ratio` asks for nothing."""
 
     def __post_init__(self) -> None:
+        if self.planned:
+            return
         least = sum(self.stored(name, self.floor(name)) for name in self.shapes)
         if self.total - least < self.to_remove:
             raise BudgetError(

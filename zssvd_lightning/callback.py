@@ -38,10 +38,11 @@ from zssvd_lightning.guards import (
 )
 from zssvd_lightning.lifecycle import Lifecycle
 from zssvd_lightning.limits import stopping_now
+from zssvd_lightning.modules import EightBitLinear
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import check_plan_output
 from zssvd_lightning.precision import ScalerAtRest, loss_scale, nothing_to_clip, scales, unscale
-from zssvd_lightning.quantization import EIGHT_BIT, in_8_bits_already, quantize
+from zssvd_lightning.quantization import EIGHT_BIT, in_8_bits_already, quantize_layers
 from zssvd_lightning.resumable import ResumableCallback
 from zssvd_lightning.scores import hold_early_stopping, start_ranking_afresh
 
@@ -73,7 +74,7 @@ class ZSSVDCallback(ResumableCallback):
         storage: how matrices are kept in the end, `factors`, `remap` or `hq`; the last two are in 8 bits from the end
             of the fit on, and their factors in the model's type until then.
         rows_in_16_bits: `last`, or `loss_aware` choice of what `remap` leaves in 16 bits.
-        min_rank_fraction: rank floor of each matrix, as a fraction of its break-even rank.
+        min_rank_fraction: rank floor of each matrix, as a fraction of the highest rank that saves anything.
         include: name patterns of the layers to compress (`q_proj`, `*.layers.3.*`, or `re:` and a regular
             expression); all linear layers when None.
         ignore: name patterns of layers to leave alone.
@@ -185,6 +186,8 @@ class ZSSVDCallback(ResumableCallback):
         """Refuses runs that cannot be compressed in, before any batch is spent; goes on from a checkpoint."""
         if self.phase in (Phase.RECOVER, Phase.DONE):
             if self._has_compressed(pl_module):
+                if in_8_bits_already(pl_module):
+                    logger.warning("the layers are in 8 bits already; only what is beside their codes will be trained")
                 self._compressed = weakref.ref(pl_module)
                 return
             self._start_over()
@@ -305,9 +308,9 @@ class ZSSVDCallback(ResumableCallback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Puts the trained factors into 8 bits, if the storage is to have them; checkpoints of the fit are not."""
-        if self.phase is Phase.DONE and self.config.storage in EIGHT_BIT and not in_8_bits_already(pl_module):
-            life, config = self._lifecycle, self.config
-            quantize(pl_module, config.storage, life.importances, config.include, config.ignore)
+        if self.phase is Phase.DONE and self.report is not None and self.config.storage in EIGHT_BIT:
+            layers = [n for n in self.report.layers if not isinstance(pl_module.get_submodule(n), EightBitLinear)]
+            quantize_layers(pl_module, layers, self.config.storage, self._lifecycle.importances)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Puts everything back, unless the model was factorised already."""

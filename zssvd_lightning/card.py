@@ -1,5 +1,6 @@
 """The model card of a compressed model: what was done, on which data, what it cost, how to load it."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -28,13 +29,13 @@ def write_card(folder: Path, name: str, specs: Mapping[str, Mapping[str, Any]], 
         report: of the compression, where there is one.
     """
     if specs:
-        text = "\n".join(_lines(name, specs, report))
+        text = "\n".join(_lines(folder, name, specs, report))
         (folder / "README.md").write_text(text + "\n", encoding="utf-8")
 
 
-def _lines(name: str, specs: Mapping[str, Mapping[str, Any]], report: Report | None) -> Iterator[str]:
+def _lines(folder: Path, name: str, specs: Mapping[str, Mapping[str, Any]], report: Report | None) -> Iterator[str]:
     source = None if report is None else report.config.get("model", {}).get("source")
-    is_on_hub = isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    is_on_hub = isinstance(source, str) and re.fullmatch(r"[\w-]+/[\w.-]+", source) and not Path(source).exists()
     data = ModelCardData(
         base_model=source if is_on_hub else None, library_name="transformers", tags=["zssvd", "low-rank", "compression"]
     )
@@ -49,6 +50,8 @@ def _lines(name: str, specs: Mapping[str, Mapping[str, Any]], report: Report | N
     yield "## Loading\n\n```python\nfrom zssvd_lightning import from_pretrained\n"
     yield "model = from_pretrained(FOLDER)\n```\n"
     yield "After `import zssvd_lightning`, the automatic classes of transformers load it as well."
+    if (folder / "modeling_zssvd.py").exists():
+        yield "Where it is not installed, they do with `trust_remote_code=True`."
 
 
 def _done(report: Report) -> Iterator[str]:
@@ -56,10 +59,10 @@ def _done(report: Report) -> Iterator[str]:
     yield f"{report.reached:.1%} of {report.parameters_before:,} parameters of {len(report.layers)} layers removed"
     yield f"({report.asked:.1%} asked for); the whole model went from {report.model_parameters_before:,} parameters to"
     yield f"{report.model_parameters_after:,}.\n"
-    calibration, compression = report.config.get("calibration"), report.config.get("compression")
-    if calibration:
+    calibration, compression = report.config.get("calibration") or {}, report.config.get("compression") or {}
+    if {"samples", "length", "text", "seed"} <= calibration.keys():
         yield "- calibration: {samples} windows of {length} tokens of `{text}`, seed {seed}".format_map(calibration)
-    if compression:
+    if {"selection", "metric", "corrections"} <= compression.keys():
         yield "- selection `{selection}`, metric `{metric}`, corrections {corrections}".format_map(compression)
     if report.file_bytes:
         yield "- weights on disk: {dense:,} bytes before, {compressed:,} after".format_map(report.file_bytes)
@@ -72,4 +75,5 @@ def _done(report: Report) -> Iterator[str]:
         for title, found in measured.items():
             yield f"| {title} | {' | '.join(f'{found[column]:.2f}' for column in columns)} |"
         evaluation = report.config.get("evaluation", {})
-        yield "\nof `{text}`, {windows} windows of {length} tokens (0 means all).\n".format_map(evaluation)
+        if {"text", "windows", "length"} <= evaluation.keys():
+            yield "\nof `{text}`, {windows} windows of {length} tokens (0 means all).\n".format_map(evaluation)

@@ -13,13 +13,13 @@ from zssvd_lightning import evaluation, texts, zero_shot
 from zssvd_lightning.config import EvaluateConfig, ExportConfig, RunConfig, load_config
 from zssvd_lightning.errors import ConfigError, ModelSourceError, ZSSVDError
 from zssvd_lightning.export import export_dense, export_onnx
-from zssvd_lightning.files import MARKER, check_output
+from zssvd_lightning.files import check_output
 from zssvd_lightning.models import load_model, place
 from zssvd_lightning.picture import draw_phases
 from zssvd_lightning.pipeline import compress as compress_model
 from zssvd_lightning.pipeline import plan as plan_ranks
 from zssvd_lightning.plan import check_plan_output
-from zssvd_lightning.report import Report, Stopwatch
+from zssvd_lightning.report import REPORT, Stopwatch, read_report
 from zssvd_lightning.run import Run
 from zssvd_lightning.saving import save_pretrained
 
@@ -49,7 +49,7 @@ def compress(
     run.evaluate("compressed")
     run.save(report)
     Console().print(report.table())
-    typer.echo(f"wrote {run.output / MARKER} and the model beside it")
+    typer.echo(f"wrote {run.output / REPORT} and the model beside it")
 
 
 @app.command()
@@ -99,14 +99,14 @@ def export(
 ) -> None:
     """Write a model for other tools. Keys: format (dense, self_contained, onnx), dtype, max_shard_size."""
     settings = load_config(ExportConfig, None, overrides or ())
-    check_output(folder)
+    check_output(folder, model)
     loaded, tokenizer = load_model(model, settings.dtype or "auto")
     if settings.format == "onnx":
         export_onnx(loaded, folder, tokenizer)
     elif settings.format == "dense":
         export_dense(loaded, folder, tokenizer, settings.max_shard_size)
     else:
-        report, shard = _report(model), settings.max_shard_size
+        report, shard = read_report(Path(model)), settings.max_shard_size
         save_pretrained(loaded, folder, tokenizer, report=report, max_shard_size=shard, self_contained=True)
     typer.echo(f"wrote {folder}")
 
@@ -169,14 +169,9 @@ def _accuracy(models: dict[str, Loaded], tasks: zero_shot.Tasks, settings: Evalu
     return {"tasks": compared, "task_seconds": watch.seconds}
 
 
-def _report(model: str) -> Report | None:
-    path = Path(model) / MARKER
-    return Report.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-
-
 def _recorded(model: str) -> dict[str, Any]:
     """The evaluation settings in the report of a run's folder, and the model it compressed as `dense`."""
-    path = Path(model) / MARKER
+    path = Path(model) / REPORT
     if not path.is_file():
         return {}
     config = json.loads(path.read_text(encoding="utf-8")).get("config", {})

@@ -82,7 +82,11 @@ class Compression:
         self.config = config
         self.targets = find_targets(model, config.include, config.ignore)
         self.budget = Budget(
-            {n: t.shape for n, t in self.targets.items()}, config.prune_ratio, config.min_rank_fraction, config.storage
+            {name: target.shape for name, target in self.targets.items()},
+            config.prune_ratio,
+            config.min_rank_fraction,
+            config.storage,
+            planned=config.plan is not None,
         )
         self._plan = None if config.plan is None else Plan.read(config.plan, self.budget)
         self.gathering = Gathering(model, self.targets, self.team)

@@ -69,11 +69,16 @@ class CompressionConfig:
         _require_one_of("selection", self.selection, RULES)
         _require_one_of("storage", self.storage, STORAGES)
         _require_one_of("rows_in_16_bits", self.rows_in_16_bits, ROWS_IN_16_BITS)
+        if self.rows_in_16_bits == "loss_aware" and (self.storage, self.metric) != ("remap", "input"):
+            raise ConfigError(
+                f"rows_in_16_bits is 'loss_aware', which needs storage 'remap' and metric 'input', and they are "
+                f"{self.storage!r} and {self.metric!r}"
+            )
 
     @property
     def weighs_rows(self) -> bool:
         """Whether calibration has to tell what errors in outputs and inputs cost."""
-        return self.storage == "remap" and self.rows_in_16_bits == "loss_aware"
+        return self.rows_in_16_bits == "loss_aware"
 
 
 @dataclass(frozen=True)

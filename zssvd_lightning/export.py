@@ -14,7 +14,7 @@ from zssvd_lightning.calibration import evaluation_mode
 from zssvd_lightning.errors import ExportError, SavedModelError
 from zssvd_lightning.files import replacing_folder
 from zssvd_lightning.hub import mark, tell
-from zssvd_lightning.modules import CompressedLinear, dense_like
+from zssvd_lightning.modules import CompressedLinear, dense_like, type_of
 from zssvd_lightning.saving import SHARD, write_model
 from zssvd_lightning.targets import replace_module
 
@@ -22,7 +22,7 @@ OPSET = 18
 
 
 @torch.no_grad()
-def merge(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+def merge(model: nn.Module) -> None:
     """Replaces compressed layers by dense ones of the same function, in place.
 
     The result is an ordinary model, of the size and speed it had before it was compressed; products are taken in
@@ -30,10 +30,16 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> None:
 
     Args:
         model: any module.
-        dtype: floating-point type of the dense weights; that of the model's other weights when None.
+
+    Raises:
+        ExportError: layers are offloaded to disk.
     """
-    own = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    for old in [module for module in model.modules() if isinstance(module, CompressedLinear)]:
+    common = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    layers = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    if any(value.is_meta for layer in layers for value in layer.state_dict().values()):
+        raise ExportError("layers are offloaded, and not there to be merged; load the model without device_map")
+    for old in layers:
+        own = type_of(old) or common
         W = nn.Module.to(old, torch.promote_types(own, torch.float32)).weight
         new = dense_like(old).to(own).to_empty(device=W.device)
         new.load_state_dict(

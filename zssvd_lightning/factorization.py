@@ -10,20 +10,8 @@ from torch import Tensor
 
 from zssvd_lightning.decomposition import Decomposition
 from zssvd_lightning.distributed import Team
-from zssvd_lightning.modules import Dense, LowRankLinear
+from zssvd_lightning.modules import Dense, LowRankLinear, carry_hooks
 from zssvd_lightning.targets import Target, local_part
-
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-"""Where `nn.Module` keeps them."""
 
 
 class Factors(NamedTuple):
@@ -50,7 +38,7 @@ def low_rank_layer(old: Dense, factors: Factors, bias: Tensor | None) -> LowRank
     new = LowRankLinear.like(old, rank=len(factors.down))
     new.to_empty(device=factors.up.device)
     new.fill(*factors, bias)
-    new.__dict__.update({kind: old.__dict__[kind] for kind in HOOKS})  # the same, so that their handles go on working
+    carry_hooks(new, old)
     return new
 
 

@@ -1,54 +1,43 @@
 """Writing files and folders so that an interrupted run loses nothing."""
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from zssvd_lightning.errors import OutputError
 
-MARKER = "report.json"
-"""Lists, under `files`, what this package wrote into a folder; a folder that holds nothing else may be replaced."""
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-    "*processor_config.json",
-    "modeling_zssvd.py",
-    "zssvd_modules.py",
-    "model.onnx*",
-    "README.md",
-)
-"""What saved models consist of; a folder of a compressed one, or of an ONNX graph, may be replaced as well."""
+MANIFEST = "zssvd.json"
+"""Lists what this package wrote into a folder; a folder that holds nothing else may be replaced."""
+CARD = "README.md"
+"""May be edited by hand, and is then no longer ours."""
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Of Linux's renameat2."""
 
 
-def check_output(path: str | Path) -> Path:
+def check_output(path: str | Path, source: str | Path | None = None) -> Path:
     """The output folder, when it may be written: absent, empty, or holding nothing but what this package wrote.
 
-    A folder with a dense model is not to be replaced, since it may be the one that compression began with.
+    Args:
+        path: the folder.
+        source: a folder that is read from, if it is one.
 
     Raises:
-        OutputError: it is a file, or holds something this package did not write.
+        OutputError: it is a file, the source, around the working directory, or holds something else.
     """
     path = Path(path).expanduser().resolve()
     if path.exists() and not path.is_dir():
         raise OutputError(f"output {path} is a file; name a folder")
-    if path.exists() and (foreign := sorted(_entries(path) - _written(path / MARKER))):
+    if source is not None and path == Path(source).expanduser().resolve():
+        raise OutputError(f"output {path} is what is read from; name another folder")
+    if Path.cwd().is_relative_to(path):
+        raise OutputError(f"output {path} is the working directory, or around it; name a folder in it")
+    if path.exists() and (foreign := sorted(_files(path) - _ours(path))):
         raise OutputError(
             f"output {path} holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}, which this package "
             "did not write; name an empty or new folder"
@@ -56,31 +45,39 @@ def check_output(path: str | Path) -> Path:
     return path
 
 
-def _entries(folder: Path) -> set[str]:
-    """Names of what is in a folder; without those of its model, where this package wrote it."""
-    names = {entry.name for entry in folder.iterdir()}
-    if "model.onnx" in names or _config(folder).get("model_type") == "zssvd":
-        names = {name for name in names if not any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)}
-    return names
+def _files(folder: Path) -> set[str]:
+    """Names of files, links and empty folders within, relative to the folder."""
+    return {
+        str(entry.relative_to(folder))
+        for entry in folder.rglob("*")
+        if entry.is_symlink() or not entry.is_dir() or not any(entry.iterdir())
+    }
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    found = _json(folder / "config.json")
-    return found if isinstance(found, dict) else {}
-
-
-def _written(report: Path) -> set[str]:
+def _ours(folder: Path) -> set[str]:
+    """Names in the manifest, but for a card that is not as it was."""
     try:
-        return set(_json(report)["files"])
-    except (KeyError, TypeError):
+        told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        names, card = set(told["files"]), told["card"]
+    except (OSError, ValueError, KeyError, TypeError):
         return set()
+    return names if card == _card(folder) else names - {CARD}
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def _card(folder: Path) -> str | None:
+    path = folder / CARD
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _finish(folder: Path) -> None:
+    """Writes the manifest, and has everything on the disk."""
+    names = sorted(_files(folder) | {MANIFEST})
+    manifest = json.dumps({"files": names, "card": _card(folder)}, indent=2)
+    (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+    for name in names:
+        if (folder / name).is_file():
+            with (folder / name).open("rb+") as file:
+                os.fsync(file.fileno())
 
 
 @contextmanager
@@ -98,6 +95,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         raise OutputError(f"cannot write beside {path}: {error}") from error
     try:
         yield temporary
+        _finish(temporary)
         temporary.chmod(0o755)
         _swap(temporary, path)
     except OutputError:
@@ -131,7 +129,7 @@ def _swap(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
     elif _exchange(new, path):
-        shutil.rmtree(new)
+        shutil.rmtree(new, ignore_errors=True)
     else:
         old = path.with_name(f"{new.name}.old")
         path.rename(old)
@@ -140,7 +138,7 @@ def _swap(new: Path, path: Path) -> None:
         except OSError:
             old.rename(path)
             raise
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

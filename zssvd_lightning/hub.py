@@ -42,10 +42,18 @@ class CompressedLayers(QuantizationConfigMixin):
         version: int = FORMAT_VERSION,
         **_: Any,
     ) -> None:
+        told = layers or {}
+        specs = told.values() if isinstance(told, Mapping) else [told]
+        if not isinstance(version, int) or not all(isinstance(spec, Mapping) for spec in specs):
+            raise SavedModelError("quantization_config in config.json is not as it was written; save the model again")
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.layers = dict(layers or {})
+        self.layers = dict(told)
         self.files = dict(files or {})
         self.version = version
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """An entry by its name, as transformers asks for it."""
+        return getattr(self, key, default)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, as in `config.json`."""
@@ -69,8 +77,9 @@ class Rebuilder(HfQuantizer):
                 f"the folder is of format {found.version}, this release reads {FORMAT_VERSION}; upgrade zssvd-lightning"
             )
         refuse_changed(checkpoint_files or (), found.files)
-        rebuild(model, found.layers)
-        refuse_missing(checkpoint_files or (), {name: model.get_submodule(name) for name in found.layers})
+        layers = {_name_in(model, name): spec for name, spec in found.layers.items()}
+        rebuild(model, layers)
+        refuse_missing(checkpoint_files or (), {name: model.get_submodule(name) for name in layers})
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -114,6 +123,12 @@ class CompressedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
 
 AutoConfig.register(METHOD, CompressedConfig)
+
+
+def _name_in(model: PreTrainedModel, name: str) -> str:
+    """What a layer is called in `model`, which may be the saved one without its head, or with one."""
+    modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
+    return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in modules), name)
 
 
 def mark(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Whether files of weights are what their config says, found out before anything is loaded from them."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,9 +12,12 @@ from zssvd_lightning.errors import SavedModelError
 
 
 def digest(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file, in hexadecimal. Raises SavedModelError when it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SavedModelError(f"{path} cannot be read: {error}; copy the folder again") from error
 
 
 def refuse_changed(files: Iterable[str | Path], digests: Mapping[str, str]) -> None:
@@ -36,22 +40,35 @@ def refuse_changed(files: Iterable[str | Path], digests: Mapping[str, str]) -> N
 def refuse_missing(files: Iterable[str | Path], layers: Mapping[str, nn.Module]) -> None:
     """Raises SavedModelError when safetensors files lack a tensor of a compressed layer, or have it in another shape.
 
+    Where files have other names for layers than the model, as some architectures do, tensors are told by how their
+    names end and by their shapes.
+
     Args:
         files: the files that are to be loaded; none means that weights come from elsewhere.
         layers: the layers that weights will be loaded into, by name.
     """
-    shapes: dict[str, list[int]] = {}
+    found: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
             with safe_open(path, "pt") as file:
-                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise SavedModelError(f"{path} cannot be read: {error}; copy the folder again") from error
-    for name, layer in layers.items() if shapes else ():
-        for part, value in layer.state_dict().items():
-            found = shapes.get(f"{name}.{part}", shapes.get(f"{name}.{part}".partition(".")[2]))
-            if found != list(value.shape):
-                raise SavedModelError(
-                    f"{name}.{part} should be {list(value.shape)} and is {found or 'missing'}; the folder does not "
-                    "hold the weights its config speaks of"
-                )
+    if not found:
+        return
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, layer in layers.items():
+        wanted |= {f"{name}.{part}": (part, tuple(value.shape)) for part, value in layer.state_dict().items()}
+    others = [name for name in found if name not in wanted]
+    parts = {part for part, _ in wanted.values()}
+    renamed = Counter((part, found[name]) for name in others for part in parts if name.endswith(f".{part}"))
+    for name, (part, shape) in wanted.items():
+        if found.get(name) == shape:
+            continue
+        renamed[part, shape] -= 1
+        if name in found or renamed[part, shape] < 0:
+            there = list(found[name]) if name in found else "missing"
+            raise SavedModelError(
+                f"{name} should be {list(shape)} and is {there}; the folder does not hold the weights its config "
+                "speaks of"
+            )

@@ -255,6 +255,15 @@ class Lifecycle:
                 f"the checkpoint holds callback state of version {state['version']}, this release reads {VERSION}; "
                 "upgrade zssvd-lightning"
             )
+        compressed = (state["report"] or {}).get("config", {}).get("compression")
+        if compressed is not None and Phase(state["phase"]) in (Phase.RECOVER, Phase.DONE):
+            mine = asdict(self.config)
+            for key in ("storage", "rows_in_16_bits"):
+                if compressed[key] != mine[key]:
+                    raise CheckpointError(
+                        f"the checkpoint is of a model compressed for {key} {compressed[key]!r}, and this callback has "
+                        f"{mine[key]!r}; go on with the same"
+                    )
         if Phase(state["phase"]) in GATHERING and state["compression"] is not None:
             refuse_other(state["compression"], self.config)
             if tuple(state["calibration"]) != self._calibration:

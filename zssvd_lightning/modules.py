@@ -17,6 +17,18 @@ LOADING_NOTE = "low-rank: inherit zssvd_lightning.LowRankCheckpointMixin, or giv
 LARGEST_CODE = 127
 """Codes are in [-127, 127]."""
 
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+"""Where `nn.Module` keeps them."""
+
 Dense = nn.Linear | Conv1D
 """The layers that can be compressed."""
 
@@ -155,10 +167,21 @@ class LowRankLinear(CompressedLinear):
 
 
 class EightBitLinear(CompressedLinear):
-    """A form whose buffers keep their types, whatever type the model is cast to."""
+    """A form whose buffers keep their types, whatever type the model is cast to.
+
+    Attributes:
+        dtype: floating-point type of the layer it stands for.
+        trainable: whether that layer's weights require gradients; its codes never do.
+    """
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype | None) -> None:
+        super().__init__(in_features, out_features)
+        self.dtype = dtype or torch.get_default_dtype()
+        self.trainable = True
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         before = dict(self._buffers)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in before.items():
             now = self._buffers[name]
@@ -192,7 +215,7 @@ class Int8Linear(EightBitLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features)
+        super().__init__(in_features, out_features, dtype)
         self.register_buffer("codes", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
         self.register_buffer("scale", torch.zeros(out_features, dtype=torch.bfloat16, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
@@ -226,7 +249,7 @@ class Int8Linear(EightBitLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (..., n) to (..., m)."""
-        return linear(x, self.codes.to(x.dtype) * self.scale.to(x.dtype)[:, None], self.bias)
+        return linear(x, self.weight.to(x.dtype), self.bias)
 
 
 class Int8LowRankLinear(EightBitLinear):
@@ -275,7 +298,7 @@ class Int8LowRankLinear(EightBitLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features)
+        super().__init__(in_features, out_features, dtype)
         m, n, k = out_features, in_features, rank
 
         def buffer(name: str, wanted: bool, dtype: torch.dtype, *shape: int) -> None:
@@ -286,8 +309,8 @@ class Int8LowRankLinear(EightBitLinear):
         buffer("down_codes", True, torch.int8, k, n - columns)
         buffer("down_rest", columns > 0, torch.float16, k, columns)
         buffer("scale", True, torch.bfloat16, k)
-        buffer("out_order", ordered, _index_type(m), m)
-        buffer("in_order", ordered, _index_type(n), n)
+        buffer("out_order", ordered, torch.int32, m)
+        buffer("in_order", ordered, torch.int32, n)
         self.bias = nn.Parameter(torch.zeros(m, device=device, dtype=dtype)) if bias else None
 
     @classmethod
@@ -297,7 +320,7 @@ class Int8LowRankLinear(EightBitLinear):
             return None
         up, down = weights.get(f"{name}.up_rest"), weights.get(f"{name}.down_rest")
         return {
-            "rank": len(weights[f"{name}.scale"]),
+            "rank": weights[f"{name}.up_codes"].shape[1],
             "rows": 0 if up is None else len(up),
             "columns": 0 if down is None else down.shape[1],
             "ordered": f"{name}.out_order" in weights,
@@ -322,10 +345,9 @@ class Int8LowRankLinear(EightBitLinear):
         sizes = {"rank": layer.rank, "rows": int(rows.sum()), "columns": int(columns.sum()), "ordered": ordered}
         new = cls.like(layer, **sizes).to_empty(device=up.device)
 
-        largest_up, largest_down = _largest(up[~rows], 0), _largest(down[:, ~columns], 1)
-        shift = (largest_down / largest_up).sqrt()
+        shift, largest = balance(up[~rows], down[:, ~columns])
         up, down = up[outputs] * shift, down[:, inputs] / shift[:, None]
-        new.scale.copy_(bfloat16_scale((largest_up * largest_down).sqrt()))
+        new.scale.copy_(bfloat16_scale(largest))
         new.up_codes.copy_(rounded(up[: len(new.up_codes)], new.scale))
         new.down_codes.copy_(rounded(down[:, : new.down_codes.shape[1]], new.scale[:, None]))
         if new.up_rest is not None:
@@ -373,20 +395,17 @@ class Int8LowRankLinear(EightBitLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (..., n) to (..., m)."""
         if self.in_order is not None:
-            x = x.index_select(-1, self.in_order.int())
-        scale = self.scale.to(x.dtype)
-        if self.down_rest is None:
-            z = linear(x, self.down_codes.to(x.dtype) * scale[:, None])
-        else:
-            coded = self.down_codes.shape[1]
-            z = linear(x[..., :coded], self.down_codes.to(x.dtype) * scale[:, None])
+            x = x.index_select(-1, self.in_order)
+        scale, coded = self.scale.float(), self.down_codes.shape[1]
+        z = linear(x[..., :coded], (self.down_codes * scale[:, None]).to(x.dtype))
+        if self.down_rest is not None:
             z = z + linear(x[..., coded:], self.down_rest.to(x.dtype))
-        y = linear(z, self.up_codes.to(x.dtype) * scale)
+        y = linear(z, (self.up_codes * scale).to(z.dtype))
         if self.up_rest is not None:
-            y = torch.cat([y, linear(z, self.up_rest.to(x.dtype))], -1)
+            y = torch.cat([y, linear(z, self.up_rest.to(z.dtype))], -1)
         if self.out_order is not None:
-            y = y.index_select(-1, self.out_order.int())
-        return y if self.bias is None else y + self.bias
+            y = y.index_select(-1, self.out_order)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 KINDS: dict[str, type[CompressedLinear]] = {cls.kind: cls for cls in (LowRankLinear, Int8LowRankLinear, Int8Linear)}
@@ -419,7 +438,9 @@ def shape_of(layer: Dense | CompressedLinear) -> tuple[int, int]:
 
 
 def type_of(layer: Dense | CompressedLinear) -> torch.dtype | None:
-    """Type of its parameters; None where it has none."""
+    """Floating-point type of its weights; None where it has none."""
+    if isinstance(layer, EightBitLinear):
+        return layer.dtype
     return next((parameter.dtype for parameter in layer.parameters()), None)
 
 
@@ -427,6 +448,10 @@ def take_after(new: nn.Module, old: Dense | CompressedLinear) -> None:
     """Gives `new` the mode of `old`, and to its weights and bias the `requires_grad` of those of `old`."""
     new.train(old.training)
     weights = [p.requires_grad for n, p in old.named_parameters() if not n.endswith("bias")]
+    if isinstance(old, EightBitLinear):
+        weights = [old.trainable]
+    if isinstance(new, EightBitLinear):
+        new.trainable = weights[0]
     for name, parameter in new.named_parameters():
         if name.endswith("bias") and old.bias is not None:
             parameter.requires_grad_(bool(old.bias.requires_grad))
@@ -434,13 +459,32 @@ def take_after(new: nn.Module, old: Dense | CompressedLinear) -> None:
             parameter.requires_grad_(weights[0])
 
 
+def carry_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Gives `new` the forward and backward hooks of `old`: the same, so that their handles go on working."""
+    new.__dict__.update({kind: old.__dict__[kind] for kind in HOOKS})
+
+
+def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """By what to multiply the columns of `up`, and divide the rows of `down`, so that both are equally large.
+
+    Args:
+        up: (m, k), what is to be rounded of it.
+        down: (k, n), what is to be rounded of it.
+
+    Returns:
+        The factors (k,), and the largest entry of each component once both sides are scaled by them (k,).
+    """
+    largest_up, largest_down = _largest(up, 0), _largest(down, 1)
+    return (largest_down / largest_up).sqrt(), (largest_up * largest_down).sqrt()
+
+
 def bfloat16_scale(largest: Tensor) -> Tensor:
     """Scales in bfloat16 at which no entry up to `largest` is beyond the largest code; 1 where all are 0."""
-    exact = largest.double() / LARGEST_CODE
+    exact = largest.cpu().double() / LARGEST_CODE  # there is no float64 on MPS
     scale = exact.bfloat16()
     above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
     scale = torch.where(scale.double() < exact, above, scale)
-    return torch.where(largest > 0, scale, torch.ones_like(scale))
+    return torch.where(largest.cpu() > 0, scale, torch.ones_like(scale)).to(largest.device)
 
 
 def rounded(values: Tensor, scale: Tensor) -> Tensor:
@@ -456,10 +500,6 @@ def _largest(values: Tensor, dim: int) -> Tensor:
 
 def _joined(codes: Tensor, rest: Tensor | None, dim: int) -> Tensor:
     return codes if rest is None else torch.cat([codes, rest.float()], dim)
-
-
-def _index_type(size: int) -> torch.dtype:
-    return torch.int16 if size <= torch.iinfo(torch.int16).max else torch.int32
 
 
 def _drop_note(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -32,6 +32,8 @@ class Plan:
     """Fraction of the target layers' parameters that these ranks remove."""
     highest: Mapping[str, int]
     """Name -> largest rank at which the layer takes less than it does dense."""
+    storage: str = "factors"
+    """How matrices are to be kept, by its name in `storage.STORAGES`."""
     drifts: Mapping[str, float] | None = None
     """Name -> predicted change of the loss; None for a plan that was read."""
 
@@ -39,7 +41,7 @@ class Plan:
     def of(cls, selection: Selection, budget: Budget) -> "Plan":
         """The ranks of a selection."""
         ranks = {name: selection.rank(name) for name in budget.shapes}
-        return cls(ranks, budget.shapes, budget.reached(ranks), _highest(budget), selection.drifts)
+        return cls(ranks, budget.shapes, budget.reached(ranks), _highest(budget), budget.storage, selection.drifts)
 
     @classmethod
     def read(cls, path: str | Path, budget: Budget) -> "Plan":
@@ -48,7 +50,7 @@ class Plan:
         Raises:
             PlanError: there is no such file, it is not a plan, or it is one for other layers; says which.
         """
-        layers = _layers(Path(path))
+        layers = _layers(Path(path), budget.storage)
         if others := sorted(layers.keys() ^ budget.shapes.keys()):
             raise PlanError(
                 f"plan {path} is for other layers: {len(others)} are in one of plan and model only "
@@ -56,13 +58,14 @@ class Plan:
                 f"rank: {DENSE}"
             )
         ranks = {name: _rank(path, name, layers[name], budget) for name in budget.shapes}
-        return cls(ranks, budget.shapes, budget.reached(ranks), _highest(budget))
+        return cls(ranks, budget.shapes, budget.reached(ranks), _highest(budget), budget.storage)
 
     def write(self, path: str | Path) -> None:
         """Writes the plan as YAML. Raises OutputError when there is a file already, or it cannot be written."""
         path = check_plan_output(path)
         content = {
             "version": VERSION,
+            "storage": self.storage,
             "reached": round(self.reached, 6),
             "predicted_drift": None if self.drifts is None else float(f"{sum(self.drifts.values()):.6g}"),
             "layers": {name: self._entry(name) for name in self.ranks},
@@ -92,7 +95,7 @@ def check_plan_output(path: str | Path) -> Path:
     return path
 
 
-def _layers(path: Path) -> dict[str, Any]:
+def _layers(path: Path, storage: str) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -101,6 +104,8 @@ def _layers(path: Path) -> dict[str, Any]:
         raise PlanError(f"plan {path} has no mapping 'layers'; a dry run writes one")
     if loaded.get("version") != VERSION:
         raise PlanError(f"plan {path} is of version {loaded.get('version')!r}, this release reads {VERSION}")
+    if loaded.get("storage", "factors") != storage:
+        raise PlanError(f"plan {path} is for storage {loaded.get('storage', 'factors')!r}, and it is to be {storage!r}")
     layers: dict[str, Any] = loaded["layers"]
     return layers
 

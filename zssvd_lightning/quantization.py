@@ -3,9 +3,9 @@
 Shapes: W (m, n), up (m, k), down (k, n). Rounding is that of the factors as they are stored, after un-whitening.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from zssvd_lightning.modules import (
     Int8Linear,
     Int8LowRankLinear,
     LowRankLinear,
+    balance,
+    carry_hooks,
     shape_of,
 )
 from zssvd_lightning.targets import find_targets, replace_module
@@ -48,14 +50,8 @@ def importance(mean_squares: Tensor, H: Tensor) -> Importance:
     return Importance(H.square().mean(1), mean_squares)
 
 
-def quantize(
-    model: nn.Module,
-    storage: str = "remap",
-    importances: Mapping[str, Importance] | None = None,
-    include: Sequence[str] | None = None,
-    ignore: Sequence[str] | None = None,
-) -> None:
-    """Turns the low-rank layers of `model` into 8-bit ones, in place.
+def quantize(model: nn.Module, storage: str = "remap", importances: Mapping[str, Importance] | None = None) -> None:
+    """Turns all low-rank layers of `model` into 8-bit ones, in place.
 
     Args:
         model: any module, compressed with the same `storage`, so that its ranks are those of the budget.
@@ -63,20 +59,26 @@ def quantize(
             smaller; `hq` has all in 8 bits, and the dense layers that could have been compressed too.
         importances: of the layers by name; given them, `remap` chooses what stays in 16 bits by what rounding costs,
             over all layers, instead of the last rows or columns of each.
-        include: for `hq`, which dense layers; as for compression.
-        ignore: for `hq`, which not.
 
     Raises:
-        QuantizationError: there is no low-rank layer, or an importance is missing.
+        QuantizationError: there is no low-rank layer, an importance is missing, or a weight is not finite.
     """
     if storage not in EIGHT_BIT:
         raise QuantizationError(f"storage {storage!r} is not one of 8 bits; there are {', '.join(EIGHT_BIT)}")
-    layers: dict[str, Dense | LowRankLinear] = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    if not layers:
+    names = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+    if not names:
         raise QuantizationError(f"{type(model).__name__} has no low-rank layer; compress it with storage={storage!r}")
     if storage == "hq":
         with suppress(TargetError):  # all that could be were made low-rank
-            layers |= {name: target.module for name, target in find_targets(model, include, ignore).items()}
+            names += find_targets(model)
+    quantize_layers(model, names, storage, importances)
+
+
+def quantize_layers(
+    model: nn.Module, names: Iterable[str], storage: str, importances: Mapping[str, Importance] | None = None
+) -> None:
+    """Puts the layers of these names into the form that `storage` has for them, in place; see `quantize`."""
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     for name, new in in_8_bits(layers, storage, importances).items():
         replace_module(model, layers[name], new)
     mark(model)
@@ -91,6 +93,9 @@ def in_8_bits(
     layers: Mapping[str, Dense | LowRankLinear], storage: str, importances: Mapping[str, Importance] | None = None
 ) -> dict[str, CompressedLinear]:
     """The 8-bit forms of layers, by name; `remap` has none for dense ones. See `quantize`."""
+    for name, layer in layers.items():
+        if not all(parameter.isfinite().all() for parameter in layer.parameters()):
+            raise QuantizationError(f"{name} has weights that are NaN or infinite, which 8 bits would hide")
     low_rank = {name: layer for name, layer in layers.items() if isinstance(layer, LowRankLinear)}
     if storage == "hq":
         wide = {name: _none(layer) for name, layer in low_rank.items()}
@@ -101,6 +106,10 @@ def in_8_bits(
     made: dict[str, CompressedLinear] = {n: Int8LowRankLinear.of(layer, *wide[n]) for n, layer in low_rank.items()}
     if storage == "hq":
         made |= {n: Int8Linear.of(layer) for n, layer in layers.items() if not isinstance(layer, LowRankLinear)}
+    for name, new in made.items():
+        if not all(value.isfinite().all() for value in new.state_dict().values()):
+            raise QuantizationError(f"{name} has entries that float16 cannot hold beside others; use storage='factors'")
+        carry_hooks(new, layers[name])
     return made
 
 
@@ -109,22 +118,17 @@ def rounding_costs(layer: LowRankLinear, found: Importance) -> tuple[Tensor, Ten
 
     To second order, an error E of W costs `1/2 sum_i B_i E_i A E_i^T` with B_i the importance of output i. A row e of
     errors in `up` gives `B_i sum_c e_c^2 s_c`, since factors of a whitened SVD have `down A down^T = diag(s)`, with s
-    the squared norms of the columns of `up`. A column e of errors in `down` at input j gives
-    `A_jj sum_c e_c^2 sum_i B_i up_ic^2`. (Loss-aware remapping is an idea of IO-SVD, arXiv 2605.15626.)
+    the squared norms of the columns of `up`; nearly so after some training. A column e of errors in `down` at input j
+    gives `A_jj sum_c e_c^2 sum_i B_i up_ic^2`. (Loss-aware remapping is an idea of IO-SVD, arXiv 2605.15626.)
     """
     up, down = layer.up.weight.detach().float(), layer.down.weight.detach().float()
     stored_up, stored_down = Int8LowRankLinear.of(layer, *_none(layer)).factors()
-    shift = _shift(up, down)
+    shift, _ = balance(up, down)
     up_error, down_error = stored_up / shift - up, stored_down * shift[:, None] - down
     outputs, inputs = found.outputs.to(up), found.inputs.to(up)
     rows = outputs * (up_error.square() @ up.square().sum(0))
     columns = inputs * ((outputs @ up.square()) @ down_error.square())
     return rows, columns
-
-
-def _shift(up: Tensor, down: Tensor) -> Tensor:
-    """By how much the columns of `up` are larger once the two sides of each component are scaled alike (k,)."""
-    return (down.abs().amax(1) / up.abs().amax(0)).sqrt()
 
 
 def _none(layer: LowRankLinear) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """What a compression did: as a table, as JSON, as a picture."""
 
+import json
 import platform
 import sys
 import time
@@ -7,10 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from zssvd_lightning.errors import SavedModelError
+
+REPORT = "report.json"
 VERSIONS = ("zssvd-lightning", "torch", "lightning", "transformers")
 
 
@@ -168,6 +173,22 @@ class Report:
         if self.peak_rss_bytes:
             table.add_row("peak memory", "", f"{self.peak_rss_bytes / 1e9:.2f} GB")
         return table
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Writes `report.json` into a folder."""
+    (folder / REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def read_report(folder: Path) -> Report | None:
+    """The report in a folder; None where there is none. Raises SavedModelError when it cannot be read."""
+    path = folder / REPORT
+    if not path.is_file():
+        return None
+    try:
+        return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SavedModelError(f"{path} is no report of a compression: {error!r}; move it away") from error
 
 
 def peak_rss_bytes() -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 
 from zssvd_lightning.checkpoint import borrowed_checkpoint_hooks
+from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.lifecycle import Lifecycle
 from zssvd_lightning.limits import Allowance
 from zssvd_lightning.phase import Phase
@@ -111,6 +112,11 @@ class ResumableCallback(L.Callback):
         return self.__dict__ | {"_trainer": None, "_adapter": None, "_compressed": None, "_borrowed": ExitStack()}
 
     def _check(self, checkpoint: Mapping[str, Any]) -> None:
+        if self._fitting and any(n.endswith(("_codes", ".codes")) for n in checkpoint.get("state_dict", {})):
+            raise CheckpointError(
+                "the checkpoint was saved after its fit, with layers in 8 bits, which are not trained; go on from a "
+                "checkpoint of the fit itself"
+            )
         if self._fitting and (state := checkpoint.get("callbacks", {}).get(self.state_key)) is not None:
             self.refuse_state(state)
 

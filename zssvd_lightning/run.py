@@ -1,6 +1,5 @@
 """A whole run from a config: what stands before and after the compression, shared by the command line and recipes."""
 
-import json
 from dataclasses import asdict
 
 import torch
@@ -11,11 +10,11 @@ from transformers import PreTrainedModel
 from zssvd_lightning import evaluation, texts
 from zssvd_lightning.card import write_card
 from zssvd_lightning.config import RunConfig
-from zssvd_lightning.files import MARKER, check_output, replacing_folder
+from zssvd_lightning.files import check_output, replacing_folder
 from zssvd_lightning.models import load_model, place
 from zssvd_lightning.picture import draw
 from zssvd_lightning.quantization import EIGHT_BIT
-from zssvd_lightning.report import Report, peak_rss_bytes
+from zssvd_lightning.report import Report, peak_rss_bytes, write_report
 from zssvd_lightning.saving import from_pretrained, write_model
 from zssvd_lightning.structure import specs_of
 
@@ -36,7 +35,7 @@ class Run:
     def __init__(self, config: RunConfig, progress: bool = True) -> None:
         self.config = config
         self.progress = progress
-        self.output = check_output(config.output)
+        self.output = check_output(config.output, config.model.source)
         torch.manual_seed(config.calibration.seed)
         self.model, self.tokenizer = load_model(config.model.source, config.model.dtype)
         place(self.model)
@@ -102,8 +101,7 @@ class Run:
             if picture:
                 draw(report, folder / "report.png")
             write_card(folder, self.output.name, specs_of(self.model), report)
-            written = report.to_dict() | {"files": sorted([MARKER, *(entry.name for entry in folder.iterdir())])}
-            (folder / MARKER).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            write_report(folder, report)
 
     def _expected_bytes(self, report: Report, size: int) -> int:
         """Bytes that the numbers kept would take, those of targets being of 16 bits where the storage is of 8."""

@@ -8,15 +8,22 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from zssvd_lightning.card import write_card
-from zssvd_lightning.errors import OutputError, SavedModelError
+from zssvd_lightning.config import DTYPES
+from zssvd_lightning.errors import ConfigError, OutputError, SavedModelError
 from zssvd_lightning.files import replacing_folder
 from zssvd_lightning.hub import mark
 from zssvd_lightning.integrity import digest
-from zssvd_lightning.report import Report
-from zssvd_lightning.self_contained import carry_code
+from zssvd_lightning.report import Report, write_report
+from zssvd_lightning.self_contained import AUTOMATIC, carry_code, made_by
 from zssvd_lightning.structure import specs_of
 
 SHARD = "5GB"
@@ -41,7 +48,7 @@ def save_pretrained(
         model: a model of transformers.
         folder: to write; what an earlier save left there is replaced.
         tokenizer: saved beside the model.
-        report: of the compression, for the model card.
+        report: of the compression, for the model card, and written as `report.json`.
         max_shard_size: of each file of weights, such as `5GB`.
         self_contained: whether to add the code that `from_pretrained(folder, trust_remote_code=True)` needs to load the
             model where this package is not installed.
@@ -52,7 +59,9 @@ def save_pretrained(
     """
     with replacing_folder(folder) as temporary:
         write_model(model, temporary, tokenizer, max_shard_size, self_contained=self_contained)
-        write_card(temporary, Path(folder).name, specs_of(model), report)
+        write_card(temporary, Path(folder).resolve().name, specs_of(model), report)
+        if report is not None:
+            write_report(temporary, report)
 
 
 def write_model(
@@ -66,46 +75,59 @@ def write_model(
     """Writes weights, config and tokenizer into a new folder; see `save_pretrained`."""
     if not isinstance(model, PreTrainedModel):
         raise SavedModelError(f"{type(model).__name__} is no model of transformers; save the one it holds")
+    specs = specs_of(model)
+    if specs and model.config.model_type not in CONFIG_MAPPING:
+        raise SavedModelError(
+            f"transformers does not know the model type {model.config.model_type!r}, so the folder would not "
+            "load; register it with AutoConfig and an automatic model class, or merge(model) first"
+        )
     mark(model)
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-    except SafetensorError as error:
-        raise OutputError(f"cannot write {folder}: {error}; what was there before is untouched") from error
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    if specs_of(model):
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if isinstance(error, SafetensorError) or "os error" in str(error):  # libraries in Rust have errors of their own
+            raise OutputError(f"cannot write {folder}: {error}; what was there before is untouched") from error
+        raise
+    if specs:
         path = folder / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
+        config["architectures"] = [_architecture(model)]
         config["quantization_config"]["files"] = {
             file.name: digest(file) for file in sorted(folder.glob("*.safetensors"))
         }
         if self_contained:
             config["auto_map"] = carry_code(model, folder)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    elif self_contained:
+        raise SavedModelError(f"{type(model).__name__} has no compressed layer, and needs no code to be loaded")
 
 
-def from_pretrained(folder: str | Path, dtype: str = "auto", **options: Any) -> PreTrainedModel:
+def from_pretrained(folder: str | Path, dtype: str | torch.dtype | None = "auto", **options: Any) -> PreTrainedModel:
     """The model in a folder that `save_pretrained` wrote, compressed or dense, of the class it was saved from.
 
     Args:
         folder: a local folder, or a hub id.
-        dtype: floating-point type of the weights, such as `float32`; as they were saved when `auto`.
+        dtype: floating-point type of the weights, such as `float32`; as they were saved when `auto` or None.
         options: others of transformers' `from_pretrained`, such as `device_map="auto"`.
 
     Raises:
         SavedModelError: files are damaged, or weights are missing, left over or of the wrong shape, so that the model
             would be partly random.
+        ConfigError: there is no such type.
     """
-    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
-    where = {key: value for key, value in options.items() if key in WHERE}
-    config = options.pop("config", None) or AutoConfig.from_pretrained(str(folder), **where)
-    architecture = getattr(transformers, (config.architectures or ["none"])[0], None)
-    loader: Any = AutoModelForCausalLM if architecture is None or hasattr(config, "auto_map") else architecture
+    wanted = _type(options.pop("torch_dtype", dtype))
     settings = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True} | options
     try:
-        loaded: Any = loader.from_pretrained(str(folder), config=config, dtype=wanted, **settings)
-    except SafetensorError as error:
-        raise SavedModelError(f"the weights in {folder} cannot be read: {error}; copy the folder again") from error
+        loader = _loader(str(folder), {key: value for key, value in options.items() if key in WHERE})
+        loaded: Any = loader.from_pretrained(str(folder), dtype=wanted, **settings)
+    except SavedModelError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        if not Path(folder).is_dir():
+            raise
+        raise SavedModelError(f"{folder} cannot be loaded: {error}") from error
     model, info = loaded
     checked: PreTrainedModel = model
     suspect = ["missing_keys", "mismatched_keys", *(["unexpected_keys"] if specs_of(checked) else [])]
@@ -113,3 +135,26 @@ def from_pretrained(folder: str | Path, dtype: str = "auto", **options: Any) -> 
     if wrong:
         raise SavedModelError(f"{folder} does not hold the weights its config speaks of: {wrong}")
     return checked
+
+
+def _loader(folder: str, where: dict[str, Any]) -> Any:
+    """The automatic class of transformers that makes what was saved; that for causal models where none is told."""
+    config = AutoConfig.from_pretrained(folder, **where)
+    saved = (config.architectures or [None])[0]
+    named = (automatic for automatic in AUTOMATIC if getattr(made_by(automatic, config), "__name__", None) == saved)
+    return next(named, AutoModelForCausalLM)
+
+
+def _architecture(model: PreTrainedModel) -> str:
+    """The class of transformers that the model's class is or extends; its own where there is none."""
+    classes = type(model).__mro__
+    return next((c.__name__ for c in classes if getattr(transformers, c.__name__, None) is c), type(model).__name__)
+
+
+def _type(name: str | torch.dtype | None) -> str | torch.dtype:
+    if name is None or name == "auto":
+        return "auto"
+    found = getattr(torch, name, None) if isinstance(name, str) else name
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"dtype is {name!r}; there are {', '.join(DTYPES)}, and auto")
+    return found

@@ -8,11 +8,13 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -44,7 +46,7 @@ class Compressed{model}({model}):
             setattr(owner, leaf, layer_like(old, spec).to_empty(device=old.weight.device))
         self.post_init()
 '''
-AUTOMATIC: tuple[Any, ...] = (
+AUTOMATIC: tuple[Any, ...] = (  # in the order they are tried in
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForMaskedLM,
@@ -52,6 +54,7 @@ AUTOMATIC: tuple[Any, ...] = (
     AutoModelForTokenClassification,
     AutoModelForQuestionAnswering,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModel,
 )
 
@@ -62,14 +65,16 @@ def carry_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     shutil.copyfile(modules.__file__, folder / f"{LAYERS}.py")
     code = CODE.format(model=architecture, config=config, layers=LAYERS)
     (folder / f"{MODEL}.py").write_text(code, encoding="utf-8")
-    automatic = next((auto for auto in AUTOMATIC if _makes(auto, model)), AutoModel)
+    automatic = next((auto for auto in AUTOMATIC if made_by(auto, model.config) is type(model)), AutoModel)
     return {
         "AutoConfig": f"{MODEL}.Compressed{config}",
         automatic.__name__: f"{MODEL}.Compressed{architecture}",
     }
 
 
-def _makes(automatic: Any, model: PreTrainedModel) -> bool:
-    """Whether an automatic class of transformers would make a model of this class from its config."""
+def made_by(automatic: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of model that an automatic class of transformers would make of a config, if any."""
     mapping = automatic._model_mapping  # noqa: SLF001
-    return type(model.config) in mapping and mapping[type(model.config)] is type(model)
+    found: Any = mapping.get(type(config), None)
+    made: type[PreTrainedModel] | None = found[0] if isinstance(found, tuple) else found
+    return made

@@ -10,7 +10,6 @@ import yaml
 from support.models import saved_tiny_llama, tiny_tokenizer
 
 from zssvd_lightning.cli import main
-from zssvd_lightning.files import MARKER
 from zssvd_lightning.models import load_model
 
 
@@ -60,7 +59,7 @@ def zssvd(monkeypatch, capsys):
 def test_compress_then_evaluate(workshop, zssvd):
     done = zssvd("compress", workshop / "config.yaml", "compression.prune_ratio=0.3", "compression.corrections=2")
     assert "perplexity" in done.out
-    report = json.loads((workshop / "out" / MARKER).read_text())
+    report = json.loads((workshop / "out" / "report.json").read_text())
     assert report["prune_ratio"]["asked"] == 0.3
     assert report["prune_ratio"]["reached"] >= 0.3
     before, after = report["parameters"]["before"], report["parameters"]["after"]
@@ -100,7 +99,7 @@ def test_storage_in_8_bits_is_measured_as_it_was_written(workshop, zssvd):
     kept = ["compression.storage=remap", "compression.rows_in_16_bits=loss_aware", "model.saved_dtype=bfloat16"]
     done = zssvd("compress", workshop / "config.yaml", f"output={workshop}/remap", "compression.corrections=0", *kept)
     assert "perplexity, as saved" in done.out
-    report = json.loads((workshop / "remap" / MARKER).read_text())
+    report = json.loads((workshop / "remap" / "report.json").read_text())
     assert report["prune_ratio"]["reached"] >= 0.4
     whole = report["parameters"]["model"]
     assert report["file_bytes"]["dense"] == 2 * whole["before"]
@@ -115,7 +114,7 @@ def test_storage_in_8_bits_is_measured_as_it_was_written(workshop, zssvd):
 
 def test_weights_are_written_in_another_type_if_asked(workshop, zssvd):
     zssvd("compress", workshop / "config.yaml", f"output={workshop}/half", "model.saved_dtype=float16")
-    report = json.loads((workshop / "half" / MARKER).read_text())
+    report = json.loads((workshop / "half" / "report.json").read_text())
     assert report["file_bytes"]["compressed"] == pytest.approx(report["file_bytes"]["expected"], rel=0.2)  # headers
     assert report["perplexity"]["reloaded"] == pytest.approx(report["perplexity"]["compressed"], rel=0.05)
     assert load_model(f"{workshop}/half", "auto")[0].dtype == torch.float16
@@ -171,7 +170,7 @@ def test_whole_text_and_no_text(workshop, zssvd):
     out = json.loads(zssvd("evaluate", workshop / "whole").out.splitlines()[-1])
     characters = len((workshop / "text.txt").read_text())
     assert out["tokens"] == characters // 32 * 31
-    report = json.loads((workshop / "whole" / MARKER).read_text())
+    report = json.loads((workshop / "whole" / "report.json").read_text())
     assert "perplexity_second" not in report
 
 
@@ -182,7 +181,7 @@ def test_whole_text_and_no_text(workshop, zssvd):
         (["compress", "{}/nowhere.yaml"], "does not exist"),
         (["compress", "{}/config.yaml", "calibration.samples=9999"], "windows of 32"),
         (["compress", "{}/config.yaml", "evaluation.length=999999"], "windows of 999999"),
-        (["compress", "{}/config.yaml", "output={}/model"], "which this package did not write"),
+        (["compress", "{}/config.yaml", "output={}/model"], "is what is read from"),
         (["compress", "{}/config.yaml", "compression.include=[lm_head]", "output={}/new"], "tied"),
         (["compress", "{}/config.yaml", "model.source={}/none"], "no config.json"),
         (["evaluate", "{}/model"], "give one as text=SOURCE"),
@@ -209,7 +208,7 @@ def test_plan_then_compress_by_it(workshop, zssvd, tmp_path):
     layers = yaml.safe_load(plan.read_text())["layers"]
     done = zssvd("compress", workshop / "config.yaml", f"compression.plan={plan}", more[1], f"output={tmp_path}/out")
     assert done.code == 0
-    report = json.loads((tmp_path / "out" / MARKER).read_text())
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {n: e["rank"] for n, e in layers.items()} == {n: r["rank"] or "dense" for n, r in report["ranks"].items()}
     again = zssvd("plan", workshop / "config.yaml", plan, *more)
     assert again.code == 1

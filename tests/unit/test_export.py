@@ -179,7 +179,14 @@ def test_dense_configs_tell_rotary_embeddings_to_older_readers_too(tmp_path, rot
 def test_bad_exports_are_refused(tmp_path, monkeypatch, capsys):
     saved(tmp_path / "m")
     assert run(monkeypatch, "export", tmp_path / "m", tmp_path / "out", "format=tar") == 1
-    assert "did you mean" in (told := capsys.readouterr().err) or "there are dense" in told
+    assert "format is 'tar'; there are dense, self_contained, onnx" in capsys.readouterr().err
+    assert run(monkeypatch, "export", tmp_path / "m", tmp_path / "m") == 1
+    assert "is what is read from" in capsys.readouterr().err
+    assert specs_of(from_pretrained(tmp_path / "m"))
+    assert run(monkeypatch, "export", tmp_path / "m", tmp_path / "dense") == 0
+    assert run(monkeypatch, "export", tmp_path / "m", tmp_path / "dense") == 0  # replaces its own
+    assert run(monkeypatch, "export", tmp_path / "dense", tmp_path / "again", "format=self_contained") == 1
+    assert "has no compressed layer" in capsys.readouterr().err
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     assert run(monkeypatch, "export", tmp_path / "m", tmp_path / "out") == 1

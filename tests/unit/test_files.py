@@ -1,15 +1,13 @@
-import json
-
 import pytest
 
 from zssvd_lightning.errors import OutputError
-from zssvd_lightning.files import MARKER, check_output, replacing_folder
+from zssvd_lightning.files import MANIFEST, check_output, replacing_folder
 
 
 def write(folder, *names):
     for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
-    (folder / MARKER).write_text(json.dumps({"files": [MARKER, *names]}))
 
 
 def written(folder):
@@ -20,7 +18,7 @@ def test_folder_appears_whole(tmp_path):
     with replacing_folder(tmp_path / "a" / "out") as folder:
         write(folder)
         assert not (tmp_path / "a" / "out").exists()
-    assert written(tmp_path / "a" / "out") == [MARKER]
+    assert written(tmp_path / "a" / "out") == [MANIFEST]
     assert written(tmp_path / "a") == ["out"]
 
 
@@ -28,7 +26,7 @@ def test_earlier_run_is_replaced_whole(tmp_path):
     for name in ("old", "new"):
         with replacing_folder(tmp_path / "out") as folder:
             write(folder, name)
-    assert written(tmp_path / "out") == ["new", MARKER]
+    assert written(tmp_path / "out") == ["new", MANIFEST]
 
 
 def test_failure_leaves_what_was_there(tmp_path):
@@ -37,7 +35,7 @@ def test_failure_leaves_what_was_there(tmp_path):
     with pytest.raises(ZeroDivisionError), replacing_folder(tmp_path / "out") as folder:
         write(folder, "new")
         raise ZeroDivisionError
-    assert written(tmp_path / "out") == ["old", MARKER]
+    assert written(tmp_path / "out") == ["old", MANIFEST]
     assert written(tmp_path) == ["out"]
 
 
@@ -47,9 +45,11 @@ def test_full_disk_is_a_named_error(tmp_path):
     assert written(tmp_path) == []
 
 
-@pytest.mark.parametrize("report", ["[]", "{}", "not json", '{"files": ["report.json"]}'])
-def test_a_report_does_not_give_away_what_else_is_there(tmp_path, report):
-    (tmp_path / MARKER).write_text(report)
+@pytest.mark.parametrize(
+    "manifest", ["[]", "{}", "not json", '{"files": 3, "card": null}', '{"files": [], "card": null}']
+)
+def test_a_manifest_does_not_give_away_what_else_is_there(tmp_path, manifest):
+    (tmp_path / MANIFEST).write_text(manifest)
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(OutputError, match="which this package did not write"), replacing_folder(tmp_path):
         pass
@@ -61,7 +61,7 @@ def test_a_link_is_followed(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with replacing_folder(tmp_path / "link") as folder:
         write(folder)
-    assert written(tmp_path / "real") == [MARKER]
+    assert written(tmp_path / "real") == [MANIFEST]
     assert (tmp_path / "link").is_symlink()
 
 
@@ -81,7 +81,7 @@ def test_replacing_never_leaves_the_place_empty(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.rename", lambda *_: pytest.fail("renamed"))
     with replacing_folder(tmp_path / "out") as folder:
         write(folder, "new")
-    assert written(tmp_path / "out") == ["new", MARKER]
+    assert written(tmp_path / "out") == ["new", MANIFEST]
     assert written(tmp_path) == ["out"]
 
 
@@ -90,5 +90,40 @@ def test_replacing_works_where_the_system_cannot_exchange_folders(tmp_path, monk
     for name in ("old", "new"):
         with replacing_folder(tmp_path / "out") as folder:
             write(folder, name)
-    assert written(tmp_path / "out") == ["new", MARKER]
+    assert written(tmp_path / "out") == ["new", MANIFEST]
     assert written(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["my_lora.safetensors", "tokenizer_data/mine.txt", "empty/"])
+def test_files_of_others_in_a_folder_of_ours_are_kept(tmp_path, name):
+    with replacing_folder(tmp_path / "out") as folder:
+        write(folder, "model.safetensors", "additional/template.txt")
+    place = tmp_path / "out" / name
+    if name.endswith("/"):
+        place.mkdir()
+    else:
+        write(tmp_path / "out", name)
+    with pytest.raises(OutputError, match=name.rstrip("/")), replacing_folder(tmp_path / "out"):
+        pass
+    assert place.exists()
+
+
+def test_a_card_that_was_edited_is_kept(tmp_path):
+    with replacing_folder(tmp_path / "out") as folder:
+        write(folder, "README.md")
+    with replacing_folder(tmp_path / "out") as folder:
+        write(folder, "README.md")
+    (tmp_path / "out" / "README.md").write_text("my words")
+    with pytest.raises(OutputError, match=r"README\.md"), replacing_folder(tmp_path / "out"):
+        pass
+
+
+def test_the_source_and_the_working_directory_are_not_replaced(tmp_path, monkeypatch):
+    with replacing_folder(tmp_path / "out") as folder:
+        write(folder)
+    with pytest.raises(OutputError, match="is what is read from"):
+        check_output(tmp_path / "out", tmp_path / "." / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    for place in (".", "..", tmp_path / "out"):
+        with pytest.raises(OutputError, match="working directory"):
+            check_output(place)

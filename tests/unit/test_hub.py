@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 import pickle
@@ -8,21 +9,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.models import (
+    FAMILIES,
     VOCABULARY,
     saved_tiny_llama,
-    sequence_pairs,
     tiny_gpt2,
     tiny_llama,
-    tiny_t5,
     tiny_tokenizer,
     token_batches,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress, from_pretrained, merge, save_pretrained
-from zssvd_lightning.errors import ModelSourceError, OutputError, SavedModelError
+from zssvd_lightning.errors import ConfigError, ModelSourceError, OutputError, SavedModelError
 from zssvd_lightning.models import load_model
+from zssvd_lightning.report import read_report
 from zssvd_lightning.structure import rebuild, specs_of
 
 
@@ -105,22 +114,73 @@ def test_plain_save_pretrained_of_transformers_writes_what_loading_takes(tmp_pat
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
+def tiny_llava():
+    text = tiny_llama().config
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=VOCABULARY - 1)
+    )
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llava"])
+def test_models_of_any_task_come_back_as_their_class(tmp_path, family):
+    """Some of them have other names for layers on disk than in memory."""
+    build, batches, _ = FAMILIES.get(family, (tiny_llava, token_batches, 0))
+    model = build().eval()
+    include = [r"re:.*language_model.*_proj"] if family == "llava" else None  # tokens do not go through its vision tower
+    compress(model, batches(), CompressionConfig(0.3, corrections=0, include=include), progress=False)
+    save_pretrained(model, tmp_path)
+    again = from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    assert specs_of(again) == specs_of(model)
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batches()[0]).logits, model(**batches()[0]).logits)
+
+
+def test_a_model_is_loaded_without_its_head_or_with_one(tmp_path):
+    model = compressed()
+    save_pretrained(model, tmp_path / "whole")
+    body, ids = AutoModel.from_pretrained(tmp_path / "whole"), token_batches(1)[0]["input_ids"]
+    with torch.no_grad():
+        hidden = body(input_ids=ids).last_hidden_state
+        assert torch.equal(hidden, model.model(input_ids=ids).last_hidden_state)
+    save_pretrained(body, tmp_path / "body")
+    assert set(specs_of(AutoModelForCausalLM.from_pretrained(tmp_path / "body"))) == set(specs_of(model))
+    save_pretrained(model.model, tmp_path / "part")
+    model.save_pretrained(tmp_path / "after")
+    assert torch.equal(logits(from_pretrained(tmp_path / "after")), logits(model))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_types_are_told_in_any_way(tmp_path, name, dtype):
+    save_pretrained(compressed(), tmp_path)
+    assert from_pretrained(tmp_path, **{name: dtype}).dtype == torch.bfloat16
+    assert from_pretrained(tmp_path, **{name: None}, use_cache=False).config.use_cache is False
+    with pytest.raises(ConfigError, match="'bf16'"):
+        from_pretrained(tmp_path, **{name: "bf16"})
+
+
+def test_subclasses_are_saved_as_the_class_of_transformers_they_extend(tmp_path):
+    class Mine(type(tiny_llama())):
+        pass
+
+    model = Mine(tiny_llama().config).eval()
+    compress(model, token_batches(), CompressionConfig(0.3, corrections=0), progress=False)
+    save_pretrained(model, tmp_path / "m")
+    assert torch.equal(logits(from_pretrained(tmp_path / "m")), logits(model))
+    model.config.__class__ = type("Config", (type(model.config),), {"model_type": "mine"})
+    with pytest.raises(SavedModelError, match="does not know the model type 'mine'"):
+        save_pretrained(model, tmp_path / "n")
+
+
 def test_weights_in_several_files(tmp_path):
     model = compressed()
     save_pretrained(model, tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
-
-
-def test_a_model_of_another_task_comes_back_as_its_class(tmp_path):
-    model = tiny_t5().eval()
-    batches = sequence_pairs()
-    compress(model, batches, CompressionConfig(0.3, corrections=0), progress=False)
-    save_pretrained(model, tmp_path)
-    again = from_pretrained(tmp_path)
-    assert type(again) is type(model)
-    with torch.no_grad():
-        assert torch.equal(again(**batches[0]).logits, model(**batches[0]).logits)
 
 
 def test_a_reloaded_model_is_cast_copied_and_pickled_like_any_other(tmp_path):
@@ -222,7 +282,7 @@ def test_missing_dense_weights_are_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("load", [from_pretrained, AutoModelForCausalLM.from_pretrained])
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied"])
-def test_damaged_files_are_refused(tmp_path, damage, load):
+def test_damaged_weights_are_refused(tmp_path, damage, load):
     save_pretrained(compressed(), tmp_path)
     file = tmp_path / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -230,6 +290,26 @@ def test_damaged_files_are_refused(tmp_path, damage, load):
     file.write_bytes({"flipped": content, "truncated": content[: len(content) // 2], "emptied": b""}[damage])
     with pytest.raises(SavedModelError, match="is not the file that was saved"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"model_type": "zs'),
+        ("config.json", None),
+        ("model.safetensors.index.json", '{"weight_map"'),
+        ("model.safetensors.index.json", None),
+        ("model-00001-of-*", None),
+    ],
+)
+def test_damaged_folders_are_refused(tmp_path, name, content):
+    save_pretrained(compressed(), tmp_path, max_shard_size="20KB")
+    (path,) = tmp_path.glob(name)
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SavedModelError, match=str(tmp_path)):
+        from_pretrained(tmp_path)
 
 
 def test_a_truncated_file_without_a_digest_is_refused_too(tmp_path):
@@ -279,6 +359,8 @@ def changed(key, value):
             lambda c: c["quantization_config"]["layers"].update({"model.nowhere": {"kind": "int8"}}),
             "no linear layer there",
         ),
+        (lambda c: c["quantization_config"].update(version="1"), "not as it was written"),
+        (lambda c: c["quantization_config"].update(layers=[3]), "not as it was written"),
         (lambda c: c.pop("quantization_config"), "or no quantization_config"),
         (lambda c: c.pop("base_model_type"), "base_model_type None"),
         (lambda c: c.update(base_model_type="lama"), "base_model_type 'lama'"),
@@ -340,6 +422,21 @@ def test_a_model_card_tells_what_was_done(tmp_path):
         "as two factors",
     ):
         assert told in card, told
+
+
+def test_a_report_without_perplexity_or_texts_makes_a_card_too(tmp_path):
+    model = tiny_llama()
+    report = compress(model, token_batches(), CompressionConfig(0.3, corrections=0), progress=False)
+    save_pretrained(model, tmp_path / "one", report=report)
+    report.perplexity, report.config = {"dense": 2.0, "compressed": 3.0}, {"model": {"source": "outputs/dense"}}
+    (tmp_path / "outputs" / "dense").mkdir(parents=True)
+    with contextlib.chdir(tmp_path):
+        save_pretrained(model, "two", report=report, self_contained=True)
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert "3.00" in card
+    assert "base_model" not in card
+    assert "trust_remote_code" in card
+    assert read_report(tmp_path / "two").reached == report.reached
 
 
 def test_dense_folders_load_too(tmp_path):

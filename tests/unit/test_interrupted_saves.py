@@ -20,7 +20,15 @@ folder, how = sys.argv[1:]
 model = from_pretrained(folder)
 for parameter in model.parameters():
     parameter.data.zero_()
-if how == "full disk":
+tokenizer = None
+if how.endswith("tokenizer"):
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=3, **size))
+    words = {f"word{i}": i for i in range(5000)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="word0")))
+if how.startswith("full disk"):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 elif how == "killed while writing":
@@ -36,7 +44,7 @@ else:
             exchange(*args)
         os.kill(os.getpid(), signal.SIGKILL)
     files._exchange = kill
-save_pretrained(model, folder)
+save_pretrained(model, folder, tokenizer)
 """
 
 
@@ -53,14 +61,21 @@ def model():
 
 
 @pytest.mark.parametrize(
-    "how", ["full disk", "killed while writing", "killed before the exchange", "killed after the exchange"]
+    "how",
+    [
+        "full disk",
+        "full disk for the tokenizer",
+        "killed while writing",
+        "killed before the exchange",
+        "killed after the exchange",
+    ],
 )
 def test_the_folder_is_whole_whenever_a_save_ends(tmp_path, model, how):
     folder = tmp_path / "m"
     save_pretrained(model, folder)
     ended = subprocess.run([sys.executable, "-c", SAVE, str(folder), how], check=False, capture_output=True, text=True)
     found = logits(from_pretrained(folder))
-    if how == "full disk":
+    if how.startswith("full disk"):
         assert ended.returncode == 1
         assert "OutputError: cannot write" in ended.stderr
         assert "what was there before is untouched" in ended.stderr

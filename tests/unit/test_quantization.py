@@ -8,7 +8,15 @@ from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress, quantize
 from zssvd_lightning.errors import BudgetError, QuantizationError
-from zssvd_lightning.modules import EightBitLinear, Int8Linear, Int8LowRankLinear, bfloat16_scale, layer_like, rounded
+from zssvd_lightning.modules import (
+    EightBitLinear,
+    Int8Linear,
+    Int8LowRankLinear,
+    bfloat16_scale,
+    dense_like,
+    layer_like,
+    rounded,
+)
 from zssvd_lightning.quantization import Importance, importance, in_8_bits, rounding_costs
 from zssvd_lightning.storage import STORAGES
 
@@ -125,10 +133,9 @@ def test_specs_make_layers_of_the_same_shapes():
     }
 
 
-def test_wide_layers_number_their_rows_in_more_bits():
+def test_wide_layers():
     layer = LowRankLinear(4, 40_000, 1)
     new = Int8LowRankLinear.of(layer, WIDE["scattered"](40_000), WIDE["none"](4))
-    assert new.out_order.dtype == torch.int32
     torch.testing.assert_close(new(torch.ones(4)), layer(torch.ones(4)), atol=1e-2, rtol=1e-2)
 
 
@@ -241,6 +248,52 @@ def test_loss_aware_rows_cost_less_than_the_last_at_no_more_numbers():
         for k, v in {"last": last, "chosen": chosen}.items()
     }
     assert bytes_of["chosen"] <= bytes_of["last"]
+
+
+def test_weights_that_are_not_finite_are_not_hidden():
+    for change, message in ((float("nan"), "NaN or infinite"), (3e8, "float16 cannot hold")):
+        layer = low_rank()
+        with torch.no_grad():
+            layer.up.weight[-1] = change
+        with pytest.raises(QuantizationError, match=rf"here has .*{message}"):
+            in_8_bits({"here": layer}, "remap")
+
+
+def test_a_component_of_nothing_takes_no_rows():
+    """Its costs are 0, not NaN, so that a layer of no importance does not get all that others need."""
+    layers = {"idle": low_rank(30, 9, 6), "busy": low_rank(30, 9, 6, seed=1)}
+    with torch.no_grad():
+        layers["idle"].up.weight[:, 2] = 0
+    found = {n: Importance(torch.full((30,), B), torch.ones(9)) for n, B in (("idle", 1e-6), ("busy", 1e6))}
+    assert all(cost.isfinite().all() for cost in rounding_costs(layers["idle"], found["idle"]))
+    forms = in_8_bits(layers, "remap", found)
+    assert forms["idle"].spec["rows"] < forms["busy"].spec["rows"]
+
+
+@pytest.mark.parametrize("storage", ["remap", "hq"])
+def test_hooks_flags_and_types_carry_over_and_come_back(storage):
+    layers = {"low": low_rank().bfloat16().eval(), "dense": nn.Linear(9, 12, bias=False).bfloat16()}
+    layers["low"].requires_grad_(False)
+    seen = []
+    for layer in layers.values():
+        layer.register_forward_hook(lambda *_: seen.append(1))
+    layers["dense"].weight.requires_grad_(False)
+    forms = in_8_bits(layers, storage)
+    for name, form in forms.items():
+        form(torch.randn(2, 9, dtype=torch.bfloat16))
+        assert form.training == layers[name].training
+        back = layer_like(form, {"kind": "low_rank", "rank": 2})
+        assert {p.dtype for p in back.parameters()} == {torch.bfloat16}
+        assert not back.down.weight.requires_grad
+        assert {p.dtype for p in dense_like(form).parameters()} == {torch.bfloat16}
+    assert len(seen) == len(forms) == (2 if storage == "hq" else 1)
+
+
+def test_autocast_gives_the_type_of_other_layers():
+    layer = low_rank()
+    new = Int8LowRankLinear.of(layer, WIDE["scattered"](12), WIDE["last"](9))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert new(torch.randn(2, 9)).dtype == layer(torch.randn(2, 9)).dtype == torch.bfloat16
 
 
 def test_quantize_refuses_what_it_cannot_do():
