@@ -129,7 +129,8 @@ def test_models_of_any_task_come_back_as_their_class(tmp_path, family):
     """Some of them have other names for layers on disk than in memory."""
     build, batches, _ = FAMILIES.get(family, (tiny_llava, token_batches, 0))
     model = build().eval()
-    include = [r"re:.*language_model.*_proj"] if family == "llava" else None  # tokens do not go through its vision tower
+    # tokens do not go through its vision tower
+    include = [r"re:.*language_model.*_proj"] if family == "llava" else None
     compress(model, batches(), CompressionConfig(0.3, corrections=0, include=include), progress=False)
     save_pretrained(model, tmp_path)
     again = from_pretrained(tmp_path)
