@@ -17,10 +17,9 @@ from zssvd_lightning import (
     from_pretrained,
     save_pretrained,
 )
-from zssvd_lightning.errors import CheckpointError, ConfigError, PlanError, UnsupportedTrainingError
+from zssvd_lightning.errors import CheckpointError, ConfigError, PlanError
 from zssvd_lightning.modules import EightBitLinear, Int8LowRankLinear
 from zssvd_lightning.pipeline import plan
-from zssvd_lightning.strategies.fsdp2 import FSDP2Adapter
 from zssvd_lightning.structure import specs_of
 
 REMAP = {"prune_ratio": 0.4, "corrections": 0, "storage": "remap"}
@@ -165,13 +164,6 @@ def test_a_failed_fit_leaves_a_dense_model():
     assert not specs_of(module)
     assert type(module.model.config).__name__ == "LlamaConfig"
     assert not hasattr(module.model.config, "quantization_config")
-
-
-def test_whole_factors_are_not_to_be_had_under_fsdp2():
-    adapter = object.__new__(FSDP2Adapter)
-    with pytest.raises(UnsupportedTrainingError, match="storage 'remap' puts whole factors into 8 bits"):
-        adapter.refuse_storage("remap")
-    adapter.refuse_storage("factors")
 
 
 @pytest.mark.parametrize("other", [{"storage": "hq"}, {"storage": "factors"}, {"storage": "remap", "metric": "none"}])

@@ -63,6 +63,19 @@ def test_replicas_are_equal_to_the_bit_after_50_more_steps(tmp_path, settings):
     assert any(not torch.equal(t, ranks[0]["weights"][n]) for n, t in ranks[0]["at_factorisation"].items())
 
 
+def test_storage_in_8_bits_is_the_same_on_every_process(tmp_path):
+    """Rows that stay in 16 bits are those of one process over all batches."""
+    described = Run(compression={"storage": "remap", "rows_in_16_bits": "loss_aware"}, trainer=FLOAT64)
+    ranks, expected = run(tmp_path, 2, described), alone(described, 2)
+    assert_replicas_equal(ranks)
+    assert ranks[0]["ranks"] == expected["ranks"]
+    codes = {name: t for name, t in expected["weights"].items() if name.endswith(("_codes", "_rest", "_order"))}
+    assert {t.dtype for t in codes.values()} == {torch.int8, torch.float16, torch.int32}
+    assert {n: t.shape for n, t in codes.items()} == {n: ranks[0]["weights"][n].shape for n in codes}
+    orders = [name for name in codes if name.endswith("_order")]
+    assert all(torch.equal(codes[name], ranks[0]["weights"][name]) for name in orders)
+
+
 def test_two_nodes_of_two_processes(tmp_path):
     ranks = run(tmp_path, 4, Run(trainer={"num_nodes": 2, "devices": 2}), nodes=2)
     assert_replicas_equal(ranks)

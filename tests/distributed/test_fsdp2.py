@@ -353,6 +353,12 @@ def test_a_checkpoint_without_optimizer_state_is_refused_by_name(tmp_path):
     assert "holds an optimizer without a state" in (tmp_path / "1.log").read_text()
 
 
+def test_storage_in_8_bits_is_refused(tmp_path):
+    described = Run(strategy="fsdp2", compression={"storage": "remap"})
+    assert processes.start(tmp_path, 2, fit, described) == [1, 1]
+    assert "UnsupportedTrainingError: storage 'remap' puts whole factors" in (tmp_path / "0.log").read_text()
+
+
 def test_gradients_of_another_scale_are_refused(tmp_path):
     assert processes.start(tmp_path, 2, fit, Run(strategy="fsdp2", module=Scaled)) == [1, 1]
     assert "UnsupportedTrainingError: set_gradient_divide_factor" in (tmp_path / "0.log").read_text()

@@ -15,7 +15,7 @@ from zssvd_lightning.models import load_model
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "calibration.samples=8",
+    "calibration.samples=6",
     "calibration.length=256",
     "compression.correction_batches=1",
     "evaluation.windows=2",
