@@ -229,13 +229,13 @@ def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: 
     watch(Compression, "shorten_step", "line search")
     factorise = Lifecycle.factorise
 
-    def look(life: Lifecycle, set_up_optimizers: Any) -> None:
+    def look(life: Lifecycle, step: int, set_up_optimizers: Any) -> None:
         self = life.compression
         found["originals and factors"] = _bytes(self._originals) + _bytes(self._factors.held)
         ranks = {name: layer.rank or 0 for name, layer in self.report().layers.items()}
         found["factors"] = shapes.weight * sum(ranks[name] * sum(t.shape) for name, t in self.targets.items())
         with measured("factorisation", found):
-            factorise(life, set_up_optimizers)
+            factorise(life, step, set_up_optimizers)
         found["low-rank model"] = _bytes([*self.model.parameters(), *self.model.buffers()])
 
     Lifecycle.factorise = look  # type: ignore[method-assign, assignment]

@@ -25,10 +25,10 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from zssvd_lightning import telemetry
-from zssvd_lightning.calibration import loss_terms, token_mask
+from zssvd_lightning.calibration import loss_terms
 from zssvd_lightning.checkpoint import LowRankCheckpointMixin
 from zssvd_lightning.config import CompressionConfig, require
-from zssvd_lightning.errors import CalibrationError, CheckpointError, UnfinishedError
+from zssvd_lightning.errors import CalibrationError, CheckpointError, ConfigError, UnfinishedError
 from zssvd_lightning.guards import (
     most_accumulated,
     refuse_stale_groups,
@@ -43,7 +43,8 @@ from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import check_plan_output
 from zssvd_lightning.precision import ScalerAtRest, loss_scale, nothing_to_clip, scales, unscale
 from zssvd_lightning.quantization import EIGHT_BIT, in_8_bits_already, quantize_layers
-from zssvd_lightning.resumable import ResumableCallback
+from zssvd_lightning.recovery import Recovery, recovery_of
+from zssvd_lightning.recovery_hooks import RecoveringCallback
 from zssvd_lightning.scores import hold_early_stopping, start_ranking_afresh
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ logger = logging.getLogger(__name__)
 PLAN_FILE = "zssvd_plan.yaml"
 
 
-class ZSSVDCallback(ResumableCallback):
+class ZSSVDCallback(RecoveringCallback):
     """Compresses the model in the middle of `trainer.fit` by Zero Sum SVD (arXiv 2602.02848).
 
     Works on any `LightningModule` with automatic optimization and one optimizer whose `training_step` returns a loss
@@ -79,6 +80,8 @@ class ZSSVDCallback(ResumableCallback):
             expression); all linear layers when None.
         ignore: name patterns of layers to leave alone.
         plan: a YAML file with the rank of every layer, which then replaces `prune_ratio` and `selection`.
+        recovery: how the factors are trained, such as `LoRARecovery(rank=8, lr=1e-3)`, or a mapping of its `method`
+            (`lora`, `factors` or `singular_values`) and fields; by the optimizer of the module when None.
         dry_run: only calibrate, write the ranks that would be chosen to `plan` (by default `zssvd_plan.yaml` in the
             folder of the logger), put everything back and stop.
         extend_training: raise `max_steps` and `max_epochs` by what calibration and corrections take of them, so that
@@ -125,6 +128,7 @@ class ZSSVDCallback(ResumableCallback):
         include: Sequence[str] | str | None = None,
         ignore: Sequence[str] | str | None = None,
         plan: str | Path | None = None,
+        recovery: Recovery | dict[str, Any] | None = None,
         dry_run: bool = False,
         extend_training: bool = False,
         progress: bool = True,
@@ -147,6 +151,9 @@ class ZSSVDCallback(ResumableCallback):
             ignore=_patterns(ignore),
             plan=None if plan is None or dry_run else str(plan),
         )
+        self.recovery = recovery_of(recovery)
+        if self.recovery is not None and not self.recovery.merges and storage in EIGHT_BIT:
+            raise ConfigError(f"storage {storage!r} needs merged factors; set recovery.merge to true")
         self.start_epoch = start_epoch
         self.start_step = start_step
         self.calibration_epochs = calibration_epochs
@@ -156,10 +163,6 @@ class ZSSVDCallback(ResumableCallback):
         self._plan_output = plan
         self._planned = False
         super().__init__(self._new_lifecycle, extend_training)
-
-    def token_mask(self, batch: Any) -> Tensor | None:
-        """Which positions (B, T) of a batch are not padding. Override for batches without an `attention_mask`."""
-        return token_mask(batch)
 
     def loss_terms(self, batch: Any) -> float:
         """How many terms the mean loss of a batch runs over. Override for batches without `labels`."""
@@ -189,6 +192,7 @@ class ZSSVDCallback(ResumableCallback):
                 if in_8_bits_already(pl_module):
                     logger.warning("the layers are in 8 bits already; only what is beside their codes will be trained")
                 self._compressed = weakref.ref(pl_module)
+                self._go_on_recovering(pl_module)
                 return
             self._start_over()
         refuse_unsupported(trainer, pl_module)
@@ -206,6 +210,7 @@ class ZSSVDCallback(ResumableCallback):
                 needed = self.batches_needed(trainer.num_training_batches, most_accumulated(trainer))
                 refuse_too_short(trainer, self.start_epoch, self.start_step, 1 if self.extend_training else needed)
             self._lifecycle.attach(pl_module, self.progress, self.adapter)
+            self._refuse_recovery(pl_module)
         self._lifecycle.compression.gathering.may_discard = scales(trainer)
         telemetry.log_phase(trainer, self.phase)
         self._go_on_if_enough(trainer, pl_module)
@@ -232,6 +237,7 @@ class ZSSVDCallback(ResumableCallback):
         Lightning has divided the loss by the accumulation factor and, in fp16, multiplied it by the loss scale; the
         weights keep the scale and are relative to the first batch's terms, so that no gradient overflows.
         """
+        super().on_before_backward(trainer, pl_module, loss)
         life, accumulate = self._lifecycle, trainer.accumulate_grad_batches
         if life.first_losses is not None:
             life.first_losses.append(float(loss.detach()) * accumulate / loss_scale(trainer))
@@ -262,6 +268,7 @@ class ZSSVDCallback(ResumableCallback):
             self._collect(trainer, optimizer)
             optimizer.zero_grad(set_to_none=True)
             life.batch.stepped = True
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def on_before_zero_grad(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -274,6 +281,7 @@ class ZSSVDCallback(ResumableCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Ends the observation and, when enough was seen and the accumulation window is closed, goes on."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._lifecycle.batches_into_epoch = batch_idx + 1
         if (observed := self._lifecycle.batch) is None:
             return
@@ -308,6 +316,7 @@ class ZSSVDCallback(ResumableCallback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Puts the trained factors into 8 bits, if the storage is to have them; checkpoints of the fit are not."""
+        super().on_fit_end(trainer, pl_module)
         if self.phase is Phase.DONE and self.report is not None and self.config.storage in EIGHT_BIT:
             layers = [n for n in self.report.layers if not isinstance(pl_module.get_submodule(n), EightBitLinear)]
             quantize_layers(pl_module, layers, self.config.storage, self._lifecycle.importances)
@@ -319,6 +328,7 @@ class ZSSVDCallback(ResumableCallback):
                 parameter.grad = None
         if self.phase not in (Phase.RECOVER, Phase.DONE):
             self._abandon(pl_module)
+        self._leave_after(trainer, pl_module)
         self.teardown(trainer, pl_module, "fit")
 
     def refuse_state(self, state: Mapping[str, Any]) -> None:
@@ -353,7 +363,7 @@ class ZSSVDCallback(ResumableCallback):
         self._scaler.overflowed = True
 
     def _new_lifecycle(self) -> Lifecycle:
-        return Lifecycle(self.config, self.calibration_batches, self.calibration_epochs)
+        return Lifecycle(self.config, self.calibration_batches, self.calibration_epochs, self.recovery)
 
     def _batches_per_epoch(self, trainer: L.Trainer) -> float:
         return min(trainer.num_training_batches, self._lifecycle.epoch_length)
@@ -401,7 +411,8 @@ class ZSSVDCallback(ResumableCallback):
             refuse_stale_groups(trainer, pl_module)
 
         self.recovers_from = trainer.global_step
-        self._lifecycle.factorise(set_up_optimizers)
+        self._take_teacher(pl_module)
+        self._lifecycle.factorise(trainer.global_step, set_up_optimizers)
         self.adapter.settle()
         start_ranking_afresh(trainer, "truncated")
         self._compressed = weakref.ref(pl_module)

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from torch import nn
 
+from zssvd_lightning import adapters
 from zssvd_lightning.borrowing import overridden
 from zssvd_lightning.hub import mark
 from zssvd_lightning.structure import match_structure, note
@@ -21,7 +22,8 @@ class LowRankCheckpointMixin(nn.Module):
     """Lets a LightningModule load checkpoints of its compressed self, on its own and without a callback.
 
     It is what `MyModule.load_from_checkpoint(path)` of a compressed checkpoint takes. Weights of dense modules load
-    as ever, and so do those of other ranks: layers become what the weights are of.
+    as ever, and so do those of other ranks: layers become what the weights are of. Adapters of a recovery are merged,
+    unless the module has such adapters already.
 
     Raises:
         CheckpointError: on loading, when the weights are of another model; the module is then as it was.
@@ -33,9 +35,13 @@ class LowRankCheckpointMixin(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Makes layers low-rank or dense as the weights have them, and loads them; see `nn.Module`."""
+        had_adapters = bool(adapters.on(self))
         match_structure(self, state_dict, strict=strict)
         mark(self)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        loaded = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if not had_adapters:
+            adapters.merge_adapters(self)
+        return loaded
 
 
 @contextmanager
@@ -43,6 +49,7 @@ def borrowed_checkpoint_hooks(
     module: L.LightningModule,
     check: Callable[[Mapping[str, Any]], None],
     replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
+    prepared: Callable[[Mapping[str, Any], bool], None] | None = None,
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Has the module's structure follow the checkpoints it loads, and low-rank ones carry a note, within the context.
 
@@ -50,11 +57,12 @@ def borrowed_checkpoint_hooks(
         module: the module that a Trainer runs.
         check: is given every checkpoint that is to be loaded, and raises when it should not be.
         replace: puts a layer in the place of another, `replace(model, old, new)`.
+        prepared: is given every such checkpoint once the structure is its own, and whether there were adapters before.
 
     Returns:
         What makes the structure that of a checkpoint.
     """
-    load = _Load(module, module.on_load_checkpoint, check, replace)
+    load = _Load(module, module.on_load_checkpoint, check, replace, prepared)
     with overridden(module, on_load_checkpoint=load, on_save_checkpoint=_Save(module, module.on_save_checkpoint)):
         yield load.prepare
 
@@ -67,6 +75,7 @@ class _Load:
     own: Callable[[dict[str, Any]], None]
     check: Callable[[Mapping[str, Any]], None] | None
     replace: Callable[[nn.Module, nn.Module, nn.Module], None]
+    prepared: Callable[[Mapping[str, Any], bool], None] | None
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         self.own(checkpoint)
@@ -76,11 +85,14 @@ class _Load:
     def prepare(self, checkpoint: Mapping[str, Any]) -> None:
         if self.check is not None:
             self.check(checkpoint)
+        had_adapters = bool(adapters.on(self.module))
         match_structure(self.module, checkpoint["state_dict"], strict=self.module.strict_loading, replace=self.replace)
         mark(self.module)
+        if self.prepared is not None:
+            self.prepared(checkpoint, had_adapters)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"check": None, "replace": replace_module}
+        return self.__dict__ | {"check": None, "replace": replace_module, "prepared": None}
 
 
 @dataclass

@@ -20,6 +20,7 @@ from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.factorization import HeldFactors
 from zssvd_lightning.gathering import Gathering
 from zssvd_lightning.hub import mark
+from zssvd_lightning.modules import LowRankLinear
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import Plan
 from zssvd_lightning.quantization import EIGHT_BIT, Importance, in_8_bits
@@ -181,11 +182,18 @@ class Compression:
         _, selection = self._select()
         return Plan.of(selection, self.budget)
 
-    def factorise(self) -> None:
-        """Replaces every truncated layer by a `LowRankLinear`."""
+    def factorise(self, dress: Callable[[str, LowRankLinear], None] | None = None) -> None:
+        """Replaces every truncated layer by a `LowRankLinear`.
+
+        Args:
+            dress: is given each new layer, by name, while it is whole, before it is put in.
+        """
         with self.stopwatch("factorise"):
             for name in self._factors:
-                self._installed[name] = self._factors.layer(name)
+                layer = self._factors.layer(name)
+                if dress is not None:
+                    dress(name, layer)
+                self._installed[name] = layer
                 self._replace(self.model, self.targets[name].module, self._installed[name])
             mark(self.model)
 
@@ -212,6 +220,11 @@ class Compression:
         self._originals, self._selection, self._installed = None, None, {}
         self._factors = HeldFactors(self.targets, self.team)
         self.gathering.start_afresh()
+
+    @property
+    def originals(self) -> Mapping[str, Tensor]:
+        """What this process holds of the weights (m, n) as they were before the first truncation."""
+        return self._originals or {}
 
     def report(self) -> Report:
         """What was done, so far as the compression itself knows it."""

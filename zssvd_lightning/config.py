@@ -65,10 +65,10 @@ class CompressionConfig:
         require(self.corrections >= 0, "corrections", self.corrections, "0 or more")
         require(self.correction_batches >= 1, "correction_batches", self.correction_batches, "1 or more")
         require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
-        _require_one_of("metric", self.metric, METRICS)
-        _require_one_of("selection", self.selection, RULES)
-        _require_one_of("storage", self.storage, STORAGES)
-        _require_one_of("rows_in_16_bits", self.rows_in_16_bits, ROWS_IN_16_BITS)
+        require_one_of("metric", self.metric, METRICS)
+        require_one_of("selection", self.selection, RULES)
+        require_one_of("storage", self.storage, STORAGES)
+        require_one_of("rows_in_16_bits", self.rows_in_16_bits, ROWS_IN_16_BITS)
         if self.rows_in_16_bits == "loss_aware" and (self.storage, self.metric) != ("remap", "input"):
             raise ConfigError(
                 f"rows_in_16_bits is 'loss_aware', which needs storage 'remap' and metric 'input', and they are "
@@ -93,8 +93,8 @@ class ModelConfig:
     """Floating-point type of the weights in the output; `dtype` when None."""
 
     def __post_init__(self) -> None:
-        _require_one_of("model.dtype", self.dtype, DTYPES)
-        _require_one_of("model.saved_dtype", self.saved_dtype or self.dtype, DTYPES)
+        require_one_of("model.dtype", self.dtype, DTYPES)
+        require_one_of("model.saved_dtype", self.saved_dtype or self.dtype, DTYPES)
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,9 @@ class ExportConfig:
     """Size of each file of weights, at most."""
 
     def __post_init__(self) -> None:
-        _require_one_of("format", self.format, EXPORTS)
+        require_one_of("format", self.format, EXPORTS)
         if self.dtype is not None:
-            _require_one_of("dtype", self.dtype, DTYPES)
+            require_one_of("dtype", self.dtype, DTYPES)
 
 
 @dataclass(frozen=True)
@@ -276,6 +276,7 @@ def require(holds: bool, name: str, value: object, range_: str) -> None:
         raise ConfigError(f"{name} is {value!r}, but must be {range_}")
 
 
-def _require_one_of(name: str, value: str, valid: Iterable[str]) -> None:
+def require_one_of(name: str, value: str, valid: Iterable[str]) -> None:
+    """Raises ConfigError, naming the nearest valid value, unless `value` is one of them."""
     if value not in valid:
         raise ConfigError(f"{name} is {value!r}{closest(value, valid)}")

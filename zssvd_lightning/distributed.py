@@ -42,11 +42,13 @@ class Team:
         rank: number of this process.
         size: how many processes there are.
         gradients_divided_by: what the training divides the sum of all processes' gradients by.
+        whole_everywhere: whether each process has all of every weight.
     """
 
     rank = 0
     size = 1
     gradients_divided_by = 1
+    whole_everywhere = True
 
     def gathered(self, mine: T) -> list[T]:
         """What each process has, by rank. Collective."""
@@ -212,6 +214,8 @@ class Shards(Several):
         units: modules whose weights come together for a forward pass, outer ones before those within.
         mesh: of the processes, when checkpoints are saved in parts; otherwise the first process saves everything.
     """
+
+    whole_everywhere = False
 
     def __init__(self, device: torch.device, units: Sequence[nn.Module], mesh: DeviceMesh | None) -> None:
         super().__init__(device)

@@ -69,6 +69,18 @@ class SavedModelError(ZSSVDError, RuntimeError):
     """A saved model does not hold what its config says."""
 
 
+class RecoveryError(ZSSVDError, RuntimeError):
+    """A low-rank model cannot be trained as its recovery says."""
+
+
+class DivergedError(RecoveryError):
+    """A loss or a gradient of the recovery is NaN or infinite; the model has the last weights that gave none."""
+
+
+class TeacherError(RecoveryError):
+    """There is no model, or there are no predictions, to distil from."""
+
+
 class RankDeficientWarning(UserWarning):
     """A second moment was singular; names the layer and the jitter that made it positive definite."""
 

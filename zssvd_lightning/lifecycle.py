@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from zssvd_lightning.calibration import Observation
 from zssvd_lightning.compression import Compression, Step, refuse_other, steps
 from zssvd_lightning.config import CompressionConfig
+from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.guards import window_end
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.quantization import Importance
+from zssvd_lightning.recovering import Recovering, refuse_other_recovery
+from zssvd_lightning.recovery import Recovery
 from zssvd_lightning.report import Report
 from zssvd_lightning.strategies import StrategyAdapter
 
@@ -47,10 +50,18 @@ class Lifecycle:
         batches_into_epoch: batches of this epoch that have ended.
         epoch_length: batches in an epoch, once one has been seen.
         first_losses: losses of the batches after FACTORISE, until the first optimizer step; None at other times.
+        recovery: what the factors are trained by; None where it is what `configure_optimizers` returns.
     """
 
-    def __init__(self, config: CompressionConfig, calibration_batches: int, calibration_epochs: int) -> None:
+    def __init__(
+        self,
+        config: CompressionConfig,
+        calibration_batches: int,
+        calibration_epochs: int,
+        recovery: Recovery | None = None,
+    ) -> None:
         self.config = config
+        self.recovery = None if recovery is None else Recovering(recovery)
         self.phase = Phase.WAIT
         self.report: Report | None = None
         self.importances: dict[str, Importance] | None = None
@@ -169,13 +180,26 @@ class Lifecycle:
         """Whether no truncation has taken place yet."""
         return self._position == 0
 
-    def factorise(self, set_up_optimizers: Callable[[], None]) -> None:
-        """Puts the low-rank layers in, has the optimizers set up for them, and reports; within `changing_weights`."""
-        self.compression.factorise()
+    def factorise(self, step: int, set_up_optimizers: Callable[[], None]) -> None:
+        """Puts the low-rank layers in, has the optimizers set up for them, and reports; within `changing_weights`.
+
+        Args:
+            step: the global one.
+            set_up_optimizers: is called with the layers in place.
+        """
+        model, recovery = self.compression.model, self.recovery
+        if recovery is None:
+            self.compression.factorise()
+        else:
+            recovery.note_flags(model)
+            self.compression.factorise(recovery.dress)
+            recovery.begin(model, step)
         with self.compression.stopwatch(Phase.FACTORISE.value):
             set_up_optimizers()
         self.report, self.importances = self.compression.report(), self.compression.importances
         self.report.config = {"compression": asdict(self.config)}
+        if recovery is not None:
+            self.report.config |= {"recovery": recovery.settings.to_dict()}
         self._compression, self.first_losses = None, []
         self.phase = Phase.RECOVER
 
@@ -184,13 +208,15 @@ class Lifecycle:
         self.close()
         if self._compression is not None:
             self._compression.restore()
+            if self.recovery is not None and self.recovery.active:
+                self.recovery.let_go(model)
         elif self._restored is not None and self._restored["compression"] is not None:
             compression = Compression(model, self.config, False, adapter.team, adapter.replace)
             compression.put_back(self._restored["compression"])
         self._compression, self._restored, self.terms_unit, self._position = None, None, None, 0
         self.phase = Phase.WAIT
 
-    def state_dict(self, batch_over: bool = True) -> dict[str, Any]:
+    def state_dict(self, batch_over: bool = True, team: Team | None = None) -> dict[str, Any]:
         """Plain types and tensors, at whatever moment it is called.
 
         In the middle of a batch the gathering under way is left out, so that it starts over and no batch counts
@@ -198,6 +224,7 @@ class Lifecycle:
 
         Args:
             batch_over: whether the latest batch will not be run again, though it may still be under observation.
+            team: the processes of the run, which must all call it.
         """
         phase, position, terms_unit, compression = self.phase, self._position, self.terms_unit, None
         changing = self._changing and self._compression is not None
@@ -219,6 +246,7 @@ class Lifecycle:
             "first_losses": None if self.first_losses is None else list(self.first_losses),
             "compression": compression,
             "report": None if self.report is None else self.report.to_dict(),
+            "recovery": None if self.recovery is None else self.recovery.state_dict(team),
             "importances": None if self.importances is None else {n: list(i) for n, i in self.importances.items()},
         }
 
@@ -239,6 +267,8 @@ class Lifecycle:
         self.report = None if state["report"] is None else Report.from_dict(state["report"])
         found = state["importances"]
         self.importances = None if found is None else {name: Importance(*pair) for name, pair in found.items()}
+        if self.recovery is not None and phase_is_after(state):
+            self.recovery.load_state_dict(state["recovery"])
         self._restored = state
 
     def check(self, state: Mapping[str, Any]) -> None:
@@ -256,7 +286,8 @@ class Lifecycle:
                 "upgrade zssvd-lightning"
             )
         compressed = (state["report"] or {}).get("config", {}).get("compression")
-        if compressed is not None and Phase(state["phase"]) in (Phase.RECOVER, Phase.DONE):
+        if compressed is not None and phase_is_after(state):
+            refuse_other_recovery(state.get("recovery"), self.recovery)
             mine = asdict(self.config)
             for key in ("storage", "rows_in_16_bits"):
                 if compressed[key] != mine[key]:
@@ -272,6 +303,11 @@ class Lifecycle:
                     f"and calibration_epochs were {state['calibration']} and are {list(self._calibration)}); go on "
                     "with the same, or start from a checkpoint of before it"
                 )
+
+
+def phase_is_after(state: Mapping[str, Any]) -> bool:
+    """Whether the model of a state is low-rank."""
+    return Phase(state["phase"]) in (Phase.RECOVER, Phase.DONE)
 
 
 class ObservedBatch:

@@ -14,6 +14,9 @@ from transformers.pytorch_utils import Conv1D
 LOADING_NOTE = "low-rank: inherit zssvd_lightning.LowRankCheckpointMixin, or give the Trainer a ZSSVDCallback, to load"
 """Stands in for a parameter name in checkpoints, so that a load that knows nothing of low-rank layers says it."""
 
+ADAPTER_NOTE = "adapter: "
+"""Begins the name of the entry by which saved weights tell of the adapter on a layer."""
+
 LARGEST_CODE = 127
 """Codes are in [-127, 127]."""
 
@@ -101,9 +104,11 @@ class LowRankLinear(CompressedLinear):
     Attributes:
         down: `nn.Linear`, weight (k, n), no bias.
         up: `nn.Linear`, weight (m, k), and the bias of the layer it replaces.
+        adapter: what peft has put on the factors, as a note for saved weights; None without.
     """
 
     kind = "low_rank"
+    adapter: str | None = None
 
     def __init__(
         self,
@@ -129,7 +134,8 @@ class LowRankLinear(CompressedLinear):
     @classmethod
     def found_in(cls, weights: Mapping[str, Any], name: str) -> dict[str, Any] | None:
         """See `CompressedLinear`."""
-        up, down = weights.get(f"{name}.up.weight"), weights.get(f"{name}.down.weight")
+        parts = (f"{name}.{part}" for part in ("up", "down"))  # those with an adapter are called base_layer
+        up, down = (weights.get(f"{p}.weight", weights.get(f"{p}.base_layer.weight")) for p in parts)
         return None if up is None or down is None else {"rank": len(down)}
 
     @torch.no_grad()
@@ -503,4 +509,5 @@ def _joined(codes: Tensor, rest: Tensor | None, dim: int) -> Tensor:
 
 
 def _drop_note(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    state_dict.pop(f"{prefix}{LOADING_NOTE}", None)  # type: ignore[attr-defined]
+    for note in (LOADING_NOTE, getattr(module, "adapter", None)):
+        state_dict.pop(f"{prefix}{note}", None)  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 Checkpoints may be saved at any moment; see `Lifecycle.state_dict` for what is in those from the middle of something.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -68,7 +69,9 @@ class ResumableCallback(L.Callback):
                 self._start_over()
             else:
                 self.recovers_from = 0
-        loaded = self._borrowed.enter_context(borrowed_checkpoint_hooks(pl_module, self._check, self._adapter.replace))
+        prepared = functools.partial(self._prepared, pl_module)
+        hooks = borrowed_checkpoint_hooks(pl_module, self._check, self._adapter.replace, prepared)
+        loaded = self._borrowed.enter_context(hooks)
         self._borrowed.enter_context(self._adapter.checkpoints(loaded, self.state_key))
         self._borrowed.callback(lambda: self._allowance.take_back(trainer))
 
@@ -80,7 +83,8 @@ class ResumableCallback(L.Callback):
         """The lifecycle and what it has taken of the training, as plain types and tensors."""
         over, batch = self._batch_is_over(), self._lifecycle.batch
         uncounted = self.extend_training and over and batch is not None
-        return self._lifecycle.state_dict(over) | {
+        team = None if self._adapter is None else self._adapter.team
+        return self._lifecycle.state_dict(over, team) | {
             "allowance": self._allowance.state_dict(uncounted, batch is not None and batch.stepped),
             "recovers_from": self.recovers_from,
         }
@@ -110,6 +114,9 @@ class ResumableCallback(L.Callback):
     def __getstate__(self) -> dict[str, Any]:
         """What goes along with a copy, or to another process: nothing of the run under way."""
         return self.__dict__ | {"_trainer": None, "_adapter": None, "_compressed": None, "_borrowed": ExitStack()}
+
+    def _prepared(self, pl_module: L.LightningModule, checkpoint: Mapping[str, Any], had_adapters: bool) -> None:
+        """Is called when the module has the structure of a checkpoint that is about to be loaded."""
 
     def _check(self, checkpoint: Mapping[str, Any]) -> None:
         if self._fitting and any(n.endswith(("_codes", ".codes")) for n in checkpoint.get("state_dict", {})):

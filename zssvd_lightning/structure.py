@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from zssvd_lightning import adapters
+from zssvd_lightning.adapters import Adapter
 from zssvd_lightning.errors import CheckpointError, SavedModelError
 from zssvd_lightning.modules import (
+    ADAPTER_NOTE,
     KINDS,
     LOADING_NOTE,
     CompressedLinear,
@@ -86,8 +89,9 @@ def match_structure(
     """
     replaced: dict[str, Dense | CompressedLinear] = {}
     successors: dict[int, Dense | CompressedLinear] = {}
+    told = adapters.told_in(weights)
     for name, layer in _layers(model):
-        if id(layer) not in successors and (successor := _successor(name, layer, weights)) is not None:
+        if id(layer) not in successors and (successor := _successor(name, layer, weights, told)) is not None:
             successors[id(layer)] = successor
         if id(layer) in successors:
             replaced[name] = successors[id(layer)]
@@ -102,21 +106,22 @@ def note(model: nn.Module) -> dict[str, Tensor]:
     """The entry that a plain load of this model's weights stumbles over and so reports; none for a dense model.
 
     It goes behind all others, where a long list of names ends, and under a compressed layer, which knows to drop it.
+    Layers with adapters have a note of their own, which tells how to build them.
     """
-    return {f"{name}.{LOADING_NOTE}": torch.empty(0) for name in list(specs_of(model))[-1:]}
+    told = {f"{name}.{layer.adapter}": torch.empty(0) for name, layer in adapters.on(model).items()}
+    return told | {f"{name}.{LOADING_NOTE}": torch.empty(0) for name in list(specs_of(model))[-1:]}
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Dense | CompressedLinear]]:
     """Layers that are or can be compressed, under every name they have; factors are part of theirs."""
+    parts = {id(part) for m in model.modules() if isinstance(m, CompressedLinear) for part in list(m.modules())[1:]}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Linear, Conv1D, CompressedLinear)):
-            parent = model.get_submodule(name.rpartition(".")[0]) if "." in name else model
-            if not isinstance(parent, CompressedLinear):
-                yield name, module
+        if isinstance(module, (nn.Linear, Conv1D, CompressedLinear)) and id(module) not in parts:
+            yield name, module
 
 
 def _successor(
-    name: str, layer: Dense | CompressedLinear, weights: Mapping[str, Any]
+    name: str, layer: Dense | CompressedLinear, weights: Mapping[str, Any], told: Mapping[str, Adapter]
 ) -> Dense | CompressedLinear | None:
     """The layer without values that can take these weights, where `layer` cannot."""
     if f"{name}.weight" in weights:
@@ -125,7 +130,9 @@ def _successor(
         if (sizes := form.found_in(weights, name)) is None:
             continue
         spec = {"kind": kind} | sizes
-        new = layer_like(layer, spec)
+        new, adapter = layer_like(layer, spec), told.get(name)
+        if adapter is not None and isinstance(new, LowRankLinear):
+            adapter.attach(name, new, empty=True)
         for part, value in new.state_dict().items():
             found = weights.get(f"{name}.{part}")
             if found is not None and found.shape != value.shape:
@@ -133,8 +140,12 @@ def _successor(
                     f"{name} is {shape_of(layer)} in the model, so that its {part} is {tuple(value.shape)}, but it is "
                     f"{tuple(found.shape)} in the checkpoint; load it into the model it was saved from"
                 )
-        return None if isinstance(layer, CompressedLinear) and layer.spec == spec else new
+        return None if isinstance(layer, CompressedLinear) and _form(layer) == _form(new) else new
     return None
+
+
+def _form(layer: CompressedLinear) -> tuple[Any, ...]:
+    return layer.spec, layer.adapter if isinstance(layer, LowRankLinear) else None
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -158,7 +169,7 @@ def _refuse_foreign(
     found = {
         name: tuple(value.shape)
         for name, value in weights.items()
-        if isinstance(value, Tensor) and not name.endswith(LOADING_NOTE)
+        if isinstance(value, Tensor) and LOADING_NOTE not in name and ADAPTER_NOTE not in name
     }
     checked = {name for name in expected.keys() | found.keys() if not name.startswith(tuple(left_to_themselves))}
     complaints = []

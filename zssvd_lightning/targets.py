@@ -93,7 +93,7 @@ def find_targets(
     ignore = [ignore] if isinstance(ignore, str) else ignore
     names = [name for name, _ in model.named_modules() if name]
     for pattern in [*(include or ()), *(ignore or ())]:
-        if not any(_matches(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             raise TargetError(f"pattern {pattern!r} matches no module{closest(pattern, names) if names else ''}")
 
     refused = dict(_refusals(model))
@@ -104,8 +104,8 @@ def find_targets(
     targets = {
         name: target
         for name, target in allowed.items()
-        if (include is None or any(_matches(name, p) for p in include))
-        and not any(_matches(name, p) for p in ignore or ())
+        if (include is None or any(matches(name, p) for p in include))
+        and not any(matches(name, p) for p in ignore or ())
     }
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
@@ -160,7 +160,7 @@ def _output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
 
 def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refused: dict[str, str]) -> None:
     """Raises when `pattern` asks for refused layers alone; a pattern that also matches others means those."""
-    matched = [(n, m) for n, m in model.named_modules() if n and _matches(n, pattern)]
+    matched = [(n, m) for n, m in model.named_modules() if n and matches(n, pattern)]
     if any(name in allowed for name, _ in matched):
         return
     for name, _ in matched:
@@ -175,7 +175,8 @@ def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refus
     raise TargetError(f"{name} ({type(module).__name__}) cannot be factorised: {kind}; take {pattern!r} out of include")
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a qualified name, or its end, is of a shell pattern, or the whole of a `re:` expression."""
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], name) is not None

@@ -18,10 +18,9 @@ def changed_loss(module: L.LightningModule, change: Change) -> Iterator[None]:
 
     Several changes apply one after the other, and may end in any order. A step that returns no loss is left alone.
     """
-    step = module.__dict__.get("training_step")
-    if not isinstance(step, _ChangedStep):
-        step = _ChangedStep(module.training_step, "training_step" in module.__dict__)
-        module.__dict__["training_step"] = step
+    found = module.__dict__.get("training_step")
+    step = found if isinstance(found, _ChangedStep) else _ChangedStep(module.training_step, found is not None)
+    module.__dict__["training_step"] = step
     step.changes.append(change)
     try:
         yield

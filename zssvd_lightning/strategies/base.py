@@ -6,11 +6,13 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
-from torch import nn
+from torch import Tensor, nn
 
+from zssvd_lightning.copying import copied
 from zssvd_lightning.distributed import Team
-from zssvd_lightning.targets import Target, replace_module
+from zssvd_lightning.targets import Target, local_part, replace_module
 
 
 class StrategyAdapter:
@@ -54,6 +56,27 @@ class StrategyAdapter:
     def replace(self, model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         """Puts `new` in the place of `old`, which may be put back in the same way."""
         replace_module(model, old, new)
+
+    def dense_copy(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """A dense model like `model`, for its predictions alone, laid out over the processes as that is.
+
+        Its compressed layers have no values yet. Collective.
+        """
+        copy = copied(model, lambda parameter: parameter.to(dtype, copy=True))
+        device = next(model.parameters()).device
+        for part in copy.modules():
+            if any(parameter.is_meta for parameter in part.parameters(recurse=False)):
+                part.to_empty(device=device, recurse=False).to(dtype).requires_grad_(False)
+        return copy
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """All of a parameter, as a plain tensor. Collective."""
+        return self.team.whole(local_part(parameter.detach()), len(parameter))
+
+    @property
+    def processes_of_a_copy(self) -> int:
+        """How many processes share a `dense_copy`."""
+        return 1
 
     def rewire(self) -> None:
         """Makes the strategy and new optimizers go by the layers that the module has now. Collective."""

@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from zssvd_lightning.borrowing import overridden
+from zssvd_lightning.copying import copied
 from zssvd_lightning.distributed import Shards, Team
 from zssvd_lightning.errors import CheckpointError, UnsupportedTrainingError
 from zssvd_lightning.quantization import EIGHT_BIT
 from zssvd_lightning.strategies import parts
 from zssvd_lightning.strategies.base import StrategyAdapter
 from zssvd_lightning.strategies.units import Unit, let_go, refuse_unknown_torch
-from zssvd_lightning.structure import ranks_of
-from zssvd_lightning.targets import Target, replace_module
+from zssvd_lightning.targets import Target, local_part, replace_module
 
 
 class FSDP2Adapter(StrategyAdapter):
@@ -105,6 +106,28 @@ class FSDP2Adapter(StrategyAdapter):
         replace_module(model, old, new)
         unit.put_in(parameters)
 
+    def dense_copy(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """In rows over the processes, gathered for the same units."""
+        source: dict[str, Tensor] = dict(model.named_parameters())
+        copy = copied(model, lambda parameter: torch.empty(parameter.shape, dtype=dtype, device="meta"))
+        units = {name for name, part in model.named_modules() if isinstance(part, FSDPModule)} | {""}
+        for name in sorted(units, key=len, reverse=True):
+            fully_shard(copy.get_submodule(name), mesh=self.trainer.strategy.device_mesh["data_parallel"])  # type: ignore[attr-defined]
+        buffers = {name: buffer.clone() for name, buffer in copy.named_buffers()}
+        nn.Module.to_empty(copy, device=self.trainer.strategy.root_device)
+        with torch.no_grad():
+            for name, buffer in copy.named_buffers():
+                buffer.copy_(buffers[name])
+            for name, parameter in copy.named_parameters():
+                if name in source and source[name].shape == parameter.shape:
+                    local_part(parameter.detach()).copy_(local_part(source[name].detach()))
+        return copy
+
+    @property
+    def processes_of_a_copy(self) -> int:
+        """All of them."""
+        return self.team.size
+
     def rewire(self) -> None:
         """Lets units take note of types and flags as they are now, and sets up optimizers."""
         self.note_flags()
@@ -133,12 +156,12 @@ class FSDP2Adapter(StrategyAdapter):
         def load_prepared(checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
             path, fitting = Path(strategy.broadcast(checkpoint_path)), self.trainer.state.fn == TrainerFn.FITTING
             self.refuse_unsupported()
-            before, outline = ranks_of(self.module), parts.outline(path, weights_only)
+            before, outline = _trained_of(self.module), parts.outline(path, weights_only)
             if fitting:
                 _refuse_empty_optimizers(outline, path)
             prepare(outline)
             self.settle()
-            if ranks_of(self.module) != before and fitting:
+            if _trained_of(self.module) != before and fitting:
                 self.rewire()
             loaded: dict[str, Any] = load(checkpoint_path, weights_only)
             if key in loaded.get("callbacks", {}):
@@ -154,6 +177,11 @@ class FSDP2Adapter(StrategyAdapter):
     def _units(self) -> Iterator[Unit]:
         for module in self._sharded_modules():
             yield from Unit.of(module)
+
+
+def _trained_of(module: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """By which it can be told whether optimizers have to be set up again."""
+    return {name: (tuple(p.shape), p.requires_grad) for name, p in module.named_parameters()}
 
 
 def _refuse_empty_optimizers(checkpoint: Mapping[str, Any], path: Path) -> None:

@@ -1,0 +1,332 @@
+"""A recovery inside a training run: what becomes trainable, by which optimizer, towards what, and what is left of it.
+
+Shapes: see `distillation`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from zssvd_lightning import adapters
+from zssvd_lightning.copying import refuse_too_large
+from zssvd_lightning.distillation import Call, DenseTeacher, SavedPredictions, Teacher, logits_of
+from zssvd_lightning.distributed import Team
+from zssvd_lightning.errors import CheckpointError, DivergedError, RecoveryError
+from zssvd_lightning.hub import mark
+from zssvd_lightning.modules import LowRankLinear
+from zssvd_lightning.recovery import Recovery
+from zssvd_lightning.strategies import StrategyAdapter
+from zssvd_lightning.structure import ranks_of
+from zssvd_lightning.targets import Target, local_part, matches
+
+
+class Recovering:
+    """One recovery, from FACTORISE to the end of the fit.
+
+    Args:
+        settings: how to recover.
+
+    Attributes:
+        active: whether the module is trained by it.
+        began: the global step at which its stage began.
+        divergence: from the teacher at the latest batch (nats).
+        finite: whether the losses since the latest step are, where they are looked at.
+    """
+
+    def __init__(self, settings: Recovery) -> None:
+        self.settings = settings
+        self.active = False
+        self.stage = 0
+        self.began = 0
+        self.divergence: Tensor | None = None
+        self.finite = True
+        self._were_trainable: list[str] = []
+        self._teacher: Teacher | None = None
+        self._of_teacher: dict[str, Tensor] | None = None
+        self._call: Call | None = None
+        self._last_good: dict[str, Tensor] = {}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The factors trained now."""
+        return self.settings.stages[self.stage]
+
+    def refuse(self, names: list[str], module: nn.Module, student: nn.Module | None, processes: int) -> None:
+        """Raises what can be told before calibration is spent.
+
+        Args:
+            names: of the layers that are to be compressed.
+            module: that will be trained.
+            student: whose logits will be compared; None without distillation.
+            processes: that would share a copy of it.
+
+        Raises:
+            TargetError: patterns match nothing.
+            TeacherError: the teacher does not fit, or cannot be read.
+        """
+        self.settings.refuse_layers(names)
+        also = [name for name, _ in module.named_parameters()]
+        for pattern in self.settings.also_train:
+            if not any(matches(name, pattern) for name in also):
+                raise RecoveryError(f"recovery.also_train has {pattern!r}, which matches no parameter")
+        if student is not None and self.settings.keeps_teacher:
+            refuse_too_large(student, self._dtype, processes)
+        elif student is not None:
+            SavedPredictions(self.settings.teacher)
+
+    def take_teacher(self, adapter: StrategyAdapter, student: nn.Module, originals: Mapping[str, Tensor]) -> None:
+        """Keeps the dense model, or opens the folder of its predictions.
+
+        Args:
+            adapter: the strategy of the run.
+            student: dense still, but with truncated weights.
+            originals: the weights (m, n) of before, by the name of their layer in `student`.
+        """
+        if not self.settings.keeps_teacher:
+            self._teacher = SavedPredictions(self.settings.teacher)
+            return
+        teacher = adapter.dense_copy(student, self._dtype)
+        with torch.no_grad():
+            for name, W in originals.items():
+                layer: Any = teacher.get_submodule(name)
+                Target(name, layer).assign(W)
+        self._teacher = DenseTeacher(teacher)
+
+    def dress(self, name: str, layer: LowRankLinear) -> None:
+        """Puts on a new layer what is trained of it, while it is whole."""
+        adapter = self.settings.adapter(self.parts, layer.rank)
+        if adapter is not None and self.settings.chooses(name) and adapter.parts_of(name):
+            adapter.attach(name, layer)
+            self.settings.refuse_rank(name, layer)
+
+    def note_flags(self, module: nn.Module) -> None:
+        """Notes what was trained of a module that is dense still."""
+        self._were_trainable = [name for name, p in module.named_parameters() if p.requires_grad]
+
+    def begin(self, module: nn.Module, step: int) -> None:
+        """Freezes all that is not trained. Raises RecoveryError when nothing is left."""
+        self.active, self.began = True, step
+        self.freeze(module)
+
+    def freeze(self, module: nn.Module) -> None:
+        """Has gradients come to what is trained, and to nothing else."""
+        trained = set(self._trained(module))
+        if not trained:
+            raise RecoveryError(
+                f"recovery by {self.settings.method} has nothing to train: {len(ranks_of(module))} layers are low-rank "
+                f"and targets is {self.settings.targets}"
+            )
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in trained)
+
+    def optimizer(self, module: nn.Module, steps_left: float) -> Any:
+        """What `configure_optimizers` returns in its place.
+
+        Args:
+            module: that is trained.
+            steps_left: optimizer steps of the whole recovery.
+        """
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        return self.settings.optimizer(parameters, self._steps_of_stage(steps_left))
+
+    def stage_is_over(self, step: int, steps: float) -> bool:
+        """Whether the next stage begins.
+
+        Args:
+            step: the global one.
+            steps: of the whole recovery.
+        """
+        more = self.stage + 1 < len(self.settings.stages)
+        return self.active and more and step - self.began >= self._steps_of_stage(steps)
+
+    def next_stage(self, module: nn.Module, adapter: StrategyAdapter, step: int) -> None:
+        """Merges what was trained, and begins with the next factors. Collective."""
+        self.stage += 1
+        self._last_good = {}
+        for name, layer in list(_low_rank(module)):
+            if layer.adapter is not None:
+                new = adapters.merged(name, layer, adapter.whole)
+                self.dress(name, new)
+                adapter.replace(module, layer, new)
+        self.began = step
+        self.freeze(module)
+
+    def finish(self, module: nn.Module, adapter: StrategyAdapter, *, merge: bool) -> None:
+        """Leaves a plain low-rank model, with flags as they were. Collective with `merge`."""
+        if merge:
+            adapters.merge_adapters(module, adapter.replace, adapter.whole)
+            adapter.settle()
+            mark(module)
+        self.let_go(module)
+        adapter.note_flags()
+
+    def let_go(self, module: nn.Module) -> None:
+        """Has flags be what they were, and those of adapters that stay be set."""
+        before = set(self._were_trainable)
+        dense_name = {
+            f"{name}.{part}": f"{name}.{'bias' if part.endswith('bias') else 'weight'}"
+            for name, layer in _low_rank(module)
+            for part, _ in layer.named_parameters()
+        }
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(dense_name.get(name, name) in before)
+        self.active, self._teacher, self._call, self._last_good = False, None, None, {}
+
+    def watch(self, student: nn.Module) -> Callable[[], None]:
+        """Notes the forward passes of a model in training; returns what ends that."""
+
+        def note(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+            if self.active and module.training and torch.is_grad_enabled():
+                self._call = Call(args, kwargs, logits_of(output))
+
+        return student.register_forward_hook(note, with_kwargs=True).remove
+
+    def loss(self, own: Tensor, mask: Tensor | None) -> Tensor:
+        """The loss to train on, from that of `training_step`.
+
+        Raises:
+            RecoveryError: the model did not run.
+        """
+        call, self._call = self._call, None
+        if not self.active or not self.settings.distills:
+            return own
+        if call is None or self._teacher is None:
+            raise RecoveryError("training_step gave a loss without a forward pass of the model that is distilled into")
+        loss = self._teacher.divergence(call, mask, self.settings.temperature)
+        self.divergence = loss.detach()
+        if self.settings.loss == "distill":
+            return loss
+        share = self.settings.distill_weight
+        return (1 - share) * own + share * loss
+
+    def refuse_divergence(self, module: nn.Module, team: Team, *, scaled: bool) -> None:
+        """Keeps the weights that gave finite gradients, before they change. Collective.
+
+        Args:
+            module: that is trained.
+            team: the processes of the run.
+            scaled: whether gradients are of a scaled loss, and may overflow though all is well.
+
+        Raises:
+            DivergedError: they did not; those that last did are back.
+            RecoveryError: there are no gradients.
+        """
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        gradients = [local_part(p.grad) for p in trained.values() if p.grad is not None]
+        if not gradients:
+            raise RecoveryError(
+                "no gradient has come to what the recovery trains: activations are checkpointed with "
+                "use_reentrant=True behind frozen layers, or training_step detaches the model's output"
+            )
+        if scaled:
+            finite = all(team.gathered(self.finite))
+        else:
+            squares = torch.stack([gradient.float().square().sum() for gradient in gradients])
+            finite = bool(team.over_rows(squares.sum()).isfinite())
+        self.finite = True
+        with torch.no_grad():
+            if finite:
+                for name, parameter in trained.items():
+                    now = local_part(parameter.detach())
+                    self._last_good.setdefault(name, torch.empty_like(now)).copy_(now)
+                return
+            for name, kept in self._last_good.items():
+                local_part(trained[name].detach()).copy_(kept)
+        raise DivergedError(
+            "a loss or a gradient of the recovery is NaN or infinite; the model has its last good weights back. Lower "
+            f"recovery.lr (it is {self.settings.lr}), raise recovery.warmup, or train in float32 or bfloat16"
+        )
+
+    def state_dict(self, team: Team | None) -> dict[str, Any]:
+        """Plain types and tensors. Collective where a teacher is in memory."""
+        return {
+            "settings": self.settings.to_dict(),
+            "active": self.active,
+            "stage": self.stage,
+            "began": self.began,
+            "were_trainable": list(self._were_trainable),
+            "teacher": self._teacher_to_save(team),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a state; `resume` goes on with its module."""
+        self.active, self.stage, self.began = state["active"], state["stage"], state["began"]
+        self._were_trainable = list(state["were_trainable"])
+        self._of_teacher = dict(state["teacher"])
+
+    def resume(self, adapter: StrategyAdapter, student: nn.Module | None) -> None:
+        """Makes the teacher anew, from the model and the weights saved. Collective."""
+        saved, self._of_teacher = self._of_teacher, None
+        if not self.active or student is None or self._teacher is not None:
+            return
+        if not self.settings.keeps_teacher:
+            self._teacher = SavedPredictions(self.settings.teacher)
+            return
+        teacher = adapter.dense_copy(student, self._dtype)
+        with torch.no_grad():
+            for name, value in (saved or {}).items():
+                kept = local_part(teacher.get_parameter(name).detach())
+                kept.copy_(adapter.team.part(value))
+        self._teacher = DenseTeacher(teacher)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.settings.teacher_dtype)
+        return dtype
+
+    def _steps_of_stage(self, steps: float) -> float:
+        stages = len(self.settings.stages)
+        if stages == 1 or math.isinf(steps):
+            return steps
+        first = math.ceil(steps / stages)
+        return first if self.stage == 0 else steps - first
+
+    def _trained(self, module: nn.Module) -> Iterator[str]:
+        before = set(self._were_trainable)
+        for name, layer in _low_rank(module):
+            if self.settings.chooses(name):
+                yield from (f"{name}.{p}" for p, _ in layer.named_parameters() if self.settings.trains(p, self.parts))
+        for name, _ in module.named_parameters():
+            if name in before and any(matches(name, pattern) for pattern in self.settings.also_train):
+                yield name
+
+    def _teacher_to_save(self, team: Team | None) -> dict[str, Tensor]:
+        if self._of_teacher is not None:
+            return self._of_teacher
+        if team is None or not isinstance(self._teacher, DenseTeacher):
+            return {}
+        found = {}
+        for name, parameter in self._teacher.model.named_parameters():
+            value = team.weight_to_save(local_part(parameter), parameter.shape[0])
+            if value is not None:
+                found[name] = value
+        return found
+
+
+def refuse_other_recovery(state: Mapping[str, Any] | None, mine: Recovering | None) -> None:
+    """Raises CheckpointError for a checkpoint of the recovery, or of after it, by another one.
+
+    Args:
+        state: of the recovery it was taken in; None when the factors were trained by the module's own optimizer.
+        mine: the recovery that is to go on.
+    """
+    saved = None if state is None else state["settings"]
+    settings = None if mine is None else mine.settings.to_dict()
+    if saved != settings:
+        raise CheckpointError(
+            f"the checkpoint is of a training of the factors with recovery={saved}, and this callback has {settings}; "
+            "go on with the same, or start from a checkpoint of before it"
+        )
+    if state is not None and not state["active"]:
+        raise CheckpointError(
+            "the checkpoint was saved after its fit, when the recovery was over; go on from a checkpoint of the fit "
+            "itself"
+        )
+
+
+def _low_rank(module: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
+    return ((name, part) for name, part in module.named_modules() if isinstance(part, LowRankLinear))

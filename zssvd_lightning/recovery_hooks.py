@@ -1,0 +1,169 @@
+"""When things happen in a recovery. What happens is in `recovering.py`.
+
+| hook                       | what is done there                                                                |
+|----------------------------|-----------------------------------------------------------------------------------|
+| configure_optimizers       | answered for the module, once its factors are trained                             |
+| training_step              | its loss is replaced, or added to, where the recovery distils                     |
+| on_before_optimizer_step   | weights whose loss and gradients are finite are kept, others given up             |
+| on_train_batch_end         | the next stage begins; how far the model is from its teacher is logged            |
+| on_fit_end                 | adapters are merged, and flags are what they were                                 |
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+
+from zssvd_lightning import adapters, telemetry
+from zssvd_lightning.borrowing import overridden
+from zssvd_lightning.calibration import token_mask
+from zssvd_lightning.distillation import model_with_logits
+from zssvd_lightning.guards import refuse_stale_groups
+from zssvd_lightning.lifecycle import phase_is_after
+from zssvd_lightning.limits import scheduled_steps
+from zssvd_lightning.phase import Phase
+from zssvd_lightning.precision import scales
+from zssvd_lightning.recovering import Recovering
+from zssvd_lightning.resumable import ResumableCallback
+from zssvd_lightning.training_loss import changed_loss
+
+
+class RecoveringCallback(ResumableCallback):
+    """The part of the callback that trains the factors, where it is told how."""
+
+    _dressed_by_load = False
+
+    @property
+    def _recovering(self) -> Recovering | None:
+        """The recovery under way."""
+        recovery = self._lifecycle.recovery
+        return recovery if recovery is not None and recovery.active else None
+
+    def token_mask(self, batch: Any) -> Tensor | None:
+        """Which positions (B, T) of a batch are not padding. Override for batches without an `attention_mask`."""
+        return token_mask(batch)
+
+    def student(self, pl_module: L.LightningModule) -> nn.Module:
+        """The model whose logits distillation compares. Override where it is not one of transformers."""
+        return model_with_logits(pl_module)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Has the module train by the recovery, once there is one."""
+        super().setup(trainer, pl_module, stage)
+        self._dressed_by_load = False
+        if stage == "fit" and (recovery := self._lifecycle.recovery) is not None:
+            optimizers = functools.partial(self._optimizers, trainer, pl_module, pl_module.configure_optimizers)
+            self._borrowed.enter_context(overridden(pl_module, configure_optimizers=optimizers))
+            if recovery.settings.distills:
+                self._borrowed.enter_context(changed_loss(pl_module, self._loss))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Merges adapters that only a checkpoint has put on."""
+        if stage != "fit" and self._dressed_by_load:
+            adapters.merge_adapters(pl_module, self.adapter.replace, self.adapter.whole)
+            self._dressed_by_load = False
+        super().teardown(trainer, pl_module, stage)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Notes whether the loss is finite, where gradients need not be."""
+        if self._recovering is not None and scales(trainer):
+            self._recovering.finite &= bool(loss.isfinite())
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Keeps weights that are good, or brings them back. Raises DivergedError then."""
+        if self._recovering is not None:
+            self.adapter.show_weights()
+            self._recovering.refuse_divergence(pl_module, self.adapter.team, scaled=scales(trainer))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Begins the next stage of the recovery when it is due."""
+        if (recovery := self._recovering) is None:
+            return
+        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        if recovery.divergence is not None and batches % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            telemetry.log(trainer, distillation=float(recovery.divergence))
+        if recovery.stage_is_over(trainer.global_step, scheduled_steps(trainer)):
+            self.adapter.show_weights()
+            recovery.next_stage(pl_module, self.adapter, trainer.global_step)
+            self.adapter.rewire()
+            self.adapter.settle()
+            refuse_stale_groups(trainer, pl_module)
+            telemetry.log(trainer, recovery_stage=recovery.stage)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leaves a plain low-rank model, unless adapters are to stay."""
+        if self._recovering is not None:
+            self.adapter.show_weights()
+            self._recovering.finish(pl_module, self.adapter, merge=self._recovering.settings.merges)
+
+    def _refuse_recovery(self, pl_module: L.LightningModule) -> None:
+        """Raises what can be told of a recovery before calibration is spent."""
+        if (recovery := self._lifecycle.recovery) is not None:
+            student = self.student(pl_module) if recovery.settings.distills else None
+            targets = list(self._lifecycle.compression.targets)
+            recovery.refuse(targets, pl_module, student, self.adapter.processes_of_a_copy)
+            self._watch(pl_module)
+
+    def _take_teacher(self, pl_module: L.LightningModule) -> None:
+        """Keeps the dense model, while its weights are at hand."""
+        recovery = self._lifecycle.recovery
+        if recovery is None or not recovery.settings.distills:
+            return
+        student = self.student(pl_module)
+        place = next(name for name, part in pl_module.named_modules() if part is student)
+        prefix = f"{place}." if place else ""
+        originals = self._lifecycle.compression.originals
+        inside = {name.removeprefix(prefix): W for name, W in originals.items() if name.startswith(prefix)}
+        recovery.take_teacher(self.adapter, student, inside)
+
+    def _go_on_recovering(self, pl_module: L.LightningModule) -> None:
+        """Goes on from a checkpoint of the recovery."""
+        if (recovery := self._recovering) is None:
+            return
+        self._lifecycle.phase = Phase.RECOVER
+        recovery.resume(self.adapter, self.student(pl_module) if recovery.settings.distills else None)
+        self._watch(pl_module)
+
+    def _watch(self, pl_module: L.LightningModule) -> None:
+        if (recovery := self._lifecycle.recovery) is not None and recovery.settings.distills:
+            self._borrowed.callback(recovery.watch(self.student(pl_module)))
+
+    def _prepared(self, pl_module: L.LightningModule, checkpoint: Mapping[str, Any], had_adapters: bool) -> None:
+        self._dressed_by_load = not had_adapters and bool(adapters.on(pl_module))
+        state, recovery = checkpoint.get("callbacks", {}).get(self.state_key), self._lifecycle.recovery
+        if self._fitting and state is not None and recovery is not None and phase_is_after(state):
+            self.recovers_from = state["recovers_from"]
+            recovery.load_state_dict(state["recovery"])
+            recovery.freeze(pl_module)
+
+    def _leave_after(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leaves a plain low-rank model once all callbacks have dealt with an exception, and may have saved it."""
+        recovery, own = self._recovering, trainer.strategy.on_exception
+        if recovery is None:
+            return
+
+        def leave(exception: BaseException) -> None:
+            trainer.strategy.__dict__.pop("on_exception", None)
+            own(exception)
+            alone = self.adapter.team.whole_everywhere
+            recovery.finish(pl_module, self.adapter, merge=recovery.settings.merges and alone)
+
+        trainer.strategy.__dict__["on_exception"] = leave
+
+    def _optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule, own: Callable[[], Any]) -> Any:
+        recovery = self._recovering
+        if recovery is None or recovery.settings.lr is None:
+            return own()
+        return recovery.optimizer(pl_module, scheduled_steps(trainer))
+
+    def _loss(self, loss: Tensor, batch: Any) -> Tensor:
+        recovery = self._lifecycle.recovery
+        return loss if recovery is None else recovery.loss(loss, self.token_mask(batch))
