@@ -359,16 +359,13 @@ class LowRankPrehab(L.Callback):
         compression = _compression(trainer)
         if compression is None:
             return
-        accumulate = most_accumulated(trainer)
-        begins_at = self._run.begins_at
+        accumulate, per_epoch = most_accumulated(trainer), trainer.num_training_batches
+        begins_at: float | None = self._run.begins_at
         if begins_at is None:
             seen = 0 if self._run.restored is None else self._run.restored["moments"]["batches"]
-            begins_at = trainer.global_step + _steps(
-                self.moment_batches - seen, trainer.num_training_batches, accumulate
-            )
+            begins_at = trainer.global_step + _steps(self.moment_batches - seen, per_epoch, accumulate)
         ends_at = begins_at + self.steps
-        per_epoch = _steps(trainer.num_training_batches, trainer.num_training_batches, accumulate)
-        epochs = compression.start_epoch * per_epoch if compression.start_epoch else 0
+        epochs = compression.start_epoch and compression.start_epoch * _steps(per_epoch, per_epoch, accumulate)
         starts_at = max(compression.start_step, epochs)
         if starts_at < ends_at:
             raise UnsupportedTrainingError(

@@ -123,6 +123,14 @@ class Recovering:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
 
+    @torch.no_grad()
+    def keep(self, module: nn.Module) -> None:
+        """Keeps what is trained as it is now, for `refuse_divergence` to bring back."""
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                now = local_part(parameter.detach())
+                self._last_good.setdefault(name, torch.empty_like(now)).copy_(now)
+
     def optimizer(self, module: nn.Module, steps_left: float) -> Any:
         """What `configure_optimizers` returns in its place.
 
@@ -228,12 +236,10 @@ class Recovering:
             squares = torch.stack([gradient.float().square().sum() for gradient in gradients])
             finite = bool(team.over_rows(squares.sum()).isfinite())
         self.finite = True
+        if finite:
+            self.keep(module)
+            return
         with torch.no_grad():
-            if finite:
-                for name, parameter in trained.items():
-                    now = local_part(parameter.detach())
-                    self._last_good.setdefault(name, torch.empty_like(now)).copy_(now)
-                return
             for name, kept in self._last_good.items():
                 local_part(trained[name].detach()).copy_(kept)
         raise DivergedError(

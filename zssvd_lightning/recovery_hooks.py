@@ -96,6 +96,7 @@ class RecoveringCallback(ResumableCallback):
             self.adapter.rewire()
             self.adapter.settle()
             refuse_stale_groups(trainer, pl_module)
+            recovery.keep(pl_module)
             telemetry.log(trainer, recovery_stage=recovery.stage)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -130,6 +131,7 @@ class RecoveringCallback(ResumableCallback):
             return
         self._lifecycle.phase = Phase.RECOVER
         recovery.resume(self.adapter, self.student(pl_module) if recovery.settings.distills else None)
+        recovery.keep(pl_module)
         self._watch(pl_module)
 
     def _watch(self, pl_module: L.LightningModule) -> None:

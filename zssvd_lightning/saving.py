@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from zssvd_lightning import adapters
 from zssvd_lightning.card import write_card
 from zssvd_lightning.config import DTYPES
 from zssvd_lightning.errors import ConfigError, OutputError, SavedModelError
@@ -43,6 +44,8 @@ def save_pretrained(
     """Writes a compressed (or dense) model as a folder that transformers reads, all or nothing.
 
     Weights go into safetensors, the form and rank of every layer into `config.json`, what was done into a model card.
+    Adapters that a recovery has left on low-rank layers go into the folder `adapter`, as peft writes them:
+    `PeftModel.from_pretrained(from_pretrained(folder), f"{folder}/adapter")`.
 
     Args:
         model: a model of transformers.
@@ -73,6 +76,11 @@ def write_model(
     self_contained: bool = False,
 ) -> None:
     """Writes weights, config and tokenizer into a new folder; see `save_pretrained`."""
+    if adapters.on(model):
+        adapters.save_adapter(model, folder / adapters.FOLDER)
+        with adapters.taken_off(model):
+            write_model(model, folder, tokenizer, max_shard_size, self_contained=self_contained)
+        return
     if not isinstance(model, PreTrainedModel):
         raise SavedModelError(f"{type(model).__name__} is no model of transformers; save the one it holds")
     specs = specs_of(model)

@@ -1,0 +1,250 @@
+"""What is trained, and what peft puts on the factors: merged it is the same function of the same rank."""
+
+import warnings
+
+import peft
+import pytest
+import torch
+from support.models import tiny_llama, token_batches
+from torch import nn
+
+from zssvd_lightning import CompressionConfig, compress, from_pretrained, save_pretrained
+from zssvd_lightning.adapters import FOLDER, Adapter, merge_adapters, merged, on, save_adapter, taken_off
+from zssvd_lightning.errors import ConfigError, RecoveryError
+from zssvd_lightning.modules import LowRankLinear
+from zssvd_lightning.recovery import FactorRecovery, LoRARecovery, SingularValueRecovery, recovery_of
+
+NAME = "model.layers.0.q_proj"
+
+
+def layer(rank=6, dtype=torch.float64, bias=True):
+    torch.manual_seed(0)
+    return LowRankLinear.from_factors(
+        torch.randn(10, rank, dtype=dtype), torch.randn(rank, 12, dtype=dtype), torch.randn(10, dtype=dtype)
+    )
+
+
+def perturb(module):
+    """As training does: every parameter that requires gradients becomes another."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def low_rank_llama():
+    torch.manual_seed(0)
+    model = tiny_llama()
+    compress(model, token_batches(), CompressionConfig(prune_ratio=0.3, corrections=0), progress=False)
+    return model
+
+
+def dressed_llama(recovery):
+    model = low_rank_llama()
+    for name, module in model.named_modules():
+        if isinstance(module, LowRankLinear) and (adapter := recovery.adapter(("down", "up"), module.rank)) is not None:
+            adapter.attach(name, module)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=token_batches(1)[0]["input_ids"]).logits
+
+
+OPTIONS = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa_niter_4": {"init_lora_weights": "pissa_niter_4"},
+    "olora": {"init_lora_weights": "olora"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "by pattern": {"rank_pattern": {r".*\.up": 1}, "alpha_pattern": {r".*\.up": 7}, "exclude_modules": r".*\.k_proj.*"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("two_step", [False, True])
+def test_lora_begins_as_nothing_and_merges_to_a_layer_of_the_same_rank(options, two_step):
+    recovery = LoRARecovery(rank=2, two_step=two_step, peft=OPTIONS[options])
+    x = torch.randn(5, 12)
+    for parts in recovery.stages:
+        one = layer(dtype=torch.float32)
+        before = one(x)
+        recovery.adapter(parts, one.rank).attach(NAME, one)
+        torch.testing.assert_close(one(x), before, rtol=1e-5, atol=1e-5)
+        trained = {name.split(".")[0] for name, p in one.named_parameters() if p.requires_grad}
+        assert trained == set(parts)
+        assert all(recovery.trains(name, parts) == p.requires_grad for name, p in one.named_parameters())
+        perturb(one)
+        after = one(x)
+        assert not torch.allclose(after, before)
+        plain = merged(NAME, one, torch.Tensor.detach)
+        assert type(plain.up) is type(plain.down) is nn.Linear
+        assert plain.spec == layer().spec
+        torch.testing.assert_close(plain(x), after, rtol=1e-4, atol=1e-4)
+
+
+def test_singular_values_are_multiplied_and_nothing_else():
+    one = layer()
+    x, before = torch.randn(5, 12, dtype=torch.float64), layer()
+    SingularValueRecovery().adapter(("down", "up"), 6).attach(NAME, one)
+    (gains,) = (p for p in one.parameters() if p.requires_grad)
+    assert gains.numel() == 6
+    with torch.no_grad():
+        gains.copy_(torch.linspace(0.5, 2, 6, dtype=torch.float64)[:, None])
+    expected = before.up.weight @ torch.diag(torch.linspace(0.5, 2, 6, dtype=torch.float64)) @ before.down.weight
+    torch.testing.assert_close(one(x), x @ expected.T + before.bias)
+    torch.testing.assert_close(merged(NAME, one, torch.Tensor.detach).weight, expected)
+
+
+def test_two_steps_are_up_and_then_down():
+    assert LoRARecovery(two_step=True).stages == FactorRecovery(two_step=True).stages == [("up",), ("down",)]
+    assert LoRARecovery().stages == SingularValueRecovery().stages == [("down", "up")]
+    names = [name for name, _ in layer().named_parameters()]
+    recovery = FactorRecovery(two_step=True)
+    assert [n for n in names if recovery.trains(n, ("up",))] == ["up.weight", "up.bias"]
+    assert [n for n in names if recovery.trains(n, ("down",))] == ["down.weight"]
+
+
+def test_initial_values_depend_on_the_seed_and_the_name_alone():
+    def begun(seed, name=NAME):
+        one = layer()
+        LoRARecovery(rank=2, seed=seed).adapter(("up",), 6).attach(name, one)
+        return one.up.lora_A["default"].weight
+
+    torch.manual_seed(5)
+    first, state = begun(0), torch.get_rng_state()
+    assert torch.equal(begun(0), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(begun(1), first)
+    assert not torch.equal(begun(0, "model.layers.1.q_proj"), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_empty_adapter_is_of_the_type_of_the_layer(dtype):
+    new = LowRankLinear.like(layer(dtype=dtype), rank=6)
+    LoRARecovery(rank=2, peft={"use_dora": True}).adapter(("down", "up"), 6).attach(NAME, new, empty=True)
+    assert {(p.dtype, p.is_meta) for p in new.parameters()} == {(dtype, True)}
+
+
+def test_ranks_that_lora_would_exceed_are_refused_or_clipped():
+    one = layer(rank=4)
+    recovery = LoRARecovery(rank=4)
+    recovery.adapter(("down", "up"), 4).attach(NAME, one)
+    with pytest.raises(RecoveryError, match=r"q_proj.down \(4, 12\) is not below the layer's rank 4"):
+        recovery.refuse_rank(NAME, one)
+    clipped = LoRARecovery(rank=4, clip_rank=True)
+    assert clipped.adapter(("up",), 4).options["r"] == 3
+    assert clipped.adapter(("up",), 9).options["r"] == 4
+    assert clipped.adapter(("up",), 1) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "lore"}, "recovery.method is 'lore'; did you mean 'lora'"),
+        ({}, "recovery.method is 'None'"),
+        ({"method": "lora", "rnk": 3}, "unknown key 'rnk'; did you mean 'rank'"),
+        ({"method": "lora", "rank": 0}, "recovery.rank"),
+        ({"method": "lora", "dropout": 1.0}, "recovery.dropout"),
+        ({"method": "factors", "lr": 0}, "recovery.lr"),
+        ({"method": "factors", "rank": 3}, "unknown key 'rank'"),
+        ({"method": "factors", "loss": "kl"}, "recovery.loss is 'kl'"),
+        ({"method": "factors", "temperature": 0}, "recovery.temperature"),
+        ({"method": "factors", "distill_weight": 1.0}, "recovery.distill_weight"),
+        ({"method": "factors", "schedule": "cosin"}, "recovery.schedule is 'cosin'; did you mean 'cosine'"),
+        ({"method": "factors", "warmup": 1.0}, "recovery.warmup"),
+        ({"method": "factors", "teacher_dtype": "int8"}, "recovery.teacher_dtype"),
+        ({"method": "lora", "peft": {"use_dra": True}}, "LoraConfig has no option 'use_dra'; did you mean 'use_dora'"),
+        ({"method": "lora", "peft": {"r": 3}}, "set recovery.rank instead"),
+        ({"method": "lora", "peft": {"modules_to_save": ["x"]}}, "set recovery.also_train instead"),
+        ({"method": "lora", "peft": {"init_lora_weights": "eva"}}, "takes batches"),
+        ({"method": "lora", "peft": {"init_lora_weights": "corda"}}, "takes batches"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(settings, message):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        recovery_of(settings)
+
+
+def test_settings_are_the_same_again_from_plain_types():
+    for recovery in (LoRARecovery(rank=3, peft={"use_dora": True}), FactorRecovery(targets=["q_proj"], lr=None)):
+        assert recovery_of(recovery.to_dict()) == recovery
+    assert recovery_of(None) is None
+    assert recovery_of({"method": "singular_values", "lr": 0.1}) == SingularValueRecovery(lr=0.1)
+
+
+def test_the_schedule_rises_and_falls_over_the_steps_there_are():
+    weight = nn.Parameter(torch.zeros(2))
+    made = FactorRecovery(lr=0.1, warmup=0.2, schedule="linear", weight_decay=0.3).optimizer([weight], 10)
+    rates = []
+    for _ in range(10):
+        rates.append(made["optimizer"].param_groups[0]["lr"])
+        made["optimizer"].step()
+        made["lr_scheduler"]["scheduler"].step()
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.0875, 0.075, 0.0625, 0.05, 0.0375, 0.025, 0.0125])
+    assert made["optimizer"].param_groups[0]["weight_decay"] == 0.3
+    with pytest.raises(RecoveryError, match="max_steps nor max_epochs"):
+        FactorRecovery().optimizer([weight], float("inf"))
+    assert FactorRecovery(schedule="constant").optimizer([weight], float("inf"))
+
+
+@pytest.mark.parametrize(
+    "recovery",
+    [
+        LoRARecovery(rank=3, clip_rank=True),
+        LoRARecovery(rank=2, clip_rank=True, peft={"use_dora": True, "init_lora_weights": "pissa"}),
+        SingularValueRecovery(),
+    ],
+    ids=["lora", "dora and pissa", "singular values"],
+)
+def test_the_adapter_is_saved_beside_the_compressed_model_and_peft_loads_it_on_that(tmp_path, recovery):
+    model = dressed_llama(recovery)
+    perturb(model)
+    expected, names = logits(model), [name for name, _ in model.named_parameters()]
+    save_pretrained(model, tmp_path / "saved")
+    assert [name for name, _ in model.named_parameters()] == names
+    assert torch.equal(logits(model), expected)
+
+    base = from_pretrained(tmp_path / "saved")
+    assert not on(base)
+    assert not torch.allclose(logits(base), expected)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*adapter keys.*")
+        reloaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "saved" / FOLDER))
+    torch.testing.assert_close(logits(reloaded), expected)
+    unloaded = reloaded.merge_and_unload()
+    torch.testing.assert_close(logits(unloaded), expected, rtol=1e-4, atol=1e-5)
+
+    save_adapter(model, tmp_path / "alone")
+    again = peft.PeftModel.from_pretrained(from_pretrained(tmp_path / "saved"), str(tmp_path / "alone"))
+    torch.testing.assert_close(logits(again), expected)
+
+    merge_adapters(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    assert not on(model)
+
+
+def test_a_model_without_an_adapter_has_none_to_save(tmp_path):
+    with pytest.raises(RecoveryError, match="no adapter"):
+        save_adapter(low_rank_llama(), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_adapters_are_off_for_a_while_and_on_again_after_an_error():
+    model = dressed_llama(LoRARecovery(rank=2, clip_rank=True))
+    perturb(model)
+    names, expected = list(model.state_dict()), logits(model)
+    with pytest.raises(KeyError), taken_off(model):
+        assert list(model.state_dict()) == list(low_rank_llama().state_dict())
+        raise KeyError
+    assert list(model.state_dict()) == names
+    assert torch.equal(logits(model), expected)
+
+
+def test_what_peft_refuses_names_the_layer():
+    with pytest.raises(RecoveryError, match=f"peft cannot put LORA on {NAME}"):
+        Adapter("LORA", {"target_modules": r".*\.nothing"}).attach(NAME, layer())
