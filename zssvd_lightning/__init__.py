@@ -7,15 +7,20 @@ and `pipeline` (without a Trainer) drive `compression` (what), on one process or
 (`whitening`), decomposes (`decomposition`, `spectrum`), chooses (`storage`, `budget`, `selection`, `plan`), truncates
 (`factorization`, `modules`, `structure`), corrects (`correction`) and stores in 8 bits (`quantization`).
 
+How the factors are trained then is in `recovery` (the ways), `recovery_hooks` (when), `recovering` (what), `adapters`
+(peft), `distillation` and `copying` (towards the dense model) and `training_loss`; `prehab` trains before compression.
+
 What comes out is saved and loaded (`saving`, `hub`, `integrity`, `self_contained`, `card`, `files`), exported
 (`export`), served (`vllm_plugin`, `fused`), measured (`evaluation`, `zero_shot`) and told of (`report`, `picture`).
 `texts`, `models`, `run` and `cli` are around it all.
 """
 
 from zssvd_lightning import errors
+from zssvd_lightning.adapters import merge_adapters
 from zssvd_lightning.callback import ZSSVDCallback
 from zssvd_lightning.checkpoint import LowRankCheckpointMixin
 from zssvd_lightning.config import CompressionConfig, RunConfig, load_config
+from zssvd_lightning.distillation import save_predictions
 from zssvd_lightning.evaluation import perplexity
 from zssvd_lightning.export import export_onnx, merge
 from zssvd_lightning.limits import scheduled_steps
@@ -23,18 +28,22 @@ from zssvd_lightning.modules import LowRankLinear
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.pipeline import compress
 from zssvd_lightning.quantization import quantize
+from zssvd_lightning.recovery import FactorRecovery, LoRARecovery, SingularValueRecovery
 from zssvd_lightning.report import Report
 from zssvd_lightning.run import Run
 from zssvd_lightning.saving import from_pretrained, save_pretrained
 
 __all__ = [
     "CompressionConfig",
+    "FactorRecovery",
+    "LoRARecovery",
     "LowRankCheckpointMixin",
     "LowRankLinear",
     "Phase",
     "Report",
     "Run",
     "RunConfig",
+    "SingularValueRecovery",
     "ZSSVDCallback",
     "compress",
     "errors",
@@ -42,8 +51,10 @@ __all__ = [
     "from_pretrained",
     "load_config",
     "merge",
+    "merge_adapters",
     "perplexity",
     "quantize",
+    "save_predictions",
     "save_pretrained",
     "scheduled_steps",
 ]

@@ -219,6 +219,7 @@ class ZSSVDCallback(RecoveringCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Puts the batch under observation, once the set point is reached and until enough was seen."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         started = trainer.current_epoch >= self.start_epoch and trainer.global_step >= self.start_step
         if self.phase is Phase.WAIT and started and not self._planned:
             self._lifecycle.start()

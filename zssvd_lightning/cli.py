@@ -43,7 +43,13 @@ def compress(
     config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")], overrides: Overrides = None
 ) -> None:
     """Compress a model: calibrate, truncate, factorise, evaluate, and write model and report.json to `output`."""
-    run = Run(load_config(RunConfig, config, overrides or ()))
+    settings = load_config(RunConfig, config, overrides or ())
+    if settings.recovery is not None:
+        raise ConfigError(
+            "recovery trains the factors, for which a Trainer is needed: run recipes/compress_then_finetune.py with "
+            "this file, or leave it out with recovery=null"
+        )
+    run = Run(settings)
     run.evaluate("dense")
     report = compress_model(run.model, run.calibration_loader(), run.config.compression)
     run.evaluate("compressed")

@@ -120,6 +120,36 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True)
+class TrainingConfig:
+    """What the factors are trained on after compression, and for how long; see `RunConfig.recovery`."""
+
+    text: str | None = None
+    """A text source; that of the calibration when None."""
+    steps: int = 100
+    """Optimizer steps."""
+    length: int = 256
+    """Tokens in a window."""
+    batch_size: int = 4
+    """Windows in a batch."""
+    precision: str = "32-true"
+    """Of the whole fit, calibration included, as Lightning names it, such as `bf16-mixed`."""
+    gradient_clip_val: float | None = 1.0
+    """Largest norm of all gradients together; no limit when None."""
+    dense_lr: float | None = None
+    """Highest learning rate of the dense model that is fine-tuned for comparison; that of the recovery when None."""
+    seed: int = 0
+    """Of the draw of windows."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "training.steps", self.steps, "1 or more")
+        require(self.length >= 2, "training.length", self.length, "2 or more")
+        require(self.batch_size >= 1, "training.batch_size", self.batch_size, "1 or more")
+        clip = self.gradient_clip_val
+        require(clip is None or clip > 0, "training.gradient_clip_val", clip, "above 0")
+        require(self.dense_lr is None or self.dense_lr > 0, "training.dense_lr", self.dense_lr, "above 0")
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """What perplexity is measured on. No text, no evaluation."""
 
@@ -188,6 +218,10 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
+    recovery: dict[str, Any] | None = None
+    """How the factors are trained after compression: `method` (`lora`, `factors`, `singular_values`) and the fields of
+    its class in `recovery.py`; only recipes that train take it."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: str = "???"
     """Folder that gets the compressed model, its tokenizer and `report.json`."""

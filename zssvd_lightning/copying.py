@@ -22,19 +22,20 @@ OF_WRAPPERS = ("__composable_api", "_compiled_call_impl")
 """Begin the names of attributes by which torch's wrappers find what they know of a module."""
 
 
-def copied(model: nn.Module, parameter: Callable[[nn.Parameter], Tensor]) -> nn.Module:
+def copied(model: nn.Module, dtype: torch.dtype, parameter: Callable[[nn.Parameter], Tensor]) -> nn.Module:
     """A model of the same structure, in evaluation mode, whose parameters require no gradients.
 
     Compressed layers become dense ones on the meta device.
 
     Args:
         model: any module; one that was given to `fully_shard` gives a plain one.
+        dtype: of the copy's parameters.
         parameter: makes the values of the copy's parameter from those of the model's.
     """
     memo: dict[int, Any] = {}
     for value in model.parameters():
         memo[id(value)] = nn.Parameter(parameter(value).detach(), requires_grad=False)
-    new = _copied(model, memo)
+    new = _copied(model, dtype, memo)
     nn.Module.eval(new)
     return new
 
@@ -68,12 +69,12 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _copied(module: nn.Module, dtype: torch.dtype, memo: dict[int, Any]) -> nn.Module:
     if id(module) in memo:
         already: nn.Module = memo[id(module)]
         return already
     if isinstance(module, CompressedLinear):
-        return dense_like(module)
+        return dense_like(module).to(dtype).requires_grad_(False)
     plain: Any = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
     new: nn.Module = plain.__new__(plain)
     memo[id(module)] = new
@@ -82,7 +83,7 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         if key in HOOKS or key in STATE_HOOKS:
             state[key] = None if isinstance(value, (bool, type(None))) else OrderedDict()
         elif key == "_modules":
-            state[key] = {name: part if part is None else _copied(part, memo) for name, part in value.items()}
+            state[key] = {name: part if part is None else _copied(part, dtype, memo) for name, part in value.items()}
         elif not key.startswith(OF_WRAPPERS):
             state[key] = copy.deepcopy(value, memo)
     return new

@@ -21,9 +21,12 @@ from transformers import PreTrainedModel
 from zssvd_lightning.calibration import evaluation_mode, token_mask
 from zssvd_lightning.errors import TeacherError
 from zssvd_lightning.files import replacing_folder
+from zssvd_lightning.statistics import accumulated
 
 INDEX = "predictions.json"
 ROWS_A_FILE = 64
+ROWS = 256
+"""Positions that are compared at a time."""
 
 
 class Call(NamedTuple):
@@ -165,10 +168,10 @@ def save_predictions(
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """`T^2 KL(softmax(teacher / T) || softmax(student / T))`, the mean over rows of logits (N, V), in nats.
 
-    Hinton, Vinyals and Dean, arXiv 1503.02531.
+    Hinton, Vinyals and Dean, arXiv 1503.02531. It is computed in float32 or wider, some rows at a time.
     """
-    p, q = ((logits.float() / temperature).log_softmax(-1) for logits in (teacher, student))
-    return temperature**2 * kl_div(q, p, reduction="batchmean", log_target=True)
+    found: Tensor = _Divergence.apply(student, teacher, temperature)  # type: ignore[no-untyped-call]
+    return found
 
 
 def divergence_from_top(student: Tensor, indices: Tensor, log_probabilities: Tensor, temperature: float) -> Tensor:
@@ -220,6 +223,30 @@ def model_with_logits(module: nn.Module) -> nn.Module:
             f"{len(found)} of transformers; override ZSSVDCallback.student to name one that returns logits"
         )
     return found[0][1]
+
+
+class _Divergence(torch.autograd.Function):
+    """`divergence` and its gradient `T (softmax(student / T) - softmax(teacher / T)) / N` in one go.
+
+    Autograd would keep several matrices (N, V) of float32; this keeps one, in the type of the student's logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        wide = accumulated(student.dtype)
+        total, gradient = student.new_zeros((), dtype=wide), torch.empty_like(student)
+        for s, t, g in zip(*(torch.split(rows, ROWS) for rows in (student, teacher, gradient)), strict=True):
+            log_q, log_p = ((logits.to(wide) / temperature).log_softmax(-1) for logits in (s, t))
+            p = log_p.exp()
+            total += (p * log_p.sub_(log_q)).sum()
+            g.copy_(log_q.exp_().sub_(p).mul_(temperature / len(student)))
+        ctx.save_for_backward(gradient)
+        return total * (temperature**2 / len(student))
+
+    @staticmethod
+    def backward(ctx: Any, *from_above: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * from_above[0].to(gradient.dtype), None, None
 
 
 def _with_rest(log_probabilities: Tensor) -> Tensor:

@@ -105,6 +105,6 @@ def _grid(report: Report) -> tuple[list[str], list[str], list[list[float]]]:
 
 def _headline(report: Report) -> str:
     parts = [f"{report.reached:.1%} of {report.parameters_before:,} target parameters removed"]
-    if report.perplexity:
-        parts.append(f"perplexity {report.perplexity['dense']:.1f} → {report.perplexity['compressed']:.1f}")
+    if report.perplexities:
+        parts.append("perplexity {:.1f} → {:.1f}".format(*report.perplexities))
     return ", ".join(parts)

@@ -162,7 +162,7 @@ def mean_term(
     if not torch.isfinite(mean):
         name, value = next((name, value) for name, value in values.items() if not torch.isfinite(value))
         raise NonFiniteError(
-            f"the {regularizer.metric} of {name} {targets[name].shape} is {float(value)}: its weights hold NaN or are "
+            f"the {regularizer.metric} of {name} {targets[name].shape} is {value.item()}: its weights hold NaN or are "
             "too large; lower the learning rate or the weight of LowRankPrehab"
         )
     return mean
@@ -173,17 +173,17 @@ class LowRankPrehab(L.Callback):
 
     The second moments of the layers' inputs are taken from the first training batches, which train the model as ever.
     From then on the loss of every batch is `loss + lambda(t) mean_l R(W_l L_l)`: lambda grows for `steps` optimizer
-    steps and then stays, until a `ZSSVDCallback` in the same Trainer begins or the fit ends. What the module logs as
-    its loss is without the term. Whichever of the two callbacks is first in the list, give `ZSSVDCallback` a
-    `start_step` that leaves room, as the error says otherwise. A fit that goes on from no checkpoint starts afresh.
+    steps and then stays, until a `ZSSVDCallback` in the same Trainer begins, wherever that is in the list of callbacks,
+    or the fit ends. The `start_step` of `ZSSVDCallback` must leave room for it. What the module logs as its loss is
+    without the term. A fit that goes on from no checkpoint starts afresh.
 
-    The paper's code trains a change to `W L`, with all else frozen, towards the same objective; here W itself and all
-    else that the optimizer has are trained, so the learning rate acts on other coordinates. It lets lambda grow
-    exponentially over 10 steps, up to 10 and by batches, with the stable rank for language models, and has a constant
-    5 with the nuclear norm for vision models.
+    The paper's code trains a change to `W L`, with all else frozen; here the optimizer has W itself and whatever else
+    it was given, so that the learning rate acts in other coordinates and a good `weight` is another. There lambda grows
+    exponentially from 1e-4 to 10 over 10 steps for the stable rank (BERT), and is always 5 for the nuclear norm (ViT).
 
-    Memory: beside A (n, n) for every group of layers that share an input, which checkpoints hold as well, the gradient
-    of the term (m, n) in float32 between the forward and the backward pass.
+    What it takes with the stable rank, beside A (n, n) for every group of layers that share an input, in memory and in
+    checkpoints: for every micro-batch the product `W A` of every layer, which is the work of a forward pass over n
+    tokens, and memory for one more gradient in float32.
 
     Args:
         steps: optimizer steps over which lambda grows to `weight`, after those of `moment_batches`.
@@ -363,7 +363,7 @@ class LowRankPrehab(L.Callback):
         begins_at: float | None = self._run.begins_at
         if begins_at is None:
             seen = 0 if self._run.restored is None else self._run.restored["moments"]["batches"]
-            begins_at = trainer.global_step + _steps(self.moment_batches - seen, per_epoch, accumulate)
+            begins_at = trainer.global_step + _steps(max(self.moment_batches - seen, 0), per_epoch, accumulate)
         ends_at = begins_at + self.steps
         epochs = compression.start_epoch and compression.start_epoch * _steps(per_epoch, per_epoch, accumulate)
         starts_at = max(compression.start_step, epochs)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 

@@ -10,6 +10,7 @@
 """
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,6 +37,7 @@ class RecoveringCallback(ResumableCallback):
     """The part of the callback that trains the factors, where it is told how."""
 
     _dressed_by_load = False
+    _began: float | None = None
 
     @property
     def _recovering(self) -> Recovering | None:
@@ -68,6 +70,12 @@ class RecoveringCallback(ResumableCallback):
             self._dressed_by_load = False
         super().teardown(trainer, pl_module, stage)
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes the time."""
+        self._began = time.perf_counter() if self.phase is Phase.RECOVER else None
+
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Notes whether the loss is finite, where gradients need not be."""
         if self._recovering is not None and scales(trainer):
@@ -85,6 +93,9 @@ class RecoveringCallback(ResumableCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Begins the next stage of the recovery when it is due."""
+        if self._began is not None and self.report is not None:
+            seconds = self.report.seconds
+            seconds["recover"] = seconds.get("recover", 0.0) + time.perf_counter() - self._began
         if (recovery := self._recovering) is None:
             return
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1

@@ -1,6 +1,7 @@
 """What a compression did: as a table, as JSON, as a picture."""
 
 import json
+import math
 import platform
 import sys
 import time
@@ -73,7 +74,8 @@ class Report:
     seconds: dict[str, float]
     """Wall-clock seconds by step."""
     perplexity: dict[str, float] | None = None
-    """Of the `dense` and the `compressed` model, and of the `reloaded` one where it is kept in fewer bits."""
+    """Of the `dense` and the `compressed` model, and of the `reloaded` one where it is kept in fewer bits; of a run
+    with recovery those `dense`, `dense_finetuned`, `truncated` and `recovered`."""
     perplexity_second: dict[str, float] | None = None
     """The same on a text of another domain."""
     file_bytes: dict[str, int] | None = None
@@ -93,6 +95,12 @@ class Report:
     def model_parameters_after(self) -> int:
         """Parameters of the whole model after compression."""
         return self.model_parameters_before - self.parameters_before + self.parameters_after
+
+    @property
+    def perplexities(self) -> tuple[float, float] | None:
+        """Of the dense model and of what has become of it."""
+        found = self.perplexity
+        return (found["dense"], found.get("recovered", found.get("compressed", math.nan))) if found else None
 
     def within(self, prefix: str) -> "Report":
         """The same with layer names as the submodule `prefix` knows them. Raises KeyError when one is outside it."""
@@ -158,7 +166,10 @@ class Report:
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         for title, pair in (("perplexity", self.perplexity), ("perplexity, second text", self.perplexity_second)):
             if pair:
-                table.add_row(title, f"{pair['dense']:.2f}", f"{pair['compressed']:.2f}")
+                compressed = pair.get("compressed", pair.get("truncated", math.nan))
+                table.add_row(title, f"{pair['dense']:.2f}", f"{compressed:.2f}")
+                if "recovered" in pair:
+                    table.add_row(f"{title}, trained", f"{pair['dense_finetuned']:.2f}", f"{pair['recovered']:.2f}")
                 if "reloaded" in pair:
                     table.add_row(f"{title}, as saved", "", f"{pair['reloaded']:.2f}")
         table.add_row("target parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}")

@@ -52,6 +52,19 @@ class Run:
         """The calibration windows in batches, always in the same order."""
         return DataLoader(self.calibration, batch_size=self.config.calibration.batch_size)
 
+    def training_loader(self) -> "DataLoader[dict[str, torch.Tensor]]":
+        """As many batches of `training` as it has steps, always the same; after all windows the first come again.
+
+        Raises:
+            TextError: the text cannot be read or is shorter than a window.
+        """
+        training = self.config.training
+        source = training.text or self.config.calibration.text
+        tokens = texts.tokenize(texts.load_text(source), self.tokenizer)
+        every = texts.sampled_windows(tokens, training.length, len(tokens) // training.length, training.seed, source)
+        wanted = torch.arange(training.steps * training.batch_size) % len(every)
+        return DataLoader(texts.TokenWindows(every[wanted]), batch_size=training.batch_size)
+
     def evaluate(self, which: str, model: PreTrainedModel | None = None) -> None:
         """Measures perplexity on every evaluation text, as that of the `dense` or the `compressed` model.
 

@@ -23,6 +23,12 @@ CASES = {
     "two whole corrections": ({"start_step": 2, "corrections": 2, "line_search": False}, {}, None, (2, 3)),
     # Lightning loses the gradients of an accumulation window that a checkpoint was taken in; calibration does not.
     "accumulates": ({}, {"accumulate_grad_batches": 3}, ["calibrate", "correct"], (1, 2)),
+    "recovers": (
+        {"recovery": {"method": "lora", "rank": 2, "clip_rank": True, "two_step": True, "loss": "both"}},
+        {},
+        ["recover"],
+        (1, 2),
+    ),
     "extends": ({"extend_training": True}, {"accumulate_grad_batches": 2, "max_steps": 50}, None, (3, 4)),
 }
 

@@ -62,11 +62,11 @@ class StrategyAdapter:
 
         Its compressed layers have no values yet. Collective.
         """
-        copy = copied(model, lambda parameter: parameter.to(dtype, copy=True))
+        copy = copied(model, dtype, lambda parameter: parameter.to(dtype, copy=True))
         device = next(model.parameters()).device
         for part in copy.modules():
             if any(parameter.is_meta for parameter in part.parameters(recurse=False)):
-                part.to_empty(device=device, recurse=False).to(dtype).requires_grad_(False)
+                part.to_empty(device=device, recurse=False)
         return copy
 
     def whole(self, parameter: Tensor) -> Tensor:

@@ -109,10 +109,11 @@ class FSDP2Adapter(StrategyAdapter):
     def dense_copy(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """In rows over the processes, gathered for the same units."""
         source: dict[str, Tensor] = dict(model.named_parameters())
-        copy = copied(model, lambda parameter: torch.empty(parameter.shape, dtype=dtype, device="meta"))
+        copy = copied(model, dtype, lambda parameter: torch.empty(parameter.shape, dtype=dtype, device="meta"))
         units = {name for name, part in model.named_modules() if isinstance(part, FSDPModule)} | {""}
+        mesh = self.trainer.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
         for name in sorted(units, key=len, reverse=True):
-            fully_shard(copy.get_submodule(name), mesh=self.trainer.strategy.device_mesh["data_parallel"])  # type: ignore[attr-defined]
+            fully_shard(copy.get_submodule(name), mesh=mesh, reshard_after_forward=True)
         buffers = {name: buffer.clone() for name, buffer in copy.named_buffers()}
         nn.Module.to_empty(copy, device=self.trainer.strategy.root_device)
         with torch.no_grad():
@@ -142,7 +143,7 @@ class FSDP2Adapter(StrategyAdapter):
     def checkpoints(self, prepare: Callable[[Mapping[str, Any]], None], key: str) -> AbstractContextManager[None]:
         """Has the structure changed before weights are loaded, and what is in parts saved and loaded in parts."""
         strategy: Any = self.trainer.strategy
-        save, load = strategy.save_checkpoint, strategy.load_checkpoint
+        save, load, optimizer_state = strategy.save_checkpoint, strategy.load_checkpoint, strategy.optimizer_state
 
         def save_in_parts(checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
             path, token = strategy.broadcast((Path(filepath), uuid4().hex))
@@ -169,7 +170,20 @@ class FSDP2Adapter(StrategyAdapter):
                 loaded["callbacks"][key] = parts.put_back(loaded["callbacks"][key], path, mesh)
             return loaded
 
-        return overridden(strategy, save_checkpoint=save_in_parts, load_checkpoint=load_prepared)
+        def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+            """Torch takes a step of optimizers that have taken none, by gradients of 0, which Adam would count."""
+            begun = bool(optimizer.state)
+            state: dict[str, Any] = optimizer_state(optimizer)
+            if not begun:
+                optimizer.state.clear()
+                for entry in state.get("state", {}).values():
+                    if "step" in entry:
+                        entry["step"] = torch.zeros_like(entry["step"])
+            return state
+
+        return overridden(
+            strategy, save_checkpoint=save_in_parts, load_checkpoint=load_prepared, optimizer_state=state_of
+        )
 
     def _sharded_modules(self) -> list[nn.Module]:
         return [module for module in self.module.modules() if isinstance(module, FSDPModule)]

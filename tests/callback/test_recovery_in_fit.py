@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from support.callbacks import short
-from support.models import CausalLM, loader, tiny_llama, token_batches, trainer
+from support.models import CausalLM, loader, token_batches, trainer
 from torch import nn
 
 from zssvd_lightning import LowRankCheckpointMixin, LowRankLinear, Phase, ZSSVDCallback

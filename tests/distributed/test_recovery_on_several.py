@@ -1,0 +1,115 @@
+"""Recovery on several processes: DDP and FSDP2 train the same weights, and go on from a kill."""
+
+import lightning as L
+import pytest
+import torch
+from support import processes
+from support.models import trainer
+from support.parallel import NEEDED, SHORT, Replicated, Run, Sharded, killed, run, whole_weights
+from torch.distributed.tensor import DTensor
+
+from zssvd_lightning import Phase, ZSSVDCallback
+from zssvd_lightning.distillation import DenseTeacher
+
+LORA = {"method": "lora", "rank": 2, "clip_rank": True, "loss": "distill", "teacher_dtype": "float32", "lr": 1e-2}
+WAYS = {
+    "lora": LORA | {"two_step": True, "peft": {"use_dora": True}},
+    "pissa": LORA | {"peft": {"init_lora_weights": "pissa"}, "loss": "both"},
+    "factors": {"method": "factors", "loss": "both", "teacher_dtype": "float32"},
+    "singular values": {"method": "singular_values", "lr": 1e-1, "also_train": ["*norm.weight"]},
+}
+COUNT = 2 * (NEEDED + 8)
+
+
+class InDouble(Replicated):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.double()
+
+
+class ShardedInDouble(InDouble, Sharded):
+    pass
+
+
+def described(strategy, way, **settings):
+    compression = {"recovery": WAYS[way], "prune_ratio": 0.5}
+    trainer = {"enable_checkpointing": True, "max_epochs": -1, "max_steps": NEEDED + 8}
+    module = {"ddp": InDouble, "fsdp2": ShardedInDouble}[strategy] if way != "pissa" else None  # peft: not in double
+    return Run(strategy, module=module, count=COUNT, compression=compression, trainer=trainer, settings=settings)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_factors_in_rows_recover_as_whole_ones_do(tmp_path, way):
+    found = {}
+    for strategy in ("ddp", "fsdp2"):
+        (tmp_path / strategy).mkdir()
+        both = run(tmp_path / strategy, 2, described(strategy, way))
+        assert all(torch.equal(both[0]["weights"][name], value) for name, value in both[1]["weights"].items())
+        found[strategy] = both[0]
+    ddp, fsdp2 = found["ddp"], found["fsdp2"]
+    assert ddp["weights"].keys() == fsdp2["weights"].keys()
+    assert any(name.endswith("up.weight") for name in ddp["weights"])
+    torch.testing.assert_close(fsdp2["seen"], ddp["seen"], rtol=1e-3, atol=1e-4)
+    changed = {n for n, value in ddp["weights"].items() if "_proj.up" in n or "_proj.down" in n}
+    torch.testing.assert_close(
+        {n: fsdp2["weights"][n] for n in changed}, {n: ddp["weights"][n] for n in changed}, rtol=2e-2, atol=2e-3
+    )
+
+
+@pytest.mark.parametrize(("strategy", "distributed"), [("ddp", None), ("fsdp2", True), ("fsdp2", False)])
+def test_a_recovery_that_is_killed_goes_on_to_the_same_result(tmp_path, strategy, distributed):
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), folder.mkdir()
+    settings = {} if distributed is None else {"save_distributed_checkpoint": distributed}
+    asked = described(strategy, "lora", **settings)
+    expected = run(whole, 2, asked)
+    asked.ckpt_path = str(killed(folder, 2, asked, "recover", 6))
+    found = run(folder, 2, asked)
+    assert found[0]["ranks"] == expected[0]["ranks"]
+    left = len(found[0]["seen"])
+    assert 0 < left < 8
+    torch.testing.assert_close(found[0]["seen"], expected[0]["seen"][-left:], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[0]["weights"], expected[0]["weights"])
+
+
+class Poisons(L.Callback):
+    """Has the loss of the second process be NaN in the recovery."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == 1 and batch_idx == NEEDED + 3:
+            step = pl_module.training_step
+            pl_module.training_step = lambda *batch: step(*batch) * torch.nan
+
+
+def diverge(rank, size, folder, strategy):
+    module = {"ddp": Replicated, "fsdp2": Sharded}[strategy]()
+    recovery = {"method": "factors", "loss": "both"}
+    callback = ZSSVDCallback(**(SHORT | {"recovery": recovery, "prune_ratio": 0.5}))
+    asked = described(strategy, "factors")
+    distribution = {"devices": size, "strategy": asked.strategy_for(size), "use_distributed_sampler": False}
+    teacher = {}
+
+    class Looks(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if callback.phase is Phase.RECOVER:
+                found = callback._lifecycle.recovery._teacher
+                assert isinstance(found, DenseTeacher)
+                teacher["sharded"] = all(isinstance(p, DTensor) for p in found.model.parameters())
+
+    fitted = trainer(callback, Looks(), Poisons(), max_steps=NEEDED + 8, max_epochs=-1, **distribution)
+    try:
+        fitted.fit(module, torch.utils.data.DataLoader(asked.batches(rank, size), batch_size=None))
+    except Exception as error:  # noqa: BLE001
+        torch.save({"error": type(error).__name__, "finite": finite(module), **teacher}, folder / f"{rank}.pt")
+
+
+def finite(module):
+    return all(bool(value.isfinite().all()) for value in whole_weights(module).values())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_loss_that_is_not_finite_on_one_process_ends_the_recovery_on_all(tmp_path, strategy):
+    processes.check(tmp_path, processes.start(tmp_path, 2, diverge, strategy))
+    for rank in range(2):
+        said = torch.load(tmp_path / f"{rank}.pt")
+        assert said == {"error": "DivergedError", "finite": True, "sharded": strategy == "fsdp2"}
