@@ -134,7 +134,7 @@ def test_the_merged_model_is_the_one_that_was_trained():
 
 
 def test_recovery_lowers_the_loss_of_one_batch():
-    module, _, diary, _ = fit(FactorRecovery(lr=5e-2), batches=token_batches(1) * 40, max_steps=40)
+    _, _, diary, _ = fit(FactorRecovery(lr=5e-2), batches=token_batches(1) * 40, max_steps=40)
     assert diary.losses[-1] < diary.losses[0] - 0.3
 
 
@@ -145,7 +145,7 @@ def test_adapters_stay_where_they_are_not_to_be_merged():
     merge_adapters(module)
     assert is_plain(module)
     torch.testing.assert_close(logits(module.model), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ConfigError, match="recovery.merge"):
+    with pytest.raises(ConfigError, match=r"recovery\.merge"):
         short(storage="remap", recovery=LoRARecovery(merge=False))
 
 
@@ -207,7 +207,7 @@ def test_saved_predictions_teach_as_the_model_in_memory_does(tmp_path):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_precisions(precision):
     recovery = LoRARecovery(**LORA, loss="both", two_step=True, lr=1e-2)
-    module, callback, diary, _ = fit(recovery, precision=precision)
+    module, _, diary, _ = fit(recovery, precision=precision)
     assert all(torch.isfinite(torch.tensor(loss)) for loss in diary.losses)
     assert is_plain(module)
     expected = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
@@ -215,7 +215,7 @@ def test_precisions(precision):
 
 
 def test_storage_in_8_bits_takes_the_merged_factors():
-    module, callback, *_ = fit(LoRARecovery(**LORA), compress={"storage": "remap", "prune_ratio": 0.5})
+    module, *_ = fit(LoRARecovery(**LORA), compress={"storage": "remap", "prune_ratio": 0.5})
     assert not on(module)
     assert not any(isinstance(m, LowRankLinear) for m in module.modules())
 
@@ -322,7 +322,7 @@ def test_a_training_step_that_detaches_is_told_so():
             super().__init__()
             self.spare = nn.Parameter(torch.ones(1))
 
-    with pytest.raises(RuntimeError, match="no gradient|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"no gradient|does not require grad"):
         fit(FactorRecovery(), module=Detached())
 
 
@@ -333,7 +333,7 @@ def saved(tmp_path, recovery, **settings):
 
 def test_checkpoints_of_the_recovery_are_tested_and_loaded_as_plain_low_rank_models(tmp_path):
     recovery = LoRARecovery(**LORA, lr=1e-1)
-    saving, module, _, _, _ = saved(tmp_path, recovery)
+    saved(tmp_path, recovery)
     path = str(tmp_path / "step=12.ckpt")
     assert any("lora_A" in name for name in torch.load(path)["state_dict"])
 
@@ -363,7 +363,7 @@ def test_a_checkpoint_is_gone_on_from_with_the_same_recovery_only(tmp_path):
         with pytest.raises(CheckpointError, match="go on with the same"):
             fit(other, ckpt_path=path)
     before = str(tmp_path / "step=3.ckpt")
-    module, callback, diary, _ = fit(FactorRecovery(), ckpt_path=before)
+    _, callback, diary, _ = fit(FactorRecovery(), ckpt_path=before)
     assert callback.phase is Phase.DONE
     assert diary.trained
 

@@ -3,6 +3,7 @@
 Layers are exchanged inside the unit they belong to, so that a unit still comes together in one collective.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -16,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
 
 from zssvd_lightning.borrowing import overridden
 from zssvd_lightning.copying import copied
@@ -143,7 +145,7 @@ class FSDP2Adapter(StrategyAdapter):
     def checkpoints(self, prepare: Callable[[Mapping[str, Any]], None], key: str) -> AbstractContextManager[None]:
         """Has the structure changed before weights are loaded, and what is in parts saved and loaded in parts."""
         strategy: Any = self.trainer.strategy
-        save, load, optimizer_state = strategy.save_checkpoint, strategy.load_checkpoint, strategy.optimizer_state
+        save, load = strategy.save_checkpoint, strategy.load_checkpoint
 
         def save_in_parts(checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
             path, token = strategy.broadcast((Path(filepath), uuid4().hex))
@@ -170,19 +172,11 @@ class FSDP2Adapter(StrategyAdapter):
                 loaded["callbacks"][key] = parts.put_back(loaded["callbacks"][key], path, mesh)
             return loaded
 
-        def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-            """Torch takes a step of optimizers that have taken none, by gradients of 0, which Adam would count."""
-            begun = bool(optimizer.state)
-            state: dict[str, Any] = optimizer_state(optimizer)
-            if not begun:
-                optimizer.state.clear()
-                for entry in state.get("state", {}).values():
-                    if "step" in entry:
-                        entry["step"] = torch.zeros_like(entry["step"])
-            return state
-
         return overridden(
-            strategy, save_checkpoint=save_in_parts, load_checkpoint=load_prepared, optimizer_state=state_of
+            strategy,
+            save_checkpoint=save_in_parts,
+            load_checkpoint=load_prepared,
+            optimizer_state=functools.partial(_untouched_state, strategy.optimizer_state),
         )
 
     def _sharded_modules(self) -> list[nn.Module]:
@@ -191,6 +185,18 @@ class FSDP2Adapter(StrategyAdapter):
     def _units(self) -> Iterator[Unit]:
         for module in self._sharded_modules():
             yield from Unit.of(module)
+
+
+def _untouched_state(state_of: Callable[[Optimizer], dict[str, Any]], optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state, without the step of zeros that torch takes where there is none, and that Adam counts."""
+    begun = bool(optimizer.state)
+    state = state_of(optimizer)
+    if not begun:
+        optimizer.state.clear()
+        for entry in state.get("state", {}).values():
+            if "step" in entry:
+                entry["step"] = torch.zeros_like(entry["step"])
+    return state
 
 
 def _trained_of(module: nn.Module) -> dict[str, tuple[Any, ...]]:
