@@ -97,8 +97,12 @@ class Recovering:
 
     def dress(self, name: str, layer: LowRankLinear) -> None:
         """Puts on a new layer what is trained of it, while it is whole."""
+        if not self.settings.chooses(name):
+            return
+        if self.stage == 0:
+            self.settings.prepare(layer)
         adapter = self.settings.adapter(self.parts, layer.rank)
-        if adapter is not None and self.settings.chooses(name) and adapter.parts_of(name):
+        if adapter is not None and adapter.parts_of(name):
             adapter.attach(name, layer)
             self.settings.refuse_rank(name, layer)
 

@@ -120,6 +120,9 @@ class Recovery(ABC):
     def trains(self, parameter: str, parts: Sequence[str]) -> bool:
         """Whether a parameter of a chosen layer, by its name in there, is trained."""
 
+    def prepare(self, layer: LowRankLinear) -> None:  # noqa: B027  (most ways train what they add)
+        """Brings a chosen layer into the form it is trained best in; what it computes stays the same."""
+
     def chooses(self, name: str) -> bool:
         """Whether a layer is one of `targets`."""
         return self.targets is None or any(matches(name, pattern) for pattern in self.targets)
@@ -165,7 +168,11 @@ class Recovery(ABC):
 
 @dataclass(frozen=True)
 class FactorRecovery(Recovery):
-    """Trains the factors themselves, and the biases of their layers."""
+    """Trains the factors themselves, and the biases of their layers.
+
+    The two sides of each component begin with equal norms: Adam takes steps of one size, and `L^-1` makes rows of `down`
+    that are much larger than the columns of `up` they meet.
+    """
 
     method = "factors"
 
@@ -176,6 +183,15 @@ class FactorRecovery(Recovery):
     def stages(self) -> Sequence[tuple[str, ...]]:
         """See `Recovery`."""
         return ONE_BY_ONE if self.two_step else BOTH_AT_ONCE
+
+    @torch.no_grad()
+    def prepare(self, layer: LowRankLinear) -> None:
+        """See `Recovery`."""
+        up, down = layer.up.weight, layer.down.weight
+        shift = (down.float().norm(dim=1) / up.float().norm(dim=0)).sqrt()
+        shift = torch.where(shift.isfinite() & (shift > 0), shift, torch.ones_like(shift))
+        up.mul_(shift.to(up.dtype))
+        down.div_(shift.to(down.dtype)[:, None])
 
     def trains(self, parameter: str, parts: Sequence[str]) -> bool:
         """See `Recovery`."""

@@ -109,6 +109,20 @@ def test_two_steps_are_up_and_then_down():
     assert [n for n in names if recovery.trains(n, ("down",))] == ["down.weight"]
 
 
+def test_factors_are_balanced_before_they_are_trained():
+    one = layer()
+    with torch.no_grad():
+        one.up.weight[:, 2] *= 1e-3
+        one.down.weight[4] = 0
+    before = one.weight
+    FactorRecovery().prepare(one)
+    torch.testing.assert_close(one.weight, before)
+    up, down = one.up.weight.norm(dim=0), one.down.weight.norm(dim=1)
+    others = [0, 1, 2, 3, 5]
+    torch.testing.assert_close(up[others], down[others], rtol=1e-5, atol=0)
+    assert torch.isfinite(one.up.weight).all()
+
+
 def test_initial_values_depend_on_the_seed_and_the_name_alone():
     def begun(seed, name=NAME):
         one = layer()
