@@ -27,6 +27,7 @@ from zssvd_lightning.limits import scheduled_steps
 from zssvd_lightning.modules import LowRankLinear
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.pipeline import compress
+from zssvd_lightning.prehab import LowRankPrehab
 from zssvd_lightning.quantization import quantize
 from zssvd_lightning.recovery import FactorRecovery, LoRARecovery, SingularValueRecovery
 from zssvd_lightning.report import Report
@@ -39,6 +40,7 @@ __all__ = [
     "LoRARecovery",
     "LowRankCheckpointMixin",
     "LowRankLinear",
+    "LowRankPrehab",
     "Phase",
     "Report",
     "Run",

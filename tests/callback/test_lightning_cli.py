@@ -6,7 +6,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from support.models import CausalLM, assert_same_state, loader, state_of, token_batches, trainer
 
-from zssvd_lightning import Phase, ZSSVDCallback
+from zssvd_lightning import LoRARecovery, Phase, ZSSVDCallback
 from zssvd_lightning.errors import OutputError, PlanError
 from zssvd_lightning.structure import ranks_of
 
@@ -52,6 +52,23 @@ def test_yaml_makes_the_callback(tmp_path):
     assert callback.config.ignore == ["q_proj"]
     assert callback.config.selection == "abs_delta"
     assert callback.report.reached >= 0.4
+
+
+@pytest.mark.parametrize(
+    "recovery",
+    [
+        {"method": "lora", "rank": 2, "clip_rank": True, "peft": {"use_dora": True}},
+        {
+            "class_path": "zssvd_lightning.LoRARecovery",
+            "init_args": {"rank": 2, "clip_rank": True, "peft": {"use_dora": True}},
+        },
+    ],
+    ids=["mapping", "class"],
+)
+def test_yaml_makes_the_recovery(tmp_path, recovery):
+    ran = cli("fit", "--config", config(tmp_path, prune_ratio=0.4, corrections=0, recovery=recovery))
+    assert the_callback(ran).recovery == LoRARecovery(rank=2, clip_rank=True, peft={"use_dora": True})
+    assert the_callback(ran).phase is Phase.DONE
 
 
 def test_the_command_line_adds_it_by_its_short_name():

