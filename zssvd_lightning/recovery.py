@@ -170,8 +170,8 @@ class Recovery(ABC):
 class FactorRecovery(Recovery):
     """Trains the factors themselves, and the biases of their layers.
 
-    The two sides of each component begin with equal norms: Adam takes steps of one size, and `L^-1` makes rows of `down`
-    that are much larger than the columns of `up` they meet.
+    The two sides of each component begin with equal norms: Adam takes steps of one size, and `L^-1` has made rows of
+    `down` that are much larger than the columns of `up` they meet.
     """
 
     method = "factors"
