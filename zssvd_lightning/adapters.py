@@ -4,8 +4,10 @@ An adapter on `layer.up` makes `layer.up.weight` of the checkpoint `layer.up.bas
 beside it. What it is stands in the name of one more entry, so that weights alone tell how to build what they are of.
 """
 
+import copy
 import json
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from zssvd_lightning.config import closest
 from zssvd_lightning.errors import ConfigError, RecoveryError
-from zssvd_lightning.modules import ADAPTER_NOTE, LowRankLinear, carry_hooks, type_of
+from zssvd_lightning.modules import ADAPTER_NOTE, HOOKS, LowRankLinear, carry_hooks, type_of
 from zssvd_lightning.targets import replace_module
 
 NAME = "default"
@@ -49,6 +51,12 @@ class Adapter:
 
     def __post_init__(self) -> None:
         _ = self.config
+        try:
+            _ = self.note
+        except TypeError as error:
+            raise ConfigError(
+                f"{self.kind}: {dict(self.options)} has values that are no plain types: {error}"
+            ) from error
 
     @cached_property
     def config(self) -> Any:
@@ -95,6 +103,7 @@ class Adapter:
         from peft import inject_adapter_in_model
 
         holder = _holding(name, layer)
+        trainable = layer.up.weight.requires_grad, layer.up.bias is not None and layer.up.bias.requires_grad
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed + zlib.crc32(name.encode()))
@@ -102,7 +111,7 @@ class Adapter:
         except (ValueError, TypeError, AttributeError) as error:
             raise RecoveryError(f"peft cannot put {self.kind} on {name}: {error}") from error
         nn.Module.to(layer, type_of(layer))
-        layer.adapter = self.note
+        layer.adapter, layer.trainable = self.note, trainable
 
 
 def on(model: nn.Module) -> dict[str, LowRankLinear]:
@@ -118,26 +127,30 @@ def told_in(weights: Mapping[str, Any]) -> dict[str, Adapter]:
 
 
 @torch.no_grad()
-def merged(name: str, layer: LowRankLinear, whole: Callable[[Tensor], Tensor]) -> LowRankLinear:
+def merged(layer: LowRankLinear, whole: Callable[[Tensor], Tensor]) -> LowRankLinear:
     """A plain layer that computes what `layer` and its adapter do, of the same rank, with the same hooks.
 
     Args:
-        name: of the layer.
         layer: with an adapter.
         whole: makes of a parameter of it, as this process holds it, the whole one.
+
+    Raises:
+        RecoveryError: peft cannot merge it.
     """
-    new = LowRankLinear.like(layer, rank=layer.rank)
-    Adapter.of(layer.adapter or "").attach(name, new, empty=True)
-    weights = {key: whole(value) for key, value in layer.state_dict().items()}
-    new.to_empty(device=next(iter(weights.values())).device)
-    new.load_state_dict(weights)
+    memo: dict[int, Any] = {id(layer.__dict__[kind]): OrderedDict() for kind in HOOKS if layer.__dict__[kind]}
+    memo |= {id(p): nn.Parameter(whole(p).clone(), requires_grad=False) for p in layer.parameters()}
+    new = copy.deepcopy(layer, memo)
     for part in PARTS:
         factor: Any = getattr(new, part)
         if not isinstance(factor, nn.Linear):
-            factor.merge()
+            try:
+                factor.merge()
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                raise RecoveryError(f"peft cannot merge {layer.adapter}: {error}") from error
             setattr(new, part, factor.get_base_layer())
     new.adapter = None
-    new.requires_grad_(False)
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(layer.trainable[name.endswith("bias")])
     carry_hooks(new, layer)
     return new
 
@@ -154,8 +167,8 @@ def merge_adapters(
         replace: puts a layer in the place of another, `replace(model, old, new)`.
         whole: see `merged`.
     """
-    for name, layer in on(model).items():
-        replace(model, layer, merged(name, layer, whole))
+    for layer in on(model).values():
+        replace(model, layer, merged(layer, whole))
 
 
 @contextmanager
@@ -178,6 +191,9 @@ def taken_off(model: nn.Module) -> Iterator[None]:
 def save_adapter(model: nn.Module, folder: Path) -> None:
     """Writes the adapter on a model the way peft does, for `PeftModel.from_pretrained(compressed_model, folder)`.
 
+    The compressed model has to be the one that `save_pretrained` writes of this model: some ways to begin (PiSSA,
+    OLoRA) take a part of the factors out of them.
+
     Args:
         model: with an adapter on its low-rank layers, each whole.
         folder: is created.
@@ -193,13 +209,13 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         )
     by_layer = {name: Adapter.of(layer.adapter or "") for name, layer in layers.items()}
     adapter = next(iter(by_layer.values()))
-    factors = {f"{name}.{part}": found for name, found in by_layer.items() for part in found.parts_of(name)}
+    parts = {f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in PARTS}
+    factors = {name: factor for name, factor in parts.items() if not isinstance(factor, nn.Linear)}
     kept = {"target_modules": list(factors), "inference_mode": True}
     if adapter.kind == "LORA":
         kept["init_lora_weights"] = True  # other ways to begin would change the factors it is loaded on once more
-        modules: dict[str, Any] = {factor: model.get_submodule(factor) for factor in factors}
-        kept["rank_pattern"] = {factor: module.r[NAME] for factor, module in modules.items()}
-        kept["alpha_pattern"] = {factor: module.lora_alpha[NAME] for factor, module in modules.items()}
+        kept["rank_pattern"] = {name: factor.r[NAME] for name, factor in factors.items()}
+        kept["alpha_pattern"] = {name: factor.lora_alpha[NAME] for name, factor in factors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     Adapter(adapter.kind, dict(adapter.options) | kept).config.save_pretrained(str(folder))
     weights = {

@@ -1,5 +1,6 @@
 """Watching a model while batches go through it: the only place with hooks. Everything is put back on any exit."""
 
+import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -129,6 +130,27 @@ def observing(
         if inputs:
             observation.watch_inputs()
         yield observation
+
+
+@contextmanager
+def watching_inputs(targets: Mapping[str, Target], moments: Moments, mask: Tensor | None) -> Iterator[None]:
+    """Adds the inputs of the layers to the second moments, in whatever mode the model is in; leaves no hook.
+
+    Args:
+        targets: the layers to watch.
+        moments: gets the second moments.
+        mask: positions (B, T) that are not padding, or None.
+
+    Raises:
+        CalibrationError: the batch is all padding, or layers stop sharing an input.
+    """
+    observation = Observation(targets, moments, mask)
+    with ExitStack() as stack:
+        stack.callback(observation.forward_done)
+        if "torch._dynamo" in sys.modules:  # compiled code would not run the hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        observation.watch_inputs()
+        yield
 
 
 def checked_loss(loss: Any) -> Tensor:

@@ -57,8 +57,9 @@ class ZSSVDCallback(RecoveringCallback):
 
     Works on any `LightningModule` with automatic optimization and one optimizer whose `training_step` returns a loss
     that is a mean. During calibration dropout is off, no weight changes and the optimizer keeps its state, but the
-    batches count as steps for `max_steps` and schedulers. After factorisation `configure_optimizers` runs again, so
-    the learning-rate schedule starts with the training of the factors. Checkpoints can be resumed from at any point.
+    batches count as steps for `max_steps` and schedulers. After factorisation `configure_optimizers` runs again, or
+    with `recovery` its optimizer is set up, so the learning-rate schedule starts with the training of the factors.
+    Checkpoints can be resumed from at any point.
 
     Args:
         prune_ratio: fraction of the target layers' parameters to remove, in (0, 1).
@@ -102,6 +103,10 @@ class ZSSVDCallback(RecoveringCallback):
         OutputError: at the start of `fit`, when a dry run would overwrite a file.
         CheckpointError: at the start of `fit`, `validate`, `test` or `predict`, when the checkpoint is of another
             model, or of a compression with other settings. The model is then as it was.
+        RecoveryError: at the start of `fit` or at factorisation, when nothing can be trained as `recovery` says, and
+            TeacherError, when there is nothing to distil from. The model is then put back.
+        DivergedError: during the recovery, when a loss or gradient is not finite; the low-rank model has its last
+            good weights.
         CalibrationError: during `fit`, when batches do not give the statistics needed. The model is then put back.
         UnfinishedError: at the end of `fit`, when training stopped before the model was factorised.
 
@@ -208,7 +213,8 @@ class ZSSVDCallback(RecoveringCallback):
             if self.phase is Phase.WAIT:
                 self._lifecycle.epoch_length = math.inf
                 needed = self.batches_needed(trainer.num_training_batches, most_accumulated(trainer))
-                refuse_too_short(trainer, self.start_epoch, self.start_step, 1 if self.extend_training else needed)
+                needed = 1 if self.extend_training else needed
+                refuse_too_short(trainer, self.start_epoch, self.start_step, needed + (self.recovery is not None))
             self._lifecycle.attach(pl_module, self.progress, self.adapter)
             self._refuse_recovery(pl_module)
         self._lifecycle.compression.gathering.may_discard = scales(trainer)
@@ -330,7 +336,7 @@ class ZSSVDCallback(RecoveringCallback):
         if self.phase not in (Phase.RECOVER, Phase.DONE):
             self._abandon(pl_module)
         self._leave_after(trainer, pl_module)
-        self.teardown(trainer, pl_module, "fit")
+        self.teardown(trainer, pl_module, "fit" if self._fitting else str(trainer.state.fn))
 
     def refuse_state(self, state: Mapping[str, Any]) -> None:
         """Raises CheckpointError for a callback state that this fit cannot go on from."""

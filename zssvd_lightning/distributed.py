@@ -50,6 +50,11 @@ class Team:
     gradients_divided_by = 1
     whole_everywhere = True
 
+    @property
+    def device(self) -> torch.device:
+        """Where tensors have to be that are sent."""
+        return torch.device("cpu")
+
     def gathered(self, mine: T) -> list[T]:
         """What each process has, by rank. Collective."""
         return [mine]
@@ -130,6 +135,11 @@ class Several(Team):
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self._device = device
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self._device
 
     @override
     def gathered(self, mine: T) -> list[T]:

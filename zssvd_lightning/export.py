@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from zssvd_lightning.adapters import merge_adapters
 from zssvd_lightning.calibration import evaluation_mode
 from zssvd_lightning.errors import ExportError, SavedModelError
 from zssvd_lightning.files import replacing_folder
@@ -23,7 +24,7 @@ OPSET = 18
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Replaces compressed layers by dense ones of the same function, in place.
+    """Replaces compressed layers, adapters on them included, by dense ones of the same function, in place.
 
     The result is an ordinary model, of the size and speed it had before it was compressed; products are taken in
     float32 or wider, and rounded once.
@@ -38,6 +39,8 @@ def merge(model: nn.Module) -> None:
     layers = [module for module in model.modules() if isinstance(module, CompressedLinear)]
     if any(value.is_meta for layer in layers for value in layer.state_dict().values()):
         raise ExportError("layers are offloaded, and not there to be merged; load the model without device_map")
+    merge_adapters(model)
+    layers = [module for module in model.modules() if isinstance(module, CompressedLinear)]
     for old in layers:
         own = type_of(old) or common
         W = nn.Module.to(old, torch.promote_types(own, torch.float32)).weight

@@ -115,6 +115,18 @@ class Gathering:
         whole.gradient_sums = {} if G is None else {name: G}
         return weight, whole
 
+    def second_moment(self, leader: str) -> Tensor:
+        """`A` (n, n) over all batches, at every process that has whole weights; after `share_counts`. Collective.
+
+        Raises:
+            CalibrationError: the layer never ran.
+            NonFiniteError: an activation was NaN or infinite.
+        """
+        total = Moments({leader: leader}, tokens=self.moments.tokens)
+        if self.moments.tokens.get(leader):
+            total.input_sums[leader] = self._team.over_batches(self._inputs(self.moments, leader))
+        return total.second_moment(leader)
+
     def mean_gradient(self, name: str) -> Tensor:
         """What this process holds of the mean gradient over all batches; after `share_counts`. Collective.
 

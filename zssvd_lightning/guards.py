@@ -29,6 +29,16 @@ def _batches(steps: float, batches_per_epoch: float, accumulate: int) -> float:
     return epochs * batches_per_epoch + rest * accumulate
 
 
+def steps_in(batches: float, batches_per_epoch: float, accumulate: int) -> float:
+    """Optimizer steps in so many batches from the start of an epoch; an epoch's last step may take fewer batches."""
+    if math.isinf(batches):
+        return batches
+    if math.isinf(batches_per_epoch):
+        return math.ceil(batches / accumulate)
+    epochs, rest = divmod(batches, batches_per_epoch)
+    return epochs * math.ceil(batches_per_epoch / accumulate) + math.ceil(rest / accumulate)
+
+
 def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     """Raises UnsupportedTrainingError for runs, and beside callbacks, that a model cannot be compressed in."""
     if not pl_module.automatic_optimization:
@@ -118,4 +128,27 @@ def refuse_too_short(trainer: L.Trainer, start_epoch: int, start_step: int, batc
             f"compression needs {waiting + batches_needed:g} training batches ({waiting:g} until its start, then "
             f"{batches_needed} for calibration and corrections), but this fit has {available:g}; raise max_epochs or "
             "max_steps, or lower calibration_batches, correction_batches or corrections"
+        )
+
+
+def refuse_early_compression(
+    trainer: L.Trainer, start_epoch: int, start_step: int, begins_at: float, steps: int
+) -> None:
+    """Raises UnsupportedTrainingError when a compression would begin before a prehab has had its steps.
+
+    Args:
+        trainer: at the start of training.
+        start_epoch: compression starts no earlier than this epoch.
+        start_step: compression starts no earlier than this global step.
+        begins_at: the global step of prehab's first gradient.
+        steps: how many it takes.
+    """
+    accumulate, per_epoch = most_accumulated(trainer), trainer.num_training_batches
+    of_epochs = start_epoch * steps_in(per_epoch, per_epoch, accumulate) if start_epoch else 0
+    starts_at, ends_at = max(start_step, of_epochs), begins_at + steps
+    if starts_at < ends_at:
+        raise UnsupportedTrainingError(
+            f"ZSSVDCallback would begin at step {starts_at:g} (start_step={start_step}, start_epoch={start_epoch}), "
+            f"but prehab takes until step {ends_at:g} (second moments until {begins_at:g}, then steps={steps}); set "
+            f"start_step={ends_at:g}, or lower steps or moment_batches"
         )

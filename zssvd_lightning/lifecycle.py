@@ -208,11 +208,13 @@ class Lifecycle:
         self.close()
         if self._compression is not None:
             self._compression.restore()
-            if self.recovery is not None and self.recovery.active:
-                self.recovery.let_go(model)
         elif self._restored is not None and self._restored["compression"] is not None:
             compression = Compression(model, self.config, False, adapter.team, adapter.replace)
             compression.put_back(self._restored["compression"])
+        if self.recovery is not None:
+            if self.recovery.active:
+                self.recovery.let_go(model)
+            self.recovery = Recovering(self.recovery.settings)
         self._compression, self._restored, self.terms_unit, self._position = None, None, None, 0
         self.phase = Phase.WAIT
 
@@ -269,7 +271,7 @@ class Lifecycle:
         self.importances = None if found is None else {name: Importance(*pair) for name, pair in found.items()}
         if self.recovery is not None and phase_is_after(state):
             self.recovery.load_state_dict(state["recovery"])
-        self._restored = state
+        self._restored = None if phase_is_after(state) else state
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Whether `load_state_dict` would take a state.

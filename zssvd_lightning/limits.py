@@ -68,6 +68,18 @@ def stopping_now(trainer: L.Trainer) -> Iterator[None]:
         loop.min_epochs, loop.epoch_loop.min_steps = before
 
 
+def batch_is_over(trainer: L.Trainer) -> bool:
+    """Whether Lightning would not run the latest batch again, were it to go on from a checkpoint saved now."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(progress.processed == progress.ready)
+
+
+def batches_run(trainer: L.Trainer) -> int:
+    """Batches of the epoch that ran or are running: not those skipped by an `on_train_batch_start` that returned -1."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(progress.started)
+
+
 def scheduled_steps(trainer: L.Trainer) -> float:
     """How many optimizer steps a learning-rate schedule made now will see: ask it in `configure_optimizers`.
 

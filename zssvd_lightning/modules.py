@@ -105,10 +105,12 @@ class LowRankLinear(CompressedLinear):
         down: `nn.Linear`, weight (k, n), no bias.
         up: `nn.Linear`, weight (m, k), and the bias of the layer it replaces.
         adapter: what peft has put on the factors, as a note for saved weights; None without.
+        trainable: whether factors and bias required gradients before that.
     """
 
     kind = "low_rank"
     adapter: str | None = None
+    trainable: tuple[bool, bool] = (True, True)
 
     def __init__(
         self,
@@ -158,7 +160,7 @@ class LowRankLinear(CompressedLinear):
 
     @property
     def weight(self) -> Tensor:
-        """See `CompressedLinear`."""
+        """See `CompressedLinear`; an adapter is not in it."""
         return self.up.weight @ self.down.weight
 
     @property

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zssvd_lightning.adapters import merge_adapters
 from zssvd_lightning.errors import QuantizationError, TargetError
 from zssvd_lightning.hub import mark
 from zssvd_lightning.modules import (
@@ -51,7 +52,7 @@ def importance(mean_squares: Tensor, H: Tensor) -> Importance:
 
 
 def quantize(model: nn.Module, storage: str = "remap", importances: Mapping[str, Importance] | None = None) -> None:
-    """Turns all low-rank layers of `model` into 8-bit ones, in place.
+    """Turns all low-rank layers of `model`, adapters on them included, into 8-bit ones, in place.
 
     Args:
         model: any module, compressed with the same `storage`, so that its ranks are those of the budget.
@@ -65,6 +66,7 @@ def quantize(model: nn.Module, storage: str = "remap", importances: Mapping[str,
     """
     if storage not in EIGHT_BIT:
         raise QuantizationError(f"storage {storage!r} is not one of 8 bits; there are {', '.join(EIGHT_BIT)}")
+    merge_adapters(model)
     names = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
     if not names:
         raise QuantizationError(f"{type(model).__name__} has no low-rank layer; compress it with storage={storage!r}")

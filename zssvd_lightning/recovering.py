@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning import adapters
-from zssvd_lightning.copying import refuse_too_large
-from zssvd_lightning.distillation import Call, DenseTeacher, SavedPredictions, Teacher, logits_of
+from zssvd_lightning.copying import copied, refuse_too_large
+from zssvd_lightning.distillation import Call, DenseTeacher, SavedPredictions, Teacher, has_encoder, logits_of
 from zssvd_lightning.distributed import Team
-from zssvd_lightning.errors import CheckpointError, DivergedError, RecoveryError
+from zssvd_lightning.errors import CheckpointError, DivergedError, RecoveryError, TeacherError
 from zssvd_lightning.hub import mark
 from zssvd_lightning.modules import LowRankLinear
 from zssvd_lightning.recovery import Recovery
 from zssvd_lightning.strategies import StrategyAdapter
 from zssvd_lightning.structure import ranks_of
 from zssvd_lightning.targets import Target, local_part, matches
+
+LEAST_SCALE = 1e-3
+"""A loss scale that has fallen below it has met nothing but gradients that are not finite."""
 
 
 class Recovering:
@@ -33,7 +36,9 @@ class Recovering:
         active: whether the module is trained by it.
         began: the global step at which its stage began.
         divergence: from the teacher at the latest batch (nats).
-        finite: whether the losses since the latest step are, where they are looked at.
+        losses: how many there were since the latest step.
+        finite: whether they are, where it is looked at.
+        over: whether it ended, and the Trainer's optimizers are still those it was trained by.
     """
 
     def __init__(self, settings: Recovery) -> None:
@@ -42,7 +47,9 @@ class Recovering:
         self.stage = 0
         self.began = 0
         self.divergence: Tensor | None = None
+        self.losses = 0
         self.finite = True
+        self.over = False
         self._were_trainable: list[str] = []
         self._teacher: Teacher | None = None
         self._of_teacher: dict[str, Tensor] | None = None
@@ -64,30 +71,45 @@ class Recovering:
             processes: that would share a copy of it.
 
         Raises:
-            TargetError: patterns match nothing.
-            TeacherError: the teacher does not fit, or cannot be read.
+            TargetError: patterns of layers match nothing.
+            RecoveryError: patterns of parameters match nothing that is trained now.
+            TeacherError: the teacher does not fit, cannot be copied or read, or is of another model.
         """
         self.settings.refuse_layers(names)
-        also = [name for name, _ in module.named_parameters()]
+        also = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         for pattern in self.settings.also_train:
             if not any(matches(name, pattern) for name in also):
-                raise RecoveryError(f"recovery.also_train has {pattern!r}, which matches no parameter")
-        if student is not None and self.settings.keeps_teacher:
+                raise RecoveryError(
+                    f"recovery.also_train has {pattern!r}, which matches no parameter that requires gradients"
+                )
+        if student is None:
+            return
+        if self.settings.keeps_teacher:
             refuse_too_large(student, self._dtype, processes)
-        elif student is not None:
-            SavedPredictions(self.settings.teacher)
+            copied(student, self._dtype, lambda parameter: torch.empty(parameter.shape, device="meta"))
+        elif has_encoder(student):
+            raise TeacherError(
+                "saved predictions do not know what a decoder was given; set recovery.teacher to 'memory'"
+            )
+        else:
+            SavedPredictions(self.settings.teacher).refuse_other(student)
 
     def take_teacher(self, adapter: StrategyAdapter, student: nn.Module, originals: Mapping[str, Tensor]) -> None:
-        """Keeps the dense model, or opens the folder of its predictions.
+        """Keeps the dense model, or opens the folder of its predictions. Collective.
 
         Args:
             adapter: the strategy of the run.
             student: dense still, but with truncated weights.
             originals: the weights (m, n) of before, by the name of their layer in `student`.
+
+        Raises:
+            TeacherError: see `refuse`.
         """
         if not self.settings.keeps_teacher:
             self._teacher = SavedPredictions(self.settings.teacher)
             return
+        with adapter.team.together():
+            refuse_too_large(student, self._dtype, adapter.processes_of_a_copy)
         teacher = adapter.dense_copy(student, self._dtype)
         with torch.no_grad():
             for name, W in originals.items():
@@ -95,25 +117,31 @@ class Recovering:
                 Target(name, layer).assign(W)
         self._teacher = DenseTeacher(teacher)
 
-    def dress(self, name: str, layer: LowRankLinear) -> None:
-        """Puts on a new layer what is trained of it, while it is whole."""
-        if not self.settings.chooses(name):
-            return
-        if self.stage == 0:
-            self.settings.prepare(layer)
-        adapter = self.settings.adapter(self.parts, layer.rank)
-        if adapter is not None and adapter.parts_of(name):
-            adapter.attach(name, layer)
-            self.settings.refuse_rank(name, layer)
-
     def note_flags(self, module: nn.Module) -> None:
         """Notes what was trained of a module that is dense still."""
         self._were_trainable = [name for name, p in module.named_parameters() if p.requires_grad]
 
+    def dress(self, name: str, layer: LowRankLinear) -> None:
+        """Puts on a new layer what is trained of it, while it is whole.
+
+        Raises:
+            RecoveryError: the layer is of too low a rank, for this stage or for a later one.
+        """
+        if not self.settings.chooses(name):
+            return
+        if self.stage == 0:
+            self.settings.prepare(layer)
+            for parts in self.settings.stages[1:]:
+                self._attach(name, LowRankLinear.like(layer, rank=layer.rank), parts, empty=True)
+        self._attach(name, layer, self.parts)
+
     def begin(self, module: nn.Module, step: int) -> None:
         """Freezes all that is not trained. Raises RecoveryError when nothing is left."""
-        self.active, self.began = True, step
+        self.active, self.began, self.over = True, step, False
         self.freeze(module)
+        for pattern in self.settings.also_train:
+            if not any(p.requires_grad and matches(name, pattern) for name, p in module.named_parameters()):
+                raise RecoveryError(f"recovery.also_train has {pattern!r}, which matches low-rank layers alone")
 
     def freeze(self, module: nn.Module) -> None:
         """Has gradients come to what is trained, and to nothing else."""
@@ -134,15 +162,20 @@ class Recovering:
                 now = local_part(parameter.detach())
                 self._last_good.setdefault(name, torch.empty_like(now)).copy_(now)
 
-    def optimizer(self, module: nn.Module, steps_left: float) -> Any:
+    def optimizer(self, module: nn.Module, steps: float) -> Any:
         """What `configure_optimizers` returns in its place.
 
         Args:
             module: that is trained.
-            steps_left: optimizer steps of the whole recovery.
+            steps: optimizer steps of the whole recovery.
+
+        Raises:
+            RecoveryError: nobody knows how many they are, but schedule or stages go by it.
         """
+        if math.isinf(steps) and len(self.settings.stages) > 1:
+            raise RecoveryError("two_step has to know when training ends; set max_steps or max_epochs")
         parameters = [p for p in module.parameters() if p.requires_grad]
-        return self.settings.optimizer(parameters, self._steps_of_stage(steps_left))
+        return self.settings.optimizer(parameters, self._steps_of_stage(steps))
 
     def stage_is_over(self, step: int, steps: float) -> bool:
         """Whether the next stage begins.
@@ -155,12 +188,17 @@ class Recovering:
         return self.active and more and step - self.began >= self._steps_of_stage(steps)
 
     def next_stage(self, module: nn.Module, adapter: StrategyAdapter, step: int) -> None:
-        """Merges what was trained, and begins with the next factors. Collective."""
+        """Merges what was trained, and begins with the next factors. Collective.
+
+        Raises:
+            DivergedError: it is not finite.
+        """
+        self.refuse_ruined(module, adapter.team)
         self.stage += 1
         self._last_good = {}
         for name, layer in list(_low_rank(module)):
             if layer.adapter is not None:
-                new = adapters.merged(name, layer, adapter.whole)
+                new = adapters.merged(layer, adapter.whole)
                 self.dress(name, new)
                 adapter.replace(module, layer, new)
         self.began = step
@@ -168,12 +206,14 @@ class Recovering:
 
     def finish(self, module: nn.Module, adapter: StrategyAdapter, *, merge: bool) -> None:
         """Leaves a plain low-rank model, with flags as they were. Collective with `merge`."""
-        if merge:
-            adapters.merge_adapters(module, adapter.replace, adapter.whole)
-            adapter.settle()
-            mark(module)
-        self.let_go(module)
-        adapter.note_flags()
+        try:
+            if merge:
+                adapters.merge_adapters(module, adapter.replace, adapter.whole)
+                adapter.settle()
+                mark(module)
+        finally:
+            self.let_go(module)
+            adapter.note_flags()
 
     def let_go(self, module: nn.Module) -> None:
         """Has flags be what they were, and those of adapters that stay be set."""
@@ -185,19 +225,20 @@ class Recovering:
         }
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(dense_name.get(name, name) in before)
-        self.active, self._teacher, self._call, self._last_good = False, None, None, {}
+        self.active, self.over = False, True
+        self._teacher, self._call, self._last_good = None, None, {}
 
     def watch(self, student: nn.Module) -> Callable[[], None]:
         """Notes the forward passes of a model in training; returns what ends that."""
 
         def note(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
             if self.active and module.training and torch.is_grad_enabled():
-                self._call = Call(args, kwargs, logits_of(output))
+                self._call = Call(args, kwargs, logits_of(output), has_encoder(module))
 
         return student.register_forward_hook(note, with_kwargs=True).remove
 
     def loss(self, own: Tensor, mask: Tensor | None) -> Tensor:
-        """The loss to train on, from that of `training_step`.
+        """The loss to train on, from that of `training_step` and its latest forward pass.
 
         Raises:
             RecoveryError: the model did not run.
@@ -214,47 +255,45 @@ class Recovering:
         share = self.settings.distill_weight
         return (1 - share) * own + share * loss
 
-    def refuse_divergence(self, module: nn.Module, team: Team, *, scaled: bool) -> None:
+    def refuse_divergence(self, module: nn.Module, team: Team, scale: float | None) -> None:
         """Keeps the weights that gave finite gradients, before they change. Collective.
 
         Args:
             module: that is trained.
             team: the processes of the run.
-            scaled: whether gradients are of a scaled loss, and may overflow though all is well.
+            scale: by which losses are multiplied, so that gradients may overflow though all is well; None without.
 
         Raises:
             DivergedError: they did not; those that last did are back.
-            RecoveryError: there are no gradients.
+            RecoveryError: losses gave no gradients.
         """
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         gradients = [local_part(p.grad) for p in trained.values() if p.grad is not None]
-        if not gradients:
+        losses, self.losses = self.losses, 0
+        finite, self.finite = self.finite, True
+        scaled_well = scale is None or all(team.gathered(finite and scale >= LEAST_SCALE))
+        finite = scaled_well and (scale is not None or _are_finite(gradients, team))
+        if losses and not gradients:
             raise RecoveryError(
                 "no gradient has come to what the recovery trains: activations are checkpointed with "
                 "use_reentrant=True behind frozen layers, or training_step detaches the model's output"
             )
-        if scaled:
-            finite = all(team.gathered(self.finite))
-        else:
-            squares = torch.stack([gradient.float().square().sum() for gradient in gradients])
-            finite = bool(team.over_rows(squares.sum()).isfinite())
-        self.finite = True
         if finite:
             self.keep(module)
-            return
-        with torch.no_grad():
-            for name, kept in self._last_good.items():
-                local_part(trained[name].detach()).copy_(kept)
-        raise DivergedError(
-            "a loss or a gradient of the recovery is NaN or infinite; the model has its last good weights back. Lower "
-            f"recovery.lr (it is {self.settings.lr}), raise recovery.warmup, or train in float32 or bfloat16"
-        )
+        else:
+            self._give_up(module)
+
+    def refuse_ruined(self, module: nn.Module, team: Team) -> None:
+        """Raises DivergedError when what was trained is not finite; the last that was is back then. Collective."""
+        if not _are_finite([local_part(p.detach()) for p in module.parameters() if p.requires_grad], team):
+            self._give_up(module)
 
     def state_dict(self, team: Team | None) -> dict[str, Any]:
         """Plain types and tensors. Collective where a teacher is in memory."""
         return {
             "settings": self.settings.to_dict(),
             "active": self.active,
+            "over": self.over,
             "stage": self.stage,
             "began": self.began,
             "were_trainable": list(self._were_trainable),
@@ -268,24 +307,35 @@ class Recovering:
         self._of_teacher = dict(state["teacher"])
 
     def resume(self, adapter: StrategyAdapter, student: nn.Module | None) -> None:
-        """Makes the teacher anew, from the model and the weights saved. Collective."""
-        saved, self._of_teacher = self._of_teacher, None
+        """Makes the teacher anew, from the model and the weights saved. Collective.
+
+        Raises:
+            TeacherError: see `refuse`.
+        """
+        saved, self._of_teacher = self._of_teacher or {}, None
         if not self.active or student is None or self._teacher is not None:
             return
         if not self.settings.keeps_teacher:
             self._teacher = SavedPredictions(self.settings.teacher)
             return
         teacher = adapter.dense_copy(student, self._dtype)
+        values: dict[str, Tensor] = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
         with torch.no_grad():
-            for name, value in (saved or {}).items():
-                kept = local_part(teacher.get_parameter(name).detach())
-                kept.copy_(adapter.team.part(value))
+            for name, value in saved.items():
+                whole = isinstance(values[name], nn.Parameter)
+                local_part(values[name].detach()).copy_(adapter.team.part(value) if whole else value)
         self._teacher = DenseTeacher(teacher)
 
     @property
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.settings.teacher_dtype)
         return dtype
+
+    def _attach(self, name: str, layer: LowRankLinear, parts: tuple[str, ...], *, empty: bool = False) -> None:
+        adapter = self.settings.adapter(parts, layer.rank)
+        if adapter is not None and adapter.parts_of(name):
+            adapter.attach(name, layer, empty=empty)
+            self.settings.refuse_rank(name, layer)
 
     def _steps_of_stage(self, steps: float) -> float:
         stages = len(self.settings.stages)
@@ -303,16 +353,27 @@ class Recovering:
             if name in before and any(matches(name, pattern) for pattern in self.settings.also_train):
                 yield name
 
+    def _give_up(self, module: nn.Module) -> None:
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if name in self._last_good:
+                    local_part(parameter.detach()).copy_(self._last_good[name])
+        raise DivergedError(
+            "a loss, a gradient or a weight of the recovery is NaN or infinite; the model has the last weights back "
+            f"that gave none. Lower recovery.lr (it is {self.settings.lr}), raise recovery.warmup, or train in float32 "
+            "or bfloat16"
+        )
+
     def _teacher_to_save(self, team: Team | None) -> dict[str, Tensor]:
         if self._of_teacher is not None:
             return self._of_teacher
         if team is None or not isinstance(self._teacher, DenseTeacher):
             return {}
-        found = {}
+        found = {name: buffer.cpu() for name, buffer in self._teacher.model.named_buffers()}
         for name, parameter in self._teacher.model.named_parameters():
-            value = team.weight_to_save(local_part(parameter), parameter.shape[0])
+            value = team.weight_to_save(local_part(parameter), parameter.shape[0]) if parameter.dim() else parameter
             if value is not None:
-                found[name] = value
+                found[name] = value.detach()
         return found
 
 
@@ -323,18 +384,25 @@ def refuse_other_recovery(state: Mapping[str, Any] | None, mine: Recovering | No
         state: of the recovery it was taken in; None when the factors were trained by the module's own optimizer.
         mine: the recovery that is to go on.
     """
-    saved = None if state is None else state["settings"]
-    settings = None if mine is None else mine.settings.to_dict()
-    if saved != settings:
-        raise CheckpointError(
-            f"the checkpoint is of a training of the factors with recovery={saved}, and this callback has {settings}; "
-            "go on with the same, or start from a checkpoint of before it"
-        )
-    if state is not None and not state["active"]:
+    if state is not None and state["over"]:
         raise CheckpointError(
             "the checkpoint was saved after its fit, when the recovery was over; go on from a checkpoint of the fit "
             "itself"
         )
+    saved = None if state is None or not state["active"] else state["settings"]
+    settings = None if mine is None else mine.settings.to_dict()
+    if saved != settings and (saved is not None or state is None):
+        raise CheckpointError(
+            f"the checkpoint is of a training of the factors with recovery={saved}, and this callback has {settings}; "
+            "go on with the same, or start from a checkpoint of before it"
+        )
+
+
+def _are_finite(values: list[Tensor], team: Team) -> bool:
+    """Whether these are, on all processes. Collective."""
+    squares = [value.float().square().sum() for value in values]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), device=team.device)
+    return bool(team.over_rows(total).isfinite())
 
 
 def _low_rank(module: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:

@@ -11,9 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import get_scheduler
-from transformers.trainer_utils import SchedulerType
 
-from zssvd_lightning.adapters import PARTS, Adapter
+from zssvd_lightning.adapters import PARTS, Adapter, merged
 from zssvd_lightning.config import closest, load_config, require, require_one_of
 from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError
 from zssvd_lightning.modules import LowRankLinear
@@ -25,7 +24,11 @@ DTYPES = ("bfloat16", "float16", "float32")
 BOTH_AT_ONCE = [PARTS]
 ONE_BY_ONE = [("up",), ("down",)]
 """SVD-LLM's order (arXiv 2403.07378)."""
-ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
+SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
+    *(ENDLESS_SCHEDULES := ("constant", "constant_with_warmup")),
+)
+"""Those of transformers that need to know no more than how long they and their warmup are."""
 
 ELSEWHERE = {
     "r": "rank",
@@ -75,9 +78,12 @@ class Recovery(ABC):
     """Of initial values."""
 
     def __post_init__(self) -> None:
+        for patterns in ("targets", "also_train"):
+            if isinstance(given := getattr(self, patterns), str):
+                object.__setattr__(self, patterns, [given])
         require(self.lr is None or self.lr > 0, "recovery.lr", self.lr, "above 0, or null")
         require(self.weight_decay >= 0, "recovery.weight_decay", self.weight_decay, "0 or more")
-        require_one_of("recovery.schedule", self.schedule, [kind.value for kind in SchedulerType])
+        require_one_of("recovery.schedule", self.schedule, SCHEDULES)
         require(0 <= self.warmup < 1, "recovery.warmup", self.warmup, "in [0, 1)")
         require_one_of("recovery.loss", self.loss, LOSSES)
         require(0 < self.distill_weight < 1, "recovery.distill_weight", self.distill_weight, "strictly between 0 and 1")
@@ -151,13 +157,15 @@ class Recovery(ABC):
         """
         if self.lr is None:
             raise RuntimeError("without a learning rate the module's own optimizer is used")
+        if steps < 1:
+            raise RecoveryError(f"the recovery has {steps} steps left; raise max_steps or max_epochs")
         if steps == float("inf") and self.schedule not in ENDLESS_SCHEDULES:
             raise RecoveryError(
                 f"recovery.schedule {self.schedule!r} has to know when training ends, but neither max_steps nor "
                 f"max_epochs says so; set one, or take {' or '.join(ENDLESS_SCHEDULES)}"
             )
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        length = 0 if steps == float("inf") else max(1, int(steps))
+        length = 0 if steps == float("inf") else int(steps)
         schedule = get_scheduler(self.schedule, optimizer, int(self.warmup * length), length)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -239,7 +247,7 @@ class LoRARecovery(Recovery):
                 "pissa_niter_N, olora and orthogonal"
             )
         for parts in self.stages:
-            self.adapter(parts)
+            self._try(parts)
 
     @property
     def stages(self) -> Sequence[tuple[str, ...]]:
@@ -260,13 +268,26 @@ class LoRARecovery(Recovery):
             "r": r,
             "lora_alpha": 2 * r if self.alpha is None else self.alpha,
             "lora_dropout": self.dropout,
-            "target_modules": rf".*\.({'|'.join(parts)})",
+            "target_modules": list(parts),
         }
         return Adapter("LORA", own | dict(self.peft), self.seed)
 
     def trains(self, parameter: str, parts: Sequence[str]) -> bool:
         """See `Recovery`."""
         return "lora_" in parameter
+
+    def _try(self, parts: Sequence[str]) -> None:
+        """Raises ConfigError for options that peft cannot put on a layer, or cannot merge."""
+        adapter, name = self.adapter(parts), "model.layers.0.q_proj"
+        if adapter is None or not adapter.parts_of(name):
+            return
+        layer = LowRankLinear.from_factors(torch.randn(16, 12), torch.randn(12, 16), None)
+        small = Adapter("LORA", {**adapter.options, "r": 2, "rank_pattern": {}}, self.seed)
+        try:
+            small.attach(name, layer)
+            merged(layer, torch.Tensor.detach)
+        except RecoveryError as error:
+            raise ConfigError(f"recovery.peft is {self.peft}: {error}") from error
 
     def refuse_rank(self, name: str, layer: LowRankLinear) -> None:
         """Raises RecoveryError where LoRA would have as many dimensions as the layer, or more."""
@@ -299,7 +320,7 @@ class SingularValueRecovery(Recovery):
 
     def adapter(self, parts: Sequence[str], rank: int | None = None) -> Adapter | None:
         """See `Recovery`."""
-        return Adapter("IA3", {"target_modules": r".*\.down", "feedforward_modules": []}, self.seed)
+        return Adapter("IA3", {"target_modules": ["down"], "feedforward_modules": []}, self.seed)
 
     def trains(self, parameter: str, parts: Sequence[str]) -> bool:
         """See `Recovery`."""
@@ -324,5 +345,7 @@ def recovery_of(settings: Recovery | Mapping[str, Any] | None) -> Recovery | Non
         return settings
     given = dict(settings)
     method = given.pop("method", None)
+    if method is None:
+        raise ConfigError(f"recovery has no method; there are {', '.join(METHODS)}")
     require_one_of("recovery.method", str(method), METHODS)
     return load_config(METHODS[str(method)], None, (), given)

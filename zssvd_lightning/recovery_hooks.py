@@ -10,6 +10,7 @@
 """
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,15 +23,19 @@ from torch import Tensor, nn
 from zssvd_lightning import adapters, telemetry
 from zssvd_lightning.borrowing import overridden
 from zssvd_lightning.calibration import token_mask
+from zssvd_lightning.copying import COMPILED
 from zssvd_lightning.distillation import model_with_logits
+from zssvd_lightning.errors import TeacherError
 from zssvd_lightning.guards import refuse_stale_groups
 from zssvd_lightning.lifecycle import phase_is_after
 from zssvd_lightning.limits import scheduled_steps
 from zssvd_lightning.phase import Phase
-from zssvd_lightning.precision import scales
+from zssvd_lightning.precision import loss_scale, scales
 from zssvd_lightning.recovering import Recovering
 from zssvd_lightning.resumable import ResumableCallback
 from zssvd_lightning.training_loss import changed_loss
+
+logger = logging.getLogger(__name__)
 
 
 class RecoveringCallback(ResumableCallback):
@@ -67,7 +72,7 @@ class RecoveringCallback(ResumableCallback):
         """Merges adapters that only a checkpoint has put on."""
         if stage != "fit" and self._dressed_by_load:
             adapters.merge_adapters(pl_module, self.adapter.replace, self.adapter.whole)
-            self._dressed_by_load = False
+        self._dressed_by_load = False
         super().teardown(trainer, pl_module, stage)
 
     def on_train_batch_start(
@@ -77,9 +82,11 @@ class RecoveringCallback(ResumableCallback):
         self._began = time.perf_counter() if self.phase is Phase.RECOVER else None
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Notes whether the loss is finite, where gradients need not be."""
-        if self._recovering is not None and scales(trainer):
-            self._recovering.finite &= bool(loss.isfinite())
+        """Notes that there was a loss, and whether it is finite, where gradients need not be."""
+        if (recovery := self._recovering) is not None:
+            recovery.losses += 1
+            if scales(trainer):
+                recovery.finite &= bool(loss.isfinite())
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -87,7 +94,8 @@ class RecoveringCallback(ResumableCallback):
         """Keeps weights that are good, or brings them back. Raises DivergedError then."""
         if self._recovering is not None:
             self.adapter.show_weights()
-            self._recovering.refuse_divergence(pl_module, self.adapter.team, scaled=scales(trainer))
+            scale = loss_scale(trainer) if scales(trainer) else None
+            self._recovering.refuse_divergence(pl_module, self.adapter.team, scale)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
@@ -112,9 +120,10 @@ class RecoveringCallback(ResumableCallback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves a plain low-rank model, unless adapters are to stay."""
-        if self._recovering is not None:
+        if (recovery := self._recovering) is not None:
             self.adapter.show_weights()
-            self._recovering.finish(pl_module, self.adapter, merge=self._recovering.settings.merges)
+            recovery.refuse_ruined(pl_module, self.adapter.team)
+            recovery.finish(pl_module, self.adapter, merge=recovery.settings.merges)
 
     def _refuse_recovery(self, pl_module: L.LightningModule) -> None:
         """Raises what can be told of a recovery before calibration is spent."""
@@ -130,15 +139,21 @@ class RecoveringCallback(ResumableCallback):
         if recovery is None or not recovery.settings.distills:
             return
         student = self.student(pl_module)
-        place = next(name for name, part in pl_module.named_modules() if part is student)
+        place = next((name for name, part in pl_module.named_modules() if part is student), None)
+        if place is None:
+            raise TeacherError(f"{type(student).__name__}, which student() returns, is no part of the module")
         prefix = f"{place}." if place else ""
         originals = self._lifecycle.compression.originals
         inside = {name.removeprefix(prefix): W for name, W in originals.items() if name.startswith(prefix)}
+        inside = {name.replace(COMPILED, ""): W for name, W in inside.items()}
         recovery.take_teacher(self.adapter, student, inside)
 
     def _go_on_recovering(self, pl_module: L.LightningModule) -> None:
         """Goes on from a checkpoint of the recovery."""
         if (recovery := self._recovering) is None:
+            if self._lifecycle.recovery is not None:
+                logger.warning("the recovery is over; configure_optimizers trains the low-rank model from now on")
+                self._lifecycle.recovery.over = False
             return
         self._lifecycle.phase = Phase.RECOVER
         recovery.resume(self.adapter, self.student(pl_module) if recovery.settings.distills else None)
@@ -155,7 +170,10 @@ class RecoveringCallback(ResumableCallback):
         if self._fitting and state is not None and recovery is not None and phase_is_after(state):
             self.recovers_from = state["recovers_from"]
             recovery.load_state_dict(state["recovery"])
-            recovery.freeze(pl_module)
+            if self._trainer is not None and (trainer := self._trainer()) is not None:
+                self._take_up_allowance(trainer, state)
+            if recovery.active:
+                recovery.freeze(pl_module)
 
     def _leave_after(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves a plain low-rank model once all callbacks have dealt with an exception, and may have saved it."""

@@ -99,9 +99,7 @@ class ResumableCallback(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raises the Trainer's limits as they were when the checkpoint was taken, before it compares with them."""
         if self._fitting and (state := checkpoint["callbacks"].get(self.state_key)) is not None:
-            self._allowance.take_back(trainer)
-            self._allowance = Allowance(**state["allowance"])
-            self._allowance.grant(trainer)
+            self._take_up_allowance(trainer, state)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the note for loads that know nothing of low-rank layers, also after a run."""
@@ -114,6 +112,12 @@ class ResumableCallback(L.Callback):
     def __getstate__(self) -> dict[str, Any]:
         """What goes along with a copy, or to another process: nothing of the run under way."""
         return self.__dict__ | {"_trainer": None, "_adapter": None, "_compressed": None, "_borrowed": ExitStack()}
+
+    def _take_up_allowance(self, trainer: L.Trainer, state: Mapping[str, Any]) -> None:
+        """Raises the Trainer's limits as they were when the state was taken; once more makes no difference."""
+        self._allowance.take_back(trainer)
+        self._allowance = Allowance(**state["allowance"])
+        self._allowance.grant(trainer)
 
     def _prepared(self, pl_module: L.LightningModule, checkpoint: Mapping[str, Any], had_adapters: bool) -> None:
         """Is called when the module has the structure of a checkpoint that is about to be loaded."""

@@ -27,7 +27,7 @@ from zssvd_lightning.modules import (
     layer_like,
     shape_of,
 )
-from zssvd_lightning.targets import replace_module
+from zssvd_lightning.targets import inside_compressed, replace_module
 
 NAMED = 3
 """How many parameters of a kind a message names."""
@@ -114,7 +114,7 @@ def note(model: nn.Module) -> dict[str, Tensor]:
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Dense | CompressedLinear]]:
     """Layers that are or can be compressed, under every name they have; factors are part of theirs."""
-    parts = {id(part) for m in model.modules() if isinstance(m, CompressedLinear) for part in list(m.modules())[1:]}
+    parts = inside_compressed(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.Linear, Conv1D, CompressedLinear)) and id(module) not in parts:
             yield name, module

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.config import closest
 from zssvd_lightning.errors import TargetError
-from zssvd_lightning.modules import LowRankLinear, shape_of
+from zssvd_lightning.modules import CompressedLinear, shape_of
 from zssvd_lightning.storage import break_even_rank
 
 
@@ -117,6 +117,12 @@ def find_targets(
     return targets
 
 
+def inside_compressed(model: nn.Module) -> set[int]:
+    """Ids of the parts of compressed layers, adapters on them included."""
+    compressed = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    return {id(part) for layer in compressed for part in layer.modules() if part is not layer}
+
+
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts `new` wherever `old` stands in the tree, shared places included."""
     for parent in list(model.modules()):
@@ -129,7 +135,7 @@ def _refusals(model: nn.Module) -> Iterator[tuple[str, str]]:
     """(name, reason) of every linear layer that must be left alone."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     heads = {id(head) for head in _output_embeddings(model)}
-    factors = {id(part) for m in model.modules() if isinstance(m, LowRankLinear) for part in (m.down, m.up)}
+    factors = inside_compressed(model)
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue

@@ -10,6 +10,8 @@
 | zssvd/loss_after_truncation        | soon after each  | mean loss of the next batches at those weights (nats): of   |
 |                                    |                  | the correction, or those before recovery's first step       |
 | zssvd/step_fraction                | every correction | which part of the projected step was taken                  |
+| zssvd/prehab_weight                | as Lightning logs | lambda of `LowRankPrehab`                                   |
+| zssvd/stable_rank, zssvd/nuclear_norm | as Lightning logs | its mean of R over the layers                            |
 | zssvd/distillation                 | as Lightning logs | divergence from the dense model (nats)                      |
 | zssvd/recovery_stage               | every stage      | its number                                                  |
 | zssvd/rank/LAYER                   | every truncation | rank of a layer; its full rank where it stays dense         |

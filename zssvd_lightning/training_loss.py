@@ -46,6 +46,10 @@ class _ChangedStep:
         self.was_set = was_set
         self.changes: list[Change] = []
 
+    def __reduce__(self) -> Any:
+        """Copies and pickles have no change: those end with the training they were made for."""
+        return _ChangedStep, (self.own, self.was_set)
+
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         output = self.own(batch, *args, **kwargs)
         loss = output.get("loss") if isinstance(output, Mapping) else output

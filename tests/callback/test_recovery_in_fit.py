@@ -259,7 +259,7 @@ def test_the_last_good_state_is_kept_when_training_diverges(way, step):
 
     module, diary = LM(), Diary()
     callback = short(corrections=0, calibration_batches=NEEDED, recovery=WAYS[way])
-    with pytest.raises(DivergedError, match="last good weights"):
+    with pytest.raises(DivergedError, match="the model has the last weights back"):
         trainer(callback, diary, Explodes(), max_steps=14).fit(module, loader(token_batches(14)))
     assert is_plain(module)
     assert all(torch.isfinite(p).all() for p in module.parameters())

@@ -81,7 +81,7 @@ def test_lora_begins_as_nothing_and_merges_to_a_layer_of_the_same_rank(options, 
         perturb(one)
         after = one(x)
         assert not torch.allclose(after, before)
-        plain = merged(NAME, one, torch.Tensor.detach)
+        plain = merged(one, torch.Tensor.detach)
         assert type(plain.up) is type(plain.down) is nn.Linear
         assert plain.spec == layer().spec
         torch.testing.assert_close(plain(x), after, rtol=1e-4, atol=1e-4)
@@ -97,7 +97,7 @@ def test_singular_values_are_multiplied_and_nothing_else():
         gains.copy_(torch.linspace(0.5, 2, 6, dtype=torch.float64)[:, None])
     expected = before.up.weight @ torch.diag(torch.linspace(0.5, 2, 6, dtype=torch.float64)) @ before.down.weight
     torch.testing.assert_close(one(x), x @ expected.T + before.bias)
-    torch.testing.assert_close(merged(NAME, one, torch.Tensor.detach).weight, expected)
+    torch.testing.assert_close(merged(one, torch.Tensor.detach).weight, expected)
 
 
 def test_two_steps_are_up_and_then_down():
@@ -160,7 +160,7 @@ def test_ranks_that_lora_would_exceed_are_refused_or_clipped():
     ("settings", "message"),
     [
         ({"method": "lore"}, "recovery.method is 'lore'; did you mean 'lora'"),
-        ({}, "recovery.method is 'None'"),
+        ({}, "recovery has no method"),
         ({"method": "lora", "rnk": 3}, "unknown key 'rnk'; did you mean 'rank'"),
         ({"method": "lora", "rank": 0}, "recovery.rank"),
         ({"method": "lora", "dropout": 1.0}, "recovery.dropout"),

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from zssvd_lightning.borrowing import overridden
-from zssvd_lightning.copying import copied
+from zssvd_lightning.copying import COMPILED, copied
 from zssvd_lightning.distributed import Shards, Team
 from zssvd_lightning.errors import CheckpointError, UnsupportedTrainingError
 from zssvd_lightning.quantization import EIGHT_BIT
@@ -110,9 +110,10 @@ class FSDP2Adapter(StrategyAdapter):
 
     def dense_copy(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         """In rows over the processes, gathered for the same units."""
-        source: dict[str, Tensor] = dict(model.named_parameters())
+        source: dict[str, Tensor] = {name.replace(COMPILED, ""): p for name, p in model.named_parameters()}
         copy = copied(model, dtype, lambda parameter: torch.empty(parameter.shape, dtype=dtype, device="meta"))
-        units = {name for name, part in model.named_modules() if isinstance(part, FSDPModule)} | {""}
+        sharded = (name for name, part in model.named_modules() if isinstance(part, FSDPModule))
+        units = {name.replace(COMPILED, "") for name in sharded} | {""}
         mesh = self.trainer.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined]
         for name in sorted(units, key=len, reverse=True):
             fully_shard(copy.get_submodule(name), mesh=mesh, reshard_after_forward=True)
