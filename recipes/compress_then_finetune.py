@@ -1,45 +1,47 @@
 """Compress, and train what is left, in one fit: `python recipes/compress_then_finetune.py CONFIG [key=value ...]`.
 
-The dense model is trained for as many steps on the same text, so that the report tells recovery from adaptation.
+The dense model is then trained for as many steps on the same text, so that the report tells recovery from adaptation.
 """
 
 import copy
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain, cycle, islice
 
 import lightning as L
 import torch
 from compress import CausalLM
 from rich.console import Console
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
-from zssvd_lightning import FactorRecovery, Phase, Run, RunConfig, ZSSVDCallback, load_config
+from zssvd_lightning import Phase, Run, RunConfig, ZSSVDCallback, load_config
 from zssvd_lightning.errors import ConfigError
-from zssvd_lightning.recovery import recovery_of
+from zssvd_lightning.recovery import Recovery, recovery_of
 from zssvd_lightning.report import Stopwatch
-from zssvd_lightning.targets import find_targets
+from zssvd_lightning.targets import find_targets, matches
 
 
 class FineTuned(CausalLM):
-    """Trains the layers that compression would have changed, as the recovery trains theirs."""
+    """Trains, of a dense model, the layers that are low-rank in the other, and what is trained beside them there."""
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(copy.deepcopy(run.model))
-        recovery, settings = recovery_of(run.config.recovery), run.config.compression
-        self.optimizer = FactorRecovery(
-            lr=run.config.training.dense_lr or recovery.lr, schedule=recovery.schedule, warmup=recovery.warmup
-        ).optimizer
-        self.requires_grad_(False)
-        for target in find_targets(self.model, settings.include, settings.ignore).values():
-            target.module.requires_grad_(True)
+    def __init__(self, model: PreTrainedModel, recovery: Recovery, run: Run) -> None:
+        super().__init__(model)
+        self.recovery = replace(recovery, lr=run.config.training.dense_lr or recovery.lr)
+        settings = run.config.compression
+        targets = find_targets(model, settings.include, settings.ignore)
+        names = {f"{name}.{part}" for name in targets if recovery.chooses(name) for part in ("weight", "bias")}
+        for name, parameter in model.named_parameters():
+            beside = any(matches(name, pattern) for pattern in recovery.also_train)
+            parameter.requires_grad_(name in names or beside)
 
     def configure_optimizers(self) -> dict:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return self.optimizer(trained, self.trainer.max_steps)
+        return self.recovery.optimizer(trained, self.trainer.max_steps)
 
 
 class Measures(L.Callback):
-    """Evaluates the truncated model, before any factor is trained."""
+    """Evaluates the truncated model before its factors are trained, and what training has made of it."""
 
     def __init__(self, run: Run, compression: ZSSVDCallback) -> None:
         self.run = run
@@ -51,10 +53,24 @@ class Measures(L.Callback):
             self.done = True
             self.run.evaluate("truncated")
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.run.evaluate("recovered")
+
+
+class Batches(torch.utils.data.IterableDataset):
+    """Those of calibration and corrections, and then those to train on."""
+
+    def __init__(self, *parts: list) -> None:
+        self.parts = parts
+
+    def __iter__(self) -> chain:
+        return chain(*self.parts)
+
 
 def trainer(run: Run, steps: int, *callbacks: L.Callback) -> L.Trainer:
     training = run.config.training
     return L.Trainer(
+        devices=1,
         max_steps=steps,
         max_epochs=-1,
         precision=training.precision,
@@ -66,41 +82,35 @@ def trainer(run: Run, steps: int, *callbacks: L.Callback) -> L.Trainer:
     )
 
 
-class Sequence(torch.utils.data.IterableDataset):
-    """Batches for calibration and corrections, and then those to train on."""
-
-    def __init__(self, *parts: list) -> None:
-        self.parts = parts
-
-    def __iter__(self) -> chain:
-        return chain(*self.parts)
+def checked(path: str, *overrides: str) -> tuple[RunConfig, Recovery]:
+    config = load_config(RunConfig, path, overrides)
+    recovery = recovery_of(config.recovery)
+    if recovery is None:
+        raise ConfigError(f"{path} has no recovery; set recovery.method, or run recipes/compress.py")
+    if recovery.lr is None:
+        raise ConfigError("recovery.lr is null, but there is no other optimizer in this recipe; set it")
+    if config.evaluation.text is None:
+        raise ConfigError("evaluation.text is null, so nothing would be measured; name a text")
+    return config, recovery
 
 
 def main(path: str, *overrides: str) -> None:
-    config = load_config(RunConfig, path, overrides)
-    if recovery_of(config.recovery) is None:
-        raise ConfigError(f"{path} has no recovery; set recovery.method, or run recipes/compress.py")
+    config, recovery = checked(path, *overrides)
     run, watch, steps = Run(config), Stopwatch(), config.training.steps
-    training = run.training_loader()
+    calibration, training = list(run.calibration_loader()), list(run.training_loader())
+    callback = ZSSVDCallback(**asdict(config.compression), recovery=recovery, calibration_batches=len(calibration))
+    needed = callback.batches_needed()
+    dense = copy.deepcopy(run.model)
     run.evaluate("dense")
 
-    with watch("finetune_dense"):
-        dense = FineTuned(run)
-        trainer(run, steps).fit(dense, training)
-    run.evaluate("dense_finetuned", dense.model)
-    del dense
-
-    calibration = list(run.calibration_loader())
-    callback = ZSSVDCallback(
-        **asdict(config.compression), recovery=config.recovery, calibration_batches=len(calibration)
-    )
-    needed = callback.batches_needed()
-    batches = Sequence(list(islice(cycle(calibration), needed)), list(training))
-    module = CausalLM(run.model)
+    batches = Batches(list(islice(cycle(calibration), needed)), training)
     fit = trainer(run, needed + steps, Measures(run, callback), callback)
-    fit.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    fit.fit(CausalLM(run.model), DataLoader(batches, batch_size=None))
 
-    run.evaluate("recovered")
+    with watch("finetune_dense"):
+        trainer(run, steps).fit(FineTuned(dense, recovery, run), DataLoader(training, batch_size=None))
+    run.evaluate("dense_finetuned", dense)
+
     report = callback.report.within("model")
     report.seconds |= watch.seconds
     run.save(report, picture=True)

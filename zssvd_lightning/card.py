@@ -64,6 +64,10 @@ def _done(report: Report) -> Iterator[str]:
         yield "- calibration: {samples} windows of {length} tokens of `{text}`, seed {seed}".format_map(calibration)
     if {"selection", "metric", "corrections"} <= compression.keys():
         yield "- selection `{selection}`, metric `{metric}`, corrections {corrections}".format_map(compression)
+    if recovery := report.config.get("recovery"):
+        yield "- then the factors were trained: {method}, learning rate {lr}, loss `{loss}`".format_map(
+            {"lr": "default", "loss": "own"} | recovery
+        )
     if report.file_bytes:
         yield "- weights on disk: {dense:,} bytes before, {compressed:,} after".format_map(report.file_bytes)
     yield ""

@@ -169,7 +169,8 @@ class Report:
                 compressed = pair.get("compressed", pair.get("truncated", math.nan))
                 table.add_row(title, f"{pair['dense']:.2f}", f"{compressed:.2f}")
                 if "recovered" in pair:
-                    table.add_row(f"{title}, trained", f"{pair['dense_finetuned']:.2f}", f"{pair['recovered']:.2f}")
+                    finetuned = pair.get("dense_finetuned", math.nan)
+                    table.add_row(f"{title}, trained", f"{finetuned:.2f}", f"{pair['recovered']:.2f}")
                 if "reloaded" in pair:
                     table.add_row(f"{title}, as saved", "", f"{pair['reloaded']:.2f}")
         table.add_row("target parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}")

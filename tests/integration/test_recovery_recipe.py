@@ -68,6 +68,13 @@ def test_the_report_tells_recovery_from_adaptation(tmp_path, recipe, way):
 def test_it_needs_a_recovery_and_others_refuse_one(tmp_path, recipe, monkeypatch, capsys):
     with pytest.raises(ConfigError, match="has no recovery"):
         recipe["main"](str(CONFIG), *settings(tmp_path), "recovery=null")
+    for wrong, message in (
+        ("recovery.lr=null", "recovery.lr is null"),
+        ("evaluation.text=null", "evaluation.text is null"),
+        ("recovery={method: lora, merge: false}", "recovery.merge"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            recipe["main"](str(CONFIG), *settings(tmp_path), "compression.storage=remap", wrong)
     with pytest.raises(ConfigError, match="unknown key 'lrr'"):
         recipe["main"](str(CONFIG), *settings(tmp_path), "recovery.lrr=1")
     monkeypatch.setattr("sys.argv", ["zssvd", "compress", str(CONFIG), *settings(tmp_path)])
