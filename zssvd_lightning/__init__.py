@@ -8,7 +8,8 @@ and `pipeline` (without a Trainer) drive `compression` (what), on one process or
 (`factorization`, `modules`, `structure`), corrects (`correction`) and stores in 8 bits (`quantization`).
 
 How the factors are trained then is in `recovery` (the ways), `recovery_hooks` (when), `recovering` (what), `adapters`
-(peft), `distillation` and `copying` (towards the dense model) and `training_loss`; `prehab` trains before compression.
+(peft), `distillation` and `copying` (towards the dense model) and `training_loss`; `prehab`, with `preparing` and
+`regularizers`, trains before compression.
 
 What comes out is saved and loaded (`saving`, `hub`, `integrity`, `self_contained`, `card`, `files`), exported
 (`export`), served (`vllm_plugin`, `fused`), measured (`evaluation`, `zero_shot`) and told of (`report`, `picture`).

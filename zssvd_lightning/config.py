@@ -245,8 +245,9 @@ def load_config(
         ConfigError: the file is missing or not YAML, a key is unknown (the nearest valid one is named), a mandatory
             key has no value, or a value is of the wrong type or out of range.
     """
-    layers = [OmegaConf.create(dict(defaults or {}))] + ([] if path is None else [_file(Path(path))])
+    layers = [] if path is None else [_file(Path(path))]
     try:
+        layers = [OmegaConf.create(dict(defaults or {})), *layers]
         layers += [_override(entry) for entry in overrides]
         loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *layers))
     except ConfigKeyError as error:

@@ -38,6 +38,7 @@ class Recovering:
         divergence: from the teacher at the latest batch (nats).
         losses: how many there were since the latest step.
         finite: whether they are, where it is looked at.
+        horizon: its optimizer steps, and the `max_steps` and `max_epochs` they follow from.
         over: whether it ended, and the Trainer's optimizers are still those it was trained by.
     """
 
@@ -50,6 +51,7 @@ class Recovering:
         self.losses = 0
         self.finite = True
         self.over = False
+        self.horizon: tuple[float, int, int | None] | None = None
         self._were_trainable: list[str] = []
         self._teacher: Teacher | None = None
         self._of_teacher: dict[str, Tensor] | None = None
@@ -137,7 +139,7 @@ class Recovering:
 
     def begin(self, module: nn.Module, step: int) -> None:
         """Freezes all that is not trained. Raises RecoveryError when nothing is left."""
-        self.active, self.began, self.over = True, step, False
+        self.active, self.began, self.over, self.horizon = True, step, False, None
         self.freeze(module)
         for pattern in self.settings.also_train:
             if not any(p.requires_grad and matches(name, pattern) for name, p in module.named_parameters()):
@@ -296,6 +298,7 @@ class Recovering:
             "over": self.over,
             "stage": self.stage,
             "began": self.began,
+            "horizon": None if self.horizon is None else list(self.horizon),
             "were_trainable": list(self._were_trainable),
             "teacher": self._teacher_to_save(team),
         }
@@ -303,6 +306,7 @@ class Recovering:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a state; `resume` goes on with its module."""
         self.active, self.stage, self.began = state["active"], state["stage"], state["began"]
+        self.horizon = None if state["horizon"] is None else tuple(state["horizon"])
         self._were_trainable = list(state["were_trainable"])
         self._of_teacher = dict(state["teacher"])
 

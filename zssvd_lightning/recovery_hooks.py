@@ -109,7 +109,7 @@ class RecoveringCallback(ResumableCallback):
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if recovery.divergence is not None and batches % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             telemetry.log(trainer, distillation=float(recovery.divergence))
-        if recovery.stage_is_over(trainer.global_step, scheduled_steps(trainer)):
+        if recovery.stage_is_over(trainer.global_step, _steps(recovery, trainer)):
             self.adapter.show_weights()
             recovery.next_stage(pl_module, self.adapter, trainer.global_step)
             self.adapter.rewire()
@@ -193,8 +193,19 @@ class RecoveringCallback(ResumableCallback):
         recovery = self._recovering
         if recovery is None or recovery.settings.lr is None:
             return own()
-        return recovery.optimizer(pl_module, scheduled_steps(trainer))
+        return recovery.optimizer(pl_module, _steps(recovery, trainer))
 
     def _loss(self, loss: Tensor, batch: Any) -> Tensor:
         recovery = self._lifecycle.recovery
         return loss if recovery is None else recovery.loss(loss, self.token_mask(batch))
+
+
+def _steps(recovery: Recovering, trainer: L.Trainer) -> float:
+    """Optimizer steps of the whole recovery, as they were found to be when it began, unless limits have changed.
+
+    A resumed run does not ask the Trainer, which would load the data for it and forget how far they were gone through.
+    """
+    limits = (trainer.max_steps, trainer.max_epochs)
+    if recovery.horizon is None or recovery.horizon[1:] != limits:
+        recovery.horizon = (scheduled_steps(trainer), *limits)
+    return recovery.horizon[0]

@@ -14,7 +14,7 @@ import lightning as L
 from zssvd_lightning.checkpoint import borrowed_checkpoint_hooks
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.lifecycle import Lifecycle
-from zssvd_lightning.limits import Allowance
+from zssvd_lightning.limits import Allowance, batch_is_over
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.report import Report
 from zssvd_lightning.strategies import StrategyAdapter, adapter_for
@@ -160,7 +160,4 @@ class ResumableCallback(L.Callback):
     def _batch_is_over(self) -> bool:
         """Whether Lightning would not run the latest batch again."""
         trainer = self._trainer() if self._trainer is not None else None
-        if trainer is None:
-            return True
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        return bool(progress.processed == progress.ready)
+        return trainer is None or batch_is_over(trainer)

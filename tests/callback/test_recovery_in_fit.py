@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from support.callbacks import short
-from support.models import CausalLM, loader, token_batches, trainer
+from support.models import CausalLM, loader, sequence_pairs, tiny_t5, token_batches, trainer
 from torch import nn
 
 from zssvd_lightning import LowRankCheckpointMixin, LowRankLinear, Phase, ZSSVDCallback
@@ -48,7 +48,7 @@ class Diary(L.Callback):
             self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if compression(trainer).phase is Phase.RECOVER and self.trained:
+        if compression(trainer).phase is Phase.RECOVER and self.trained and outputs:
             self.losses.append(float(outputs["loss"]))
             self.weights.append({n: p.detach().clone() for n, p in pl_module.named_parameters()})
 
@@ -316,14 +316,67 @@ def test_a_training_step_that_detaches_is_told_so():
         def training_step(self, batch, batch_idx):
             self.steps = getattr(self, "steps", 0) + 1
             loss = self.model(**batch).loss
-            return loss if self.steps <= NEEDED else loss.detach() + 0 * self.spare.sum()
+            return loss if self.steps <= NEEDED else loss.detach() * torch.ones((), requires_grad=True)
 
-        def __init__(self):
-            super().__init__()
-            self.spare = nn.Parameter(torch.ones(1))
-
-    with pytest.raises(RuntimeError, match=r"no gradient|does not require grad"):
+    with pytest.raises(RecoveryError, match="no gradient has come"):
         fit(FactorRecovery(), module=Detached())
+
+
+def test_a_batch_without_a_loss_is_left_out():
+    class Choosy(LM):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 8 else super().training_step(batch, batch_idx)
+
+    module, callback, diary, _ = fit(FactorRecovery(), module=Choosy())
+    assert callback.phase is Phase.DONE
+    assert len(diary.trained) == 10
+    assert is_plain(module)
+
+
+class Ruins(L.Callback):
+    """Has a step go too far."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step - 1 and compression(trainer).phase is Phase.RECOVER:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e38
+
+
+@pytest.mark.parametrize("step", [9, 14])
+def test_what_is_ruined_when_a_stage_ends_or_the_fit_is_not_kept(step):
+    module = LM()
+    with pytest.raises(DivergedError):
+        fit(FactorRecovery(two_step=True), Ruins(step), module=module)
+    assert is_plain(module)
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    assert max(float(p.abs().max()) for p in module.parameters()) < 100
+
+
+def test_an_encoder_decoder_is_distilled_where_its_labels_count():
+    class Pairs(CausalLM):
+        def __init__(self):
+            torch.manual_seed(0)
+            super().__init__(tiny_t5())
+
+    batches = sequence_pairs(14)
+    batches[6]["labels"][:, 4:] = -100
+    _, callback, diary, _ = fit(FactorRecovery(loss="distill"), module=Pairs(), batches=batches)
+    assert callback.phase is Phase.DONE
+    assert all(0 <= loss < 1 for loss in diary.losses)
+    with pytest.raises(TeacherError, match="decoder"):
+        fit(FactorRecovery(loss="distill", teacher="anywhere"), module=Pairs(), batches=batches)
+
+
+def test_accumulation_and_clipping():
+    recovery = LoRARecovery(**LORA, loss="both", two_step=True)
+    settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "max_steps": 8}
+    module, callback, diary, _ = fit(recovery, batches=token_batches(16), **settings)
+    assert callback.phase is Phase.DONE
+    assert is_plain(module)
+    assert diary.trained[0] != diary.trained[-1]
 
 
 def saved(tmp_path, recovery, **settings):
@@ -339,6 +392,7 @@ def test_checkpoints_of_the_recovery_are_tested_and_loaded_as_plain_low_rank_mod
 
     loaded = LM.load_from_checkpoint(path)
     assert is_plain(loaded)
+    assert all(p.requires_grad for p in loaded.parameters())
     seen = {}
 
     class Tests(LM):
@@ -348,6 +402,7 @@ def test_checkpoints_of_the_recovery_are_tested_and_loaded_as_plain_low_rank_mod
     tested = Tests()
     trainer(short(recovery=recovery)).test(tested, loader(token_batches(1)), ckpt_path=path, verbose=False)
     assert is_plain(tested)
+    assert all(p.requires_grad for p in tested.parameters())
     torch.testing.assert_close(logits(tested.model), seen["logits"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits(loaded.model), seen["logits"], rtol=1e-4, atol=1e-5)
 
@@ -383,6 +438,35 @@ def test_a_second_fit_trains_by_the_modules_own_optimizer():
     assert second.optimizers[0].param_groups[0]["lr"] == 1e-3
     assert sum(len(g["params"]) for g in second.optimizers[0].param_groups) == len(list(module.parameters()))
     assert is_plain(module)
+
+
+def test_a_second_fit_can_be_gone_on_with(tmp_path):
+    module, callback, _, _ = fit(LoRARecovery(**LORA))
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    trainer(callback, saving, max_steps=4, enable_checkpointing=True).fit(module, loader(token_batches(4)))
+    again = short(corrections=0, calibration_batches=NEEDED, recovery=LoRARecovery(**LORA))
+    other = LM()
+    trainer(again, max_steps=4).fit(other, loader(token_batches(4)), ckpt_path=str(tmp_path / "step=2.ckpt"))
+    assert is_plain(other)
+
+
+def test_weights_alone_are_tested_and_loaded(tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1, save_weights_only=True)
+    fit(LoRARecovery(**LORA, lr=1e-1), saving, enable_checkpointing=True)
+    path = str(tmp_path / "step=12.ckpt")
+    loaded, tested = LM.load_from_checkpoint(path), LM()
+    assert is_plain(loaded)
+    (result,) = trainer(short()).validate(tested, loader(token_batches(1)), path, verbose=False)
+    assert result["val_loss"] == pytest.approx(float(loaded.model.eval()(**token_batches(1)[0]).loss), rel=1e-4)
+    assert is_plain(tested)
+
+
+def test_nothing_of_a_recovery_that_could_not_begin_is_kept():
+    recovery = LoRARecovery(rank=8, loss="distill")
+    module, callback = LM(), short(corrections=0, calibration_batches=NEEDED, recovery=recovery)
+    with pytest.raises(RecoveryError, match="not below"):
+        trainer(callback, max_steps=14).fit(module, loader(token_batches(14)))
+    assert callback.state_dict()["recovery"]["teacher"] == {}
 
 
 def test_a_checkpoint_on_an_exception_in_the_recovery_can_be_gone_on_from(tmp_path):

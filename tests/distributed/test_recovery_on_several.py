@@ -56,12 +56,16 @@ def test_factors_in_rows_recover_as_whole_ones_do(tmp_path, way):
     )
 
 
-@pytest.mark.parametrize(("strategy", "distributed"), [("ddp", None), ("fsdp2", True), ("fsdp2", False)])
-def test_a_recovery_that_is_killed_goes_on_to_the_same_result(tmp_path, strategy, distributed):
+@pytest.mark.parametrize(
+    ("strategy", "distributed", "extend"), [("ddp", None, False), ("fsdp2", True, False), ("fsdp2", False, True)]
+)
+def test_a_recovery_that_is_killed_goes_on_to_the_same_result(tmp_path, strategy, distributed, extend):
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), folder.mkdir()
     settings = {} if distributed is None else {"save_distributed_checkpoint": distributed}
     asked = described(strategy, "lora", **settings)
+    if extend:
+        asked.compression["extend_training"], asked.trainer["max_steps"] = True, 8
     expected = run(whole, 2, asked)
     asked.ckpt_path = str(killed(folder, 2, asked, "recover", 6))
     found = run(folder, 2, asked)

@@ -70,7 +70,6 @@ def test_a_killed_run_ends_where_the_other_one_does(folders):
     assert code == 0, errors
     expected = validation_losses(whole)
     shutil.rmtree(whole / "checkpoints")
-    assert fit(killed, kill("calibrate", 2))[0] == -signal.SIGKILL
     assert fit(killed, kill("recover", 2))[0] == -signal.SIGKILL
     code, errors = fit(killed)
     assert code == 0, errors

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.models import CausalLM, padded_batches, tiny_llama, token_batches
+from support.models import CausalLM, padded_batches, sequence_pairs, tiny_llama, tiny_t5, token_batches
 from torch import nn
 from torch.nn.functional import kl_div
 
 from zssvd_lightning import CompressionConfig, compress
-from zssvd_lightning.copying import copied, refuse_too_large
+from zssvd_lightning.copying import copied, free_bytes, refuse_too_large
 from zssvd_lightning.distillation import (
     Call,
     DenseTeacher,
@@ -48,6 +48,27 @@ def test_its_gradient_is_that_of_finite_differences_and_of_autograd(temperature)
     p, q = ((logits / temperature).log_softmax(-1) for logits in (teacher, student))
     (3 * temperature**2 * kl_div(q, p, reduction="batchmean", log_target=True)).backward()
     torch.testing.assert_close(found, student.grad)
+
+
+def test_small_gradients_survive_float16_and_its_loss_scale():
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(2048, 500, generator=g) for _ in range(2))
+    exact = student.clone().requires_grad_()
+    divergence(exact, teacher, 1.0).backward()
+    half = student.half().requires_grad_()
+    divergence(half, teacher.half(), 1.0).mul(65536.0).backward()
+    assert torch.isfinite(half.grad).all()
+    torch.testing.assert_close(half.grad.float() / 65536, exact.grad, rtol=2e-2, atol=2e-7)
+
+
+def test_logits_that_exclude_a_token_are_compared():
+    student, teacher = random_logits(0), random_logits(1)
+    student[:, 3] = teacher[:, 3] = -torch.inf
+    others = [column for column in range(11) if column != 3]
+    expected = divergence(student[:, others], teacher[:, others], 1.0)
+    torch.testing.assert_close(divergence(student, teacher, 1.0), expected)
+    with pytest.raises(TeacherError, match="all padding"):
+        divergence(student[:0], teacher[:0], 1.0)
 
 
 def test_of_all_tokens_it_is_the_whole_divergence_and_of_some_a_lower_bound():
@@ -91,6 +112,31 @@ def test_saved_predictions_are_found_in_any_order_and_give_nearly_the_same(tmp_p
     torch.testing.assert_close(
         saved.divergence(call, mask, 1.0), teacher.divergence(call, mask, 1.0), rtol=5e-2, atol=1e-4
     )
+
+
+def test_saved_predictions_are_found_however_rows_are_padded(tmp_path):
+    dense, batch = tiny_llama(), padded_batches(1)[0]
+    save_predictions(dense, [batch], tmp_path / "top", top=90, progress=False)
+    longest = int(batch["attention_mask"].sum(1).max())
+    shorter = {key: value[:, :longest] for key, value in batch.items()}
+    wider = {key: torch.nn.functional.pad(value, (0, 5)) for key, value in batch.items()}
+    student, saved = tiny_llama().eval(), SavedPredictions(tmp_path / "top")
+    found = [
+        saved.divergence(Call((), b, student(**b).logits), b["attention_mask"].bool(), 1.0) for b in (shorter, wider)
+    ]
+    torch.testing.assert_close(found[0], found[1])
+    other = {**batch, "position_ids": torch.arange(24).expand(4, 24)}
+    with pytest.raises(TeacherError, match="no prediction"):
+        saved.divergence(Call((), other, student(**other).logits), None, 1.0)
+
+
+def test_predictions_of_another_vocabulary_or_of_a_decoder_are_refused(tmp_path):
+    save_predictions(tiny_llama(), token_batches(1), tmp_path / "top", top=5, progress=False)
+    SavedPredictions(tmp_path / "top").refuse_other(tiny_llama())
+    with pytest.raises(TeacherError, match="over 97 tokens, but LlamaForCausalLM has 50"):
+        SavedPredictions(tmp_path / "top").refuse_other(tiny_llama(vocab_size=50))
+    with pytest.raises(TeacherError, match="decoder"):
+        save_predictions(tiny_t5(), sequence_pairs(1), tmp_path / "t5", progress=False)
 
 
 def test_predictions_that_are_not_there_are_an_error(tmp_path):
@@ -140,6 +186,38 @@ def test_low_rank_layers_are_dense_in_a_copy():
     dense = {name: tuple(p.shape) for name, p in model.named_parameters()}
     compress(model, token_batches(), CompressionConfig(prune_ratio=0.3, corrections=0), progress=False)
     assert {name: tuple(p.shape) for name, p in copied(model, torch.float32, torch.clone).named_parameters()} == dense
+
+
+def test_what_refers_to_other_modules_refers_to_their_copies():
+    model = tiny_llama()
+    model.model.layers[0].__dict__["peer"] = model.model.layers[1]
+    model.twice = model.model.layers[1].mlp.up_proj
+    model.last = model.model.embed_tokens.weight * 2
+    new = copied(model, torch.float32, torch.clone)
+    assert new.model.layers[0].peer is new.model.layers[1]
+    assert new.twice is new.model.layers[1].mlp.up_proj
+    compress(model, token_batches(), CompressionConfig(prune_ratio=0.5, corrections=0), progress=False)
+    model.twice = model.model.layers[1].mlp.up_proj
+    new = copied(model, torch.float32, torch.clone)
+    assert new.twice is new.model.layers[1].mlp.up_proj
+
+
+def test_compiled_blocks_are_copied_uncompiled():
+    model = tiny_llama()
+    batch, expected = token_batches(1)[0], model.eval()(**token_batches(1)[0]).logits
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    new = copied(model, torch.float32, torch.clone)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    torch.testing.assert_close(new(**batch).logits, expected)
+
+
+def test_memory_in_use_is_not_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 60)
+    assert free_bytes(torch.device("cuda")) == 15
 
 
 def test_a_copy_that_does_not_fit_is_refused(monkeypatch):

@@ -1,5 +1,6 @@
 """What is trained, and what peft puts on the factors: merged it is the same function of the same rank."""
 
+import copy
 import warnings
 
 import peft
@@ -8,11 +9,12 @@ import torch
 from support.models import tiny_llama, token_batches
 from torch import nn
 
-from zssvd_lightning import CompressionConfig, compress, from_pretrained, save_pretrained
+from zssvd_lightning import CompressionConfig, compress, from_pretrained, merge, quantize, save_pretrained
 from zssvd_lightning.adapters import FOLDER, Adapter, merge_adapters, merged, on, save_adapter, taken_off
-from zssvd_lightning.errors import ConfigError, RecoveryError
+from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError
 from zssvd_lightning.modules import LowRankLinear
 from zssvd_lightning.recovery import FactorRecovery, LoRARecovery, SingularValueRecovery, recovery_of
+from zssvd_lightning.targets import find_targets
 
 NAME = "model.layers.0.q_proj"
 
@@ -175,6 +177,9 @@ def test_ranks_that_lora_would_exceed_are_refused_or_clipped():
         ({"method": "lora", "peft": {"use_dra": True}}, "LoraConfig has no option 'use_dra'; did you mean 'use_dora'"),
         ({"method": "lora", "peft": {"r": 3}}, "set recovery.rank instead"),
         ({"method": "lora", "peft": {"modules_to_save": ["x"]}}, "set recovery.also_train instead"),
+        ({"method": "lora", "peft": {"lora_bias": True}}, "recovery.peft is"),
+        ({"method": "lora", "peft": {"exclude_modules": {"k_proj"}}}, "not a supported primitive type"),
+        ({"method": "factors", "schedule": "reduce_lr_on_plateau"}, "recovery.schedule"),
         ({"method": "lora", "peft": {"init_lora_weights": "eva"}}, "takes batches"),
         ({"method": "lora", "peft": {"init_lora_weights": "corda"}}, "takes batches"),
     ],
@@ -184,10 +189,16 @@ def test_settings_out_of_range_are_refused_by_name(settings, message):
         recovery_of(settings)
 
 
+def test_options_are_plain_types():
+    with pytest.raises(ConfigError, match="no plain types"):
+        LoRARecovery(peft={"exclude_modules": {"k_proj"}})
+
+
 def test_settings_are_the_same_again_from_plain_types():
     for recovery in (LoRARecovery(rank=3, peft={"use_dora": True}), FactorRecovery(targets=["q_proj"], lr=None)):
         assert recovery_of(recovery.to_dict()) == recovery
     assert recovery_of(None) is None
+    assert FactorRecovery(targets="q_proj").targets == ["q_proj"]
     assert recovery_of({"method": "singular_values", "lr": 0.1}) == SingularValueRecovery(lr=0.1)
 
 
@@ -240,6 +251,28 @@ def test_the_adapter_is_saved_beside_the_compressed_model_and_peft_loads_it_on_t
     merge_adapters(model)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
     assert not on(model)
+
+
+def test_what_is_on_the_factors_is_merged_and_quantised_with_them():
+    model = dressed_llama(LoRARecovery(rank=2, clip_rank=True))
+    perturb(model)
+    plain, dense, small, expected = *(copy.deepcopy(model) for _ in range(3)), logits(model)
+    merge_adapters(plain)
+    merge(dense)
+    quantize(small, "remap")
+    for changed in (plain, dense):
+        assert not on(changed)
+        assert all(p.requires_grad for p in changed.parameters())
+        torch.testing.assert_close(logits(changed), expected, rtol=1e-3, atol=1e-3)
+    quantize(plain, "remap")
+    assert torch.equal(logits(small), logits(plain))
+
+
+def test_adapters_are_not_compressed():
+    model = dressed_llama(LoRARecovery(rank=2, clip_rank=True))
+    with pytest.raises(TargetError):
+        find_targets(model, include=["*lora*"])
+    assert not any("lora" in name or "base_layer" in name for name in find_targets(model))
 
 
 def test_a_model_without_an_adapter_has_none_to_save(tmp_path):
