@@ -159,6 +159,11 @@ class ZSSVDCallback(RecoveringCallback):
         self.recovery = recovery_of(recovery)
         if self.recovery is not None and not self.recovery.merges and storage in EIGHT_BIT:
             raise ConfigError(f"storage {storage!r} needs merged factors; set recovery.merge to true")
+        if self.recovery is not None and self.recovery.rescales and self.config.weighs_rows:
+            raise ConfigError(
+                f"rows_in_16_bits 'loss_aware' goes by the scale of components, which recovery by "
+                f"{self.recovery.method!r} changes; keep the 'last' rows, or recover by 'lora' or 'singular_values'"
+            )
         self.start_epoch = start_epoch
         self.start_step = start_step
         self.calibration_epochs = calibration_epochs

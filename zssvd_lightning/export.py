@@ -36,12 +36,11 @@ def merge(model: nn.Module) -> None:
         ExportError: layers are offloaded to disk.
     """
     common = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    layers = [module for module in model.modules() if isinstance(module, CompressedLinear)]
-    if any(value.is_meta for layer in layers for value in layer.state_dict().values()):
+    compressed = (module for module in model.modules() if isinstance(module, CompressedLinear))
+    if any(value.is_meta for layer in compressed for value in layer.state_dict().values()):
         raise ExportError("layers are offloaded, and not there to be merged; load the model without device_map")
     merge_adapters(model)
-    layers = [module for module in model.modules() if isinstance(module, CompressedLinear)]
-    for old in layers:
+    for old in [module for module in model.modules() if isinstance(module, CompressedLinear)]:
         own = type_of(old) or common
         W = nn.Module.to(old, torch.promote_types(own, torch.float32)).weight
         new = dense_like(old).to(own).to_empty(device=W.device)

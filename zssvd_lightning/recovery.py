@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from zssvd_lightning.adapters import PARTS, Adapter, merged
+from zssvd_lightning.adapters import NAME, PARTS, Adapter, merged
 from zssvd_lightning.config import closest, load_config, require, require_one_of
 from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError
 from zssvd_lightning.modules import LowRankLinear
@@ -126,6 +126,9 @@ class Recovery(ABC):
     def trains(self, parameter: str, parts: Sequence[str]) -> bool:
         """Whether a parameter of a chosen layer, by its name in there, is trained."""
 
+    rescales: ClassVar[bool] = False
+    """Whether `prepare` changes the scale of components, by which `loss_aware` rounding weighs them."""
+
     def prepare(self, layer: LowRankLinear) -> None:  # noqa: B027  (most ways train what they add)
         """Brings a chosen layer into the form it is trained best in; what it computes stays the same."""
 
@@ -183,6 +186,7 @@ class FactorRecovery(Recovery):
     """
 
     method = "factors"
+    rescales = True
 
     two_step: bool = False
     """Train `up` for the first half of the recovery, and then `down`."""
@@ -292,7 +296,7 @@ class LoRARecovery(Recovery):
     def refuse_rank(self, name: str, layer: LowRankLinear) -> None:
         """Raises RecoveryError where LoRA would have as many dimensions as the layer, or more."""
         for part, factor in (("down", layer.down), ("up", layer.up)):
-            rank = getattr(factor, "r", {}).get("default", 0)
+            rank = getattr(factor, "r", {}).get(NAME, 0)
             if rank >= layer.rank:
                 raise RecoveryError(
                     f"LoRA of rank {rank} on {name}.{part} {tuple(factor.weight.shape)} is not below the layer's rank "
