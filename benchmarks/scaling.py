@@ -241,10 +241,10 @@ def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: 
     Lifecycle.factorise = look  # type: ignore[method-assign, assignment]
     decompose = Compression._select
 
-    def count(self: Compression) -> Any:
+    def count(self: Compression, descent: float) -> Any:
         moments = self.gathering.moments
         found["statistics"] = _bytes(moments.input_sums) + _bytes(moments.gradient_sums)
-        return decompose(self)
+        return decompose(self, descent)
 
     Compression._select = count  # type: ignore[method-assign]
     running: Strategy = (

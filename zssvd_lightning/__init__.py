@@ -5,7 +5,8 @@ To read the code in the order data flows through it: `callback` (when; `lifecycl
 and `pipeline` (without a Trainer) drive `compression` (what), on one process or on several (`strategies`,
 `distributed`); that takes `targets`, watches them (`gathering`, `calibration`, `statistics`), changes coordinates
 (`whitening`), decomposes (`decomposition`, `spectrum`), chooses (`storage`, `budget`, `selection`, `plan`), truncates
-(`factorization`, `modules`, `structure`), corrects (`correction`) and stores in 8 bits (`quantization`).
+(`factorization`), puts layers into another form (`forms`: `modules`, `pivoted`, `eight_bit`; `structure`), corrects
+(`correction`) and stores in 8 bits (`quantization`).
 
 How the factors are trained then is in `recovery` (the ways), `recovery_hooks` (when), `recovering` (what), `adapters`
 (peft), `distillation` and `copying` (towards the dense model) and `training_loss`; `prehab`, with `preparing` and

@@ -103,7 +103,7 @@ class Adapter:
         from peft import inject_adapter_in_model
 
         holder = _holding(name, layer)
-        trainable = layer.up.weight.requires_grad, layer.up.bias is not None and layer.up.bias.requires_grad
+        flags = layer.up.weight.requires_grad, layer.up.bias is not None and layer.up.bias.requires_grad
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed + zlib.crc32(name.encode()))
@@ -111,7 +111,7 @@ class Adapter:
         except (ValueError, TypeError, AttributeError) as error:
             raise RecoveryError(f"peft cannot put {self.kind} on {name}: {error}") from error
         nn.Module.to(layer, type_of(layer))
-        layer.adapter, layer.trainable = self.note, trainable
+        layer.adapter, layer.flags = self.note, flags
 
 
 def on(model: nn.Module) -> dict[str, LowRankLinear]:
@@ -150,7 +150,7 @@ def merged(layer: LowRankLinear, whole: Callable[[Tensor], Tensor]) -> LowRankLi
             setattr(new, part, factor.get_base_layer())
     new.adapter = None
     for name, parameter in new.named_parameters():
-        parameter.requires_grad_(layer.trainable[name.endswith("bias")])
+        parameter.requires_grad_(layer.flags[name.endswith("bias")])
     carry_hooks(new, layer)
     return new
 

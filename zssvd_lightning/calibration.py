@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zssvd_lightning.errors import CalibrationError, NonFiniteError, ZeroGradientError
-from zssvd_lightning.statistics import Moments, exact_products
+from zssvd_lightning.statistics import Moments, accumulated, exact_products
 from zssvd_lightning.targets import Target
 
 IGNORED_LABEL = -100
@@ -52,7 +52,11 @@ def loss_terms(batch: Any) -> int:
 
 
 class Observation:
-    """One batch on its way through the model."""
+    """One batch on its way through the model.
+
+    Attributes:
+        gradient_weight: by what gradients are to be multiplied to be those of the sum over the batch's loss terms.
+    """
 
     def __init__(self, targets: Mapping[str, Target], moments: Moments, mask: Tensor | None) -> None:
         self._targets = targets
@@ -62,6 +66,8 @@ class Observation:
         self._mask = None if mask is None or bool(mask.all()) else mask
         self._latest: dict[str, weakref.ref[Tensor]] = {}
         self._hooks = ExitStack()
+        self._output_hooks = ExitStack()
+        self.gradient_weight = 1.0
 
     def watch_inputs(self) -> None:
         """Adds each target's input to the second moments, until `forward_done`."""
@@ -69,9 +75,31 @@ class Observation:
             handle = target.module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
             self._hooks.callback(handle.remove)
 
+    def watch_outputs(self, into: Moments) -> None:
+        """Adds the gradients that come to each target's output, times `gradient_weight`, to `into`, until `close`."""
+        for name, target in self._targets.items():
+            handle = target.module.register_forward_hook(self._output_hook(name, into))
+            self._output_hooks.callback(handle.remove)
+
     def forward_done(self) -> None:
         """Stops watching inputs, so that a forward pass run again by activation checkpointing is not counted."""
         self._hooks.close()
+
+    def close(self) -> None:
+        """Stops watching anything."""
+        self._hooks.close()
+        self._output_hooks.close()
+
+    def _output_hook(self, name: str, into: Moments) -> Any:
+        def see(gradient: Tensor) -> None:
+            with torch.autocast(gradient.device.type, enabled=False), exact_products():
+                into.add_outputs(name, self._rows(gradient).to(accumulated(gradient.dtype)) * self.gradient_weight)
+
+        def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if output.requires_grad:  # not in the first of two passes under reentrant checkpointing
+                output.register_hook(see)  # type: ignore[no-untyped-call]
+
+        return watch
 
     def _hook(self, name: str) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -104,7 +132,12 @@ class Observation:
 
 @contextmanager
 def observing(
-    model: nn.Module, targets: Mapping[str, Target], moments: Moments, mask: Tensor | None, inputs: bool = True
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    moments: Moments,
+    mask: Tensor | None,
+    inputs: bool = True,
+    outputs: Moments | None = None,
 ) -> Iterator[Observation]:
     """Runs one batch with dropout off, the cache off and gradients flowing to the targets alone.
 
@@ -116,19 +149,22 @@ def observing(
         moments: gets the second moments.
         mask: positions (B, T) that are not padding, or None.
         inputs: whether to take second moments; without, only gradients flow.
+        outputs: gets the second moments of the gradients by outputs; None to leave them out.
 
     Raises:
         CalibrationError: the batch is all padding, or layers stop sharing an input.
     """
     with ExitStack() as restored:
         observation = Observation(targets, moments, mask)
-        restored.callback(observation.forward_done)
+        restored.callback(observation.close)
         restored.enter_context(evaluation_mode(model))
         restored.enter_context(_gradients_only_at(model, targets))
         restored.enter_context(_no_cache(model))
         restored.enter_context(_gradients_from_embeddings_on(model))
         if inputs:
             observation.watch_inputs()
+        if outputs is not None:
+            observation.watch_outputs(outputs)
         yield observation
 
 

@@ -28,6 +28,7 @@ from zssvd_lightning import telemetry
 from zssvd_lightning.calibration import loss_terms
 from zssvd_lightning.checkpoint import LowRankCheckpointMixin
 from zssvd_lightning.config import CompressionConfig, require
+from zssvd_lightning.eight_bit import EightBitLinear
 from zssvd_lightning.errors import CalibrationError, CheckpointError, ConfigError, UnfinishedError
 from zssvd_lightning.guards import (
     most_accumulated,
@@ -38,7 +39,6 @@ from zssvd_lightning.guards import (
 )
 from zssvd_lightning.lifecycle import Lifecycle
 from zssvd_lightning.limits import stopping_now
-from zssvd_lightning.modules import EightBitLinear
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import check_plan_output
 from zssvd_lightning.precision import ScalerAtRest, loss_scale, nothing_to_clip, scales, unscale
@@ -67,16 +67,25 @@ class ZSSVDCallback(RecoveringCallback):
         start_step: compression starts no earlier than this global step; both set points must be reached.
         calibration_epochs: calibration ends after as many batches as so many passes over the training data hold, ...
         calibration_batches: ... or after so many batches, whichever is less, with the accumulation window they end in.
-        corrections: projected gradient steps, each followed by fresh statistics and a new truncation.
-        correction_batches: batches whose mean gradient a projected step follows.
-        line_search: take only the part of each step at which the loss is estimated to be least, from as many batches
-            again; without, all of it, as the paper does.
-        metric: `input` (whitened by the input second moment) or `none` (plain SVD).
-        selection: `zero_sum`, `abs_delta`, `abs_delta_unordered`, `most_negative`, `sigma` or `uniform`.
-        storage: how matrices are kept in the end, `factors`, `remap` or `hq`; the last two are in 8 bits from the end
-            of the fit on, and their factors in the model's type until then.
-        rows_in_16_bits: `last`, or `loss_aware` choice of what `remap` leaves in 16 bits.
-        min_rank_fraction: rank floor of each matrix, as a fraction of the highest rank that saves anything.
+        preset: a method by name, such as `best`, `zs-svd` or `svd-llm` (see `presets/`), whose settings stand in for
+            what is None below; by default those of `CompressionConfig` do, which tells of each more.
+        corrections: gradient steps, each followed by a new truncation; by default 1.
+        correction_step: `projected` (the paper, and the default) or `natural`.
+        correction_batches: batches whose mean gradient a step follows; by default 8.
+        step_size: of natural steps, in (0, 1]; by default 0.1.
+        line_search: take only the part of each projected step at which the loss is estimated to be least, from as many
+            batches again, which is the default; without, all of it, as the paper does.
+        fresh_moments: whether all statistics are taken anew after a step, which is the default, or second moments kept.
+        metric: `none`, `rows`, `diagonal`, `input` (the default) or `two_sided`.
+        selection: `zero_sum` (the default), `abs_delta`, `abs_delta_unordered`, `most_negative`, `sigma`, `uniform`,
+            `effective_rank`, `curvature`, `curvature_first_order` or `zero_sum_curvature`.
+        truncations: in how many the prune ratio is reached, in equal parts; by default 1.
+        budget_in: what `prune_ratio` is a fraction of, `parameters` (the default), `bytes` or `flops`.
+        storage: how matrices are kept in the end, `factors` (the default), `pivoted`, `remap`, `hq` or `mixed`; the
+            last three are in 8 bits from the end of the fit on, and their factors in the model's type until then.
+        rows_in_16_bits: the `last`, by default, or `loss_aware` choice of what `remap` leaves in 16 bits.
+        min_rank_fraction: rank floor of each matrix, as a fraction of the highest rank that saves anything; by default
+            0.
         include: name patterns of the layers to compress (`q_proj`, `*.layers.3.*`, or `re:` and a regular
             expression); all linear layers when None.
         ignore: name patterns of layers to leave alone.
@@ -122,14 +131,20 @@ class ZSSVDCallback(RecoveringCallback):
         start_step: int = 0,
         calibration_epochs: int = 1,
         calibration_batches: int = 128,
-        corrections: int = 1,
-        correction_batches: int = 8,
-        line_search: bool = True,
-        metric: str = "input",
-        selection: str = "zero_sum",
-        storage: str = "factors",
-        rows_in_16_bits: str = "last",
-        min_rank_fraction: float = 0.0,
+        preset: str | None = None,
+        corrections: int | None = None,
+        correction_step: str | None = None,
+        correction_batches: int | None = None,
+        step_size: float | None = None,
+        line_search: bool | None = None,
+        fresh_moments: bool | None = None,
+        metric: str | None = None,
+        selection: str | None = None,
+        truncations: int | None = None,
+        budget_in: str | None = None,
+        storage: str | None = None,
+        rows_in_16_bits: str | None = None,
+        min_rank_fraction: float | None = None,
         include: Sequence[str] | str | None = None,
         ignore: Sequence[str] | str | None = None,
         plan: str | Path | None = None,
@@ -142,23 +157,31 @@ class ZSSVDCallback(RecoveringCallback):
         require(start_step >= 0, "start_step", start_step, "0 or more")
         require(calibration_epochs >= 1, "calibration_epochs", calibration_epochs, "1 or more")
         require(calibration_batches >= 1, "calibration_batches", calibration_batches, "1 or more")
-        self.config = CompressionConfig(
+        self.config = CompressionConfig.of(
+            preset,
             prune_ratio=prune_ratio,
             metric=metric,
             selection=selection,
+            truncations=truncations,
+            budget_in=budget_in,
             storage=storage,
             rows_in_16_bits=rows_in_16_bits,
             corrections=corrections,
+            correction_step=correction_step,
             correction_batches=correction_batches,
+            step_size=step_size,
             line_search=line_search,
+            fresh_moments=fresh_moments,
             min_rank_fraction=min_rank_fraction,
             include=_patterns(include),
             ignore=_patterns(ignore),
             plan=None if plan is None or dry_run else str(plan),
         )
         self.recovery = recovery_of(recovery)
-        if self.recovery is not None and not self.recovery.merges and storage in EIGHT_BIT:
-            raise ConfigError(f"storage {storage!r} needs merged factors; set recovery.merge to true")
+        if self.recovery is not None:
+            self.recovery.refuse_storage(self.config.storage)
+        if self.recovery is not None and not self.recovery.merges and self.config.storage in EIGHT_BIT:
+            raise ConfigError(f"storage {self.config.storage!r} needs merged factors; set recovery.merge to true")
         if self.recovery is not None and self.recovery.rescales and self.config.weighs_rows:
             raise ConfigError(
                 f"rows_in_16_bits 'loss_aware' goes by the scale of components, which recovery by "
@@ -256,7 +279,9 @@ class ZSSVDCallback(RecoveringCallback):
         if life.batch is None or life.terms_unit is None:
             return
         life.batch.observation.forward_done()
-        life.compression.gathering.add_loss(loss * (accumulate / loss_scale(trainer)), life.batch.terms)
+        scale = loss_scale(trainer)
+        mean = loss * (accumulate / scale)
+        life.compression.gathering.add_loss(mean, life.batch.terms, life.terms_unit / scale)
         weight = life.batch.terms * accumulate / life.terms_unit
         if weight != 1.0:
             loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
@@ -330,7 +355,11 @@ class ZSSVDCallback(RecoveringCallback):
         """Puts the trained factors into 8 bits, if the storage is to have them; checkpoints of the fit are not."""
         super().on_fit_end(trainer, pl_module)
         if self.phase is Phase.DONE and self.report is not None and self.config.storage in EIGHT_BIT:
-            layers = [n for n in self.report.layers if not isinstance(pl_module.get_submodule(n), EightBitLinear)]
+            layers = [
+                name
+                for name, layer in self.report.layers.items()
+                if layer.in_8_bits and not isinstance(pl_module.get_submodule(name), EightBitLinear)
+            ]
             quantize_layers(pl_module, layers, self.config.storage, self._lifecycle.importances)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

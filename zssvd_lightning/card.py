@@ -14,6 +14,7 @@ from zssvd_lightning.report import Report
 PAPER = "[Zero Sum SVD](https://arxiv.org/abs/2602.02848)"
 WORDS = {
     "low_rank": "two factors, floating point",
+    "pivoted": "pivot rows and the coefficients of the others, floating point",
     "int8_low_rank": "two factors, 8 bits",
     "int8": "dense, 8 bits",
 }

@@ -1,4 +1,4 @@
-"""`zssvd compress`, `plan`, `evaluate`, `export` and `phases`."""
+"""`zssvd compress`, `plan`, `compare`, `evaluate`, `export` and `phases`."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zssvd_lightning import evaluation, texts, zero_shot
+from zssvd_lightning.compare import compare as compare_presets
 from zssvd_lightning.config import EvaluateConfig, ExportConfig, RunConfig, load_config
 from zssvd_lightning.errors import ConfigError, ModelSourceError, ZSSVDError
 from zssvd_lightning.export import export_dense, export_onnx
@@ -71,6 +72,30 @@ def plan(
     run = Run(load_config(RunConfig, config, overrides or ()))
     plan_ranks(run.model, run.calibration_loader(), run.config.compression).write(file)
     typer.echo(f"wrote {file}")
+
+
+@app.command()
+def compare(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG... [KEY=VALUE]...",
+            help="YAML files of compress, and settings: of the comparison, and those that win over all files.",
+        ),
+    ] = None,
+) -> None:
+    """Measure several presets at several prune ratios and calibration seeds, and write a table to `output`.
+
+    Keys: output, prune_ratios, seeds, tasks, data, include, limit, batch_size, share_calibration, keep. Started again,
+    it goes on where it stopped. The exit code is 1 when a cell failed.
+    """
+    results = compare_presets(arguments or [])
+    Console().print(results.table())
+    typer.echo(f"wrote compare.json and compare.md to {results.comparison.config.output}")
+    for name, error in results.errors.items():
+        typer.secho(f"{name}: {error}", fg="red", err=True)
+    if results.errors:
+        raise typer.Exit(1)
 
 
 @app.command()

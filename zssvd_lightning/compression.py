@@ -5,7 +5,7 @@ Weights are edited in place by `truncate` and `correct`; modules are replaced on
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,18 +18,22 @@ from zssvd_lightning.decomposition import Decomposition, decompose
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.factorization import HeldFactors
+from zssvd_lightning.forms import Factored
 from zssvd_lightning.gathering import Gathering
 from zssvd_lightning.hub import mark
-from zssvd_lightning.modules import LowRankLinear
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import Plan
-from zssvd_lightning.quantization import EIGHT_BIT, Importance, in_8_bits
+from zssvd_lightning.quantization import EIGHT_BIT, Importance, in_8_bits, is_in_8_bits
 from zssvd_lightning.report import LayerReport, Report, Stopwatch
 from zssvd_lightning.selection import RULES, Selection
 from zssvd_lightning.statistics import accumulated, exact_products
 from zssvd_lightning.targets import find_targets, replace_module, weights_snapshot
+from zssvd_lightning.whitening import METRICS
 
 logger = logging.getLogger(__name__)
+
+
+Act = Callable[["Compression"], None]
 
 
 class Step(NamedTuple):
@@ -37,16 +41,31 @@ class Step(NamedTuple):
 
     gathers: Phase
     """CALIBRATE (second moments and gradients) or CORRECT (gradients)."""
-    act: Callable[["Compression"], None]
+    acts: tuple[Act, ...]
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the model is truncated when it is over."""
+        return self.acts[-1] in (Compression.truncate, Compression.descend)
 
 
 def steps(config: CompressionConfig) -> list[Step]:
-    """The course of a compression, up to its factorisation."""
-    correction = [Step(Phase.CORRECT, Compression.correct)]
+    """The course of a compression, up to its factorisation: a truncation, and rounds that end in another."""
+    truncation = Step(Phase.CALIBRATE, (Compression.truncate,))
+    rounds = max(config.corrections, config.truncations - 1)
+    corrected = _correction(config, truncation)
+    return [truncation] + corrected * config.corrections + [truncation] * (rounds - config.corrections)
+
+
+def _correction(config: CompressionConfig, truncation: Step) -> list[Step]:
+    if config.correction_step == "natural":
+        return [Step(Phase.CALIBRATE if config.fresh_moments else Phase.CORRECT, (Compression.descend,))]
+    course = [Step(Phase.CORRECT, (Compression.correct,))]
     if config.line_search:
-        correction.append(Step(Phase.CORRECT, Compression.shorten_step))
-    truncation = Step(Phase.CALIBRATE, Compression.truncate)
-    return [truncation] + [*correction, truncation] * config.corrections
+        course.append(Step(Phase.CORRECT, (Compression.shorten_step,)))
+    if config.fresh_moments:
+        return [*course, truncation]
+    return [*course[:-1], Step(Phase.CORRECT, (*course[-1].acts, Compression.truncate))]
 
 
 class Compression:
@@ -88,34 +107,62 @@ class Compression:
             config.min_rank_fraction,
             config.storage,
             planned=config.plan is not None,
+            unit=config.budget_in,
         )
         self._plan = None if config.plan is None else Plan.read(config.plan, self.budget)
-        self.gathering = Gathering(model, self.targets, self.team)
+        self.gathering = Gathering(
+            model, self.targets, self.team, METRICS[config.metric].needs_outputs, keep=not config.fresh_moments
+        )
         self._model_parameters = sum(p.numel() for p in model.parameters())
         self.stopwatch = Stopwatch()
         self.progress = progress and self.team.rank == 0
         self.losses: list[float] = []
         self.fractions: list[float] = []
         self._step: tuple[float, float] | None = None
+        self._truncations = 0
         self._originals: dict[str, Tensor] | None = None
         self._selection: Selection | None = None
-        self._factors = HeldFactors(self.targets, self.team)
+        self._factors = HeldFactors(self.targets, self.team, config.storage)
         self._installed: dict[str, nn.Module] = {}
         self.importances: dict[str, Importance] | None = None
 
-    @torch.no_grad()
+    def take(self, step: Step) -> None:
+        """Takes a step, by the statistics gathered since the last one, and forgets them."""
+        for act in step.acts:
+            act(self)
+        self.losses.append(self.gathering.moments.mean_loss)
+        self.gathering.start_afresh()
+
     def truncate(self) -> None:
         """Spectra, selection and truncation in place, from the statistics gathered since the last step.
+
+        Of several truncations each takes as much more as the one before.
 
         Raises:
             CalibrationError: the statistics are missing, not finite or degenerate; the message names the layer.
             ProcessFailedError: that, on another process.
         """
-        found, selection = self._select()
+        self._truncate(descent=0.0)
+
+    def descend(self) -> None:
+        """A step along the natural gradient at the truncated weights, and `truncate`, in the same coordinates.
+
+        The whitened weight Z becomes `Z - step_size H`, with H the whitened gradient: what minimises the second-order
+        model of the loss that the metric stands for, were each layer the only one, at a step size of 1.
+
+        Raises:
+            CalibrationError: see `truncate`.
+        """
+        self.fractions.append(self.config.step_size)
+        self._truncate(descent=self.config.step_size)
+
+    @torch.no_grad()
+    def _truncate(self, descent: float) -> None:
+        found, selection = self._select(descent)
         with self.stopwatch("truncate"):
             if self._originals is None:
                 self._originals = weights_snapshot(self.targets)
-            self._factors = HeldFactors(self.targets, self.team)
+            self._factors = HeldFactors(self.targets, self.team, self.config.storage)
             for name, target in self.targets.items():
                 kept = selection.kept[name]
                 if kept is None:
@@ -124,9 +171,9 @@ class Compression:
                     self._factors.take(found, name, kept)
                     target.assign(self._factors.truncated(name))
         self._selection = selection
+        self._truncations += 1
         if self.config.weighs_rows:
             self.importances = {name: found.importances[name] for name in self._factors}
-        self._start_afresh()
         if self.team.rank == 0:
             logger.info(
                 "truncated %d of %d layers, predicted drift %.4g",
@@ -145,7 +192,7 @@ class Compression:
         if self._originals is None:
             raise RuntimeError("correct() needs a truncate() before it")
         with self.stopwatch("correct"):
-            self.gathering.share_counts()
+            self.gathering.complete()
             slopes = []
             for name, target in self.targets.items():
                 g = self.gathering.mean_gradient(name)
@@ -156,7 +203,6 @@ class Compression:
             slope = float(self.team.over_rows(torch.stack(slopes).sum()))
             self._step = (self.gathering.moments.mean_loss, slope)
             self.fractions.append(1.0)
-        self._start_afresh()
 
     @torch.no_grad()
     def shorten_step(self) -> None:
@@ -164,14 +210,18 @@ class Compression:
         if self._step is None:
             raise RuntimeError("shorten_step() needs a correct() before it")
         with self.stopwatch("correct"):
-            self.gathering.share_counts()
+            self.gathering.complete()
             fraction = best_fraction(*self._step, self.gathering.moments.mean_loss)
             for name in self._factors:
                 target = self.targets[name]
                 target.assign(torch.lerp(self._factors.truncated(name), target.weight, fraction))
             self._step = None
             self.fractions[-1] = fraction
-        self._start_afresh()
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds have followed the first truncation."""
+        return max(0, self._truncations - 1)
 
     def plan(self) -> Plan:
         """The ranks that `truncate` would choose now, from the same statistics; nothing changes.
@@ -179,11 +229,11 @@ class Compression:
         Raises:
             CalibrationError: see `truncate`.
         """
-        _, selection = self._select()
+        _, selection = self._select(descent=0.0)
         return Plan.of(selection, self.budget)
 
-    def factorise(self, dress: Callable[[str, LowRankLinear], None] | None = None) -> None:
-        """Replaces every truncated layer by a `LowRankLinear`.
+    def factorise(self, dress: Callable[[str, Factored], None] | None = None) -> None:
+        """Replaces every truncated layer by a low-rank one, in the form its storage has.
 
         Args:
             dress: is given each new layer, by name, while it is whole, before it is put in.
@@ -202,7 +252,12 @@ class Compression:
         if self.config.storage not in EIGHT_BIT:
             return
         with self.stopwatch("store"):
-            layers: dict[str, Any] = {name: self._installed.get(name, t.module) for name, t in self.targets.items()}
+            report = self.report()
+            layers: dict[str, Any] = {
+                name: self._installed.get(name, target.module)
+                for name, target in self.targets.items()
+                if report.layers[name].in_8_bits
+            }
             for name, new in in_8_bits(layers, self.config.storage, self.importances).items():
                 self._replace(self.model, layers[name], new)
                 self._installed[name] = new
@@ -217,9 +272,9 @@ class Compression:
                 for name, target in self.targets.items():
                     target.assign(self._originals[name])
         mark(self.model)
-        self._originals, self._selection, self._installed = None, None, {}
-        self._factors = HeldFactors(self.targets, self.team)
-        self.gathering.start_afresh()
+        self._originals, self._selection, self._installed, self._truncations = None, None, {}, 0
+        self._factors = HeldFactors(self.targets, self.team, self.config.storage)
+        self.gathering.forget()
 
     @property
     def originals(self) -> Mapping[str, Tensor]:
@@ -230,15 +285,24 @@ class Compression:
         """What was done, so far as the compression itself knows it."""
         if self._selection is None:
             raise RuntimeError("report() needs a truncate() before it")
+        chosen = self._selection.eight_bit
         ranks = {name: self._selection.rank(name) for name in self.targets}
+        counted = self.budget.counted_in("parameters")
         layers = {
-            name: LayerReport(rank, self.budget.shapes[name], self.budget.kept_of(name, rank))
+            name: LayerReport(
+                rank,
+                self.budget.shapes[name],
+                counted.kept_of(name, rank, eight_bit=name in chosen),
+                name in chosen or is_in_8_bits(self.config.storage, rank),
+            )
             for name, rank in ranks.items()
         }
         return Report(
             asked=self.config.prune_ratio if self._plan is None else self._plan.reached,
-            parameters_before=self.budget.total,
-            parameters_after=self.budget.kept(ranks),
+            parameters_before=counted.total,
+            parameters_after=counted.kept(ranks, chosen),
+            budget_in=self.budget.unit,
+            reached=self.budget.reached(ranks, chosen),
             model_parameters_before=self._model_parameters,
             layers=layers,
             predicted_drift=self._selection.predicted_drift,
@@ -266,6 +330,7 @@ class Compression:
             "step": None if self._step is None else list(self._step),
             "losses": list(self.losses),
             "fractions": list(self.fractions),
+            "truncations": self._truncations,
             "seconds": dict(self.stopwatch.seconds),
         }
 
@@ -284,6 +349,7 @@ class Compression:
         self._factors.load_state_dict(state["factors"])
         self._step = None if state["step"] is None else (state["step"][0], state["step"][1])
         self._model_parameters = state["model_parameters"]
+        self._truncations = state["truncations"]
         self.losses, self.fractions = list(state["losses"]), list(state["fractions"])
         self.stopwatch.seconds = dict(state["seconds"])
 
@@ -303,18 +369,29 @@ class Compression:
         self._originals = self._own_parts(state["originals"])
         self.restore()
 
-    def _select(self) -> tuple[Decomposition, Selection]:
+    def _select(self, descent: float) -> tuple[Decomposition, Selection]:
         with self.stopwatch("spectrum"), exact_products():
             found = decompose(
-                self.targets, self.gathering, self.config.metric, self.team, self.progress, self.config.weighs_rows
+                self.targets,
+                self.gathering,
+                self.config.metric,
+                self.team,
+                self.progress,
+                weigh=self.config.weighs_rows,
+                round_off=self.budget.chooses_bits,
+                descent=descent,
             )
         with self.stopwatch("select"):
             rule = RULES[self.config.selection] if self._plan is None else self._plan.rule
-            return found, self.team.decided(lambda: rule(found.components, self.budget))
+            return found, self.team.decided(lambda: rule(found.components, self._budget_so_far()))
 
-    def _start_afresh(self) -> None:
-        self.losses.append(self.gathering.moments.mean_loss)
-        self.gathering.start_afresh()
+    def _budget_so_far(self) -> Budget:
+        """What the next of several truncations is to reach: its share of what has to go beyond what storage does."""
+        share = (self._truncations + 1) / self.config.truncations
+        if share >= 1 or self._plan is not None:
+            return self.budget
+        alone = self.budget.reached(dict.fromkeys(self.budget.shapes))
+        return replace(self.budget, prune_ratio=alone + share * (self.budget.prune_ratio - alone))
 
     def _originals_to_save(self, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         to_save = {}

@@ -4,15 +4,16 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from zssvd_lightning.errors import ConfigError
-from zssvd_lightning.selection import RULES
-from zssvd_lightning.storage import ROWS_IN_16_BITS, STORAGES
+from zssvd_lightning.presets import PRESETS, settings_of
+from zssvd_lightning.selection import CHOOSE_BITS, RULES
+from zssvd_lightning.storage import ROWS_IN_16_BITS, STORAGES, UNITS
 from zssvd_lightning.whitening import METRICS
 
 T = TypeVar("T")
@@ -20,6 +21,7 @@ T = TypeVar("T")
 MOST_NAMED = 30
 """Names a message lists at most."""
 EXPORTS = ("dense", "self_contained", "onnx")
+CORRECTION_STEPS = ("projected", "natural")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -34,20 +36,39 @@ class CompressionConfig:
     prune_ratio: float = 0.2
     """Fraction of the target layers' parameters to remove, in (0, 1): 0.4 keeps 60 %."""
     metric: str = "input"
-    """Coordinates the SVD is taken in: `input` whitens by the input second moment, `none` is the plain SVD."""
+    """Coordinates the SVD is taken in: `none` (plain SVD), `rows` (FWSVD), `diagonal` (ASVD), `input` (whitened by the
+    input second moment: SVD-LLM, ZS-SVD) or `two_sided` (by that of the gradients at the output too)."""
     selection: str = "zero_sum"
     """Rule that drops components: `zero_sum` (the paper), `abs_delta`, `abs_delta_unordered`, `most_negative`,
-    `sigma`, or `uniform` (the same fraction of every matrix, as SVD-LLM does)."""
+    `sigma`, `uniform` (the same fraction of every matrix, as SVD-LLM does), `effective_rank` (D-Rank), `curvature`
+    (least sum of half the squared singular values, for metric `two_sided`), `curvature_first_order` or
+    `zero_sum_curvature`."""
+    truncations: int = 1
+    """In how many truncations the prune ratio is reached, in equal parts, with fresh statistics or a correction between
+    one and the next."""
     corrections: int = 1
-    """How many times a projected gradient step, fresh statistics and a new truncation follow the first one."""
+    """How many times a gradient step and a new truncation follow the first one."""
+    correction_step: str = "projected"
+    """Which step: `projected` on the gradient, as long as what truncation took reaches along it (the paper), or
+    `natural`, along the gradient as the metric measures it, with `step_size`."""
+    step_size: float = 0.1
+    """Of `natural` steps; 1 is the whole way to where each layer alone would be best."""
+    fresh_moments: bool = True
+    """Take all statistics anew for the truncation after a step, as the paper does; without, the second moments of the
+    first calibration go on to be used."""
     correction_batches: int = 8
-    """How many batches the gradient of one projected step is averaged over."""
+    """How many batches the gradient of one step is averaged over."""
     line_search: bool = True
-    """Take only the part of each projected step at which the loss is estimated to be least, from as many batches again;
-    without, all of it, as the paper does."""
+    """Take only the part of each `projected` step at which the loss is estimated to be least, from as many batches
+    again; without, all of it, as the paper does."""
+    budget_in: str = "parameters"
+    """What `prune_ratio` is a fraction of: the target layers' `parameters` (two in 8 bits count as one), `bytes` of
+    weights saved in 16 bits, or `flops` of a token's forward pass."""
     storage: str = "factors"
     """How matrices are kept: `factors` in the model's type, `remap` in 8 bits but for what the larger factor has more,
-    which makes a component cost `max(m, n)` instead of `m + n`, or `hq` all in 8 bits, for prune ratios above 0.5."""
+    which makes a component cost `max(m, n)` instead of `m + n`, `hq` all in 8 bits, for prune ratios above 0.5, `mixed`
+    each matrix in 16 or in 8 bits, as the selection chooses, or `pivoted`, the same function as `factors` in
+    `k (m + n - k)` numbers."""
     rows_in_16_bits: str = "last"
     """Which rows of the factors `remap` leaves in 16 bits: the `last`, or by `loss_aware` choice over all layers."""
     min_rank_fraction: float = 0.0
@@ -63,17 +84,43 @@ class CompressionConfig:
     def __post_init__(self) -> None:
         require(0.0 < self.prune_ratio < 1.0, "prune_ratio", self.prune_ratio, "strictly between 0 and 1")
         require(self.corrections >= 0, "corrections", self.corrections, "0 or more")
+        require(self.truncations >= 1, "truncations", self.truncations, "1 or more")
+        require(0.0 < self.step_size <= 1.0, "step_size", self.step_size, "above 0 and at most 1")
         require(self.correction_batches >= 1, "correction_batches", self.correction_batches, "1 or more")
         require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
         require_one_of("metric", self.metric, METRICS)
         require_one_of("selection", self.selection, RULES)
+        require_one_of("budget_in", self.budget_in, UNITS)
+        require_one_of("correction_step", self.correction_step, CORRECTION_STEPS)
         require_one_of("storage", self.storage, STORAGES)
         require_one_of("rows_in_16_bits", self.rows_in_16_bits, ROWS_IN_16_BITS)
+        if self.storage == "mixed" and self.selection not in CHOOSE_BITS and self.plan is None:
+            raise ConfigError(
+                f"storage 'mixed' leaves bits to be chosen by selection {' or '.join(map(repr, CHOOSE_BITS))}, and it "
+                f"is {self.selection!r}"
+            )
         if self.rows_in_16_bits == "loss_aware" and (self.storage, self.metric) != ("remap", "input"):
             raise ConfigError(
                 f"rows_in_16_bits is 'loss_aware', which needs storage 'remap' and metric 'input', and they are "
                 f"{self.storage!r} and {self.metric!r}"
             )
+
+    @classmethod
+    def of(cls, preset: str | None = None, **given: Any) -> Self:
+        """The settings of a preset, but for those given. None stands for one that is not given.
+
+        Raises:
+            ConfigError: there is no such preset, or a value is out of range.
+        """
+        if preset is not None:
+            require_one_of("preset", preset, PRESETS)
+        settings = {} if preset is None else settings_of(preset)
+        return cls(**settings | {name: value for name, value in given.items() if value is not None})
+
+    @property
+    def gathers(self) -> tuple[str, ...]:
+        """What calibration takes beside the gradients by weights."""
+        return ("inputs", "outputs") if METRICS[self.metric].needs_outputs else ("inputs",)
 
     @property
     def weighs_rows(self) -> bool:
@@ -215,6 +262,9 @@ class ExportConfig:
 class RunConfig:
     """A whole `zssvd compress` run."""
 
+    preset: str | None = None
+    """A method of the field by name (`best`, `zs-svd`, `svd-llm`, ...; see `presets/`), whose settings stand in for
+    those that `compression` leaves out. `load_config` puts them there."""
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
@@ -249,7 +299,11 @@ def load_config(
     try:
         layers = [OmegaConf.create(dict(defaults or {})), *layers]
         layers += [_override(entry) for entry in overrides]
-        loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *layers))
+        merged = OmegaConf.merge(OmegaConf.structured(schema), *layers)
+        if (preset := OmegaConf.select(merged, "preset")) is not None:
+            require_one_of("preset", preset, PRESETS)
+            merged = OmegaConf.merge(OmegaConf.structured(schema), {"compression": settings_of(preset)}, *layers)
+        loaded = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(str(error.full_key), schema)) from error
     except MissingMandatoryValue as error:

@@ -12,7 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from zssvd_lightning.errors import TeacherError
-from zssvd_lightning.modules import HOOKS, CompressedLinear, dense_like
+from zssvd_lightning.forms import dense_like
+from zssvd_lightning.modules import HOOKS, CompressedLinear
 
 STATE_HOOKS = (
     "_state_dict_hooks",

@@ -12,12 +12,12 @@ from tqdm.auto import tqdm
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.gathering import Gathering
-from zssvd_lightning.quantization import Importance, importance
+from zssvd_lightning.quantization import Importance, importance, rounding_by_component, rounding_of_dense
 from zssvd_lightning.selection import Components
 from zssvd_lightning.spectrum import Spectrum
 from zssvd_lightning.statistics import Moments
 from zssvd_lightning.targets import Target
-from zssvd_lightning.whitening import METRICS, Whitening, warn_of_jitter
+from zssvd_lightning.whitening import METRICS, Root, Whitening, warn_of_jitter
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ def svd_work(m: int, n: int) -> float:
 
 
 def whitening_work(n: int) -> float:
-    """Floating-point operations of the Cholesky factorisation of (n, n)."""
+    """Floating-point operations of the Cholesky factorisation of (n, n), on either side."""
     return n**3 / 3
 
 
@@ -74,7 +74,10 @@ def decompose(
     metric: str,
     team: Team,
     progress: bool,
+    *,
     weigh: bool = False,
+    round_off: bool = False,
+    descent: float = 0.0,
 ) -> Decomposition:
     """Spectra and scores of all layers; one whitening for those that share an input. Collective.
 
@@ -88,14 +91,16 @@ def decompose(
         team: the processes that compress the model together.
         progress: whether to draw a bar.
         weigh: whether to find the importance of outputs and inputs too.
+        round_off: whether to find what keeping components in 8 bits would cost.
+        descent: how far each whitened weight goes along its whitened gradient first, downhill.
 
     Raises:
         CalibrationError: statistics are missing, not finite or degenerate, or an SVD failed; names the layer.
         ProcessFailedError: that, on another process.
     """
-    gathering.share_counts()
+    gathering.complete()
     shares = share_out(targets, gathering.moments.leaders, team.size)
-    worker = _Worker(targets, gathering, metric, team, weigh)
+    worker = _Worker(targets, gathering, metric, team, weigh=weigh, round_off=round_off, descent=descent)
     with tqdm(total=len(targets), desc="spectra", unit="layer", disable=not progress) as bar:
         for turn in zip_longest(*shares):
             worker.take(turn)
@@ -113,7 +118,15 @@ class _Worker:
     """One process at its share of the layers."""
 
     def __init__(
-        self, targets: Mapping[str, Target], gathering: Gathering, metric: str, team: Team, weigh: bool
+        self,
+        targets: Mapping[str, Target],
+        gathering: Gathering,
+        metric: str,
+        team: Team,
+        *,
+        weigh: bool,
+        round_off: bool,
+        descent: float,
     ) -> None:
         self.spectra: dict[str, Spectrum] = {}
         self.components: dict[str, Components] = {}
@@ -124,14 +137,16 @@ class _Worker:
         self._metric = METRICS[metric]
         self._team = team
         self._weigh = weigh
+        self._round_off = round_off
+        self._descent = descent
         self._mean_squares = torch.empty(0)
         self._started: set[str] = set()
-        self._whitening: tuple[str, Whitening] | None = None
+        self._inputs: tuple[str, Root] | None = None
 
     def take(self, turn: tuple[str | None, ...]) -> None:
         """Decomposes this process's layer while the others do theirs. Collective.
 
-        What was held whole for it is gone afterwards, but for the whitening, which the next layer may share.
+        What was held whole for it is gone afterwards, but for the side of the input, which the next layer may share.
 
         Args:
             turn: the layers by rank; None for processes that have done theirs.
@@ -148,19 +163,25 @@ class _Worker:
                 self._decompose(*own)
 
     def _decompose(self, name: str, leader: str, weight: Tensor, moments: Moments) -> None:
-        if self._whitening is None or self._whitening[0] != leader:
-            self._whitening = None
-            self._whitening = leader, self._metric(moments, name)
-            self.jitters[leader] = self._whitening[1].jitter
+        if self._inputs is None or self._inputs[0] != leader:
+            self._inputs = None
+            self._inputs = leader, self._metric.inputs(moments, name)
+            self.jitters[leader] = self._inputs[1].jitter
             if self._weigh:
                 self._mean_squares = moments.second_moment(name).diagonal().clone()
-        spectrum = _spectrum(self._targets[name], weight, self._whitening[1])
+        whitening = Whitening(self._inputs[1], self._metric.outputs(moments, name))
         G = moments.mean_gradient(name)
+        spectrum = _spectrum(self._targets[name], weight, whitening, self._descent * G if self._descent else None)
         delta = spectrum.sensitivities(G)
         if self._weigh:
-            found = importance(self._mean_squares, self._whitening[1].whiten_gradient(G))
+            found = importance(self._mean_squares, whitening.whiten_gradient(G))
             self.importances[name] = found.outputs.cpu(), found.inputs.cpu()
-        self.spectra[name], self.components[name] = spectrum.to("cpu"), Components(spectrum.sigma.cpu(), delta.cpu())
+        rounding, rounding_dense = None, None
+        if self._round_off:
+            rounding = rounding_by_component(spectrum, whitening).cpu()
+            rounding_dense = rounding_of_dense(weight, whitening)
+        self.spectra[name] = spectrum.to("cpu")
+        self.components[name] = Components(spectrum.sigma.cpu(), delta.cpu(), rounding, rounding_dense)
 
 
 def _of_all(team: Team, own: Mapping[str, T]) -> dict[str, T]:
@@ -168,9 +189,9 @@ def _of_all(team: Team, own: Mapping[str, T]) -> dict[str, T]:
     return {name: value for theirs in team.gathered(own) for name, value in theirs.items()}
 
 
-def _spectrum(target: Target, weight: Tensor, whitening: Whitening) -> Spectrum:
+def _spectrum(target: Target, weight: Tensor, whitening: Whitening, descent: Tensor | None) -> Spectrum:
     try:
-        return Spectrum.of(weight, whitening)
+        return Spectrum.of(weight, whitening, descent)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise CalibrationError(
             f"the SVD of {target.name} {target.shape} failed: {error}; check the weight for NaN and infinite values, "

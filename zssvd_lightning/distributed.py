@@ -8,6 +8,8 @@ A `Team` is the processes that compress one model together. What a process holds
 | `Replicas` | whole, all the same | sums over its own batches | its own          |
 | `Shards`   | some rows           | the same rows of the sums | its own          |
 
+Second moments of the gradients by outputs are whole sums over its own batches at every process of either.
+
 Every layer has an owner, the process that brings its weight and statistics together, decomposes it and hands out the
 factors. Methods marked as collective must be called by all processes of the team, in the same order.
 """
@@ -97,6 +99,18 @@ class Team:
         """What this process holds of a statistic, over the batches of all. Collective."""
         return part
 
+    def total_at(self, owner: int, own: Tensor) -> Tensor | None:
+        """A statistic over all batches at its owner, of which each process has all over its own. Collective."""
+        return own
+
+    def total_to_save(self, own: Tensor) -> Tensor | None:
+        """Such a statistic for a checkpoint, as `weight_to_save`. Collective."""
+        return own
+
+    def own_total(self, saved: Tensor) -> Tensor | None:
+        """What this process is to start from of a saved one, so that the sum stays what it is. Collective."""
+        return saved
+
     def share_of_sum(self, whole: Tensor, split: int) -> Tensor | None:
         """What this process is to hold of a statistic that all have whole, so that the sum stays what it is."""
         return whole
@@ -157,6 +171,17 @@ class Several(Team):
         return choice[0]  # type: ignore[return-value]
 
     @override
+    def total_at(self, owner: int, own: Tensor) -> Tensor | None:
+        total = own.clone(memory_format=torch.contiguous_format)
+        dist.reduce(total, dst=owner)
+        return total if self.rank == owner else None
+
+    @override
+    def own_total(self, saved: Tensor) -> Tensor | None:
+        whole = saved.full_tensor() if isinstance(saved, DTensor) else saved
+        return whole if self.rank == 0 else None
+
+    @override
     @contextmanager
     def together(self) -> Iterator[None]:
         own: Exception | None = None
@@ -181,9 +206,7 @@ class Replicas(Several):
 
     @override
     def sum_at(self, owner: int, part: Tensor, length: int, split: int) -> Tensor | None:
-        total = part.clone(memory_format=torch.contiguous_format)
-        dist.reduce(total, dst=owner)
-        return total if self.rank == owner else None
+        return self.total_at(owner, part)
 
     @override
     def over_batches(self, part: Tensor) -> Tensor:
@@ -198,7 +221,11 @@ class Replicas(Several):
 
     @override
     def sum_to_save(self, part: Tensor, length: int, split: int = 0) -> Tensor | None:
-        total = self.sum_at(0, part, length, split)
+        return self.total_to_save(part)
+
+    @override
+    def total_to_save(self, own: Tensor) -> Tensor | None:
+        total = self.total_at(0, own)
         return None if total is None else total.cpu()
 
     @override
@@ -284,6 +311,12 @@ class Shards(Several):
     @override
     def sum_to_save(self, part: Tensor, length: int, split: int = 0) -> Tensor | None:
         return self.weight_to_save(part, length, split)
+
+    @override
+    def total_to_save(self, own: Tensor) -> Tensor | None:
+        total = own.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return self.weight_to_save(self.part(total), len(total))
 
     @override
     def share_of_sum(self, whole: Tensor, split: int) -> Tensor | None:

@@ -14,8 +14,9 @@ from zssvd_lightning.adapters import merge_adapters
 from zssvd_lightning.calibration import evaluation_mode
 from zssvd_lightning.errors import ExportError, SavedModelError
 from zssvd_lightning.files import replacing_folder
+from zssvd_lightning.forms import dense_like
 from zssvd_lightning.hub import mark, tell
-from zssvd_lightning.modules import CompressedLinear, dense_like, type_of
+from zssvd_lightning.modules import CompressedLinear, type_of
 from zssvd_lightning.saving import SHARD, write_model
 from zssvd_lightning.targets import replace_module
 

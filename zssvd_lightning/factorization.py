@@ -10,7 +10,9 @@ from torch import Tensor
 
 from zssvd_lightning.decomposition import Decomposition
 from zssvd_lightning.distributed import Team
+from zssvd_lightning.forms import Factored
 from zssvd_lightning.modules import Dense, LowRankLinear, carry_hooks
+from zssvd_lightning.pivoted import PivotedLinear, pivots_first
 from zssvd_lightning.targets import Target, local_part
 
 
@@ -31,13 +33,20 @@ def truncated_weight(factors: Factors) -> Tensor:
 
 
 def low_rank_layer(old: Dense, factors: Factors, bias: Tensor | None) -> LowRankLinear:
-    """The layer that takes the place of `old`.
+    """The layer of two factors that takes the place of `old`.
 
     Bias, `requires_grad` flags, training mode and forward and backward hooks carry over.
     """
-    new = LowRankLinear.like(old, rank=len(factors.down))
-    new.to_empty(device=factors.up.device)
+    new = LowRankLinear.like(old, rank=len(factors.down)).to_empty(device=factors.up.device)
     new.fill(*factors, bias)
+    carry_hooks(new, old)
+    return new
+
+
+def pivoted_layer(old: Dense, factors: Factors, bias: Tensor | None, rows: Tensor) -> PivotedLinear:
+    """The layer of pivot rows that takes the place of `old`, as `low_rank_layer`; `rows` are of `pivots_first`."""
+    new = PivotedLinear.like(old, rank=len(factors.down)).to_empty(device=factors.up.device)
+    new.fill(*factors, bias, rows)
     carry_hooks(new, old)
     return new
 
@@ -48,14 +57,16 @@ class HeldFactors:
     Args:
         targets: the layers.
         team: the processes that compress the model together.
+        storage: how the layers are kept; the 8-bit ones are made of factors later.
 
     Attributes:
         held: what this process holds, by layer.
     """
 
-    def __init__(self, targets: Mapping[str, Target], team: Team) -> None:
+    def __init__(self, targets: Mapping[str, Target], team: Team, storage: str = "factors") -> None:
         self._targets = targets
         self._team = team
+        self._storage = storage
         self.held: dict[str, Factors] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -80,11 +91,15 @@ class HeldFactors:
         """What this process holds of a layer's truncated weight. Collective."""
         return self._team.part(truncated_weight(self._whole(name)), self._targets[name].split)
 
-    def layer(self, name: str) -> LowRankLinear:
+    def layer(self, name: str) -> Factored:
         """The whole low-rank layer for the place of a truncated one. Collective."""
-        old = self._targets[name].module
+        old, factors = self._targets[name].module, self._whole(name)
         bias = None if old.bias is None else self._team.whole(local_part(old.bias.detach()), len(old.bias))
-        return low_rank_layer(old, self._whole(name), bias)
+        if self._storage != PivotedLinear.kind:
+            return low_rank_layer(old, factors, bias)
+        # processors may round differently, and then choose other rows
+        rows = self._team.decided(lambda: pivots_first(factors.up))
+        return pivoted_layer(old, factors, bias, rows)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """Factors by layer, as the team saves them. Collective."""

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zssvd_lightning.eight_bit import Int8LowRankLinear
 from zssvd_lightning.errors import SavedModelError, UnsupportedServingError
-from zssvd_lightning.modules import KINDS, Int8LowRankLinear
+from zssvd_lightning.forms import KINDS
+from zssvd_lightning.pivoted import PivotedLinear
 
 Spec = Mapping[str, Any]
 """Kind and sizes of a compressed layer, as saved configs tell them."""
@@ -40,19 +42,21 @@ class FusedLinear(nn.Module):
         dtype: floating-point type of what is not in 8 bits.
 
     Raises:
-        UnsupportedServingError: a part is of a kind that has no shares.
+        UnsupportedServingError: a part is of a kind that has no such shares.
     """
 
     def __init__(self, parts: Sequence[Part], dtype: torch.dtype) -> None:
         super().__init__()
         self.parts = parts
         for name, spec, saved, held, _ in parts:
-            if spec and spec["kind"] == Int8LowRankLinear.kind and saved != held:
+            if spec and not _has_share(spec["kind"], saved, held):
                 raise UnsupportedServingError(
                     f"{name} is of kind {spec['kind']}, which cannot be dealt out to processes; serve it on one"
                 )
         self.shapes = [_shapes(_layer(part.spec, part.saved, dtype, bias=True)) for part in parts]
         layers = [_layer(part.spec, part.held, dtype, bias=False) for part in parts]
+        self._turned: set[int] = set()
+        self._square: list[tuple[int, str, Tensor]] = []
         self.missing = {(index, name) for index, layer in enumerate(layers) for name in _shapes(layer)}
         self.layers = nn.ModuleList(layer.to_empty(device=torch.get_default_device()) for layer in layers)
         self.requires_grad_(requires_grad=False)
@@ -66,29 +70,43 @@ class FusedLinear(nn.Module):
     def load(self, index: int, name: str, saved: Tensor) -> None:
         """Takes the share of the saved tensor `name` of a part.
 
-        Engines transpose the weights of `Conv1D`, and with them its factors. Those are never square.
+        Engines transpose the weights of `Conv1D`, and with them its factors. Those are never square, but coefficients
+        of pivot rows may be: they wait for `check`, when the pivot rows have told.
 
         Raises:
             SavedModelError: the part has no such tensor, or one of another shape.
         """
         part, shape = self.parts[index], self.shapes[index].get(name)
-        whole = saved.t() if saved.shape != shape and saved.ndim == 2 else saved
-        if whole.shape != shape:
+        turned = saved.shape != shape and saved.ndim == 2
+        whole = saved.t() if turned else saved
+        if shape is None or whole.shape != shape:
             raise SavedModelError(
                 f"{part.name}.{name} is {tuple(saved.shape)} in the folder and {shape} by its config; save it again"
             )
-        place = self.layers[index].state_dict()[name]
+        if turned:
+            self._turned.add(index)
+        if part.spec and part.spec["kind"] == PivotedLinear.kind and shape[:1] == shape[1:]:
+            self._square.append((index, name, saved.clone()))
+        else:
+            self._place(index, name, whole)
+
+    def check(self) -> None:
+        """Raises SavedModelError when tensors have not been loaded."""
+        while self._square:
+            index, name, saved = self._square.pop()
+            self._place(index, name, saved.t() if index in self._turned else saved)
+        if self.missing:
+            names = sorted(f"{self.parts[index].name}.{name}" for index, name in self.missing)
+            raise SavedModelError(f"{len(names)} tensors are not in the folder, {names[0]} among them; save it again")
+
+    @torch.no_grad()
+    def _place(self, index: int, name: str, whole: Tensor) -> None:
+        part, place = self.parts[index], self.layers[index].state_dict()[name]
         for dim, size in enumerate(place.shape):
             if size < whole.shape[dim]:
                 whole = whole.narrow(dim, part.turn * size, size)
         place.copy_(whole)
         self.missing.discard((index, name))
-
-    def check(self) -> None:
-        """Raises SavedModelError when tensors have not been loaded."""
-        if self.missing:
-            names = sorted(f"{self.parts[index].name}.{name}" for index, name in self.missing)
-            raise SavedModelError(f"{len(names)} tensors are not in the folder, {names[0]} among them; save it again")
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x (..., n) to (..., m), m over all parts."""
@@ -106,6 +124,13 @@ def names_of(layer: str, specs: Mapping[str, Spec], packed: Mapping[str, Sequenc
     """
     parent, dot, leaf = layer.rpartition(".")
     return [layer] if layer in specs else [f"{parent}{dot}{name}" for name in packed.get(leaf, [leaf])]
+
+
+def _has_share(kind: str, saved: tuple[int, int], held: tuple[int, int]) -> bool:
+    """Whether a layer of this kind has a share of this shape: others than all are of few kinds."""
+    if kind == Int8LowRankLinear.kind:
+        return saved == held
+    return kind != PivotedLinear.kind or saved[0] == held[0]  # other rows need all pivots
 
 
 def _layer(spec: Spec | None, shape: tuple[int, int], dtype: torch.dtype, *, bias: bool) -> nn.Module:

@@ -1,6 +1,6 @@
 """The statistics of the batches between two steps of a compression, over all processes that see batches.
 
-Shapes: W and G are (m, n), the second moment A is (n, n).
+Shapes: W and G are (m, n), the second moments A (n, n) and B (m, m).
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -24,20 +24,29 @@ class Gathering:
         model: the module the batches go through.
         targets: the layers to watch.
         team: the processes that compress the model together.
+        outputs: whether second moments of the gradients by outputs are taken too.
+        keep: whether second moments outlast a step, for those that have none of their own.
 
     Attributes:
         moments: of the batches whose gradients have come.
         may_discard: whether gradients may be discarded, which takes memory for a second set of second moments.
     """
 
-    def __init__(self, model: nn.Module, targets: Mapping[str, Target], team: Team) -> None:
+    def __init__(
+        self, model: nn.Module, targets: Mapping[str, Target], team: Team, outputs: bool = False, keep: bool = False
+    ) -> None:
         self.moments = Moments()
         self.may_discard = False
         self._model = model
         self._targets = targets
         self._team = team
+        self._outputs = outputs
+        self._keep = keep
+        self._kept: Moments | None = None
+        self._counts_shared = False
         self._window = Moments()
         self._pending: list[tuple[float, float]] = []
+        self._observation: Observation | None = None
 
     @contextmanager
     def observing(self, mask: Tensor | None, inputs: bool = True) -> Iterator[Observation]:
@@ -48,8 +57,11 @@ class Gathering:
             into.leaders |= self.moments.leaders
         with (
             self._team.inputs(into, self._targets) if inputs else nullcontext(into) as seen,
-            observing(self._model, self._targets, seen, mask, inputs) as observation,
+            observing(
+                self._model, self._targets, seen, mask, inputs, into if inputs and self._outputs else None
+            ) as observation,
         ):
+            self._observation = observation
             yield observation
 
     @property
@@ -57,16 +69,28 @@ class Gathering:
         """Whether losses wait for their gradients."""
         return bool(self._pending)
 
-    def add_loss(self, loss: Tensor, terms: float) -> None:
-        """Notes a batch's mean loss until its gradient comes. Raises CalibrationError or NonFiniteError."""
+    def add_loss(self, loss: Tensor, terms: float, gradient_weight: float) -> None:
+        """Notes the mean loss of the batch under observation, until its gradient comes.
+
+        Args:
+            loss: with its graph.
+            terms: how many it is the mean of.
+            gradient_weight: by what the gradients that are about to come must be multiplied to be those of their sum.
+
+        Raises:
+            CalibrationError: there are no terms, or it is no loss.
+            NonFiniteError: it is NaN or infinite.
+        """
         if not terms > 0:
             raise CalibrationError(f"a calibration batch counts {terms} loss terms, but needs some; drop such batches")
         self._team.inputs_seen()
         self._pending.append((checked_loss(loss).item(), terms))
+        if self._observation is not None:
+            self._observation.gradient_weight = gradient_weight
 
     def collect_gradients(self, weight: float) -> None:
         """Adds the losses noted and `weight` times the gradients on the targets to the statistics, and clears both."""
-        self.moments.absorb_inputs(self._window)
+        self.moments.absorb_moments(self._window)
         for loss, terms in self._pending:
             self.moments.add_loss(loss, terms)
         self._pending = []
@@ -80,19 +104,32 @@ class Gathering:
             target.module.weight.grad = None
 
     def start_afresh(self) -> None:
-        """Forgets the statistics."""
-        self.moments = Moments()
+        """Forgets the statistics, but for second moments that are kept."""
+        if self._keep and self.moments.input_sums:
+            self._kept = self.moments.second_moments(counted=self._team.rank == 0)
+        self.moments, self._counts_shared = Moments(), False
 
-    def share_counts(self) -> None:
-        """Replaces counts by those over all processes, once all batches are over. Collective.
+    def forget(self) -> None:
+        """Forgets all statistics."""
+        self._kept, self.moments, self._counts_shared = None, Moments(), False
+
+    def complete(self) -> None:
+        """Recalls second moments that were kept, if these batches gave none, and has counts be those of all processes.
+
+        Is called once all batches are over, and does nothing when called again. Collective.
 
         Raises:
             CalibrationError: layers share an input on one process and not on another.
         """
+        if self._counts_shared:
+            return
+        if self._kept is not None and not self.moments.leaders:
+            self.moments.absorb_moments(self._kept.second_moments())
+        self._counts_shared = True
         self.moments.take_counts(self._team.gathered(self.moments.counts()))
 
     def layer_at(self, owner: int, name: str, *, inputs: bool) -> tuple[Tensor, Moments] | None:
-        """A layer's whole weight and statistics at its owner, None at the others; after `share_counts`. Collective.
+        """A layer's whole weight and statistics at its owner, None at the others; after `complete`. Collective.
 
         Args:
             owner: rank of the process that needs it.
@@ -102,21 +139,24 @@ class Gathering:
         target, moments = self._targets[name], self.moments
         leader = moments.leaders.get(name, name)
         length, split = target.shape[target.split], target.split
-        A = G = None
+        A = G = B = None
         if inputs and moments.tokens.get(leader):
             A = self._team.sum_at(owner, self._inputs(moments, leader), target.shape[1], 0)
         if name in moments.with_gradient:
             G = self._team.sum_at(owner, self._gradient(moments.gradient_sums, name), length, split)
+        if name in moments.with_outputs:
+            B = self._team.total_at(owner, self._output_sum(moments, name))
         weight = self._team.weight_at(owner, target.weight, length, split)
         if weight is None:
             return None
         whole = Moments(dict(moments.leaders), tokens=moments.tokens, loss_terms=moments.loss_terms)
         whole.input_sums = {} if A is None else {leader: A}
         whole.gradient_sums = {} if G is None else {name: G}
+        whole.output_sums = {} if B is None else {name: B}
         return weight, whole
 
     def second_moment(self, leader: str) -> Tensor:
-        """`A` (n, n) over all batches, at every process that has whole weights; after `share_counts`. Collective.
+        """`A` (n, n) over all batches, at every process that has whole weights; after `complete`. Collective.
 
         Raises:
             CalibrationError: the layer never ran.
@@ -128,7 +168,7 @@ class Gathering:
         return total.second_moment(leader)
 
     def mean_gradient(self, name: str) -> Tensor:
-        """What this process holds of the mean gradient over all batches; after `share_counts`. Collective.
+        """What this process holds of the mean gradient over all batches; after `complete`. Collective.
 
         Raises:
             ZeroGradientError: the loss does not depend on the layer.
@@ -142,11 +182,13 @@ class Gathering:
     @staticmethod
     def empty_state() -> dict[str, Any]:
         """The `state_dict` before the first batch."""
-        return {"moments": Moments().state_dict(), "window": Moments().state_dict(), "pending": [], "gradients": {}}
+        empty = Moments().state_dict()
+        return {"moments": empty, "window": empty, "kept": None, "pending": [], "gradients": {}}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, as the team saves them. Collective."""
-        counts = self._team.gathered(self.moments.counts() | {"window": self._window.counts()})
+        kept = self._kept or Moments()
+        counts = self._team.gathered(self.moments.counts() | {"window": self._window.counts(), "kept": kept.counts()})
         pending = self._team.gathered(self._pending)
         losses = [_mean(entries) for entries in zip(*pending, strict=True)]
         weights = {name: target.gradient for name, target in self._targets.items()} if losses else {}
@@ -155,6 +197,7 @@ class Gathering:
         return {
             "moments": self._of_all(self.moments, counts),
             "window": self._of_all(self._window, [each["window"] for each in counts]),
+            "kept": None if self._kept is None else self._of_all(kept, [each["kept"] for each in counts]),
             "pending": [list(entry) for entry in losses],
             "gradients": self._gradients_to_save(open_gradients, has_open),
         }
@@ -163,6 +206,7 @@ class Gathering:
         """Goes on from a `state_dict`; sums go to the first process, or in parts to all."""
         self.moments = self._own(state["moments"])
         self._window = self._own(state["window"])
+        self._kept = None if state["kept"] is None else self._own(state["kept"])
         self._pending = [(loss, terms) if self._team.rank == 0 else (0.0, 0.0) for loss, terms in state["pending"]]
         for name, gradient in state["gradients"].items():
             if (part := self._team.share_of_sum(gradient, self._targets[name].split)) is not None:
@@ -173,6 +217,12 @@ class Gathering:
         n, W = self._targets[leader].shape[1], self._targets[leader].weight
         own = moments.input_sums.get(leader)
         return torch.zeros(n, n, dtype=accumulated(W.dtype), device=W.device) if own is None else own
+
+    def _output_sum(self, moments: Moments, name: str) -> Tensor:
+        """`D^T D` over the batches of this process."""
+        m, W = self._targets[name].shape[0], self._targets[name].weight
+        own = moments.output_sums.get(name)
+        return torch.zeros(m, m, dtype=accumulated(W.dtype), device=W.device) if own is None else own
 
     def _gradient(self, gradients: Mapping[str, Tensor], name: str) -> Tensor:
         """The summed gradient over the batches of this process, none of which may have run through the layer."""
@@ -188,6 +238,9 @@ class Gathering:
             if (A := self._team.sum_to_save(inputs, self._targets[leader].shape[1])) is not None:
                 total.input_sums[leader] = A
         total.gradient_sums = self._gradients_to_save(moments.gradient_sums, total.with_gradient)
+        for name in [name for name in self._targets if name in total.with_outputs]:
+            if (B := self._team.total_to_save(self._output_sum(moments, name))) is not None:
+                total.output_sums[name] = B
         return total.state_dict()
 
     def _gradients_to_save(self, gradients: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
@@ -202,15 +255,18 @@ class Gathering:
 
     def _own(self, state: Mapping[str, Any]) -> Moments:
         """What this process holds of saved statistics: its part of each sum, and the counts if it is the first."""
-        moments = Moments(**{**state, "input_sums": {}, "gradient_sums": {}})
+        moments = Moments(**{**state, "input_sums": {}, "gradient_sums": {}, "output_sums": {}})
         if self._team.rank != 0:
             moments.tokens = dict.fromkeys(state["tokens"], 0)
-            moments.loss_sum = moments.loss_terms = 0.0
+            moments.loss_sum = moments.loss_terms = moments.output_terms = 0.0
         for kind, sums in (("input_sums", moments.input_sums), ("gradient_sums", moments.gradient_sums)):
             for name, whole in state[kind].items():
                 split = self._targets[name].split if kind == "gradient_sums" else 0
                 if (part := self._team.share_of_sum(whole, split)) is not None:
                     sums[name] = part.to(self._targets[name].weight.device, copy=True)
+        for name, saved in state.get("output_sums", {}).items():
+            if (own := self._team.own_total(saved)) is not None:
+                moments.output_sums[name] = own.to(self._targets[name].weight.device, copy=True)
         return moments
 
 

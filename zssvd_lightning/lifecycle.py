@@ -167,9 +167,9 @@ class Lifecycle:
     def advance(self) -> Step:
         """Takes the step under way, which it returns, and enters the phase that follows; within `changing_weights`."""
         step = self._steps[self._position]
-        self.phase = Phase.TRUNCATE if step.act is Compression.truncate else Phase.CORRECT
+        self.phase = Phase.TRUNCATE if step.truncates else Phase.CORRECT
         self.terms_unit = None
-        step.act(self.compression)
+        self.compression.take(step)
         self._position += 1
         following = self._steps[self._position :]
         self.phase = following[0].gathers if following else Phase.FACTORISE

@@ -1,6 +1,7 @@
 """Pictures: what a compression left of each layer, and how a training run went through its phases. Need matplotlib."""
 
 import csv
+import math
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -94,10 +95,10 @@ def _column(metrics: str | Path, name: str) -> list[tuple[int, float]]:
 def _grid(report: Report) -> tuple[list[str], list[str], list[list[float]]]:
     """Rows are names without their numbers, columns the first number in the name; NaN where there is no layer."""
     cells: dict[tuple[str, str], float] = {}
-    for name, (_, (m, n), kept) in report.layers.items():
+    for name, layer in report.layers.items():
         number = re.search(r"\d+", name)
         kind = re.sub(r"^.*?\.\d+\.", "", name)
-        cells[kind, number.group() if number else ""] = kept / (m * n)
+        cells[kind, number.group() if number else ""] = layer.kept / math.prod(layer.shape)
     rows = list(dict.fromkeys(kind for kind, _ in cells))
     columns = list(dict.fromkeys(number for _, number in cells))
     return rows, columns, [[cells.get((row, column), float("nan")) for column in columns] for row in rows]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -13,10 +13,15 @@ from tqdm.auto import tqdm
 from zssvd_lightning.calibration import loss_terms, token_mask
 from zssvd_lightning.compression import Compression, steps
 from zssvd_lightning.config import CompressionConfig
+from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.gathering import Gathering
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import Plan
 from zssvd_lightning.report import Report
+from zssvd_lightning.statistics import Moments
+from zssvd_lightning.targets import find_targets
+from zssvd_lightning.whitening import METRICS
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -43,6 +48,7 @@ def compress(
     batches: Iterable[Any],
     config: CompressionConfig | None = None,
     *,
+    statistics: Moments | None = None,
     progress: bool = True,
     **reading: Unpack[Reading],
 ) -> Report:
@@ -52,6 +58,8 @@ def compress(
         model: any module of `nn.Linear` or transformers' `Conv1D` layers.
         batches: calibration batches; a list or a DataLoader, since every correction goes through them again.
         config: what to remove and how; the defaults of `CompressionConfig` when None.
+        statistics: those of the first calibration, from `calibrate`, which may serve several compressions of equal
+            models; the batches are then gone through for corrections alone.
         progress: whether to draw progress bars.
         reading: `loss`, `mask` and `terms`, for other batches than those of transformers; see `Reading`.
 
@@ -66,11 +74,36 @@ def compress(
     compression = Compression(model, config, progress)
     with _undone_on_error(compression), _gradients_set_aside(model):
         for step in steps(config):
-            gather(compression, batches, step.gathers, **reading)
-            step.act(compression)
+            if statistics is None:
+                gather(compression, batches, step.gathers, **reading)
+            else:  # let go of here, so that the truncation can free them
+                compression.gathering.moments, statistics = _fitting(compression, statistics), None
+            compression.take(step)
         compression.factorise()
         compression.store()
     return compression.report()
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: CompressionConfig | None = None,
+    *,
+    progress: bool = True,
+    **reading: Unpack[Reading],
+) -> Moments:
+    """The statistics that the first truncation of `compress` would go by; the model stays as it is.
+
+    Takes the arguments of `compress`, and raises what it raises, but for errors of the budget: of `config` only the
+    layers and what the metric needs matter.
+    """
+    config = config or CompressionConfig()
+    targets = find_targets(model, config.include, config.ignore)
+    gathering = Gathering(model, targets, Team(), METRICS[config.metric].needs_outputs)
+    with _gradients_set_aside(model):
+        every = _checked(batches, 0, None, Phase.CALIBRATE, progress=progress)
+        _observe(model, gathering, every, Phase.CALIBRATE, **reading)
+    return gathering.moments
 
 
 def plan(
@@ -95,42 +128,60 @@ def gather(
     compression: Compression,
     batches: Iterable[Any],
     phase: Phase,
+    **reading: Unpack[Reading],
+) -> None:
+    """The statistics of one step, from one forward and one backward pass over each batch.
+
+    CALIBRATE takes second moments and gradients over all batches, CORRECT the gradients over `correction_batches` of
+    them, of which every round takes the next. The other arguments are those of `compress` and of `Reading`.
+
+    Raises:
+        CalibrationError: there are no batches, fewer than promised, or one that cannot be used.
+    """
+    limit = compression.config.correction_batches if phase is Phase.CORRECT else None
+    with compression.stopwatch(phase.value):
+        first = 0 if limit is None else compression.rounds * limit % (_length(batches) or 1)
+        wanted = _checked(batches, first, limit, phase, progress=compression.progress)
+        _observe(compression.model, compression.gathering, wanted, phase, **reading)
+
+
+def _observe(
+    model: nn.Module,
+    gathering: Gathering,
+    batches: Iterable[Any],
+    phase: Phase,
     *,
     loss: Loss = model_loss,
     mask: Callable[[Any], Tensor | None] = token_mask,
     terms: Callable[[Any], float] = loss_terms,
 ) -> None:
-    """The statistics of one step, from one forward and one backward pass over each batch.
+    """One forward and one backward pass over each batch; CORRECT takes no second moments."""
+    device = next(model.parameters()).device
+    for raw in batches:
+        batch = move_data_to_device(raw, device)
+        weight = terms(batch)
+        with (
+            torch.enable_grad(),
+            gathering.observing(mask(batch), inputs=phase is Phase.CALIBRATE) as observation,
+        ):
+            batch_loss = loss(model, batch)
+            observation.forward_done()
+            gathering.add_loss(batch_loss, weight, weight)
+            batch_loss.backward()  # type: ignore[no-untyped-call]
+            gathering.collect_gradients(weight)
 
-    CALIBRATE takes second moments and gradients over all batches, CORRECT the gradients over the first
-    `correction_batches` of them. The other arguments are those of `compress` and of `Reading`.
+
+def _checked(batches: Iterable[Any], first: int, limit: int | None, step: str, *, progress: bool) -> Iterator[Any]:
+    """`limit` batches from number `first` on, and from the start again after the last, under a progress bar.
 
     Raises:
-        CalibrationError: there are no batches, fewer than promised, or one that cannot be used.
+        CalibrationError: there are fewer than promised.
     """
-    device = next(compression.model.parameters()).device
-    limit = compression.config.correction_batches if phase is Phase.CORRECT else None
-    with compression.stopwatch(phase.value):
-        for raw in _checked(batches, limit, phase, progress=compression.progress):
-            batch = move_data_to_device(raw, device)
-            weight = terms(batch)
-            with (
-                torch.enable_grad(),
-                compression.gathering.observing(mask(batch), inputs=phase is Phase.CALIBRATE) as observation,
-            ):
-                batch_loss = loss(compression.model, batch)
-                observation.forward_done()
-                compression.gathering.add_loss(batch_loss, weight)
-                batch_loss.backward()  # type: ignore[no-untyped-call]
-                compression.gathering.collect_gradients(weight)
-
-
-def _checked(batches: Iterable[Any], limit: int | None, step: str, *, progress: bool) -> Iterator[Any]:
-    """The first `limit` batches under a progress bar. Raises CalibrationError when there are fewer than promised."""
+    turned = chain(islice(batches, first, None), islice(batches, first)) if first else batches
     promised = _length(batches)
     expected = promised if limit is None else limit if promised is None else min(limit, promised)
     seen = 0
-    for batch in tqdm(islice(batches, limit), total=expected, desc=step, unit="batch", disable=not progress):
+    for batch in tqdm(islice(turned, limit), total=expected, desc=step, unit="batch", disable=not progress):
         yield batch
         seen += 1
     if seen == 0 or (promised is not None and expected is not None and seen < expected):
@@ -139,6 +190,21 @@ def _checked(batches: Iterable[Any], limit: int | None, step: str, *, progress: 
             + (f" of {expected}" if expected else "")
             + "; pass a list or a DataLoader that gives at least one batch and can be gone through again"
         )
+
+
+def _fitting(compression: Compression, statistics: Moments) -> Moments:
+    """The statistics where the model is; their tensors are not copied if they are there. Raises CalibrationError."""
+    widths = {leader: A.shape[0] for leader, A in statistics.input_sums.items()}
+    for name, leader in statistics.leaders.items():
+        target = compression.targets.get(name)
+        if target is None or widths[leader] != target.shape[1]:
+            found = "no layer to compress" if target is None else f"a layer {target.shape}"
+            raise CalibrationError(
+                f"the statistics are of another model or other layers: {name} of width {widths[leader]} is {found} "
+                "here; calibrate this one"
+            )
+    device = next(compression.model.parameters()).device
+    return Moments(**move_data_to_device(statistics.state_dict(), device))
 
 
 def _length(batches: Iterable[Any]) -> int | None:

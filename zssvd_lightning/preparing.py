@@ -94,7 +94,7 @@ class Preparation:
     def absorb(self) -> None:
         """Adds what a batch that has run has given to the second moments."""
         if self.window is not None and self.gathering is not None:
-            self.gathering.moments.absorb_inputs(self.window)
+            self.gathering.moments.absorb_moments(self.window)
             self.gathering.moments.batches += 1
         self.window = None
 
@@ -112,7 +112,7 @@ class Preparation:
         """
         if self.gathering is None:
             raise RuntimeError("second moments are gathered once")
-        self.gathering.share_counts()
+        self.gathering.complete()
         moments, jitters = self.gathering.moments, {}
         for name, target in self.targets.items():
             if moments.leaders.get(name, name) == name:

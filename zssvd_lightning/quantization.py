@@ -11,22 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning.adapters import merge_adapters
+from zssvd_lightning.eight_bit import LARGEST_CODE, EightBitLinear, Int8Linear, Int8LowRankLinear, balance
 from zssvd_lightning.errors import QuantizationError, TargetError
 from zssvd_lightning.hub import mark
-from zssvd_lightning.modules import (
-    CompressedLinear,
-    Dense,
-    EightBitLinear,
-    Int8Linear,
-    Int8LowRankLinear,
-    LowRankLinear,
-    balance,
-    carry_hooks,
-    shape_of,
-)
+from zssvd_lightning.modules import CompressedLinear, Dense, LowRankLinear, carry_hooks, shape_of
+from zssvd_lightning.pivoted import PivotedLinear
+from zssvd_lightning.spectrum import Spectrum
 from zssvd_lightning.targets import find_targets, replace_module
+from zssvd_lightning.whitening import Whitening
 
-EIGHT_BIT = ("remap", "hq")
+EIGHT_BIT = ("remap", "hq", "mixed")
+"""Storages with layers in 8 bits: the low-rank ones, all of them, or those that a rule has chosen."""
 
 
 class Importance(NamedTuple):
@@ -62,10 +57,17 @@ def quantize(model: nn.Module, storage: str = "remap", importances: Mapping[str,
             over all layers, instead of the last rows or columns of each.
 
     Raises:
-        QuantizationError: there is no low-rank layer, an importance is missing, or a weight is not finite.
+        QuantizationError: there is no low-rank layer, one is pivoted, an importance is missing, or a weight is not
+            finite.
     """
-    if storage not in EIGHT_BIT:
-        raise QuantizationError(f"storage {storage!r} is not one of 8 bits; there are {', '.join(EIGHT_BIT)}")
+    if storage not in ("remap", "hq"):
+        raise QuantizationError(f"storage {storage!r} has not all layers in 8 bits; there are 'remap' and 'hq'")
+    pivoted = (name for name, module in model.named_modules() if isinstance(module, PivotedLinear))
+    if name := next(pivoted, None):
+        raise QuantizationError(
+            f"{name} is kept as pivot rows, which have no form in 8 bits; compress the dense model with "
+            f"storage={storage!r}"
+        )
     merge_adapters(model)
     names = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
     if not names:
@@ -86,6 +88,11 @@ def quantize_layers(
     mark(model)
 
 
+def is_in_8_bits(storage: str, rank: int | None) -> bool:
+    """Whether a layer of that rank, None being dense, is in 8 bits with that storage, whatever a rule chooses."""
+    return storage == "hq" or (storage == "remap" and rank is not None)
+
+
 def in_8_bits_already(model: nn.Module) -> bool:
     """Whether `model` has layers in 8 bits."""
     return any(isinstance(module, EightBitLinear) for module in model.modules())
@@ -99,14 +106,14 @@ def in_8_bits(
         if not all(parameter.isfinite().all() for parameter in layer.parameters()):
             raise QuantizationError(f"{name} has weights that are NaN or infinite, which 8 bits would hide")
     low_rank = {name: layer for name, layer in layers.items() if isinstance(layer, LowRankLinear)}
-    if storage == "hq":
+    if storage != "remap":
         wide = {name: _none(layer) for name, layer in low_rank.items()}
     elif importances is None:
         wide = {name: _last(layer) for name, layer in low_rank.items()}
     else:
         wide = _costliest(low_rank, importances)
     made: dict[str, CompressedLinear] = {n: Int8LowRankLinear.of(layer, *wide[n]) for n, layer in low_rank.items()}
-    if storage == "hq":
+    if storage != "remap":
         made |= {n: Int8Linear.of(layer) for n, layer in layers.items() if not isinstance(layer, LowRankLinear)}
     for name, new in made.items():
         if not all(value.isfinite().all() for value in new.state_dict().values()):
@@ -131,6 +138,30 @@ def rounding_costs(layer: LowRankLinear, found: Importance) -> tuple[Tensor, Ten
     rows = outputs * (up_error.square() @ up.square().sum(0))
     columns = inputs * ((outputs @ up.square()) @ down_error.square())
     return rows, columns
+
+
+def rounding_by_component(spectrum: Spectrum, whitening: Whitening) -> Tensor:
+    """What keeping each component (r,) in 8 bits is predicted to cost, as half a squared singular value does.
+
+    Entries of the two sides of a component, `u (m,)` and `v (n,)`, get independent errors of variance `step^2 / 12`,
+    with steps of a 127th of the largest. In the metric, whitened sides have the squared norm sigma, so that it costs
+    `sigma / 24 (step_u^2 tr B + step_v^2 tr A)`.
+    """
+    up, down = spectrum.factors(torch.arange(len(spectrum.sigma), device=spectrum.sigma.device))
+    up_steps, down_steps = up.abs().amax(0) / LARGEST_CODE, down.abs().amax(1) / LARGEST_CODE
+    B, A = whitening.outputs.diagonal(len(up)).sum(), whitening.inputs.diagonal(down.shape[1]).sum()
+    costs: Tensor = spectrum.sigma / 24 * (up_steps.square() * B.to(up) + down_steps.square() * A.to(up))
+    return costs
+
+
+def rounding_of_dense(W: Tensor, whitening: Whitening) -> float:
+    """What it is predicted to cost to keep a dense weight in 8 bits, with a step a row.
+
+    That is `tr A / 24 sum_i step_i^2 B_ii`.
+    """
+    steps = W.abs().amax(1).double() / LARGEST_CODE
+    B, A = whitening.outputs.diagonal(len(W)).to(steps), whitening.inputs.diagonal(W.shape[1]).sum()
+    return float(A.to(steps) / 24 * (steps.square() * B).sum())
 
 
 def _none(layer: LowRankLinear) -> tuple[Tensor, Tensor]:

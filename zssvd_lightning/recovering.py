@@ -15,6 +15,7 @@ from zssvd_lightning.copying import copied, refuse_too_large
 from zssvd_lightning.distillation import Call, DenseTeacher, SavedPredictions, Teacher, has_encoder, logits_of
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError, DivergedError, RecoveryError, TeacherError
+from zssvd_lightning.forms import Factored
 from zssvd_lightning.hub import mark
 from zssvd_lightning.modules import LowRankLinear
 from zssvd_lightning.recovery import Recovery
@@ -123,18 +124,19 @@ class Recovering:
         """Notes what was trained of a module that is dense still."""
         self._were_trainable = [name for name, p in module.named_parameters() if p.requires_grad]
 
-    def dress(self, name: str, layer: LowRankLinear) -> None:
+    def dress(self, name: str, layer: Factored) -> None:
         """Puts on a new layer what is trained of it, while it is whole.
 
         Raises:
             RecoveryError: the layer is of too low a rank, for this stage or for a later one.
+            ConfigError: it has no factors, on which something is to be put.
         """
         if not self.settings.chooses(name):
             return
         if self.stage == 0:
             self.settings.prepare(layer)
             for parts in self.settings.stages[1:]:
-                self._attach(name, LowRankLinear.like(layer, rank=layer.rank), parts, empty=True)
+                self._attach(name, type(layer).like(layer, rank=layer.rank), parts, empty=True)
         self._attach(name, layer, self.parts)
 
     def begin(self, module: nn.Module, step: int) -> None:
@@ -198,11 +200,10 @@ class Recovering:
         self.refuse_ruined(module, adapter.team)
         self.stage += 1
         self._last_good = {}
-        for name, layer in list(_low_rank(module)):
-            if layer.adapter is not None:
-                new = adapters.merged(layer, adapter.whole)
-                self.dress(name, new)
-                adapter.replace(module, layer, new)
+        for name, layer in adapters.on(module).items():
+            new = adapters.merged(layer, adapter.whole)
+            self.dress(name, new)
+            adapter.replace(module, layer, new)
         self.began = step
         self.freeze(module)
 
@@ -335,9 +336,10 @@ class Recovering:
         dtype: torch.dtype = getattr(torch, self.settings.teacher_dtype)
         return dtype
 
-    def _attach(self, name: str, layer: LowRankLinear, parts: tuple[str, ...], *, empty: bool = False) -> None:
+    def _attach(self, name: str, layer: Factored, parts: tuple[str, ...], *, empty: bool = False) -> None:
+        self.settings.refuse_storage(layer.kind)
         adapter = self.settings.adapter(parts, layer.rank)
-        if adapter is not None and adapter.parts_of(name):
+        if adapter is not None and isinstance(layer, LowRankLinear) and adapter.parts_of(name):
             adapter.attach(name, layer, empty=empty)
             self.settings.refuse_rank(name, layer)
 
@@ -409,5 +411,5 @@ def _are_finite(values: list[Tensor], team: Team) -> bool:
     return bool(team.over_rows(total).isfinite())
 
 
-def _low_rank(module: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
-    return ((name, part) for name, part in module.named_modules() if isinstance(part, LowRankLinear))
+def _low_rank(module: nn.Module) -> Iterator[tuple[str, Factored]]:
+    return ((name, part) for name, part in module.named_modules() if isinstance(part, Factored))

@@ -15,7 +15,9 @@ from transformers import get_scheduler
 from zssvd_lightning.adapters import NAME, PARTS, Adapter, merged
 from zssvd_lightning.config import closest, load_config, require, require_one_of
 from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError
+from zssvd_lightning.forms import Factored
 from zssvd_lightning.modules import LowRankLinear
+from zssvd_lightning.pivoted import PivotedLinear
 from zssvd_lightning.targets import matches
 
 LOSSES = ("own", "distill", "both")
@@ -24,6 +26,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 BOTH_AT_ONCE = [PARTS]
 ONE_BY_ONE = [("up",), ("down",)]
 """SVD-LLM's order (arXiv 2403.07378)."""
+INSIDE = {"down": ("down", "pivots"), "up": ("up", "others", "bias")}
+"""What a layer has for a factor: pivot rows read the input as `down` does, and the rest makes the output."""
 SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
     *(ENDLESS_SCHEDULES := ("constant", "constant_with_warmup")),
@@ -129,12 +133,20 @@ class Recovery(ABC):
     rescales: ClassVar[bool] = False
     """Whether `prepare` changes the scale of components, by which `loss_aware` rounding weighs them."""
 
-    def prepare(self, layer: LowRankLinear) -> None:  # noqa: B027  (most ways train what they add)
+    def prepare(self, layer: Factored) -> None:  # noqa: B027  (most ways train what they add)
         """Brings a chosen layer into the form it is trained best in; what it computes stays the same."""
 
     def chooses(self, name: str) -> bool:
         """Whether a layer is one of `targets`."""
         return self.targets is None or any(matches(name, pattern) for pattern in self.targets)
+
+    def refuse_storage(self, storage: str) -> None:
+        """Raises ConfigError for a storage that has no two factors, where something is to be put on them."""
+        if storage == PivotedLinear.kind and self.adapter(PARTS) is not None:
+            raise ConfigError(
+                f"recovery by {self.method!r} is put on the two factors of a layer, and storage {storage!r} has none; "
+                "recover by 'factors', which trains pivot rows and coefficients, or keep storage 'factors'"
+            )
 
     def refuse_layers(self, names: Sequence[str]) -> None:
         """Raises TargetError when a pattern of `targets` is of none of the layers, and so nothing would be trained."""
@@ -179,17 +191,17 @@ class Recovery(ABC):
 
 @dataclass(frozen=True)
 class FactorRecovery(Recovery):
-    """Trains the factors themselves, and the biases of their layers.
+    """Trains the factors themselves, or pivot rows and coefficients, and the biases of their layers.
 
     The two sides of each component begin with equal norms: Adam takes steps of one size, and `L^-1` has made rows of
-    `down` that are much larger than the columns of `up` they meet.
+    `down` that are much larger than the columns of `up` they meet. Pivot rows and coefficients are taken as they are.
     """
 
     method = "factors"
     rescales = True
 
     two_step: bool = False
-    """Train `up` for the first half of the recovery, and then `down`."""
+    """Train `up` for the first half of the recovery, and then `down`; of pivoted layers, coefficients and then rows."""
 
     @property
     def stages(self) -> Sequence[tuple[str, ...]]:
@@ -197,8 +209,10 @@ class FactorRecovery(Recovery):
         return ONE_BY_ONE if self.two_step else BOTH_AT_ONCE
 
     @torch.no_grad()
-    def prepare(self, layer: LowRankLinear) -> None:
+    def prepare(self, layer: Factored) -> None:
         """See `Recovery`."""
+        if isinstance(layer, PivotedLinear):
+            return
         up, down = layer.up.weight, layer.down.weight
         shift = (down.float().norm(dim=1) / up.float().norm(dim=0)).sqrt()
         shift = torch.where(shift.isfinite() & (shift > 0), shift, torch.ones_like(shift))
@@ -207,7 +221,7 @@ class FactorRecovery(Recovery):
 
     def trains(self, parameter: str, parts: Sequence[str]) -> bool:
         """See `Recovery`."""
-        return parameter.split(".", maxsplit=1)[0] in parts
+        return any(parameter.split(".", maxsplit=1)[0] in INSIDE[part] for part in parts)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ class LayerReport(NamedTuple):
     """(m, n) of the dense weight."""
     kept: int
     """Numbers it is kept in; two in 8 bits count as one."""
+    in_8_bits: bool = False
+    """Whether all or most of them are in 8 bits."""
 
 
 @dataclass
@@ -81,15 +83,18 @@ class Report:
     file_bytes: dict[str, int] | None = None
     """Bytes on disk of the weights of the `compressed` model, `expected` ones of the numbers it keeps, and those of
     the `dense` one in the same type."""
+    budget_in: str = "parameters"
+    """What the prune ratio is a fraction of: `parameters`, `bytes` or `flops` of the target layers."""
+    reached: float = math.nan
+    """Fraction of that which went; of the parameters, where it is not given."""
     peak_rss_bytes: int = 0
     """Largest resident memory of the process so far."""
     seed: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def reached(self) -> float:
-        """Fraction of the target parameters that went."""
-        return (self.parameters_before - self.parameters_after) / self.parameters_before
+    def __post_init__(self) -> None:
+        if math.isnan(self.reached):
+            self.reached = (self.parameters_before - self.parameters_after) / self.parameters_before
 
     @property
     def model_parameters_after(self) -> int:
@@ -117,7 +122,7 @@ class Report:
             "file_bytes": self.file_bytes,
         }
         return {
-            "prune_ratio": {"asked": self.asked, "reached": self.reached},
+            "prune_ratio": {"asked": self.asked, "reached": self.reached, "of": self.budget_in},
             "parameters": {
                 "before": self.parameters_before,
                 "after": self.parameters_after,
@@ -144,7 +149,7 @@ class Report:
             parameters_after=saved["parameters"]["after"],
             model_parameters_before=saved["parameters"]["model"]["before"],
             layers={
-                n: LayerReport(layer["rank"], tuple(layer["shape"]), layer["kept"])
+                n: LayerReport(layer["rank"], tuple(layer["shape"]), layer["kept"], layer.get("in_8_bits", False))
                 for n, layer in saved["ranks"].items()
             },
             predicted_drift=saved["predicted_drift"],
@@ -154,6 +159,8 @@ class Report:
             perplexity=saved.get("perplexity"),
             perplexity_second=saved.get("perplexity_second"),
             file_bytes=saved.get("file_bytes"),
+            budget_in=saved["prune_ratio"].get("of", "parameters"),
+            reached=saved["prune_ratio"]["reached"],
             peak_rss_bytes=saved["peak_rss_bytes"],
             seed=saved["seed"],
             config=saved["config"],
@@ -161,7 +168,7 @@ class Report:
 
     def table(self) -> Table:
         """Dense against compressed, for a terminal."""
-        table = Table(title=f"prune ratio {self.asked:g} asked, {self.reached:.4f} reached")
+        table = Table(title=f"prune ratio {self.asked:g} of {self.budget_in} asked, {self.reached:.4f} reached")
         for column, justify in (("", "left"), ("dense", "right"), ("compressed", "right")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         for title, pair in (("perplexity", self.perplexity), ("perplexity, second text", self.perplexity_second)):

@@ -1,6 +1,6 @@
 """Folders that carry the code they need, for readers who do not have this package: `trust_remote_code=True`."""
 
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,20 @@ from transformers import (
     PreTrainedModel,
 )
 
-from zssvd_lightning import modules
+from zssvd_lightning import eight_bit, forms, modules, pivoted
 
-LAYERS = "zssvd_modules"
+CARRIED = (modules, eight_bit, pivoted, forms)
+"""What is copied, with `zssvd_` before its name."""
 MODEL = "modeling_zssvd"
 CODE = '''"""{model}, with the layers that its config names in compressed form."""
 
 from transformers import {config}, {model}
 
-from .{layers} import layer_like
+# all files are named here, since there are releases of transformers that copy no others
+from .zssvd_eight_bit import EightBitLinear  # noqa: F401
+from .zssvd_forms import layer_like
+from .zssvd_modules import CompressedLinear  # noqa: F401
+from .zssvd_pivoted import PivotedLinear  # noqa: F401
 
 
 class Compressed{config}({config}):
@@ -62,8 +67,11 @@ AUTOMATIC: tuple[Any, ...] = (  # in the order they are tried in
 def carry_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     """Writes the code of a compressed model into its folder, and returns the `auto_map` that names it."""
     architecture, config = type(model).__name__, type(model.config).__name__
-    shutil.copyfile(modules.__file__, folder / f"{LAYERS}.py")
-    code = CODE.format(model=architecture, config=config, layers=LAYERS)
+    for module in CARRIED:
+        path = Path(str(module.__file__))
+        text = re.sub(r"^from zssvd_lightning\.", "from .zssvd_", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        (folder / f"zssvd_{path.name}").write_text(text, encoding="utf-8")
+    code = CODE.format(model=architecture, config=config)
     (folder / f"{MODEL}.py").write_text(code, encoding="utf-8")
     automatic = next((auto for auto in AUTOMATIC if made_by(auto, model.config) is type(model)), AutoModel)
     return {

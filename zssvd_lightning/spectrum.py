@@ -13,26 +13,36 @@ from zssvd_lightning.whitening import Whitening
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The SVD `W L = U diag(sigma) V^T` brought back to the coordinates of W."""
+    """The SVD `R^T W L = U diag(sigma) V^T` brought back to the coordinates of W."""
 
     left: Tensor
-    """U (m, r)."""
+    """`R^-T U` (m, r)."""
     sigma: Tensor
     """Singular values (r,) of the whitened weight, descending."""
     right: Tensor
     """`V^T L^-1` (r, n)."""
 
     @classmethod
-    def of(cls, W: Tensor, whitening: Whitening) -> "Spectrum":
-        """Whitened spectrum of W (m, n), in float32 or, for a float64 weight, float64."""
+    def of(cls, W: Tensor, whitening: Whitening, descent: Tensor | None = None) -> "Spectrum":
+        """Whitened spectrum of W (m, n), in float32 or, for a float64 weight, float64.
+
+        Args:
+            W: the weight.
+            whitening: coordinates of the metric.
+            descent: gradient (m, n), times a step size, that the weight first goes down, as the metric measures it:
+                `R^T W L - R^-1 G L^-T` is decomposed.
+        """
         W = W.to(torch.promote_types(W.dtype, torch.float32))
-        U, sigma, Vh = torch.linalg.svd(whitening.whiten(W), full_matrices=False)
-        return cls(U, sigma, whitening.unwhiten(Vh))
+        Z = whitening.whiten(W)
+        if descent is not None:
+            Z = Z - whitening.whiten_gradient(descent.to(Z))
+        U, sigma, Vh = torch.linalg.svd(Z, full_matrices=False)
+        return cls(whitening.unwhiten_left(U), sigma, whitening.unwhiten_right(Vh))
 
     def sensitivities(self, G: Tensor) -> Tensor:
         """First-order change of the loss (r,) when each component is dropped alone, signed.
 
-        `delta_i = -<G, sigma_i left_i right_i>`, which is `-sigma_i u_i^T H v_i` with `H = G L^-T`
+        `delta_i = -<G, sigma_i left_i right_i>`, which is `-sigma_i u_i^T H v_i` with `H = R^-1 G L^-T`
         (arXiv 2602.02848).
         """
         return -self.sigma * (self.left * (G.to(self.left.dtype) @ self.right.T)).sum(0)

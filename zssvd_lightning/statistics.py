@@ -1,6 +1,7 @@
-"""What calibration leaves behind: second moments of inputs, and mean gradients.
+"""What calibration leaves behind: second moments of inputs and of gradients by outputs, and mean gradients.
 
-Shapes: W and G are (m, n), the second moment A is (n, n), tokens are the rows of X (T, n).
+Shapes: W and G are (m, n), the second moments A (n, n) and B (m, m), tokens are the rows of X (T, n), and of D (T, m)
+the gradients of the loss, summed over its terms, by the output at each token.
 Sums are kept, in float32 or wider, so that batches of any length and any number of processes add up exactly.
 """
 
@@ -56,6 +57,10 @@ class Moments:
     """Leader -> T, rows of X that were added."""
     gradient_sums: dict[str, Tensor] = field(default_factory=dict)
     """Layer -> gradient of the loss summed over its terms (m, n)."""
+    output_sums: dict[str, Tensor] = field(default_factory=dict)
+    """Layer -> `D^T D` (m, m); empty where gradients by outputs are not watched."""
+    output_terms: float = 0.0
+    """How many loss terms those are of; as many as the gradients, where 0."""
     loss_sum: float = 0.0
     """Loss summed over its terms."""
     loss_terms: float = 0.0
@@ -64,6 +69,8 @@ class Moments:
     """How many batches gave a loss on each process."""
     with_gradient: list[str] = field(default_factory=list)
     """Layers that have a gradient on some process, once that is known."""
+    with_outputs: list[str] = field(default_factory=list)
+    """Layers whose gradient by the output was seen on some process, once that is known."""
 
     @torch.no_grad()
     def add_inputs(self, leader: str, X: Tensor) -> None:
@@ -75,6 +82,15 @@ class Moments:
             self.tokens[leader] = 0
         self.input_sums[leader].addmm_(X.T, X)
         self.tokens[leader] += X.shape[0]
+
+    @torch.no_grad()
+    def add_outputs(self, name: str, D: Tensor) -> None:
+        """Adds rows D (T, m), already freed of padding."""
+        D = D.detach().to(accumulated(D.dtype))
+        if name not in self.output_sums:
+            m = D.shape[1]
+            self.output_sums[name] = torch.zeros(m, m, dtype=D.dtype, device=D.device)
+        self.output_sums[name].addmm_(D.T, D)
 
     @torch.no_grad()
     def add_gradient(self, name: str, gradient: Tensor, weight: float = 1.0) -> None:
@@ -90,7 +106,7 @@ class Moments:
         self.batches += 1
 
     @torch.no_grad()
-    def absorb_inputs(self, window: "Moments") -> None:
+    def absorb_moments(self, window: "Moments") -> None:
         """Adds the second moments of another object of the same layers, and empties it."""
         self.leaders |= window.leaders
         for leader, sums in window.input_sums.items():
@@ -99,7 +115,22 @@ class Moments:
                 self.tokens[leader] += window.tokens[leader]
             else:
                 self.input_sums[leader], self.tokens[leader] = sums, window.tokens[leader]
-        window.input_sums, window.tokens = {}, {}
+        for name, sums in window.output_sums.items():
+            self.output_sums[name] = self.output_sums[name] + sums if name in self.output_sums else sums
+        self.output_terms += window.output_terms
+        window.input_sums, window.tokens, window.output_sums = {}, {}, {}
+
+    def second_moments(self, *, counted: bool = True) -> "Moments":
+        """The second moments alone; the tensors are these, not copies.
+
+        Args:
+            counted: whether with their counts, or as one more part of a sum whose counts another has.
+        """
+        tokens = self.tokens if counted else dict.fromkeys(self.tokens, 0)
+        terms = (self.output_terms or self.loss_terms) if counted else 0.0
+        return Moments(
+            dict(self.leaders), dict(self.input_sums), dict(tokens), {}, dict(self.output_sums), output_terms=terms
+        )
 
     def counts(self) -> dict[str, Any]:
         """What is known of the batches seen but for the sums of tensors, as plain types."""
@@ -107,6 +138,8 @@ class Moments:
             "leaders": dict(self.leaders),
             "tokens": dict(self.tokens),
             "with_gradient": [*self.with_gradient, *self.gradient_sums],
+            "with_outputs": [*self.with_outputs, *self.output_sums],
+            "output_terms": self.output_terms,
             "loss_sum": self.loss_sum,
             "loss_terms": self.loss_terms,
         }
@@ -127,9 +160,11 @@ class Moments:
                     raise not_shared_alike(name, leader, self.leaders[name])
             tokens.update(counts["tokens"])
         self.tokens = dict(tokens)
+        self.output_terms = sum(counts["output_terms"] for counts in of_all)
         self.loss_sum = sum(counts["loss_sum"] for counts in of_all)
         self.loss_terms = sum(counts["loss_terms"] for counts in of_all)
         self.with_gradient = list(dict.fromkeys(name for counts in of_all for name in counts["with_gradient"]))
+        self.with_outputs = list(dict.fromkeys(name for counts in of_all for name in counts["with_outputs"]))
 
     def state_dict(self) -> dict[str, Any]:
         """All sums, as plain types and tensors (the tensors are these, not copies)."""
@@ -163,6 +198,30 @@ class Moments:
                 "or calibrate in float32 or bfloat16"
             )
         return A
+
+    def output_moment(self, name: str) -> Tensor:
+        """`B = D^T D / T` (m, m) of the gradients at the output of layer `name`, T being their loss terms.
+
+        With A of the tokens that reach the layer, `A (x) B` is then the curvature of the mean loss (K-FAC, arXiv
+        1503.05671), also where not all tokens do.
+
+        Raises:
+            ZeroGradientError: no gradient has come to its output.
+            NonFiniteError: a gradient was NaN or infinite.
+        """
+        total = self.output_sums.get(name)
+        if total is None or not total.any():
+            raise ZeroGradientError(
+                f"the calibration loss has no gradient at the output of {name}; use a loss that depends on it, or add "
+                "it to ignore"
+            )
+        B = total / (self.output_terms or self.loss_terms)
+        if not torch.isfinite(B).all():
+            raise NonFiniteError(
+                f"the gradients at the output of {name} (width {B.shape[0]}) are NaN or infinite; lower the loss "
+                "scale, or calibrate in float32 or bfloat16"
+            )
+        return B
 
     def mean_gradient(self, name: str, over_rows: Callable[[Tensor], Tensor] = lambda number: number) -> Tensor:
         """`G = dL/dW` (m, n), L the mean loss over all terms.

@@ -14,17 +14,15 @@ from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning import adapters
 from zssvd_lightning.adapters import Adapter
+from zssvd_lightning.eight_bit import Int8LowRankLinear
 from zssvd_lightning.errors import CheckpointError, SavedModelError
+from zssvd_lightning.forms import KINDS, Factored, dense_like, layer_like
 from zssvd_lightning.modules import (
     ADAPTER_NOTE,
-    KINDS,
     LOADING_NOTE,
     CompressedLinear,
     Dense,
-    Int8LowRankLinear,
     LowRankLinear,
-    dense_like,
-    layer_like,
     shape_of,
 )
 from zssvd_lightning.targets import inside_compressed, replace_module
@@ -40,7 +38,7 @@ def specs_of(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def ranks_of(model: nn.Module) -> dict[str, int]:
     """Rank of every layer of low rank in `model`, by qualified name."""
-    low_rank = (LowRankLinear, Int8LowRankLinear)
+    low_rank = Factored | Int8LowRankLinear
     return {name: module.rank for name, module in model.named_modules() if isinstance(module, low_rank)}
 
 

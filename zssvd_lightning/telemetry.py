@@ -49,13 +49,14 @@ def log_progress(trainer: L.Trainer, gathered: int, to_gather: int) -> None:
 
 def log_step(trainer: L.Trainer, step: Step, compression: Compression) -> None:
     """Sends what a step of the compression did."""
-    if step.act is Compression.truncate:
-        _log_truncation(trainer, compression.report())
-        return
-    if step.act is Compression.correct:
+    if Compression.correct in step.acts or Compression.descend in step.acts:
         log(trainer, loss_after_truncation=compression.losses[-1])
-    if step.act is Compression.shorten_step or not compression.config.line_search:
+    if step.acts[0] is not Compression.truncate and (
+        Compression.correct not in step.acts or not compression.config.line_search
+    ):
         log(trainer, step_fraction=compression.fractions[-1])
+    if step.truncates:
+        _log_truncation(trainer, compression.report())
 
 
 def shown_on_bar(trainer: L.Trainer, text: Callable[[], str]) -> AbstractContextManager[None]:

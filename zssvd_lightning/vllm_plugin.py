@@ -14,9 +14,9 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from zssvd_lightning.errors import SavedModelError, UnsupportedServingError
+from zssvd_lightning.forms import KINDS
 from zssvd_lightning.fused import FusedLinear, Part, Spec, names_of
 from zssvd_lightning.hub import FORMAT_VERSION, METHOD
-from zssvd_lightning.modules import KINDS
 
 PLACES = {None: 0, "q": 0, "k": 1, "v": 2}
 """What vLLM calls the parts of attention; those of other fused layers have numbers."""

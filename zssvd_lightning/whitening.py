@@ -1,6 +1,9 @@
-"""Metrics: the coordinates in which a truncation's error is what it does to the output.
+"""Metrics: the coordinates in which a truncation's error is what it does to the output, or to the loss.
 
-Shapes: W (m, n), A (n, n), L (n, n) lower triangular with `A + eps I = L L^T`.
+A metric is a square root of a second moment on either side of the weight: `R^T W L = U S V^T`, with `L L^T` of the
+input and `R R^T` of the gradient by the output. Which square root it is makes no difference to truncations.
+
+Shapes: W (m, n); A (n, n) and L (n, n) with `A + eps I = L L^T`; B (m, m) and R (m, m) with `B + eps I = R R^T`.
 """
 
 import warnings
@@ -14,76 +17,186 @@ from zssvd_lightning.errors import NotPositiveDefiniteError, RankDeficientWarnin
 from zssvd_lightning.statistics import Moments
 
 FIRST_JITTER = 1e-8
-"""Relative to the mean of A's diagonal."""
+"""Relative to the mean of the diagonal."""
 LAST_JITTER = 1e-1
+ASVD_POWER = 0.5
+"""Of the size of an input, by which ASVD scales its column."""
+
+
+@dataclass(frozen=True)
+class Root:
+    """A square root S of a second moment, `S S^T`."""
+
+    S: Tensor | None = None
+    """(n, n) lower triangular, (n,) the diagonal of a diagonal one, or None for the identity."""
+    jitter: float = 0.0
+    """What was added to the moment's diagonal, relative to its mean, beyond what the metric adds to all."""
+
+    def times(self, M: Tensor) -> Tensor:
+        """`M S`, of M (r, n)."""
+        if self.S is None:
+            return M
+        S = self.S.to(M)
+        return M * S if S.ndim == 1 else M @ S
+
+    def over(self, M: Tensor) -> Tensor:
+        """`M S^-1`, of M (r, n)."""
+        return self._solved(M, transposed=False)
+
+    def over_transposed(self, M: Tensor) -> Tensor:
+        """`M S^-T`, of M (r, n)."""
+        return self._solved(M, transposed=True)
+
+    def diagonal(self, n: int) -> Tensor:
+        """The diagonal of `S S^T` (n,)."""
+        if self.S is None:
+            return torch.ones(n, dtype=torch.float64)
+        return self.S.square() if self.S.ndim == 1 else self.S.square().sum(1)
+
+    def _solved(self, M: Tensor, *, transposed: bool) -> Tensor:
+        if self.S is None:
+            return M
+        S = self.S.to(M)
+        if S.ndim == 1:
+            return M / S
+        solved: Tensor = torch.linalg.solve_triangular(S.T if transposed else S, M, upper=transposed, left=False)
+        return solved
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """A change of coordinates of the input: `x = L z` with z white."""
+    """A change of coordinates on both sides of a weight."""
 
-    L: Tensor | None
-    """(n, n) lower triangular; None is the identity."""
-    jitter: float = 0.0
-    """What was added to A's diagonal, relative to its mean, to make it positive definite."""
+    inputs: Root = Root()
+    """L."""
+    outputs: Root = Root()
+    """R."""
 
     def whiten(self, W: Tensor) -> Tensor:
-        """`W L` (m, n)."""
-        if self.L is None:
-            return W
-        whitened: Tensor = W @ self.L.to(W)
-        return whitened
+        """`R^T W L` (m, n)."""
+        return self.outputs.times(self.inputs.times(W).T).T
 
     def whiten_gradient(self, G: Tensor) -> Tensor:
-        """`H = G L^-T` (m, n), the gradient by the whitened weight."""
-        if self.L is None:
-            return G
-        solved: Tensor = torch.linalg.solve_triangular(self.L.T.to(G), G, upper=True, left=False)
-        return solved
+        """`H = R^-1 G L^-T` (m, n), the gradient by the whitened weight."""
+        return self.outputs.over_transposed(self.inputs.over_transposed(G).T).T
 
-    def unwhiten(self, Vh: Tensor) -> Tensor:
-        """`Vh L^-1` (r, n), by a triangular solve."""
-        if self.L is None:
-            return Vh
-        solved: Tensor = torch.linalg.solve_triangular(self.L.to(Vh), Vh, upper=False, left=False)
-        return solved
+    def unwhiten(self, Z: Tensor) -> Tensor:
+        """`R^-T Z L^-1` (m, n): undoes `whiten`."""
+        return self.unwhiten_left(self.unwhiten_right(Z))
 
+    def unwhiten_right(self, Vh: Tensor) -> Tensor:
+        """`Vh L^-1` (r, n)."""
+        return self.inputs.over(Vh)
 
-def no_whitening(moments: Moments, name: str) -> Whitening:
-    """Plain SVD: the error of a truncation is `||W - W_k||_F`."""
-    return Whitening(None)
+    def unwhiten_left(self, U: Tensor) -> Tensor:
+        """`R^-T U` (m, r)."""
+        return self.outputs.over(U.T).T
 
 
-def input_whitening(moments: Moments, name: str) -> Whitening:
-    """By the input second moment (SVD-LLM, arXiv 2403.07378; ZS-SVD, arXiv 2602.02848): the error is the output's."""
-    return Whitening(*safe_cholesky(moments.second_moment(name), name))
+Side = Callable[[Moments, str], Root]
 
 
-METRICS: dict[str, Callable[[Moments, str], Whitening]] = {"input": input_whitening, "none": no_whitening}
+@dataclass(frozen=True)
+class Metric:
+    """What a layer's weight is multiplied by before its SVD; layers that read one input share its side."""
+
+    inputs: Side
+    outputs: Side
+    needs_outputs: bool = False
+    """Whether it goes by gradients at outputs, which calibration then watches too."""
 
 
-def safe_cholesky(A: Tensor, name: str) -> tuple[Tensor, float]:
-    """Lower triangular L (n, n), float64, with `L L^T = A + eps I`, and eps relative to the mean diagonal of A.
+def identity(moments: Moments, name: str) -> Root:
+    """No change of coordinates."""
+    return Root()
 
-    eps starts at 0 and grows tenfold until the factorisation succeeds.
+
+def input_root(moments: Moments, name: str) -> Root:
+    """Of the input second moment: the error of a truncation is the output's."""
+    return Root(*safe_cholesky(moments.second_moment(name), name))
+
+
+def damped_input_root(moments: Moments, name: str) -> Root:
+    """The same of a moment whose small directions count for a little more, since few tokens tell of them."""
+    return Root(*safe_cholesky(moments.second_moment(name), name, INPUT_DAMPING))
+
+
+def damped_output_root(moments: Moments, name: str) -> Root:
+    """Of the second moment of the gradients at the output."""
+    return Root(*safe_cholesky(moments.output_moment(name), name, OUTPUT_DAMPING, "output gradient"))
+
+
+def input_scale(moments: Moments, name: str) -> Root:
+    """Of each input alone: the square root of its root mean square."""
+    squares = _floored(moments.second_moment(name).diagonal())
+    return Root(squares.pow(ASVD_POWER / 2))
+
+
+def output_scale(moments: Moments, name: str) -> Root:
+    """Of each output alone: the root of the Fisher information of its row, up to a factor."""
+    return Root(_floored(moments.output_moment(name).diagonal()).sqrt())
+
+
+INPUT_DAMPING = 1e-4
+"""Relative to the mean of A's diagonal."""
+OUTPUT_DAMPING = 1e-2
+"""Relative to the mean of B's diagonal."""
+
+METRICS = {
+    "none": Metric(identity, identity),
+    "rows": Metric(identity, output_scale, needs_outputs=True),
+    "diagonal": Metric(input_scale, identity),
+    "input": Metric(input_root, identity),
+    "two_sided": Metric(damped_input_root, damped_output_root, needs_outputs=True),
+}
+"""By name.
+
+| name      | multiplies by                                                                                            |
+|-----------|----------------------------------------------------------------------------------------------------------|
+| none      | nothing: plain SVD                                                                                       |
+| rows      | the Fisher information of each row, `sum_j E[d_i^2 x_j^2]`, with d and x as if independent (FWSVD,       |
+|           | arXiv 2207.00112)                                                                                        |
+| diagonal  | the root mean square of each input to the power 1/2 (ASVD, arXiv 2312.05821)                             |
+| input     | A (SVD-LLM, arXiv 2403.07378; ZS-SVD, arXiv 2602.02848)                                                  |
+| two_sided | A and B: half of a squared singular value is then a second-order estimate of what it costs to drop it    |
+|           | (K-FAC, arXiv 1503.05671; IO-SVD, arXiv 2605.15626)                                                      |
+"""
+
+
+def safe_cholesky(moment: Tensor, name: str, damping: float = 0.0, of: str = "input") -> tuple[Tensor, float]:
+    """Lower triangular root (n, n), float64, of a second moment with eps on its diagonal, and eps beyond the damping.
+
+    eps is relative to the mean diagonal. It starts at `damping` and grows tenfold until the factorisation succeeds.
+
+    Args:
+        moment: (n, n), symmetric, finite.
+        name: of the layer, for the message.
+        damping: what eps starts at.
+        of: what the moment is of, for the message.
 
     Raises:
         NotPositiveDefiniteError: a tenth of the mean diagonal was not enough.
     """
-    A = (A.cpu() if A.device.type == "mps" else A).double()  # there is no float64 on MPS
-    scale = A.diagonal().mean()
-    jitter = 0.0
+    moment = (moment.cpu() if moment.device.type == "mps" else moment).double()  # there is no float64 on MPS
+    scale = moment.diagonal().mean()
+    jitter = damping
     while scale > 0 and jitter <= LAST_JITTER:
-        shifted = A.clone() if jitter else A
+        shifted = moment.clone() if jitter else moment
         shifted.diagonal().add_(jitter * scale)
-        L, failed = torch.linalg.cholesky_ex(shifted)
+        root, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
-            return L, jitter
+            return root, jitter if jitter > damping else 0.0
         jitter = max(FIRST_JITTER, jitter * 10)
     raise NotPositiveDefiniteError(
-        f"the input second moment of {name} {tuple(A.shape)} is not positive definite even with jitter {LAST_JITTER} "
-        f"of its mean diagonal {scale:.3g}; its inputs may be all zero: calibrate on other batches, or add it to ignore"
+        f"the {of} second moment of {name} {tuple(moment.shape)} is not positive definite even with jitter "
+        f"{LAST_JITTER} of its mean diagonal {scale:.3g}; it may be all zero: calibrate on other batches, or add it to "
+        "ignore"
     )
+
+
+def _floored(squares: Tensor) -> Tensor:
+    """Mean squares (n,), none so small that a division by it would blow up noise."""
+    return squares.double().clamp_min(float(squares.mean()) * FIRST_JITTER)
 
 
 def warn_of_jitter(by_layer: Mapping[str, float]) -> None:

@@ -99,7 +99,7 @@ def test_help_shows_every_argument_with_its_meaning(capsys):
         cli("fit", "--trainer.callbacks.help", "ZSSVDCallback")
     text = " ".join(capsys.readouterr().out.split())
     assert "fraction of the target layers' parameters to remove" in text
-    assert "projected gradient steps, each followed by fresh statistics" in text
+    assert "gradient steps, each followed by a new truncation" in text
     for argument in ("dry_run", "plan", "extend_training", "line_search", "min_rank_fraction"):
         assert f".{argument}" in text
 

@@ -22,6 +22,8 @@ from zssvd_lightning.errors import (
     TargetError,
     TeacherError,
 )
+from zssvd_lightning.modules import CompressedLinear
+from zssvd_lightning.pivoted import PivotedLinear
 from zssvd_lightning.recovery import FactorRecovery, LoRARecovery, SingularValueRecovery
 
 LORA = {"rank": 2, "clip_rank": True}
@@ -71,6 +73,10 @@ def is_plain(module):
     return bool(low_rank) and all(type(m.up) is type(m.down) is nn.Linear for m in low_rank)
 
 
+def compressed(module):
+    return [m for m in module.modules() if isinstance(m, CompressedLinear)]
+
+
 def logits(model):
     with torch.no_grad():
         return model.eval()(input_ids=token_batches(1)[0]["input_ids"]).logits
@@ -111,6 +117,31 @@ def test_only_what_it_says_is_trained_and_a_plain_model_of_the_same_ranks_is_lef
     assert {n for n in still if "base_layer" not in n}
     assert all(torch.equal(first[n], last[n]) for n in still if "base_layer" not in n or len(recovery.stages) == 1)
     assert any(not torch.equal(diary.weights[-3][name], last[name]) for name in halves[1])
+
+
+@pytest.mark.parametrize("two_step", [False, True])
+def test_pivot_rows_and_coefficients_are_trained_in_the_place_of_factors(tmp_path, two_step):
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1, filename="{step}")
+    settings = {"compress": {"storage": "pivoted"}, "batches": token_batches(1) * 14}
+    recovery = FactorRecovery(two_step=two_step, lr=1e-2, loss="both", teacher_dtype="float32")
+    module, _, diary, _ = fit(recovery, saving, enable_checkpointing=True, **settings)
+    assert {type(layer) for layer in compressed(module)} == {PivotedLinear}
+    names = {n for n, _ in module.named_parameters() if n.endswith(("pivots.weight", "others.weight"))}
+    rows = {n for n in names if n.endswith("pivots.weight")}
+    assert (diary.trained[0], diary.trained[-1]) == ((names - rows, rows) if two_step else (names, names))
+    assert all(p.requires_grad for p in module.parameters())
+    assert diary.losses[-1] < diary.losses[0]
+    resumed, _, again, _ = fit(recovery, ckpt_path=tmp_path / "step=8.ckpt", **settings)
+    assert again.losses == diary.losses[-len(again.losses) :]
+    assert torch.equal(logits(resumed.model), logits(module.model))
+    loaded = LM.load_from_checkpoint(tmp_path / "step=8.ckpt")
+    assert {type(layer) for layer in compressed(loaded)} == {PivotedLinear}
+
+
+@pytest.mark.parametrize("recovery", [LoRARecovery(**LORA), SingularValueRecovery()], ids=lambda r: r.method)
+def test_pivot_rows_are_no_factors_to_put_something_on(recovery):
+    with pytest.raises(ConfigError, match="storage 'pivoted' has none"):
+        short(storage="pivoted", recovery=recovery)
 
 
 def test_the_rate_has_a_schedule_of_its_own_over_the_steps_left():

@@ -17,8 +17,8 @@ from zssvd_lightning import (
     from_pretrained,
     save_pretrained,
 )
+from zssvd_lightning.eight_bit import EightBitLinear, Int8LowRankLinear
 from zssvd_lightning.errors import CheckpointError, ConfigError, PlanError
-from zssvd_lightning.modules import EightBitLinear, Int8LowRankLinear
 from zssvd_lightning.pipeline import plan
 from zssvd_lightning.structure import specs_of
 

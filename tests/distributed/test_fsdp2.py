@@ -65,6 +65,21 @@ def test_training_goes_on_with_the_factors_in_rows_as_ddp_does(tmp_path):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 
+def test_pivot_rows_are_trained_in_rows_as_whole_and_gone_on_from(tmp_path):
+    """They and their order are the same numbers on all processes, which no product has to make comparable."""
+    folders = {name: tmp_path / name for name in ("ddp", "fsdp2", "killed")}
+    for folder in folders.values():
+        folder.mkdir()
+    said = {"count": 2 * (NEEDED + 8), "compression": {"storage": "pivoted"}, "trainer": {"enable_checkpointing": True}}
+    sharded = Run(strategy="fsdp2", module=InDouble, settings={"save_distributed_checkpoint": True}, **said)
+    whole, rows = run(folders["ddp"], 2, Run(module=ReplicatedInDouble, **said)), run(folders["fsdp2"], 2, sharded)
+    assert any(name.endswith("pivots.weight") for name in whole[0]["weights"])
+    assert all(torch.equal(value, rows[1]["weights"][name]) for name, value in rows[0]["weights"].items())
+    torch.testing.assert_close(rows[0]["weights"], whole[0]["weights"], rtol=1e-5, atol=1e-7)
+    sharded.ckpt_path = str(killed(folders["killed"], 2, sharded, "recover", 4))
+    torch.testing.assert_close(run(folders["killed"], 2, sharded)[0]["weights"], rows[0]["weights"])
+
+
 def test_bfloat16_in_the_forward_pass(tmp_path):
     ranks = run(tmp_path, 2, Run(strategy="fsdp2", module=InBfloat16, count=2 * (NEEDED + 20)))
     expected = alone(Run(), 2)

@@ -12,8 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning import CompressionConfig, compress, from_pretrained, save_pretrained
+from zssvd_lightning.eight_bit import Int8Linear, Int8LowRankLinear
 from zssvd_lightning.errors import SavedModelError, UnsupportedServingError
-from zssvd_lightning.modules import Int8Linear, Int8LowRankLinear, LowRankLinear
+from zssvd_lightning.modules import LowRankLinear
 from zssvd_lightning.structure import specs_of
 from zssvd_lightning.targets import replace_module
 

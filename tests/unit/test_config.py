@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from zssvd_lightning import CompressionConfig, RunConfig, load_config
+from zssvd_lightning import CompressionConfig, RunConfig, ZSSVDCallback, load_config
 from zssvd_lightning.errors import ConfigError
+from zssvd_lightning.presets import FOLDER, PRESETS, settings_of
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -41,7 +42,7 @@ def test_later_settings_win(tmp_path):
         ("compression.prune_ration=0.4", "did you mean 'compression.prune_ratio'"),
         ("prune_ratio=0.4", "did you mean 'compression.prune_ratio'"),
         ("calibraton.text=x", "did you mean 'calibration.text'"),
-        ("zzz=1", "there are model.source"),
+        ("zzz=1", "there are preset, model.source"),
         ("compression.prune_ratio=lots", "compression.prune_ratio"),
         ("compression.prune_ratio=1.0", "strictly between 0 and 1"),
         ("compression.prune_ratio=0", "strictly between 0 and 1"),
@@ -84,3 +85,42 @@ def test_absent_file():
 def test_config_is_frozen():
     with pytest.raises(AttributeError):
         CompressionConfig().prune_ratio = 0.3  # type: ignore[misc]
+
+
+def test_every_preset_is_a_valid_compression_and_cites_its_source():
+    assert PRESETS == (
+        *("asvd", "best", "fwsvd", "io-svd", "mpifa", "plain-svd", "svd-llm", "zs-svd", "zs-svd-5x", "zs-svd-pivoted"),
+    )
+    for preset in PRESETS:
+        assert CompressionConfig.of(preset, prune_ratio=0.3) == CompressionConfig(
+            **settings_of(preset), prune_ratio=0.3
+        )
+        text = (FOLDER / f"{preset}.yaml").read_text(encoding="utf-8")
+        assert "arXiv" in text or preset in ("plain-svd", "best")
+
+
+def test_a_preset_stands_in_for_what_is_not_given(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "preset: svd-llm\ncompression: {prune_ratio: 0.3, storage: pivoted}\n"
+        "model: {source: m}\ncalibration: {text: t}\noutput: o\n"
+    )
+    found = load_config(RunConfig, file, ["compression.corrections=2"]).compression
+    assert found == CompressionConfig(0.3, metric="input", selection="uniform", storage="pivoted", corrections=2)
+    assert load_config(RunConfig, file, ["preset=io-svd"]).compression.metric == "two_sided"
+    with pytest.raises(ConfigError, match="preset is 'svd-lm'; did you mean 'svd-llm'"):
+        load_config(RunConfig, file, ["preset=svd-lm"])
+
+
+def test_the_callback_takes_a_preset_and_what_is_given_wins():
+    config = ZSSVDCallback(0.3, preset="zs-svd-5x", corrections=2).config
+    assert config == CompressionConfig.of("zs-svd-5x", prune_ratio=0.3, corrections=2)
+    assert ZSSVDCallback(0.3).config == CompressionConfig(0.3)
+    with pytest.raises(ConfigError, match="did you mean 'best'"):
+        ZSSVDCallback(preset="bst")
+
+
+def test_bits_are_chosen_by_rules_that_can():
+    with pytest.raises(ConfigError, match="'mixed' leaves bits to be chosen by selection 'curvature'"):
+        CompressionConfig(storage="mixed")
+    assert CompressionConfig(storage="mixed", metric="two_sided", selection="curvature").storage == "mixed"

@@ -12,11 +12,13 @@ from zssvd_lightning import CompressionConfig, LowRankLinear, compress, export_o
 from zssvd_lightning.cli import main
 from zssvd_lightning.errors import ExportError, OutputError, SavedModelError
 from zssvd_lightning.export import export_dense
+from zssvd_lightning.pivoted import PivotedLinear
 from zssvd_lightning.structure import specs_of
 from zssvd_lightning.targets import replace_module
 
 CONFIGS = {
     "factors": CompressionConfig(0.3, corrections=0),
+    "pivoted": CompressionConfig(0.3, corrections=0, storage="pivoted"),
     "remap": CompressionConfig(0.4, corrections=0, storage="remap", rows_in_16_bits="loss_aware"),
 }
 
@@ -35,14 +37,14 @@ def logits(model, **inputs):
 
 
 def test_onnxruntime_gives_equal_logits_at_any_length_and_with_padding(tmp_path):
-    """Of a model with layers in floating point, in 8 bits, and dense."""
+    """Of a model with layers in floating point, as factors and as pivot rows, in 8 bits, and dense."""
     onnxruntime = pytest.importorskip("onnxruntime")
     model = saved(tmp_path / "m", config="remap")
     names = list(specs_of(model))
-    for name in names[::2]:
-        up, down = model.get_submodule(name).factors()
-        replace_module(model, model.get_submodule(name), LowRankLinear.from_factors(up, down, None))
-    assert {spec["kind"] for spec in specs_of(model).values()} == {"low_rank", "int8_low_rank"}
+    for form, chosen in ((LowRankLinear, names[::3]), (PivotedLinear, names[1::3])):
+        for layer in map(model.get_submodule, chosen):
+            replace_module(model, layer, form.from_factors(*layer.factors(), None))
+    assert {spec["kind"] for spec in specs_of(model).values()} == {"low_rank", "pivoted", "int8_low_rank"}
     export_onnx(model, tmp_path / "onnx", tiny_tokenizer())
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     for shape in ((2, 8), (3, 5), (1, 1)):

@@ -7,7 +7,7 @@ from zssvd_lightning import CompressionConfig, compress
 from zssvd_lightning.budget import Budget
 from zssvd_lightning.errors import OutputError, PlanError
 from zssvd_lightning.plan import Plan
-from zssvd_lightning.selection import Components, uniform
+from zssvd_lightning.selection import Components, curvature, uniform
 from zssvd_lightning.structure import ranks_of
 
 SHAPES = {"a": (8, 8), "b": (6, 10)}
@@ -83,6 +83,8 @@ BAD = {
     "word": (changed(GOOD | {"b": {"rank": "full"}}), "rank 'full'"),
     "no rank": (changed(GOOD | {"b": 2}), "rank None"),
     "truth": (changed(GOOD | {"b": {"rank": True}}), "rank True"),
+    "bits": (changed(GOOD | {"a": {"rank": 2, "bits": 8}}), "gives a bits 8; storage 'factors' leaves no choice"),
+    "unit": ("version: 1\nunit: flops\nlayers: {}", "for unit 'flops', and it is to be 'parameters'"),
     "other shape": (changed(GOOD | {"b": {"rank": 2, "shape": [6, 9]}}), r"has b as \[6, 9\], but it is \[6, 10\]"),
 }
 
@@ -94,6 +96,51 @@ def test_a_bad_plan_is_refused_by_layer(tmp_path, case):
         (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(PlanError, match=message):
         Plan.read(tmp_path / "plan.yaml", BUDGET)
+
+
+MIXED = Budget({"a": (20, 20), "b": (30, 16), "c": (12, 12)}, 0.6, storage="mixed", unit="bytes")
+ROUNDED = {
+    name: Components(
+        torch.linspace(2, 1, min(shape)), torch.zeros(min(shape)), torch.full((min(shape),), cost), 2.0 * cost
+    )
+    for (name, shape), cost in zip(MIXED.shapes.items(), (1e-3, 2.0, 9.0), strict=True)
+}
+
+
+def test_bits_are_written_and_read_back(tmp_path):
+    selection = curvature(ROUNDED, MIXED)
+    assert 0 < len(selection.eight_bit) < 3
+    Plan.of(selection, MIXED).write(tmp_path / "plan.yaml")
+    content = yaml.safe_load((tmp_path / "plan.yaml").read_text())
+    assert {n for n, entry in content["layers"].items() if entry.get("bits") == 8} == selection.eight_bit
+    assert {"bits" in entry for entry in content["layers"].values()} == {True, False}
+    assert content["unit"] == "bytes"
+    assert "# A layer with bits: 8" in (tmp_path / "plan.yaml").read_text()
+    plan = Plan.read(tmp_path / "plan.yaml", MIXED)
+    again = plan.rule(ROUNDED, MIXED)
+    assert again.eight_bit == plan.eight_bit == selection.eight_bit
+    assert {n: again.rank(n) for n in MIXED.shapes} == {n: selection.rank(n) for n in MIXED.shapes}
+    assert plan.reached >= 0.6
+    assert plan.reached == pytest.approx(content["reached"], abs=1e-6)
+
+
+def test_layers_in_8_bits_may_be_dense_and_have_a_limit_of_their_own(tmp_path):
+    layers = {"a": {"rank": "dense", "bits": 8}, "b": {"rank": 11, "bits": 8}, "c": {"rank": 2, "bits": 16}}
+    header = {"version": 1, "storage": "mixed", "unit": "bytes"}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(header | {"layers": layers}))
+    plan = Plan.read(tmp_path / "plan.yaml", MIXED)
+    assert plan.eight_bit == {"a", "b"}
+    assert plan.ranks == {"a": None, "b": 11, "c": 2}
+    kept = 20 * 20 + 2 * 20 + 11 * 46 + 2 * 11 + 2 * 2 * 24
+    assert plan.reached == pytest.approx(1 - kept / (2 * (400 + 480 + 144)))
+    layers["b"]["bits"] = 16
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(header | {"layers": layers}))
+    with pytest.raises(PlanError, match=r"b \(30, 16\) rank 11; it must be 1 to 10"):
+        Plan.read(tmp_path / "plan.yaml", MIXED)
+    layers["b"]["bits"] = 4
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(header | {"layers": layers}))
+    with pytest.raises(PlanError, match="gives b bits 4; they must be 8 or 16"):
+        Plan.read(tmp_path / "plan.yaml", MIXED)
 
 
 def test_compress_follows_a_plan(tmp_path):

@@ -7,16 +7,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress, quantize
+from zssvd_lightning.eight_bit import EightBitLinear, Int8Linear, Int8LowRankLinear, bfloat16_scale, rounded
 from zssvd_lightning.errors import BudgetError, QuantizationError
-from zssvd_lightning.modules import (
-    EightBitLinear,
-    Int8Linear,
-    Int8LowRankLinear,
-    bfloat16_scale,
-    dense_like,
-    layer_like,
-    rounded,
-)
+from zssvd_lightning.forms import dense_like, layer_like
 from zssvd_lightning.quantization import Importance, importance, in_8_bits, rounding_costs
 from zssvd_lightning.storage import STORAGES
 
@@ -303,6 +296,6 @@ def test_quantize_refuses_what_it_cannot_do():
     compress(model, token_batches(), CompressionConfig(0.4, corrections=0), progress=False)
     with pytest.raises(QuantizationError, match=r"no importance of transformer\.h\.0"):
         quantize(model, "remap", {})
-    with pytest.raises(QuantizationError, match="'factors' is not one of 8 bits"):
+    with pytest.raises(QuantizationError, match="'factors' has not all layers in 8 bits"):
         quantize(model, "factors")
-    assert set(STORAGES) == {"factors", "remap", "hq"}
+    assert set(STORAGES) == {"factors", "pivoted", "remap", "hq", "mixed"}

@@ -35,7 +35,7 @@ def report(**changes):
 
 def test_json_has_the_names_scripts_rely_on():
     plain = json.loads(json.dumps(report(perplexity={"dense": 5.0, "compressed": 7.0}).to_dict()))
-    assert plain["prune_ratio"] == {"asked": 0.4, "reached": pytest.approx(0.4)}
+    assert plain["prune_ratio"] == {"asked": 0.4, "reached": pytest.approx(0.4), "of": "parameters"}
     assert plain["parameters"] == {"before": 10_000, "after": 6_000, "model": {"before": 15_000, "after": 11_000}}
     assert plain["ranks"]["net.layers.0.up"] == {"rank": None, "shape": [64, 32], "kept": 2048}
     assert plain["predicted_drift"] == -0.25
@@ -63,7 +63,7 @@ def test_table_shows_what_there_is():
     )
     text = console.export_text()
     for piece in (
-        "0.4 asked",
+        "0.4 of parameters asked",
         "10,000",
         "6,000",
         "15,000",

@@ -6,9 +6,14 @@ from torch.nn.functional import cross_entropy
 
 from zssvd_lightning.spectrum import Spectrum
 from zssvd_lightning.targets import find_targets
-from zssvd_lightning.whitening import Whitening, safe_cholesky
+from zssvd_lightning.whitening import Root, Whitening, safe_cholesky
 
-WHITENINGS = {"input": lambda n: Whitening(*safe_cholesky(second_moment(n), "x")), "none": lambda n: Whitening(None)}
+
+def whitening(A):
+    return Whitening(Root(*safe_cholesky(A, "layer")))
+
+
+WHITENINGS = {"input": lambda n: whitening(second_moment(n)), "none": lambda n: Whitening()}
 
 
 @pytest.mark.parametrize("metric", WHITENINGS)
@@ -26,7 +31,7 @@ def test_sensitivity_is_the_formula_of_the_paper(shape):
     U, sigma, Vh = torch.linalg.svd(W @ L, full_matrices=False)
     H = torch.linalg.solve(L, G.T).T  # G L^-T
     expected = -sigma * torch.einsum("mi,mn,in->i", U, H, Vh)
-    delta = Spectrum.of(W, Whitening(L)).sensitivities(G)
+    delta = Spectrum.of(W, Whitening(Root(L))).sensitivities(G)
     torch.testing.assert_close(delta, expected)
 
 
@@ -42,7 +47,7 @@ def test_sensitivity_is_the_derivative_of_the_loss_towards_dropping_the_componen
     for name in list(targets)[::5]:
         target = targets[name]
         W = target.weight.clone()
-        spectrum = Spectrum.of(W, Whitening(*safe_cholesky(second_moment(W.shape[1]), name)))
+        spectrum = Spectrum.of(W, whitening(second_moment(W.shape[1])))
         delta = spectrum.sensitivities(target.gradient)
         for i in (0, len(delta) // 2, len(delta) - 1):
             up, down = spectrum.factors(torch.tensor([i]))
@@ -58,13 +63,13 @@ def test_sensitivity_is_the_derivative_of_the_loss_towards_dropping_the_componen
 
 def test_sensitivities_add_up_to_minus_the_inner_product_of_weight_and_gradient():
     W, G = weight(8, 5), weight(8, 5)
-    delta = Spectrum.of(W, Whitening(*safe_cholesky(second_moment(5), "x"))).sensitivities(G)
+    delta = Spectrum.of(W, whitening(second_moment(5))).sensitivities(G)
     torch.testing.assert_close(delta.sum(), -(W * G).sum())
 
 
 def test_half_precision_weights_are_decomposed_in_float32():
     W = torch.randn(6, 4, dtype=torch.bfloat16)
-    spectrum = Spectrum.of(W, Whitening(*safe_cholesky(second_moment(4), "x")))
+    spectrum = Spectrum.of(W, whitening(second_moment(4)))
     assert spectrum.sigma.dtype == torch.float32
     up, down = spectrum.factors(torch.arange(4))
     torch.testing.assert_close(up @ down, W.float(), atol=1e-4, rtol=1e-4)

@@ -7,7 +7,7 @@ from torch import nn
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.modules import dense_like
+from zssvd_lightning.forms import dense_like
 from zssvd_lightning.structure import match_structure, note, ranks_of
 
 

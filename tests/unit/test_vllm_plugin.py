@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from zssvd_lightning.eight_bit import Int8Linear, Int8LowRankLinear
 from zssvd_lightning.errors import SavedModelError, UnsupportedServingError
 from zssvd_lightning.fused import FusedLinear, Part, names_of
-from zssvd_lightning.modules import CompressedLinear, Int8Linear, Int8LowRankLinear, LowRankLinear
+from zssvd_lightning.modules import CompressedLinear, LowRankLinear
+from zssvd_lightning.pivoted import PivotedLinear
 
 M, N, K = 12, 16, 5
-KINDS = ["dense", "low_rank", "int8", "int8_low_rank"]
+KINDS = ["dense", "low_rank", "pivoted", "int8", "int8_low_rank"]
 
 
 def saved_layer(kind, m=M, n=N):
@@ -20,7 +22,10 @@ def saved_layer(kind, m=M, n=N):
         return nn.Linear(n, m)
     if kind == "int8":
         return Int8Linear.of(nn.Linear(n, m))
-    layer = LowRankLinear.from_factors(torch.randn(m, K), torch.randn(K, n), torch.randn(m))
+    factors = torch.randn(m, K), torch.randn(K, n), torch.randn(m)
+    if kind == "pivoted":
+        return PivotedLinear.from_factors(*factors)
+    layer = LowRankLinear.from_factors(*factors)
     return layer if kind == "low_rank" else Int8LowRankLinear.of(layer, torch.rand(m) < 0.3, torch.rand(n) < 0.3)
 
 
@@ -59,17 +64,32 @@ def test_shares_of_rows_add_up(kind):
     torch.testing.assert_close(torch.cat([share(x) for share in shares], -1), without_bias(layer, x))
 
 
-@pytest.mark.parametrize("kind", ["dense", "low_rank", "int8"])
+@pytest.mark.parametrize("kind", ["dense", "low_rank", "pivoted", "int8"])
 def test_shares_of_columns_add_up(kind):
     layer, x = saved_layer(kind), torch.randn(3, N)
-    shares = [loaded((part(layer, (M, N // 2), turn), layer), turned=kind == "low_rank") for turn in range(2)]
+    turned = kind in ("low_rank", "pivoted")
+    shares = [loaded((part(layer, (M, N // 2), turn), layer), turned=turned) for turn in range(2)]
     outputs = [share(half) for share, half in zip(shares, x.chunk(2, -1), strict=True)]
     torch.testing.assert_close(sum(outputs), without_bias(layer, x), rtol=1e-4, atol=1e-5)
 
 
-def test_what_has_no_shares_is_refused():
-    with pytest.raises(UnsupportedServingError, match=r"q_proj is of kind int8_low_rank.*serve it on one"):
-        FusedLinear([part(saved_layer("int8_low_rank"), (M // 2, N))], torch.float32)
+@pytest.mark.parametrize(("kind", "held"), [("int8_low_rank", (M, N // 2)), ("pivoted", (M // 2, N))])
+def test_what_has_no_shares_is_refused(kind, held):
+    with pytest.raises(UnsupportedServingError, match=rf"q_proj is of kind {kind}.*serve it on one"):
+        FusedLinear([part(saved_layer(kind), held)], torch.float32)
+
+
+@pytest.mark.parametrize("first", [0, -1])
+@pytest.mark.parametrize("turned", [False, True])
+def test_square_coefficients_are_told_by_the_pivot_rows(turned, first):
+    layer, x = saved_layer("pivoted", m=2 * K), torch.randn(3, N)
+    assert layer.others.weight.shape == (K, K)
+    fused, saved = FusedLinear([part(layer)], torch.float32), list(layer.state_dict().items())
+    for name, value in [saved[first], *saved]:
+        if name != "bias":
+            fused.load(0, name, value.t() if turned and name.endswith(".weight") else value)
+    fused.check()
+    torch.testing.assert_close(fused(x), without_bias(layer, x))
 
 
 @pytest.mark.parametrize(("name", "shape"), [("up.weight", (M, K + 1)), ("scale", (M,)), ("down.weight", (K,))])

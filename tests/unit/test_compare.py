@@ -1,0 +1,456 @@
+import copy
+import io
+import json
+import random
+import runpy
+import sys
+import weakref
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from support.models import assert_same_state, saved_tiny_llama, state_of, tiny_llama, token_batches
+
+from zssvd_lightning import CompressionConfig, compress
+from zssvd_lightning.cli import main
+from zssvd_lightning.compare import CompareConfig, Results, compare
+from zssvd_lightning.compare.arguments import Cell, Comparison, Settings, read_arguments
+from zssvd_lightning.compare.work import perform, read_job
+from zssvd_lightning.config import EvaluateConfig, ModelConfig
+from zssvd_lightning.errors import CalibrationError, ConfigError, OutputError, TaskError
+from zssvd_lightning.pipeline import calibrate
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "compare.py"
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A tiny model, two texts and configs."""
+    folder = tmp_path_factory.mktemp("workshop")
+    torch.manual_seed(0)
+    saved_tiny_llama(folder / "model")
+    words = random.Random(0).choices(["the", "state", "of", "union", "is", "strong"], k=1500)
+    (folder / "text.txt").write_text(" ".join(words))
+    (folder / "other.txt").write_text(" ".join(reversed(words)))
+    for name, compression in {
+        "zero-sum": "corrections: 0",
+        "uniform": "selection: uniform, corrections: 0",
+        "corrected": "corrections: 1, correction_batches: 1",
+        "impossible": "min_rank_fraction: 1.0, corrections: 0",
+        "q_proj": "ignore: ['*mlp*', '*k_proj', '*v_proj', '*o_proj'], corrections: 0",
+    }.items():
+        (folder / f"{name}.yaml").write_text(
+            f"model: {{source: {folder}/model}}\n"
+            f"calibration: {{text: {folder}/text.txt, samples: 4, length: 32, batch_size: 2}}\n"
+            f"compression: {{{compression}}}\n"
+            f"evaluation: {{text: {folder}/text.txt, second: {folder}/other.txt, windows: 2, length: 32}}\n"
+            f"output: {folder}/elsewhere\n"
+        )
+    return folder
+
+
+class Here:
+    """Does jobs in this process, up to one that ends it."""
+
+    def __init__(self, limit=None):
+        self.jobs, self.limit = [], limit
+
+    def __call__(self, job):
+        if len(self.jobs) == self.limit:
+            raise KeyboardInterrupt
+        self.jobs.append(job)
+        with suppress(Exception):
+            perform(read_job(json.dumps(asdict(job))))
+        return 0
+
+    @property
+    def names(self):
+        return [Path(job.result).stem for job in self.jobs]
+
+
+@pytest.fixture
+def run(workshop, tmp_path, monkeypatch, request):
+    if "picture" not in request.node.name:  # half a second each
+        monkeypatch.setattr("zssvd_lightning.compare.results.draw", lambda *_: False)
+
+    def run(*arguments, runner=None, output=tmp_path / "out"):
+        files = [str(workshop / f"{a}.yaml") if "=" not in a else a for a in arguments]
+        return compare([*files, f"output={output}"], runner=runner or Here(), progress=False)
+
+    return run
+
+
+def written(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_means_and_spreads_over_seeds_and_a_picture(run, tmp_path):
+    here = Here()
+    results = run("zero-sum", "uniform", "prune_ratios=[0.3,0.5]", "seeds=[3,1,2]", runner=here)
+    out = tmp_path / "out"
+    told = json.loads((out / "compare.json").read_text())
+    assert [(row["preset"], row["prune_ratio"], row["seeds"]) for row in told["rows"]] == [
+        (preset, ratio, [3, 1, 2]) for preset in ("zero-sum", "uniform") for ratio in (0.3, 0.5)
+    ]
+    for row in told["rows"]:
+        cells = [c for c in told["cells"] if (c["preset"], c["prune_ratio"]) == (row["preset"], row["prune_ratio"])]
+        assert [cell["seed"] for cell in cells] == row["seeds"]
+        for name, values in {
+            "perplexity": [cell["perplexity"] for cell in cells],
+            "perplexity_second": [cell["perplexity_second"] for cell in cells],
+            "reached": [cell["reached"] for cell in cells],
+            "seconds": [sum(cell["seconds"].values()) for cell in cells],
+        }.items():
+            assert row["measures"][name]["mean"] == pytest.approx(np.mean(values))
+            assert row["measures"][name]["deviation"] == pytest.approx(np.std(values, ddof=1), abs=1e-12)
+        assert len({cell["perplexity"] for cell in cells}) == 3
+        assert row["measures"]["peak_rss_bytes"]["mean"] == max(cell["peak_rss_bytes"] for cell in cells) > 1e8
+        assert row["measures"]["reached"]["mean"] == pytest.approx(row["prune_ratio"], abs=0.04)
+    assert told["dense"]["perplexity"] == results.dense["perplexity"] > 1
+    assert told["settings"]["seeds"] == [3, 1, 2]
+    assert {"torch", "zssvd-lightning"} <= told["versions"].keys() == told["cells"][0]["versions"].keys()
+
+    gathered = [name for name in here.names if name.startswith("seed-")]
+    assert [name.split("-")[1] for name in gathered] == ["3", "1", "2"]
+    assert len(here.jobs) == 1 + 3 + 12
+    cells = sorted(f"cells/{cell.name}.json" for cell in results.cells)
+    assert written(out) == sorted([
+        "cells", *cells, "cells/dense.json", "compare.json", "compare.md", "compare.png",
+    ])  # fmt: skip
+    assert (out / "compare.md").read_text() == results.markdown()
+    assert (out / "compare.png").stat().st_size > 10_000
+    assert results.curves().keys() == {"perplexity", "perplexity, second text"}
+
+
+def test_sharing_statistics_changes_no_result(run, tmp_path):
+    asked = ["zero-sum", "corrected", "q_proj", "prune_ratios=[0.4]", "seeds=[0]"]
+    shared = run(*asked, "keep=true")
+    kept = [path.name for path in (tmp_path / "out" / "calibration").glob("*.pt")]
+    assert len(kept) == 2  # for all layers, and for some
+    here = Here()
+    alone = run(*asked, "share_calibration=false", runner=here, output=tmp_path / "alone")
+    assert len(here.jobs) == 4
+    for cell, result in shared.cells.items():
+        assert result["perplexity"] == alone.cells[cell]["perplexity"]
+        assert result["reached"] == alone.cells[cell]["reached"]
+        assert result["seconds"].keys() == alone.cells[cell]["seconds"].keys()
+        gathering = next(
+            told
+            for path in (tmp_path / "out" / "calibration").glob("*.json")
+            if (told := json.loads(path.read_text()))["settings"]["compression"]["ignore"]
+            == result["settings"]["compression"]["ignore"]
+        )
+        assert result["seconds"]["calibrate"] >= gathering["seconds"]["calibrate"]
+        assert result["peak_rss_bytes"] >= gathering["peak_rss_bytes"]
+    again = Here()
+    (tmp_path / "out" / "cells" / "zero-sum-0.4-0.json").unlink()
+    run(*asked, runner=again)
+    assert again.names == ["zero-sum-0.4-0"]
+    assert not (tmp_path / "out" / "calibration").exists()
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(run, tmp_path):
+    asked = ["zero-sum", "uniform", "prune_ratios=[0.3]", "seeds=[0,1]"]
+    out, first = tmp_path / "out", Here(limit=3)
+    with pytest.raises(KeyboardInterrupt):
+        run(*asked, runner=first)
+    assert not (out / "compare.json").exists()
+    before = {path: path.read_bytes() for path in (out / "cells").iterdir()}
+    assert sorted(path.stem for path in before) == ["dense", "zero-sum-0.3-0"]
+    second = Here()
+    results = run(*asked, runner=second)
+    assert [name for name in second.names if not name.startswith("seed-1")] == [
+        "uniform-0.3-0",
+        "zero-sum-0.3-1",
+        "uniform-0.3-1",
+    ]
+    assert len(second.jobs) == 4
+    assert {path: path.read_bytes() for path in before} == before
+    assert not results.errors
+
+    (out / "cells" / "uniform-0.3-0.json").write_text("{")
+    third = Here()
+    run(*asked, runner=third)
+    assert third.names[1:] == ["uniform-0.3-0"]
+
+    changed = Here()
+    run(*asked, "compression.ignore=['*q_proj']", runner=changed)
+    assert "dense" not in changed.names
+    assert len(changed.jobs) == 4 + 2
+    evaluated = Here()
+    run(*asked, "evaluation.windows=1", runner=evaluated)
+    assert len(evaluated.jobs) == 1 + 4 + 2
+
+
+def test_a_cell_that_fails_is_a_row_and_the_others_run(run, tmp_path):
+    asked = ["impossible", "zero-sum", "prune_ratios=[0.4]", "seeds=[0,1]"]
+
+    class Killed(Here):
+        def __call__(self, job):
+            return -9 if job.result.endswith("zero-sum-0.4-1.json") else super().__call__(job)
+
+    results = run(*asked, runner=Killed())
+    assert {name: error.split(":")[0] for name, error in results.errors.items()} == {
+        "impossible-0.4-0": "BudgetError",
+        "impossible-0.4-1": "BudgetError",
+        "zero-sum-0.4-1": "the process was ended by SIGKILL; see " + str(tmp_path / "out/cells/zero-sum-0.4-1.log"),
+    }
+    assert [(row.preset, row.seeds) for row in results.rows()] == [("zero-sum", [0])]
+    lines = (tmp_path / "out" / "compare.md").read_text().splitlines()
+    assert {line.count("|") for line in lines[:7]} == {8}
+    assert [line.split(" | ")[1] for line in lines[2:7]] == ["0", "0.4, seed 0", "0.4, seed 1", "0.4", "0.4, seed 1"]
+    retried = Here()
+    assert list(run(*asked, runner=retried).errors) == ["impossible-0.4-0", "impossible-0.4-1"]
+    assert [name for name in retried.names if not name.startswith("seed-")] == [
+        "impossible-0.4-0",
+        "impossible-0.4-1",
+        "zero-sum-0.4-1",
+    ]
+
+
+def test_cells_whose_calibration_fails_say_so(run, tmp_path):
+    results = run("zero-sum", "uniform", "prune_ratios=[0.4]", "seeds=[0]", "calibration.samples=9999")
+    assert set(results.errors) == {"zero-sum-0.4-0", "uniform-0.4-0"}
+    assert all(error.startswith("calibration: TextError") for error in results.errors.values())
+    nothing = run("zero-sum", "prune_ratios=[0.4]", "seeds=[0]", "model.source=nowhere/to/be", output=tmp_path / "none")
+    assert set(nothing.errors) == {"dense", "zero-sum-0.4-0"}
+    assert "| dense | 0 | ModelSourceError" in nothing.markdown()
+    assert not nothing.curves()
+
+
+def test_a_cell_in_a_process_of_its_own(run, workshop, tmp_path):
+    asked = ["zero-sum", "prune_ratios=[0.4]", "seeds=[0]", "share_calibration=false"]
+    here = run(*asked)
+    (tmp_path / "out" / "cells" / "zero-sum-0.4-0.json").unlink()
+    files = [str(workshop / "zero-sum.yaml"), *asked[1:], f"output={tmp_path / 'out'}"]
+    alone = compare(files, progress=False)
+    cell, result = next(iter(alone.cells.items()))
+    assert "error" not in result, (tmp_path / "out" / "cells" / f"{cell.name}.log").read_text()
+    assert result["perplexity"] == pytest.approx(here.cells[cell]["perplexity"], rel=1e-5)
+    assert result["settings"] == here.cells[cell]["settings"]
+    assert 1e8 < result["peak_rss_bytes"] < 2e9
+
+
+def test_accuracy_on_tasks(run, monkeypatch):
+    loaded = []
+    scores = {"piqa": {"rows": 6, "acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.7}, "sums": {"rows": 1, "exact": 0.25}}
+    monkeypatch.setattr("zssvd_lightning.zero_shot.load_tasks", lambda *told: loaded.append(told) or {})
+    monkeypatch.setattr("zssvd_lightning.zero_shot.accuracy", lambda *told: scores)
+    asked = ["evaluation.text=null", "evaluation.second=null", "tasks=[piqa,sums]", "data=rows", "limit=6"]
+    results = run("zero-sum", "prune_ratios=[0.4]", "seeds=[0,1]", *asked)
+    assert loaded == [(["piqa", "sums"], "rows", None)] * 4
+    assert list(results.rows()[0].measures)[:2] == ["accuracy/piqa", "accuracy/sums"]
+    assert "| preset | pruned | piqa | sums | reached |" in results.markdown()
+    assert "| zero-sum | 0.4 | 0.5000 ± 0.0000 | 0.2500 ± 0.0000 |" in results.markdown()
+
+    def unknown(*told):
+        raise TaskError("unknown task")
+
+    monkeypatch.setattr("zssvd_lightning.zero_shot.load_tasks", unknown)
+    here = Here()
+    with pytest.raises(TaskError):
+        run("zero-sum", *asked, runner=here)
+    assert not here.jobs
+
+
+def measured(perplexity, seconds, peak):
+    told = {"perplexity": perplexity, "accuracy": {"piqa": {"rows": 2, "acc": perplexity / 100, "acc_stderr": 0.1}}}
+    return {**told, "reached": 0.4, "seconds": {"calibrate": seconds, "select": 1.0}, "peak_rss_bytes": peak}
+
+
+def results_by_hand():
+    evaluation = EvaluateConfig(text="test.txt", windows=0, length=64)
+    cells = {
+        Cell("a", 0.4, 0): measured(20.0, 3.0, 1_000_000_000),
+        Cell("a", 0.4, 1): measured(22.0, 4.0, 1_200_000_000),
+        Cell("b|c", 0.4, 0): measured(50.0, 2.0, 900_000_000),
+        Cell("b|c", 0.4, 1): {"error": "BudgetError: no"},
+    }
+    comparison = Comparison(
+        CompareConfig("out", [0.4], [0, 1]),
+        Settings(ModelConfig("model"), evaluation=evaluation),
+        dict.fromkeys(cells, Settings()),
+    )
+    return Results(comparison, {"perplexity": 10.0, "accuracy": {"piqa": {"acc": 0.75}}}, cells)
+
+
+MARKDOWN = r"""| preset | pruned | perplexity | piqa | reached | seconds | peak RSS (GB) |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| dense | 0 | 10.00 | 0.7500 |  |  |  |
+| a | 0.4 | 21.00 ± 1.41 | 0.2100 ± 0.0141 | 0.4000 | 4.5 | 1.20 |
+| b\|c | 0.4 | 50.00 | 0.5000 | 0.4000 | 3.0 | 0.90 |
+| b\|c | 0.4, seed 1 | BudgetError: no |  |  |  |  |
+
+Mean ± sample standard deviation over calibration seeds 0, 1. Perplexity on `test.txt`, all windows of 64 tokens. """
+
+
+def test_markdown():
+    assert results_by_hand().markdown() == MARKDOWN + (
+        "Seconds and peak RSS are of calibration and compression, without evaluation.\n"
+    )
+
+
+def test_the_terminal_shows_numbers_whole_and_errors_cut_short():
+    console = Console(width=120, file=io.StringIO())
+    results = results_by_hand()
+    results.cells[Cell("b|c", 0.4, 1)]["error"] += " such thing" * 9
+    console.print(results.table())
+    shown = console.file.getvalue()
+    assert "BudgetError: no such thing such thing …" in shown
+    assert all(entry in shown for entry in ("21.00 ± 1.41", "0.2100 ± 0.0141", "0.4, seed 1"))
+
+
+def test_curves_are_of_what_was_reached():
+    ((title, (curve, _)),) = results_by_hand().curves().items()
+    assert title == "perplexity"
+    assert (curve.preset, curve.kept, curve.perplexity, curve.dense) == ("a", [0.6], [21.0], 10.0)
+    assert curve.deviation == [pytest.approx(np.std([20, 22], ddof=1))]
+
+
+def test_without_matplotlib_there_is_no_picture(run, tmp_path, monkeypatch, caplog):
+    run("zero-sum", "prune_ratios=[0.4]", "seeds=[0]")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run("zero-sum", "prune_ratios=[0.4]", "seeds=[0]")
+    assert "pip install zssvd-lightning[report]" in caplog.text
+    assert (tmp_path / "out" / "compare.md").exists()
+    assert not (tmp_path / "out" / "compare.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["seeds=[0]"], "name one YAML file or more"),
+        (["{}/zero-sum.yaml", "{}/text.txt"], "neither a .yaml file nor"),
+        (["{}/zero-sum.yaml", "{}/model/../zero-sum.yaml"], "would both be the row 'zero-sum'"),
+        (["{}/nowhere.yaml"], "does not exist"),
+        (["{}/zero-sum.yaml", "prune_ratis=[0.2]"], "did you mean 'prune_ratios'"),
+        (["{}/zero-sum.yaml", "corrections=0"], "did you mean 'compression.corrections'"),
+        (["{}/zero-sum.yaml", "compression.corections=0"], "did you mean 'compression.corrections'"),
+        (["{}/zero-sum.yaml", "compression.prune_ratio=0.2"], r"as prune_ratios=\[...\]"),
+        (["{}/zero-sum.yaml", "calibration.seed=1"], r"as seeds=\[...\]"),
+        (["{}/zero-sum.yaml", "prune_ratios=[0.2,1.5]"], "prune_ratios is"),
+        (["{}/zero-sum.yaml", "prune_ratios=0.2"], "prune_ratios"),
+        (["{}/zero-sum.yaml", "seeds=[1,1]"], "none of them twice"),
+        (["{}/zero-sum.yaml", "seeds=[]"], "one value or more"),
+        (["{}/zero-sum.yaml", "limit=0"], "limit is 0"),
+        (["{}/zero-sum.yaml", "batch_size=0"], "batch_size is 0"),
+        (["{}/zero-sum.yaml", "recovery.method=lora"], "recovery=null"),
+        (["{}/zero-sum.yaml", "compression.plan=plan.yaml"], "zero-sum.yaml: compression.plan"),
+        (["{}/zero-sum.yaml", "evaluation.text=null", "evaluation.second=null"], "nothing would be measured"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(workshop, tmp_path, arguments, message):
+    here = Here()
+    with pytest.raises(ConfigError, match=message):
+        compare([a.format(workshop) for a in arguments] + [f"output={tmp_path / 'out'}"], here, progress=False)
+    assert not here.jobs
+    assert not (tmp_path / "out").exists()
+
+
+def test_there_must_be_an_output(workshop):
+    with pytest.raises(ConfigError, match="output has no value"):
+        read_arguments([str(workshop / "zero-sum.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("key", "other"), [("model.source", "gpt2"), ("calibration.text", "a.txt"), ("evaluation.length", 16)]
+)
+def test_all_are_of_one_model_and_one_text(workshop, tmp_path, key, other):
+    told, (group, name) = yaml.safe_load((workshop / "uniform.yaml").read_text()), key.split(".")
+    told[group][name] = other
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(told))
+    files = [str(workshop / "uniform.yaml"), str(tmp_path / "other.yaml")]
+    with pytest.raises(ConfigError, match=f"{key} is .* in .*uniform.yaml and .* in .*other.yaml"):
+        read_arguments([*files, "output=out"])
+    assert len(read_arguments([*files, "output=out", f"{key}={other}"]).cells) == 2 * 9
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "cells/mine.txt", "calibration/mine.csv", "cells"])
+def test_a_folder_with_something_else_is_refused(run, tmp_path, name):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(OutputError, match=f"holds {name}"):
+        run("zero-sum")
+    assert written(tmp_path / "out") == sorted({name.split("/")[0], name})
+    with pytest.raises(OutputError, match="is a file"):
+        run("zero-sum", output=path)
+
+
+def test_the_command_and_the_recipe(run, workshop, tmp_path, monkeypatch, capsys):
+    asked = ["prune_ratios=[0.4]", "seeds=[0]"]
+    run("zero-sum", *asked)
+    arguments = [str(workshop / "zero-sum.yaml"), *asked, f"output={tmp_path / 'out'}"]
+
+    def zssvd(*arguments):
+        monkeypatch.setattr(sys, "argv", ["zssvd", "compare", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, capsys.readouterr()
+
+    code, shown = zssvd(*arguments)
+    assert code == 0
+    assert "zero-sum" in shown.out
+    assert "compare.md" in shown.out
+    code, shown = zssvd()
+    assert code == 1
+    assert "name one YAML file or more" in shown.err
+
+    recipe = runpy.run_path(str(RECIPE))["main"]
+    assert not recipe(*arguments).errors
+    assert "zero-sum" in capsys.readouterr().out
+
+    monkeypatch.setattr("zssvd_lightning.compare.results.Results.errors", {"zero-sum-0.4-0": "BudgetError: no"})
+    code, shown = zssvd(*arguments)
+    assert code == 1
+    assert "zero-sum-0.4-0: BudgetError: no" in shown.err
+    assert recipe(*arguments).errors
+    assert "zero-sum-0.4-0: BudgetError: no" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", [{"corrections": 0}, {"corrections": 1}, {"metric": "none"}])
+def test_statistics_that_are_there_serve_several_compressions(settings):
+    config, batches = CompressionConfig(prune_ratio=0.4, **settings), token_batches()
+    models = [tiny_llama()]
+    models += [copy.deepcopy(models[0]) for _ in range(2)]
+    before = state_of(models[0])
+    statistics = calibrate(models[0], batches, config, progress=False)
+    assert_same_state(before, state_of(models[0]))
+    reports = [compress(model, batches, config, statistics=statistics, progress=False) for model in models[:2]]
+    expected = compress(models[2], batches, config, progress=False)
+    for model, report in zip(models, reports, strict=False):
+        assert_same_state(state_of(models[2]), state_of(model))
+        assert (report.layers, report.losses) == (expected.layers, expected.losses)
+
+
+def test_statistics_of_another_model_are_refused():
+    statistics = calibrate(tiny_llama(), token_batches(), progress=False)
+    for other, message in (
+        (tiny_llama(hidden_size=64), "of width 32 is a layer"),
+        (tiny_llama(num_hidden_layers=1), "no layer"),
+    ):
+        before = state_of(other)
+        with pytest.raises(CalibrationError, match=message):
+            compress(other, token_batches(), statistics=statistics, progress=False)
+        assert_same_state(before, state_of(other))
+
+
+def test_statistics_are_let_go_of_after_the_first_truncation():
+    model, batches, config, seen = tiny_llama(), token_batches(), CompressionConfig(prune_ratio=0.4), []
+
+    def statistics():
+        found = calibrate(model, batches, config, progress=False)
+        seen.extend(map(weakref.ref, [*found.input_sums.values(), *found.gradient_sums.values()]))
+        return found
+
+    def loss(model, batch):
+        assert not any(tensor() is not None for tensor in seen)
+        return model(**batch).loss
+
+    compress(model, batches, config, statistics=statistics(), loss=loss, progress=False)
+    assert len(seen) == 8 + 14

@@ -1,0 +1,309 @@
+"""Pivot rows and coefficients: the function of two factors, in fewer numbers."""
+
+import copy
+import importlib.util
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.models import assert_same_state, state_of, tiny_gpt2, tiny_llama, token_batches
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from zssvd_lightning import LowRankLinear, from_pretrained, merge, quantize, save_pretrained
+from zssvd_lightning.distributed import Team
+from zssvd_lightning.errors import CheckpointError, ConfigError, QuantizationError
+from zssvd_lightning.factorization import Factors, HeldFactors, pivoted_layer
+from zssvd_lightning.forms import dense_like, layer_like
+from zssvd_lightning.hub import mark
+from zssvd_lightning.pivoted import PivotedLinear, coefficients, pivots_first
+from zssvd_lightning.recovery import FactorRecovery, LoRARecovery, SingularValueRecovery
+from zssvd_lightning.structure import match_structure, ranks_of, rebuild, specs_of
+from zssvd_lightning.targets import Target, find_targets, replace_module
+
+SHAPES = [(6, 9, 1), (6, 9, 5), (6, 9, 6), (9, 6, 5), (9, 6, 6), (7, 7, 3), (8, 5, 4)]
+"""(m, n, k), full rank among them."""
+
+
+def factors(m, n, k, decay=0.0, dtype=torch.float64):
+    """Of a matrix whose singular values fall to `10^-decay` of the largest, scaled alike on both sides."""
+    U, V = (torch.linalg.qr(torch.randn(size, k, dtype=torch.float64)).Q for size in (m, n))
+    S = torch.logspace(0, -decay, k, dtype=torch.float64).sqrt()
+    return (U * S).to(dtype), (V * S).T.to(dtype)
+
+
+def truncated(target, k):
+    U, S, Vh = torch.linalg.svd(target.weight.float(), full_matrices=False)
+    return Factors(U[:, :k] * S[:k].sqrt(), S[:k].sqrt()[:, None] * Vh[:k])
+
+
+def pivoted_model(build=tiny_llama, dtype=torch.float32):
+    """A model whose layers are pivoted, of different ranks, full ones among them."""
+    model = AutoModelForCausalLM.from_config(build().config, dtype=dtype).eval()  # .to rounds rotary frequencies
+    for index, target in enumerate(find_targets(model).values()):
+        found = truncated(target, min(target.shape) - (0, 7, 15)[index % 3])
+        new = pivoted_layer(target.module, found, target.module.bias, pivots_first(found.up))
+        replace_module(model, target.module, new)
+    mark(model)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=token_batches(1)[0]["input_ids"]).logits
+
+
+def error(found, expected):
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_it_computes_what_the_factors_do_in_fewer_numbers(m, n, k, bias):
+    up, down = factors(m, n, k)
+    b = torch.randn(m, dtype=torch.float64) if bias else None
+    layer, x = PivotedLinear.from_factors(up, down, b), torch.randn(3, 4, n, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, up @ down, b))
+    torch.testing.assert_close(layer.weight, up @ down)
+    assert sum(p.numel() for name, p in layer.named_parameters() if name != "bias") == k * (m + n - k)
+    assert sorted(layer.order.tolist()) == list(range(m))
+    assert (layer.in_features, layer.out_features, layer.rank) == (n, m, k)
+    assert layer.spec == {"kind": "pivoted", "rank": k}
+    assert all(p.requires_grad for p in layer.parameters())
+    assert f"rank={k}" in repr(layer)
+
+
+@settings(max_examples=40, deadline=None)
+@given(m=st.integers(1, 20), n=st.integers(1, 20), share=st.floats(0, 1), decay=st.floats(0, 6))
+def test_any_shape_rank_and_spectrum(m, n, share, decay):
+    up, down = factors(m, n, max(1, round(share * min(m, n))), decay)
+    layer = PivotedLinear.from_factors(up, down, None)
+    torch.testing.assert_close(layer.weight, up @ down, rtol=1e-9, atol=1e-9)
+
+
+def test_pivots_are_rows_of_the_matrix():
+    up, down = factors(10, 12, 4)
+    layer = PivotedLinear.from_factors(up, down, None)
+    torch.testing.assert_close((up @ down)[layer.order < 4], layer.pivots.weight[layer.order[layer.order < 4].long()])
+
+
+def test_each_pivot_is_the_row_farthest_from_those_before():
+    up, _ = factors(10, 12, 4, decay=2)
+    rows = pivots_first(up)
+    left = up.clone()
+    for row in rows[:4].tolist():
+        assert row == int(left.norm(dim=1).argmax())
+        direction = left[row] / left[row].norm()
+        left = left - torch.outer(left @ direction, direction)
+
+
+@pytest.mark.parametrize("decay", [0.0, 3.0, 8.0])
+def test_coefficients_stay_small(decay):
+    up, _ = factors(200, 200, 80, decay)
+    C = coefficients(up, pivots_first(up))
+    assert C.abs().max() < 5
+    assert C.norm(dim=1).mean() < 5
+
+
+@pytest.mark.parametrize("missing", [1, 3, 5])
+def test_factors_of_less_than_full_column_rank_give_the_same_matrix(missing):
+    up, down = factors(9, 8, 5)
+    up[:, 5 - missing :] = up[:, : min(missing, 5 - missing)].sum(1, keepdim=True)  # nothing new, or 0
+    layer = PivotedLinear.from_factors(up, down, None)
+    torch.testing.assert_close(layer.weight, up @ down)
+    assert layer.others.weight.abs().max() < 10
+
+
+@pytest.mark.parametrize("decay", [0.0, 2.0, 4.0])
+def test_rounding_to_bfloat16_costs_little_more_than_that_of_factors(decay):
+    up, down = factors(192, 160, 100, decay)
+    x = torch.randn(64, 160, dtype=torch.float64)
+    expected = x @ (up @ down).T
+    found = {
+        form: error(form.from_factors(up, down, None).bfloat16()(x.bfloat16()).detach(), expected)
+        for form in (LowRankLinear, PivotedLinear)
+    }
+    assert found[PivotedLinear] < 2.5 * found[LowRankLinear]
+
+
+def test_gradients_are_those_of_the_formula():
+    layer = PivotedLinear.from_factors(*factors(6, 5, 3), torch.randn(6, dtype=torch.float64))
+    names, values = zip(*layer.named_parameters(), strict=True)
+    assert set(names) == {"pivots.weight", "others.weight", "bias"}
+
+    def output(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), x)
+
+    assert torch.autograd.gradcheck(output, (torch.randn(2, 5, dtype=torch.float64, requires_grad=True), *values))
+
+
+def test_types_are_cast_but_for_the_order():
+    layer = PivotedLinear.from_factors(*factors(6, 5, 3), None)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert {p.dtype for p in layer.to(dtype).parameters()} == {dtype}
+        assert layer.order.dtype == torch.int32
+        assert layer(torch.randn(2, 5, dtype=dtype)).dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(2, 5)).dtype == torch.bfloat16
+
+
+def test_building_in_bfloat16_is_rounded_once():
+    up, down = factors(40, 30, 12, decay=1, dtype=torch.bfloat16)
+    layer = PivotedLinear.from_factors(up, down, None)
+    assert layer.pivots.weight.dtype == torch.bfloat16
+    wide = PivotedLinear.from_factors(up.double(), down.double(), None)
+    for name, value in layer.state_dict().items():
+        torch.testing.assert_close(value, wide.state_dict()[name].to(value.dtype), rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("old", [nn.Linear(8, 6), nn.Linear(8, 6, bias=False), Conv1D(6, 8)], ids=repr)
+def test_the_layer_it_replaces_lives_on_in_it(old):
+    old = copy.deepcopy(old).eval()
+    old.weight.requires_grad_(False)
+    seen = []
+    handle = old.register_forward_hook(lambda *_: seen.append(1))
+    held = HeldFactors({"a": Target("a", old)}, Team(), "pivoted")
+    held.held["a"] = truncated(Target("a", old), 6)
+    new, x = held.layer("a"), torch.randn(3, 8)
+    assert isinstance(new, PivotedLinear)
+    with torch.no_grad():
+        torch.testing.assert_close(new(x), old(x), atol=1e-5, rtol=1e-4)
+    assert len(seen) == 2
+    handle.remove()
+    new(x)
+    assert len(seen) == 2
+    assert not new.training
+    assert {n: p.requires_grad for n, p in new.named_parameters()} == {"pivots.weight": False} | (
+        {} if old.bias is None else {"bias": True}
+    )
+    assert type(dense_like(new)) is type(old)
+    assert dense_like(new).weight.shape == old.weight.shape
+    back = layer_like(new, {"kind": "low_rank", "rank": 2})
+    assert not back.down.weight.requires_grad
+    assert back.transposed == new.transposed == isinstance(old, Conv1D)
+
+
+def test_other_storages_are_made_of_factors():
+    held = HeldFactors({"a": Target("a", nn.Linear(8, 6))}, Team(), "remap")
+    held.held["a"] = Factors(torch.randn(6, 2), torch.randn(2, 8))
+    assert isinstance(held.layer("a"), LowRankLinear)
+
+
+def test_the_first_process_chooses_the_rows():
+    class Other(Team):
+        def decided(self, choose):
+            return choose().flip(0)
+
+    held = HeldFactors({"a": Target("a", nn.Linear(8, 6))}, Other(), "pivoted")
+    held.held["a"] = Factors(torch.randn(6, 2), torch.randn(2, 8))
+    layer = held.layer("a")
+    assert layer.order.tolist() == pivots_first(held.held["a"].up).flip(0).argsort().tolist()
+    torch.testing.assert_close(layer.weight, held.held["a"].up @ held.held["a"].down)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_a_model_follows_weights_to_pivots_and_back(build):
+    dense, compressed = build().eval(), pivoted_model(build)
+    model = copy.deepcopy(dense)
+    match_structure(model, compressed.state_dict())
+    model.load_state_dict(compressed.state_dict())
+    assert specs_of(model) == specs_of(compressed)
+    assert ranks_of(model) == ranks_of(compressed)
+    assert_same_state(state_of(compressed), state_of(model))
+    match_structure(model, dense.state_dict())
+    model.load_state_dict(dense.state_dict())
+    assert_same_state(state_of(dense), state_of(model))
+
+
+def test_weights_of_other_shapes_are_refused():
+    model, weights = nn.Sequential(nn.Linear(8, 6)), nn.Sequential(PivotedLinear(9, 6, 3)).state_dict()
+    with pytest.raises(CheckpointError, match=r"0 is \(6, 8\) in the model, so that its pivots.weight is \(3, 8\)"):
+        match_structure(model, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_a_saved_model_comes_back_and_is_merged(tmp_path, build, dtype):
+    model = pivoted_model(build, dtype)
+    save_pretrained(model, tmp_path / "m")
+    again = from_pretrained(tmp_path / "m")
+    assert torch.equal(logits(again), logits(model))
+    assert specs_of(again) == specs_of(model)
+    assert "pivot rows" in (tmp_path / "m" / "README.md").read_text()
+    merge(again)
+    assert not specs_of(again)
+    assert {name for name, _ in again.named_parameters()} == {name for name, _ in build().named_parameters()}
+    exact = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
+    torch.testing.assert_close(logits(again), logits(model), **exact)
+
+
+def test_a_folder_carries_the_code_of_all_forms(tmp_path, monkeypatch):
+    model = pivoted_model()
+    save_pretrained(model, tmp_path / "m", self_contained=True)
+    assert not [path for path in (tmp_path / "m").glob("*.py") if "from zssvd_lightning" in path.read_text()]
+    (tmp_path / "m" / "__init__.py").touch()
+    spec = importlib.util.spec_from_file_location("carried", tmp_path / "m" / "__init__.py")
+    monkeypatch.setitem(sys.modules, "carried", importlib.util.module_from_spec(spec))
+    monkeypatch.setitem(sys.modules, "scipy", None)  # which only making such layers takes
+    modeling = importlib.import_module("carried.modeling_zssvd")
+    config = copy.deepcopy(model.config)
+    config.quantization_config = {"layers": specs_of(model)}
+    rebuilt = modeling.CompressedLlamaForCausalLM(config).eval()
+    rebuilt.load_state_dict(model.state_dict())
+    assert torch.equal(logits(rebuilt), logits(model))
+    for name in [name for name in sys.modules if name.startswith("carried.")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_configs_with_ranks_there_cannot_be_are_refused():
+    with pytest.raises(Exception, match="which is no such layer"):
+        rebuild(nn.Sequential(nn.Linear(8, 6)), {"0": {"kind": "pivoted", "rank": 7}})
+
+
+def test_scipy_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.linalg", None)
+    with pytest.raises(ImportError, match="pip install scipy"):
+        pivots_first(torch.randn(4, 2))
+
+
+def test_recovery_trains_rows_and_coefficients():
+    layer = PivotedLinear.from_factors(*factors(6, 5, 3), torch.randn(6, dtype=torch.float64))
+    names = [name for name, _ in layer.named_parameters()]
+    both, one_by_one = FactorRecovery(), FactorRecovery(two_step=True)
+    both.refuse_storage("pivoted")
+    assert all(both.trains(name, both.stages[0]) for name in names)
+    first, second = ([n for n in names if one_by_one.trains(n, stage)] for stage in one_by_one.stages)
+    assert (sorted(first), second) == (["bias", "others.weight"], ["pivots.weight"])
+    before = copy.deepcopy(layer.state_dict())
+    both.prepare(layer)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("recovery", [LoRARecovery(rank=2), SingularValueRecovery()], ids=lambda r: r.method)
+def test_recovery_that_is_put_on_factors_is_refused(recovery):
+    recovery.refuse_storage("factors")
+    with pytest.raises(ConfigError, match=rf"'{recovery.method}' is put on the two factors.*recover by 'factors'"):
+        recovery.refuse_storage("pivoted")
+
+
+def test_training_changes_all_of_it():
+    layer, target = PivotedLinear.from_factors(*factors(6, 5, 3, dtype=torch.float32), None), torch.randn(32, 6)
+    x = torch.randn(32, 5)
+    before, optimizer, losses = copy.deepcopy(layer), torch.optim.Adam(layer.parameters(), lr=0.05), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (layer(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(not torch.equal(*pair) for pair in zip(layer.parameters(), before.parameters(), strict=True))
+    assert torch.equal(layer.order, before.order)
+
+
+def test_pivoted_layers_are_not_put_into_8_bits():
+    with pytest.raises(QuantizationError, match="q_proj is kept as pivot rows"):
+        quantize(pivoted_model())

@@ -1,0 +1,239 @@
+"""Metrics that go by gradients at outputs, against double sums, autograd and models in which they are exact."""
+
+import copy
+
+import pytest
+import torch
+from support.models import padded_batches, tiny_gpt2, tiny_llama, token_batches
+from support.samplers import SHAPES, second_moment, weight
+from torch.nn.functional import cross_entropy
+
+from zssvd_lightning import CompressionConfig, compress
+from zssvd_lightning.compression import Compression, steps
+from zssvd_lightning.errors import NonFiniteError, ZeroGradientError
+from zssvd_lightning.phase import Phase
+from zssvd_lightning.pipeline import gather
+from zssvd_lightning.spectrum import Spectrum
+from zssvd_lightning.statistics import Moments
+from zssvd_lightning.targets import find_targets
+from zssvd_lightning.whitening import METRICS, OUTPUT_DAMPING, Root, Whitening, safe_cholesky
+
+
+def two_sided(A, B):
+    return Whitening(Root(*safe_cholesky(A, "layer")), Root(*safe_cholesky(B, "layer")))
+
+
+def gathered(model, batches, **settings):
+    compression = Compression(model, CompressionConfig(**({"metric": "two_sided"} | settings)), progress=False)
+    gather(compression, batches, Phase.CALIBRATE)
+    return compression
+
+
+def summed_loss(model, batch, outputs):
+    """The loss as a sum over its terms, with the outputs of the layers kept in `outputs`."""
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: outputs.update({name: output.requires_grad_()})
+        )
+        for name in find_targets(model)
+    ]
+    logits, labels = model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"]
+    for handle in handles:
+        handle.remove()
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_output_moment_is_that_of_the_gradients_of_the_summed_loss_at_the_tokens(build):
+    model, batches = build().eval(), padded_batches()
+    compression = gathered(copy.deepcopy(model), batches)
+    expected = dict.fromkeys(compression.targets, 0)
+    terms = 0
+    for batch in batches:
+        outputs = {}
+        loss = summed_loss(model, batch, outputs)
+        gradients = torch.autograd.grad(loss, list(outputs.values()))
+        mask = batch["attention_mask"].bool()
+        for name, gradient in zip(outputs, gradients, strict=True):
+            D = gradient[mask].double()
+            expected[name] = expected[name] + D.T @ D
+        terms += int((batch["labels"][:, 1:] != -100).sum())
+    for name in compression.targets:
+        B = compression.gathering.moments.output_moment(name)
+        torch.testing.assert_close(B.double(), expected[name] / terms, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_activations_make_no_difference_to_it(reentrant):
+    model = tiny_llama()
+    plain = gathered(copy.deepcopy(model), token_batches()).gathering.moments
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for module in model.modules():
+        module.training = True
+    found = gathered(model, token_batches()).gathering.moments
+    for name in plain.output_sums:
+        torch.testing.assert_close(found.output_moment(name), plain.output_moment(name))
+
+
+def test_nothing_is_watched_at_outputs_where_the_metric_does_not_need_it():
+    assert gathered(tiny_llama(), token_batches(), metric="input").gathering.moments.output_sums == {}
+
+
+def test_hooks_on_outputs_are_gone_afterwards():
+    model = tiny_llama()
+    gathered(model, token_batches())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_half_of_what_is_dropped_is_the_curvature_where_gradients_do_not_depend_on_inputs(shape):
+    """`1/2 mean (d^T dW x)^2` over all pairs of an input and a gradient."""
+    m, n = shape
+    X, D, W = torch.randn(40, n).double(), torch.randn(30, m).double(), weight(m, n)
+    spectrum = Spectrum.of(W, two_sided(X.T @ X / 40, D.T @ D / 30))
+    for k in range(1, min(shape) + 1):
+        up, down = spectrum.factors(torch.arange(k))
+        pairs = D @ (W - up @ down) @ X.T
+        torch.testing.assert_close(
+            0.5 * pairs.square().mean(), 0.5 * spectrum.sigma[k:].square().sum(), atol=1e-9, rtol=1e-9
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_changes_of_coordinates_on_both_sides_undo_each_other(shape):
+    m, n = shape
+    A, B, W, G = second_moment(n), second_moment(m), weight(m, n), weight(m, n)
+    there = two_sided(A, B)
+    torch.testing.assert_close(there.unwhiten(there.whiten(W)), W)
+    torch.testing.assert_close((there.whiten(W) * there.whiten_gradient(G)).sum(), (W * G).sum())
+    natural = there.unwhiten(there.whiten_gradient(G))
+    torch.testing.assert_close(B @ natural @ A, G)
+
+
+@pytest.mark.parametrize("side", [Root(), Root(torch.tensor([1.0, 2.0, 0.5])), Root(torch.eye(3).tril() * 2)])
+def test_roots_of_every_form(side):
+    M = torch.randn(4, 3)
+    torch.testing.assert_close(side.over(side.times(M)), M)
+    S = side.times(torch.eye(3))
+    torch.testing.assert_close(side.over_transposed(M) @ S.T, M)
+
+
+def test_sensitivity_in_the_two_sided_metric_is_still_the_derivative_of_the_loss():
+    W, G = weight(6, 4), weight(6, 4)
+    spectrum = Spectrum.of(W, two_sided(second_moment(4), second_moment(6)))
+    for i, delta in enumerate(spectrum.sensitivities(G)):
+        up, down = spectrum.factors(torch.tensor([i]))
+        torch.testing.assert_close(-(G * (up @ down)).sum(), delta)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_whole_natural_step_ends_at_the_minimum_of_a_quadratic_loss(shape):
+    """`1/2 tr((W - M)^T B (W - M) A)` has the gradient `B (W - M) A`."""
+    m, n = shape
+    A, B, W, M = second_moment(n), second_moment(m), weight(m, n), weight(m, n)
+    up, down = Spectrum.of(W, two_sided(A, B), descent=B @ (W - M) @ A).factors(torch.arange(min(shape)))
+    torch.testing.assert_close(up @ down, M)
+    up, down = Spectrum.of(W, two_sided(A, B), descent=0.25 * B @ (W - M) @ A).factors(torch.arange(min(shape)))
+    torch.testing.assert_close(up @ down, W + 0.25 * (M - W))
+
+
+def test_each_metric_takes_the_sides_it_says():
+    moments = gathered(tiny_llama(), token_batches()).gathering.moments
+    name = "model.layers.0.mlp.down_proj"
+    A, B = moments.second_moment(name).double(), moments.output_moment(name).double()
+    roots = {metric: Whitening(m.inputs(moments, name), m.outputs(moments, name)) for metric, m in METRICS.items()}
+    assert roots["none"] == Whitening()
+    torch.testing.assert_close(roots["rows"].outputs.S.square(), B.diagonal())
+    assert roots["rows"].inputs.S is roots["diagonal"].outputs.S is roots["input"].outputs.S is None
+    torch.testing.assert_close(roots["diagonal"].inputs.S, A.diagonal().sqrt().sqrt())
+    torch.testing.assert_close(roots["input"].inputs.S @ roots["input"].inputs.S.T, A, rtol=1e-6, atol=1e-9)
+    R = roots["two_sided"].outputs.S
+    damped = B + OUTPUT_DAMPING * B.diagonal().mean() * torch.eye(len(B))
+    torch.testing.assert_close(R @ R.T, damped)
+
+
+@pytest.mark.parametrize(
+    ("sums", "error"),
+    [
+        ({}, ZeroGradientError),
+        ({"x": torch.zeros(2, 2)}, ZeroGradientError),
+        ({"x": torch.full((2, 2), torch.inf)}, NonFiniteError),
+    ],
+)
+def test_outputs_without_a_usable_gradient_are_named(sums, error):
+    with pytest.raises(error, match="output of x"):
+        Moments(output_sums=sums, loss_terms=3.0).output_moment("x")
+
+
+def test_kept_second_moments_serve_later_truncations():
+    config = CompressionConfig(
+        0.4,
+        metric="two_sided",
+        selection="sigma",
+        corrections=3,
+        correction_step="natural",
+        fresh_moments=False,
+        correction_batches=1,
+    )
+    assert [step.gathers for step in steps(config)] == [Phase.CALIBRATE] + [Phase.CORRECT] * 3
+    model = tiny_llama()
+    compression, batches = Compression(model, config, progress=False), token_batches()
+    gather(compression, batches, Phase.CALIBRATE)
+    first = compression.gathering.moments
+    A, B = first.second_moment("model.layers.0.mlp.up_proj"), first.output_moment("model.layers.0.mlp.up_proj")
+    for step in steps(config):
+        if compression.fractions or compression.losses:
+            gather(compression, batches, step.gathers)
+        compression.gathering.complete()
+        later = compression.gathering.moments
+        assert torch.equal(later.second_moment("model.layers.0.mlp.up_proj"), A)
+        torch.testing.assert_close(later.output_moment("model.layers.0.mlp.up_proj"), B)
+        compression.take(step)
+    assert len(compression.losses) == 4
+    assert compression.fractions == [config.step_size] * 3
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("step", ["projected", "natural"])
+def test_natural_and_projected_steps_with_fresh_or_kept_moments(step, fresh):
+    report = compress(
+        tiny_llama(),
+        token_batches(),
+        CompressionConfig(
+            0.3, metric="two_sided", corrections=2, correction_step=step, fresh_moments=fresh, correction_batches=2
+        ),
+        progress=False,
+    )
+    assert report.reached >= 0.3
+    expected = {("projected", True): 7, ("projected", False): 5, ("natural", True): 3, ("natural", False): 3}
+    assert len(report.losses) == expected[step, fresh]
+
+
+def test_several_truncations_approach_the_ratio_in_equal_parts(monkeypatch):
+    reached = []
+    truncate = Compression.truncate
+
+    def noting(self):
+        truncate(self)
+        reached.append(self.report().reached)
+
+    monkeypatch.setattr(Compression, "truncate", noting)
+    report = compress(
+        tiny_llama(), token_batches(), CompressionConfig(0.45, truncations=3, corrections=0), progress=False
+    )
+    assert reached == pytest.approx([0.15, 0.3, 0.45], abs=0.03)
+    assert report.reached == reached[-1]
+    assert len(report.losses) == 3
+
+
+def test_every_round_of_corrections_takes_the_next_batches():
+    config = CompressionConfig(0.3, corrections=3, correction_batches=2, fresh_moments=False, line_search=True)
+    model, batches = tiny_llama(), token_batches(4)
+    seen = []
+
+    def loss(model, batch):
+        seen.append(next(i for i, b in enumerate(batches) if b["input_ids"] is batch["input_ids"]))
+        return model(**batch).loss
+
+    compress(model, batches, config, progress=False, loss=loss)
+    assert seen == [0, 1, 2, 3, *[0, 1] * 2, *[2, 3] * 2, *[0, 1] * 2]

@@ -1,0 +1,61 @@
+"""The picture of a comparison. Needs matplotlib."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from zssvd_lightning.files import replacing_file
+
+logger = logging.getLogger(__name__)
+
+
+class Curve(NamedTuple):
+    """One preset on one text."""
+
+    preset: str
+    kept: list[float]
+    """Fraction of the target parameters that stayed, by prune ratio."""
+    perplexity: list[float]
+    deviation: list[float]
+    """Sample standard deviation over seeds."""
+    dense: float | None
+    """Perplexity of the dense model."""
+
+
+def draw(panels: Mapping[str, Sequence[Curve]], path: Path) -> bool:
+    """Draws perplexity against the fraction kept, a panel for each text.
+
+    Args:
+        panels: curves by the title of their panel; nothing is drawn when there are none.
+        path: picture to write; its ending says which kind.
+
+    Returns:
+        Whether there is a picture; without matplotlib a line is logged instead.
+
+    Raises:
+        OutputError: the picture cannot be written.
+    """
+    if not panels:
+        return False
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("matplotlib is not installed, so there is no %s; pip install zssvd-lightning[report]", path.name)
+        return False
+    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for curve in curves:
+            axes.errorbar(
+                curve.kept, curve.perplexity, curve.deviation, label=curve.preset, marker="o", capsize=3, linewidth=1
+            )
+        if curves[0].dense is not None:
+            axes.axhline(curves[0].dense, color="#303030", linestyle="--", linewidth=1, label="dense")
+        axes.set_yscale("log")
+        axes.set_xlabel("fraction of the target parameters kept")
+        axes.set_ylabel("perplexity")
+        axes.set_title(title)
+        axes.legend()
+    with replacing_file(path) as file:
+        figure.savefig(file, dpi=120)
+    return True

@@ -1,0 +1,204 @@
+"""What the process of one cell does: it loads the model, compresses and measures it, and leaves a file behind."""
+
+import json
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from zssvd_lightning import evaluation, texts, zero_shot
+from zssvd_lightning.compare.arguments import Settings
+from zssvd_lightning.compression import steps
+from zssvd_lightning.config import CalibrationConfig, EvaluateConfig, ModelConfig, load_config
+from zssvd_lightning.files import replacing_file
+from zssvd_lightning.models import load_model, place
+from zssvd_lightning.pipeline import calibrate, compress
+from zssvd_lightning.report import VERSIONS, Stopwatch, peak_rss_bytes
+from zssvd_lightning.statistics import Moments
+
+CALIBRATE = "calibrate"
+"""The step whose seconds cells may share."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process is to do."""
+
+    settings: Settings = field(default_factory=Settings)
+    result: str = "???"
+    """JSON file that it writes, whether it succeeds or not."""
+    statistics: str | None = None
+    """File with the statistics of the first calibration: written where nothing is evaluated, else read. When None
+    they are gathered."""
+
+
+def read_job(text: str) -> Job:
+    """The job of which `text` is the JSON."""
+    return load_config(Job, defaults=json.loads(text))
+
+
+def perform(job: Job) -> None:
+    """Does a job and writes its result, or the error that ended it.
+
+    Raises:
+        Exception: whatever ended it.
+    """
+    try:
+        found = _found(job)
+    except Exception as error:
+        write_result(job, {"error": one_line(f"{type(error).__name__}: {error}")})
+        raise
+    write_result(job, found)
+
+
+def write_result(job: Job, found: Mapping[str, Any]) -> None:
+    """Writes what a job has found beside its settings. Raises OutputError."""
+    told = {"settings": asdict(job.settings), "versions": versions(), **found}
+    with replacing_file(job.result) as file:
+        file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """The file of a job; None where there is none that can be read."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return told if isinstance(told, dict) else None
+
+
+def versions() -> dict[str, str]:
+    """Of what results depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks."""
+    return " ".join(text.split())
+
+
+class Material:
+    """A model with its tokenizer, and texts, each tokenised once."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.model, self.tokenizer = load_model(config.source, config.dtype)
+        place(self.model)
+        self._tokens: dict[str, Tensor] = {}
+
+    def batches(self, config: CalibrationConfig) -> "DataLoader[dict[str, Tensor]]":
+        """The calibration windows, always in the same order. Raises TextError."""
+        tokens = self._tokenised(config.text)
+        drawn = texts.sampled_windows(tokens, config.length, config.samples, config.seed, config.text)
+        return DataLoader(texts.TokenWindows(drawn), batch_size=config.batch_size)
+
+    def windows(self, config: EvaluateConfig) -> dict[str, Tensor]:
+        """Windows (N, length) of each evaluation text, by the name of its perplexity. Raises TextError."""
+        wanted = {"perplexity": config.text, "perplexity_second": config.second}
+        return {
+            key: texts.windows(self._tokenised(text), config.length, config.windows, text)
+            for key, text in wanted.items()
+            if text is not None
+        }
+
+    def measured(self, windows: Mapping[str, Tensor], config: EvaluateConfig) -> dict[str, Any]:
+        """Perplexity on the windows and accuracy on the tasks of the model as it now is, and the seconds it took."""
+        watch = Stopwatch()
+        found: dict[str, Any] = {}
+        place(self.model)
+        with watch("evaluate"):
+            for key, ids in windows.items():
+                found[key] = evaluation.perplexity(self.model, ids, progress=False).perplexity
+            if config.tasks:
+                tasks = zero_shot.load_tasks(config.tasks, config.data, config.include)
+                scores = zero_shot.accuracy(self.model, self.tokenizer, tasks, config.batch_size, config.limit)
+                found["accuracy"] = scores
+        return {**found, "evaluate_seconds": watch.seconds["evaluate"]}
+
+    def _tokenised(self, source: str) -> Tensor:
+        if source not in self._tokens:
+            self._tokens[source] = texts.tokenize(texts.load_text(source), self.tokenizer)
+        return self._tokens[source]
+
+
+def _found(job: Job) -> dict[str, Any]:
+    settings = job.settings
+    if settings.evaluation is None:
+        return _gathered(job)
+    if settings.compression is None or settings.calibration is None:
+        material = Material(settings.model)
+        return material.measured(material.windows(settings.evaluation), settings.evaluation)
+    return _compressed(job)
+
+
+def _gathered(job: Job) -> dict[str, Any]:
+    """Gathers the statistics of a first calibration and writes them to a file."""
+    calibration, compression, statistics = job.settings.calibration, job.settings.compression, job.statistics
+    if calibration is None or compression is None or statistics is None:
+        raise ValueError(f"a job that evaluates nothing must calibrate into a file: {job}")
+    torch.manual_seed(calibration.seed)
+    material = Material(job.settings.model)
+    batches, watch = material.batches(calibration), Stopwatch()
+    with watch(CALIBRATE):
+        moments = calibrate(material.model, batches, compression, progress=False)
+    peak = own_peak_rss_bytes()
+    with replacing_file(statistics) as file:
+        torch.save(moments.state_dict(), file)
+    return {"seconds": watch.seconds, "peak_rss_bytes": peak}
+
+
+def _compressed(job: Job) -> dict[str, Any]:
+    """Compresses the model, from statistics that are there or its own, and measures it."""
+    calibration, compression, measure = job.settings.calibration, job.settings.compression, job.settings.evaluation
+    if calibration is None or compression is None or measure is None:
+        raise ValueError(f"a job that compresses needs all settings: {job}")
+    torch.manual_seed(calibration.seed)
+    material = Material(job.settings.model)
+    windows = material.windows(measure)
+    gathers_more = job.statistics is None or len(steps(compression)) > 1
+    report = compress(
+        material.model,
+        material.batches(calibration) if gathers_more else [],
+        compression,
+        statistics=_statistics(job.statistics),
+        progress=False,
+    )
+    seconds, peak = dict(report.seconds), own_peak_rss_bytes()
+    if job.statistics is not None:
+        gathering = json.loads(gathering_result(job.statistics).read_text(encoding="utf-8"))
+        seconds = {CALIBRATE: 0.0} | seconds
+        seconds[CALIBRATE] += gathering["seconds"][CALIBRATE]
+        peak = max(peak, gathering["peak_rss_bytes"])
+    return {
+        "reached": report.reached,
+        "seconds": seconds,
+        "peak_rss_bytes": peak,
+        **material.measured(windows, measure),
+    }
+
+
+def gathering_result(statistics: str | Path) -> Path:
+    """The file with the result of the job that gathered these statistics."""
+    return Path(statistics).with_suffix(".json")
+
+
+def _statistics(path: str | None) -> Moments | None:
+    return None if path is None else Moments(**torch.load(path, map_location="cpu", weights_only=True))
+
+
+def own_peak_rss_bytes() -> int:
+    """Largest resident memory (bytes) of this process alone.
+
+    What `getrusage` tells on Linux begins with the peak of the process that started this one.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return peak_rss_bytes()
