@@ -241,12 +241,12 @@ def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: 
     Lifecycle.factorise = look  # type: ignore[method-assign, assignment]
     decompose = Compression._select
 
-    def count(self: Compression, descent: float) -> Any:
+    def count(self: Compression, *args: Any) -> Any:
         moments = self.gathering.moments
         found["statistics"] = _bytes(moments.input_sums) + _bytes(moments.gradient_sums)
-        return decompose(self, descent)
+        return decompose(self, *args)
 
-    Compression._select = count  # type: ignore[method-assign]
+    Compression._select = count  # type: ignore[method-assign, assignment]
     running: Strategy = (
         DDPStrategy(process_group_backend="gloo")
         if strategy == "ddp"

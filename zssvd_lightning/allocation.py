@@ -15,7 +15,8 @@ NEVER = torch.tensor(math.inf, dtype=torch.float64)
 BRANCHES = 64
 """How many cases `least_loss` solves at most; fewer where that would be more than `WORK`."""
 WORK = 4_000_000
-"""How many options the cases may have together, so that a selection takes less than a second."""
+"""How many options the cases may have together, but for the first. Then one core takes up to half a second for 210
+matrices of 577 options, and one and a half for 560 of 8193, of which only the first case is solved."""
 TOLERANCE = 1e-6
 """How much more than the least loss is as good, as a fraction of it: losses are predictions."""
 
@@ -29,6 +30,9 @@ def least_loss(costs: Tensor, losses: Tensor, allowed: int) -> Tensor:
     between the two is then held to one side or the other, and each case solved in turn, the most promising first
     (branch and bound; Land and Doig, Econometrica 28, 1960), until none can be better or there have been `BRANCHES`.
     The result loses at most what the first choice left, at its price, more than the optimum.
+
+    Of 210 matrices with spectra `s i^-a`, s and a drawn for each, the result was above the bound of the last price by
+    1e-6 of it in the median and by 6e-4 in 19 of 20 draws; 2e-5 and 9e-4 by the first case alone.
 
     Args:
         costs: whole numbers in float64 (N, O), rising from option to option. The cheapest together must fit.

@@ -72,7 +72,7 @@ class ZSSVDCallback(RecoveringCallback):
         corrections: gradient steps, each followed by a new truncation; by default 1.
         correction_step: `projected` (the paper, and the default) or `natural`.
         correction_batches: batches whose mean gradient a step follows; by default 8.
-        step_size: of natural steps, in (0, 1]; by default 0.1.
+        step_size: by what natural steps are multiplied; by default 3.
         line_search: take only the part of each projected step at which the loss is estimated to be least, from as many
             batches again, which is the default; without, all of it, as the paper does.
         fresh_moments: whether all statistics are taken anew after a step, which is the default, or second moments kept.
@@ -386,7 +386,8 @@ class ZSSVDCallback(RecoveringCallback):
         self._abandon(pl_module)
         raise UnfinishedError(
             f"training ended in phase '{phase}' after {seen} of its batches, before the model was factorised, and "
-            "the model was put back; train longer, start earlier, or lower calibration_batches or corrections"
+            "the model was put back; train longer, start earlier, or lower calibration_batches, truncations or "
+            "corrections"
         )
 
     def _collect(self, trainer: L.Trainer, optimizer: torch.optim.Optimizer | None) -> None:

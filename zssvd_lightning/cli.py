@@ -18,6 +18,7 @@ from zssvd_lightning.files import check_output
 from zssvd_lightning.models import load_model, place
 from zssvd_lightning.picture import draw_phases
 from zssvd_lightning.pipeline import compress as compress_model
+from zssvd_lightning.pipeline import loss_in
 from zssvd_lightning.pipeline import plan as plan_ranks
 from zssvd_lightning.plan import check_plan_output
 from zssvd_lightning.report import REPORT, Stopwatch, read_report
@@ -52,7 +53,8 @@ def compress(
         )
     run = Run(settings)
     run.evaluate("dense")
-    report = compress_model(run.model, run.calibration_loader(), run.config.compression)
+    loss = loss_in(run.config.calibration.precision)
+    report = compress_model(run.model, run.calibration_loader(), run.config.compression, loss=loss)
     run.evaluate("compressed")
     run.save(report)
     Console().print(report.table())
@@ -70,7 +72,8 @@ def plan(
     """Write the rank that compress would choose for every layer, and change nothing."""
     check_plan_output(file)
     run = Run(load_config(RunConfig, config, overrides or ()))
-    plan_ranks(run.model, run.calibration_loader(), run.config.compression).write(file)
+    loss = loss_in(run.config.calibration.precision)
+    plan_ranks(run.model, run.calibration_loader(), run.config.compression, loss=loss).write(file)
     typer.echo(f"wrote {file}")
 
 

@@ -111,7 +111,11 @@ class Compression:
         )
         self._plan = None if config.plan is None else Plan.read(config.plan, self.budget)
         self.gathering = Gathering(
-            model, self.targets, self.team, METRICS[config.metric].needs_outputs, keep=not config.fresh_moments
+            model,
+            self.targets,
+            self.team,
+            METRICS[config.metric].needs_outputs,
+            keep=config.corrections > 0 and not config.fresh_moments,
         )
         self._model_parameters = sum(p.numel() for p in model.parameters())
         self.stopwatch = Stopwatch()
@@ -142,23 +146,31 @@ class Compression:
             CalibrationError: the statistics are missing, not finite or degenerate; the message names the layer.
             ProcessFailedError: that, on another process.
         """
-        self._truncate(descent=0.0)
+        self._truncate()
 
+    @torch.no_grad()
     def descend(self) -> None:
-        """A step along the natural gradient at the truncated weights, and `truncate`, in the same coordinates.
+        """One projected step per matrix along the natural gradient at the truncated weights, and `truncate`.
 
-        The whitened weight Z becomes `Z - step_size H`, with H the whitened gradient: what minimises the second-order
-        model of the loss that the metric stands for, were each layer the only one, at a step size of 1.
+        Gradient and projection are those of the metric, in whose coordinates both happen at once.
 
         Raises:
             CalibrationError: see `truncate`.
         """
-        self.fractions.append(self.config.step_size)
-        self._truncate(descent=self.config.step_size)
+        if self._originals is None:
+            raise RuntimeError("descend() needs a truncate() before it")
+        with self.stopwatch("correct"):
+            self.gathering.complete()
+            products = []
+            for name, target in self.targets.items():
+                g = self.gathering.mean_gradient(name)
+                products.append((g * (self._originals[name].to(g) - target.weight.to(g))).sum())
+            found = self.team.over_rows(torch.stack(products)).tolist()
+        self._truncate({n: self.config.step_size * x for n, x in zip(self.targets, found, strict=True)})
 
     @torch.no_grad()
-    def _truncate(self, descent: float) -> None:
-        found, selection = self._select(descent)
+    def _truncate(self, reaches: Mapping[str, float] | None = None) -> None:
+        found, selection = self._select(self._budget_so_far(), reaches)
         with self.stopwatch("truncate"):
             if self._originals is None:
                 self._originals = weights_snapshot(self.targets)
@@ -229,7 +241,7 @@ class Compression:
         Raises:
             CalibrationError: see `truncate`.
         """
-        _, selection = self._select(descent=0.0)
+        _, selection = self._select(self.budget)
         return Plan.of(selection, self.budget)
 
     def factorise(self, dress: Callable[[str, Factored], None] | None = None) -> None:
@@ -238,6 +250,7 @@ class Compression:
         Args:
             dress: is given each new layer, by name, while it is whole, before it is put in.
         """
+        self.gathering.forget()
         with self.stopwatch("factorise"):
             for name in self._factors:
                 layer = self._factors.layer(name)
@@ -324,7 +337,7 @@ class Compression:
             "config": asdict(self.config),
             "shapes": {name: list(shape) for name, shape in self.budget.shapes.items()},
             "model_parameters": self._model_parameters,
-            "gathering": self.gathering.state_dict() if statistics else Gathering.empty_state(),
+            "gathering": self.gathering.state_dict(so_far=statistics),
             "originals": None if self._originals is None else self._originals_to_save(self._originals),
             "factors": self._factors.state_dict(),
             "step": None if self._step is None else list(self._step),
@@ -369,7 +382,7 @@ class Compression:
         self._originals = self._own_parts(state["originals"])
         self.restore()
 
-    def _select(self, descent: float) -> tuple[Decomposition, Selection]:
+    def _select(self, budget: Budget, reaches: Mapping[str, float] | None = None) -> tuple[Decomposition, Selection]:
         with self.stopwatch("spectrum"), exact_products():
             found = decompose(
                 self.targets,
@@ -379,16 +392,16 @@ class Compression:
                 self.progress,
                 weigh=self.config.weighs_rows,
                 round_off=self.budget.chooses_bits,
-                descent=descent,
+                reaches=reaches,
             )
         with self.stopwatch("select"):
             rule = RULES[self.config.selection] if self._plan is None else self._plan.rule
-            return found, self.team.decided(lambda: rule(found.components, self._budget_so_far()))
+            return found, self.team.decided(lambda: rule(found.components, budget))
 
     def _budget_so_far(self) -> Budget:
         """What the next of several truncations is to reach: its share of what has to go beyond what storage does."""
         share = (self._truncations + 1) / self.config.truncations
-        if share >= 1 or self._plan is not None:
+        if share >= 1:
             return self.budget
         alone = self.budget.reached(dict.fromkeys(self.budget.shapes))
         return replace(self.budget, prune_ratio=alone + share * (self.budget.prune_ratio - alone))

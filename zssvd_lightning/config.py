@@ -22,6 +22,7 @@ MOST_NAMED = 30
 """Names a message lists at most."""
 EXPORTS = ("dense", "self_contained", "onnx")
 CORRECTION_STEPS = ("projected", "natural")
+PRECISIONS = ("32-true", "bf16-mixed")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -50,12 +51,13 @@ class CompressionConfig:
     """How many times a gradient step and a new truncation follow the first one."""
     correction_step: str = "projected"
     """Which step: `projected` on the gradient, as long as what truncation took reaches along it (the paper), or
-    `natural`, along the gradient as the metric measures it, with `step_size`."""
-    step_size: float = 0.1
-    """Of `natural` steps; 1 is the whole way to where each layer alone would be best."""
+    `natural`, both gradient and projection as the metric measures them, times `step_size`."""
+    step_size: float = 3.0
+    """By what `natural` steps are multiplied. Noise makes gradients long, and what the projection finds along them
+    short."""
     fresh_moments: bool = True
     """Take all statistics anew for the truncation after a step, as the paper does; without, the second moments of the
-    first calibration go on to be used."""
+    first calibration go on to be used, and rules that go by delta see the gradient from before a `projected` step."""
     correction_batches: int = 8
     """How many batches the gradient of one step is averaged over."""
     line_search: bool = True
@@ -85,7 +87,7 @@ class CompressionConfig:
         require(0.0 < self.prune_ratio < 1.0, "prune_ratio", self.prune_ratio, "strictly between 0 and 1")
         require(self.corrections >= 0, "corrections", self.corrections, "0 or more")
         require(self.truncations >= 1, "truncations", self.truncations, "1 or more")
-        require(0.0 < self.step_size <= 1.0, "step_size", self.step_size, "above 0 and at most 1")
+        require(self.step_size > 0.0, "step_size", self.step_size, "above 0")
         require(self.correction_batches >= 1, "correction_batches", self.correction_batches, "1 or more")
         require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
         require_one_of("metric", self.metric, METRICS)
@@ -94,6 +96,17 @@ class CompressionConfig:
         require_one_of("correction_step", self.correction_step, CORRECTION_STEPS)
         require_one_of("storage", self.storage, STORAGES)
         require_one_of("rows_in_16_bits", self.rows_in_16_bits, ROWS_IN_16_BITS)
+        if self.correction_step == "natural" and self.metric != "two_sided":
+            raise ConfigError(
+                f"correction_step 'natural' goes by metric 'two_sided', and the metric is {self.metric!r}"
+            )
+        if self.truncations > 1 and self.plan is not None:
+            raise ConfigError(f"a plan is reached by one truncation, and truncations is {self.truncations}")
+        if self.budget_in == "bytes" and self.rows_in_16_bits == "loss_aware":
+            raise ConfigError(
+                "rows_in_16_bits 'loss_aware' keeps an order of rows beside, which a budget in bytes does not count; "
+                "keep the 'last' rows, or have budget_in 'parameters'"
+            )
         if self.storage == "mixed" and self.selection not in CHOOSE_BITS and self.plan is None:
             raise ConfigError(
                 f"storage 'mixed' leaves bits to be chosen by selection {' or '.join(map(repr, CHOOSE_BITS))}, and it "
@@ -159,11 +172,15 @@ class CalibrationConfig:
     """Windows in a batch."""
     seed: int = 0
     """Seed of the draw."""
+    precision: str = "32-true"
+    """Of the passes over the batches without a Trainer: `32-true` (that of the weights) or `bf16-mixed`, which is
+    faster on processors that multiply in bfloat16."""
 
     def __post_init__(self) -> None:
         require(self.samples >= 1, "calibration.samples", self.samples, "1 or more")
         require(self.length >= 2, "calibration.length", self.length, "2 or more")
         require(self.batch_size >= 1, "calibration.batch_size", self.batch_size, "1 or more")
+        require_one_of("calibration.precision", self.precision, PRECISIONS)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,21 @@ def projected_step(
     return stepped
 
 
+def natural_step(Z: Tensor, H: Tensor, reach: float) -> Tensor:
+    """`Z + (<G, D> / <H, H>) H`: the projected step as the metric measures it.
+
+    With `D = W - W'` it ends, of all steps along the natural gradient `R^-T H L^-1`, nearest to the whitened original
+    weight, since `<H, R^T D L> = <G, D>`.
+
+    Args:
+        Z: whitened weight `R^T W' L` (m, n).
+        H: whitened gradient `R^-1 G L^-T` (m, n), not zero.
+        reach: `<G, D>`, or a multiple of it for a longer step.
+    """
+    stepped: Tensor = Z + reach / (H * H).sum() * H
+    return stepped
+
+
 def best_fraction(before: float, slope: float, after: float) -> float:
     """The part t in [0, 1] of a step at which the loss is least, on the parabola through what is known of it.
 

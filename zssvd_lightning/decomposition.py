@@ -47,16 +47,20 @@ def whitening_work(n: int) -> float:
     return n**3 / 3
 
 
-def share_out(targets: Mapping[str, Target], leaders: Mapping[str, str], size: int) -> list[list[str]]:
+def share_out(
+    targets: Mapping[str, Target], leaders: Mapping[str, str], size: int, *, outputs: bool = False
+) -> list[list[str]]:
     """Layers of each of `size` processes, so that all have about as much to do.
 
     Layers that share an input stay together. The costliest group goes first, to the process with the least so far.
+    With `outputs` there is a Cholesky factorisation for the output of each too.
     """
     groups: dict[str, list[str]] = {}
     for name in targets:
         groups.setdefault(leaders.get(name, name), []).append(name)
     work = {
-        leader: whitening_work(targets[leader].shape[1]) + sum(svd_work(*targets[name].shape) for name in names)
+        leader: whitening_work(targets[leader].shape[1])
+        + sum(svd_work(*targets[name].shape) + outputs * whitening_work(targets[name].shape[0]) for name in names)
         for leader, names in groups.items()
     }
     shares: list[list[str]] = [[] for _ in range(size)]
@@ -77,7 +81,7 @@ def decompose(
     *,
     weigh: bool = False,
     round_off: bool = False,
-    descent: float = 0.0,
+    reaches: Mapping[str, float] | None = None,
 ) -> Decomposition:
     """Spectra and scores of all layers; one whitening for those that share an input. Collective.
 
@@ -92,15 +96,15 @@ def decompose(
         progress: whether to draw a bar.
         weigh: whether to find the importance of outputs and inputs too.
         round_off: whether to find what keeping components in 8 bits would cost.
-        descent: how far each whitened weight goes along its whitened gradient first, downhill.
+        reaches: how far each weight goes along its gradient first, as `correction.natural_step` has it.
 
     Raises:
         CalibrationError: statistics are missing, not finite or degenerate, or an SVD failed; names the layer.
         ProcessFailedError: that, on another process.
     """
     gathering.complete()
-    shares = share_out(targets, gathering.moments.leaders, team.size)
-    worker = _Worker(targets, gathering, metric, team, weigh=weigh, round_off=round_off, descent=descent)
+    shares = share_out(targets, gathering.moments.leaders, team.size, outputs=METRICS[metric].needs_outputs)
+    worker = _Worker(targets, gathering, metric, team, weigh=weigh, round_off=round_off, reaches=reaches)
     with tqdm(total=len(targets), desc="spectra", unit="layer", disable=not progress) as bar:
         for turn in zip_longest(*shares):
             worker.take(turn)
@@ -126,7 +130,7 @@ class _Worker:
         *,
         weigh: bool,
         round_off: bool,
-        descent: float,
+        reaches: Mapping[str, float] | None,
     ) -> None:
         self.spectra: dict[str, Spectrum] = {}
         self.components: dict[str, Components] = {}
@@ -138,7 +142,7 @@ class _Worker:
         self._team = team
         self._weigh = weigh
         self._round_off = round_off
-        self._descent = descent
+        self._reaches = reaches
         self._mean_squares = torch.empty(0)
         self._started: set[str] = set()
         self._inputs: tuple[str, Root] | None = None
@@ -170,8 +174,9 @@ class _Worker:
             if self._weigh:
                 self._mean_squares = moments.second_moment(name).diagonal().clone()
         whitening = Whitening(self._inputs[1], self._metric.outputs(moments, name))
+        self.jitters[f"the output of {name}"] = whitening.outputs.jitter
         G = moments.mean_gradient(name)
-        spectrum = _spectrum(self._targets[name], weight, whitening, self._descent * G if self._descent else None)
+        spectrum = _spectrum(self._targets[name], weight, whitening, G, self._reaches)
         delta = spectrum.sensitivities(G)
         if self._weigh:
             found = importance(self._mean_squares, whitening.whiten_gradient(G))
@@ -189,9 +194,13 @@ def _of_all(team: Team, own: Mapping[str, T]) -> dict[str, T]:
     return {name: value for theirs in team.gathered(own) for name, value in theirs.items()}
 
 
-def _spectrum(target: Target, weight: Tensor, whitening: Whitening, descent: Tensor | None) -> Spectrum:
+def _spectrum(
+    target: Target, weight: Tensor, whitening: Whitening, G: Tensor, reaches: Mapping[str, float] | None
+) -> Spectrum:
     try:
-        return Spectrum.of(weight, whitening, descent)
+        if reaches is not None:
+            return Spectrum.of(weight, whitening, G, reaches[target.name])
+        return Spectrum.of(weight, whitening)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise CalibrationError(
             f"the SVD of {target.name} {target.shape} failed: {error}; check the weight for NaN and infinite values, "

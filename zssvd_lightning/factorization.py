@@ -4,15 +4,19 @@ Shapes: up (m, k), down (k, n), W_k (m, n).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from zssvd_lightning.decomposition import Decomposition
 from zssvd_lightning.distributed import Team
+from zssvd_lightning.errors import NonFiniteError
 from zssvd_lightning.forms import Factored
 from zssvd_lightning.modules import Dense, LowRankLinear, carry_hooks
 from zssvd_lightning.pivoted import PivotedLinear, pivots_first
+from zssvd_lightning.statistics import accumulated, exact_products
 from zssvd_lightning.targets import Target, local_part
 
 
@@ -54,6 +58,9 @@ def pivoted_layer(old: Dense, factors: Factors, bias: Tensor | None, rows: Tenso
 class HeldFactors:
     """The factors of all truncated layers, of which each process holds what its team says.
 
+    They are of the type of the weights, or wider where pivot rows and coefficients are to be made of them, so that
+    those are rounded once.
+
     Args:
         targets: the layers.
         team: the processes that compress the model together.
@@ -68,6 +75,7 @@ class HeldFactors:
         self._team = team
         self._storage = storage
         self.held: dict[str, Factors] = {}
+        self._known_finite = False
 
     def __iter__(self) -> Iterator[str]:
         """Names of the truncated layers."""
@@ -79,27 +87,37 @@ class HeldFactors:
 
     def take(self, found: Decomposition, name: str, kept: Tensor) -> None:
         """Takes the components `kept` (k,) of a layer from the process that has decomposed it. Collective."""
-        target, owner = self._targets[name], found.owners[name]
-        (m, n), k = target.shape, len(kept)
+        owner, like = found.owners[name], self._like(name)
+        (m, n), k = self._targets[name].shape, len(kept)
         up, down = found.spectra[name].factors(kept) if owner == self._team.rank else (None, None)
         self.held[name] = Factors(
-            self._team.from_owner(owner, up, (m, k), target.weight),
-            self._team.from_owner(owner, down, (k, n), target.weight),
+            self._team.from_owner(owner, up, (m, k), like),
+            self._team.from_owner(owner, down, (k, n), like),
         )
+        self._known_finite = False
 
     def truncated(self, name: str) -> Tensor:
-        """What this process holds of a layer's truncated weight. Collective."""
-        return self._team.part(truncated_weight(self._whole(name)), self._targets[name].split)
+        """What this process holds of a layer's truncated weight, in the type of the weight. Collective."""
+        target = self._targets[name]
+        with _exact_on(target.weight.device):
+            W = truncated_weight(self._whole(name)).to(target.weight.dtype)
+        return self._team.part(W, target.split)
 
     def layer(self, name: str) -> Factored:
-        """The whole low-rank layer for the place of a truncated one. Collective."""
+        """The whole low-rank layer for the place of a truncated one. Collective.
+
+        Raises:
+            NonFiniteError: the factors of this layer or another hold NaN or infinite values.
+        """
+        self._refuse_non_finite()
         old, factors = self._targets[name].module, self._whole(name)
         bias = None if old.bias is None else self._team.whole(local_part(old.bias.detach()), len(old.bias))
-        if self._storage != PivotedLinear.kind:
-            return low_rank_layer(old, factors, bias)
-        # processors may round differently, and then choose other rows
-        rows = self._team.decided(lambda: pivots_first(factors.up))
-        return pivoted_layer(old, factors, bias, rows)
+        with _exact_on(factors.up.device):
+            if self._storage != PivotedLinear.kind:
+                return low_rank_layer(old, factors, bias)
+            # processors may round differently, and then choose other rows
+            rows = self._team.decided(lambda: pivots_first(factors.up))
+            return pivoted_layer(old, factors, bias, rows)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """Factors by layer, as the team saves them. Collective."""
@@ -116,8 +134,39 @@ class HeldFactors:
     def load_state_dict(self, state: Mapping[str, Sequence[Tensor]]) -> None:
         """Takes what this process is to hold of a `state_dict`."""
         for name, pair in state.items():
-            self.held[name] = Factors(*map(self._team.part, pair)).to(self._targets[name].weight)
+            self.held[name] = Factors(*map(self._team.part, pair)).to(self._like(name))
+        self._known_finite = False
 
     def _whole(self, name: str) -> Factors:
         up, down = self.held[name]
         return Factors(self._team.whole(up, self._targets[name].shape[0]), self._team.whole(down, up.shape[1]))
+
+    def _like(self, name: str) -> Tensor:
+        """An empty tensor on the device and in the type of a layer's factors."""
+        weight = self._targets[name].weight
+        wide = accumulated(weight.dtype)
+        return weight.new_empty(0, dtype=wide if self._storage == PivotedLinear.kind else weight.dtype)
+
+    def _refuse_non_finite(self) -> None:
+        """Raises NonFiniteError unless all factors are finite; of all layers, before the first is made. Collective."""
+        if self._known_finite:
+            return
+        device = next(iter(self.held.values())).up.device
+        counts = [((~up.isfinite()).sum() + (~down.isfinite()).sum()).to(device) for up, down in self.held.values()]
+        broken = self._team.over_rows(torch.stack(counts))
+        for name, count in zip(self.held, broken.tolist(), strict=True):
+            if count:
+                target = self._targets[name]
+                raise NonFiniteError(
+                    f"the factors of {name} {target.shape} hold NaN or infinite values in "
+                    f"{str(self.held[name].up.dtype).removeprefix('torch.')}; compress in float32 or bfloat16, "
+                    "calibrate on more tokens, or add it to ignore"
+                )
+        self._known_finite = True
+
+
+@contextmanager
+def _exact_on(device: torch.device) -> Iterator[None]:
+    """Products are made in the type of what is multiplied, whatever training does."""
+    with exact_products(), torch.autocast(device.type, enabled=False):
+        yield

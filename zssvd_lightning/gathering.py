@@ -149,7 +149,12 @@ class Gathering:
         weight = self._team.weight_at(owner, target.weight, length, split)
         if weight is None:
             return None
-        whole = Moments(dict(moments.leaders), tokens=moments.tokens, loss_terms=moments.loss_terms)
+        whole = Moments(
+            dict(moments.leaders),
+            tokens=moments.tokens,
+            output_terms=moments.output_terms,
+            loss_terms=moments.loss_terms,
+        )
         whole.input_sums = {} if A is None else {leader: A}
         whole.gradient_sums = {} if G is None else {name: G}
         whole.output_sums = {} if B is None else {name: B}
@@ -179,16 +184,17 @@ class Gathering:
             total.gradient_sums[name] = self._team.over_batches(self._gradient(self.moments.gradient_sums, name))
         return total.mean_gradient(name, self._team.over_rows)
 
-    @staticmethod
-    def empty_state() -> dict[str, Any]:
-        """The `state_dict` before the first batch."""
-        empty = Moments().state_dict()
-        return {"moments": empty, "window": empty, "kept": None, "pending": [], "gradients": {}}
+    def state_dict(self, *, so_far: bool = True) -> dict[str, Any]:
+        """Plain types and tensors, as the team saves them. Collective.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors, as the team saves them. Collective."""
-        kept = self._kept or Moments()
-        counts = self._team.gathered(self.moments.counts() | {"window": self._window.counts(), "kept": kept.counts()})
+        Args:
+            so_far: whether to go on from the batches since the last step; without, they come anew.
+        """
+        kept = None if self._kept is None else self._of_all(self._kept, self._team.gathered(self._kept.counts()))
+        if not so_far:
+            empty = Moments().state_dict()
+            return {"moments": empty, "window": empty, "kept": kept, "pending": [], "gradients": {}}
+        counts = self._team.gathered(self.moments.counts() | {"window": self._window.counts()})
         pending = self._team.gathered(self._pending)
         losses = [_mean(entries) for entries in zip(*pending, strict=True)]
         weights = {name: target.gradient for name, target in self._targets.items()} if losses else {}
@@ -197,7 +203,7 @@ class Gathering:
         return {
             "moments": self._of_all(self.moments, counts),
             "window": self._of_all(self._window, [each["window"] for each in counts]),
-            "kept": None if self._kept is None else self._of_all(kept, [each["kept"] for each in counts]),
+            "kept": kept,
             "pending": [list(entry) for entry in losses],
             "gradients": self._gradients_to_save(open_gradients, has_open),
         }
@@ -206,7 +212,7 @@ class Gathering:
         """Goes on from a `state_dict`; sums go to the first process, or in parts to all."""
         self.moments = self._own(state["moments"])
         self._window = self._own(state["window"])
-        self._kept = None if state["kept"] is None else self._own(state["kept"])
+        self._kept = None if state.get("kept") is None else self._own(state["kept"])
         self._pending = [(loss, terms) if self._team.rank == 0 else (0.0, 0.0) for loss, terms in state["pending"]]
         for name, gradient in state["gradients"].items():
             if (part := self._team.share_of_sum(gradient, self._targets[name].split)) is not None:

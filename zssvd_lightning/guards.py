@@ -127,7 +127,7 @@ def refuse_too_short(trainer: L.Trainer, start_epoch: int, start_step: int, batc
         raise UnsupportedTrainingError(
             f"compression needs {waiting + batches_needed:g} training batches ({waiting:g} until its start, then "
             f"{batches_needed} for calibration and corrections), but this fit has {available:g}; raise max_epochs or "
-            "max_steps, or lower calibration_batches, correction_batches or corrections"
+            "max_steps, or lower calibration_batches, correction_batches, truncations or corrections"
         )
 
 

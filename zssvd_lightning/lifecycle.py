@@ -29,7 +29,7 @@ from zssvd_lightning.strategies import StrategyAdapter
 
 Entered = TypeVar("Entered")
 
-VERSION = 1
+VERSION = 2
 GATHERING = (Phase.CALIBRATE, Phase.CORRECT)
 
 
@@ -277,15 +277,15 @@ class Lifecycle:
         """Whether `load_state_dict` would take a state.
 
         Raises:
-            CheckpointError: it is none of this class, of a later version, or of a compression under way with other
+            CheckpointError: it is none of this class, of another version, or of a compression under way with other
                 settings.
         """
         if not isinstance(state, Mapping) or "version" not in state:
             raise CheckpointError("the checkpoint holds no state of a ZSSVDCallback of this release; start afresh")
-        if state["version"] > VERSION:
+        if state["version"] != VERSION:
             raise CheckpointError(
-                f"the checkpoint holds callback state of version {state['version']}, this release reads {VERSION}; "
-                "upgrade zssvd-lightning"
+                f"the checkpoint holds callback state of version {state['version']}, this release reads {VERSION}; go "
+                "on with the release of zssvd-lightning that wrote it"
             )
         compressed = (state["report"] or {}).get("config", {}).get("compression")
         if compressed is not None and phase_is_after(state):

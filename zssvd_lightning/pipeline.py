@@ -32,6 +32,22 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
+def loss_in(precision: str) -> Loss:
+    """`model_loss` in a precision as Lightning names it: `32-true` (that of the weights) or `bf16-mixed`.
+
+    Statistics are gathered in float32 either way.
+    """
+    if precision == "32-true":
+        return model_loss
+
+    def mixed(model: nn.Module, batch: Any) -> Tensor:
+        device = next(model.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16):
+            return model_loss(model, batch)
+
+    return mixed
+
+
 class Reading(TypedDict, total=False):
     """What a batch means; each has a default that suits batches and models of transformers."""
 
@@ -202,6 +218,14 @@ def _fitting(compression: Compression, statistics: Moments) -> Moments:
             raise CalibrationError(
                 f"the statistics are of another model or other layers: {name} of width {widths[leader]} is {found} "
                 "here; calibrate this one"
+            )
+    needs_outputs = "outputs" in compression.config.gathers
+    for name in statistics.leaders if needs_outputs else ():
+        B = statistics.output_sums.get(name)
+        if B is None or len(B) != compression.targets[name].shape[0]:
+            raise CalibrationError(
+                f"the statistics have no gradients at the output of {name} {compression.targets[name].shape}, by which "
+                f"metric {compression.config.metric!r} goes; calibrate with a config of that metric"
             )
     device = next(compression.model.parameters()).device
     return Moments(**move_data_to_device(statistics.state_dict(), device))

@@ -18,7 +18,7 @@ from zssvd_lightning.modules import CompressedLinear, Dense, LowRankLinear, carr
 from zssvd_lightning.pivoted import PivotedLinear
 from zssvd_lightning.spectrum import Spectrum
 from zssvd_lightning.targets import find_targets, replace_module
-from zssvd_lightning.whitening import Whitening
+from zssvd_lightning.whitening import Whitening, in_float64
 
 EIGHT_BIT = ("remap", "hq", "mixed")
 """Storages with layers in 8 bits: the low-rank ones, all of them, or those that a rule has chosen."""
@@ -159,7 +159,7 @@ def rounding_of_dense(W: Tensor, whitening: Whitening) -> float:
 
     That is `tr A / 24 sum_i step_i^2 B_ii`.
     """
-    steps = W.abs().amax(1).double() / LARGEST_CODE
+    steps = in_float64(W.abs().amax(1)) / LARGEST_CODE
     B, A = whitening.outputs.diagonal(len(W)).to(steps), whitening.inputs.diagonal(W.shape[1]).sum()
     return float(A.to(steps) / 24 * (steps.square() * B).sum())
 

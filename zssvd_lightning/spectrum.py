@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zssvd_lightning.correction import natural_step
 from zssvd_lightning.whitening import Whitening
 
 
@@ -23,19 +24,19 @@ class Spectrum:
     """`V^T L^-1` (r, n)."""
 
     @classmethod
-    def of(cls, W: Tensor, whitening: Whitening, descent: Tensor | None = None) -> "Spectrum":
+    def of(cls, W: Tensor, whitening: Whitening, G: Tensor | None = None, reach: float = 0.0) -> "Spectrum":
         """Whitened spectrum of W (m, n), in float32 or, for a float64 weight, float64.
 
         Args:
             W: the weight.
             whitening: coordinates of the metric.
-            descent: gradient (m, n), times a step size, that the weight first goes down, as the metric measures it:
-                `R^T W L - R^-1 G L^-T` is decomposed.
+            G: gradient (m, n) that the weight first goes along.
+            reach: how far, as the inner product of G with what the weight is to go towards; see `natural_step`.
         """
         W = W.to(torch.promote_types(W.dtype, torch.float32))
         Z = whitening.whiten(W)
-        if descent is not None:
-            Z = Z - whitening.whiten_gradient(descent.to(Z))
+        if G is not None:
+            Z = natural_step(Z, whitening.whiten_gradient(G.to(Z)), reach)
         U, sigma, Vh = torch.linalg.svd(Z, full_matrices=False)
         return cls(whitening.unwhiten_left(U), sigma, whitening.unwhiten_right(Vh))
 

@@ -49,10 +49,10 @@ def log_progress(trainer: L.Trainer, gathered: int, to_gather: int) -> None:
 
 def log_step(trainer: L.Trainer, step: Step, compression: Compression) -> None:
     """Sends what a step of the compression did."""
-    if Compression.correct in step.acts or Compression.descend in step.acts:
+    if step.acts[0] in (Compression.correct, Compression.descend):
         log(trainer, loss_after_truncation=compression.losses[-1])
-    if step.acts[0] is not Compression.truncate and (
-        Compression.correct not in step.acts or not compression.config.line_search
+    if Compression.shorten_step in step.acts or (
+        Compression.correct in step.acts and not compression.config.line_search
     ):
         log(trainer, step_fraction=compression.fractions[-1])
     if step.truncates:

@@ -177,7 +177,7 @@ def safe_cholesky(moment: Tensor, name: str, damping: float = 0.0, of: str = "in
     Raises:
         NotPositiveDefiniteError: a tenth of the mean diagonal was not enough.
     """
-    moment = (moment.cpu() if moment.device.type == "mps" else moment).double()  # there is no float64 on MPS
+    moment = in_float64(moment)
     scale = moment.diagonal().mean()
     jitter = damping
     while scale > 0 and jitter <= LAST_JITTER:
@@ -196,7 +196,12 @@ def safe_cholesky(moment: Tensor, name: str, damping: float = 0.0, of: str = "in
 
 def _floored(squares: Tensor) -> Tensor:
     """Mean squares (n,), none so small that a division by it would blow up noise."""
-    return squares.double().clamp_min(float(squares.mean()) * FIRST_JITTER)
+    return in_float64(squares).clamp_min(float(squares.mean()) * FIRST_JITTER)
+
+
+def in_float64(M: Tensor) -> Tensor:
+    """The same in float64; on the CPU where the device has none."""
+    return (M.cpu() if M.device.type == "mps" else M).double()
 
 
 def warn_of_jitter(by_layer: Mapping[str, float]) -> None:
@@ -205,7 +210,7 @@ def warn_of_jitter(by_layer: Mapping[str, float]) -> None:
     if jitters:
         few = ", ".join(f"{name} {jitter:.0e}" for name, jitter in list(jitters.items())[:5])
         warnings.warn(
-            f"layers with a singular input second moment: {len(jitters)}. Each got jitter, relative to its mean "
+            f"layers with a singular second moment: {len(jitters)}. Each got jitter, relative to its mean "
             f"diagonal: {few}{', ...' if len(jitters) > 5 else ''}. Before the first truncation, calibrate on more "
             "tokens; after it, inputs of low rank are to be expected behind low-rank layers",
             RankDeficientWarning,

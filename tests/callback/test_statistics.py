@@ -18,7 +18,7 @@ from zssvd_lightning.structure import ranks_of
 
 def statistics(module=None, batches=padded_batches, callback=None, **settings):
     torch.manual_seed(0)
-    callback = callback or Keeps(0.3, corrections=0, progress=False)
+    callback = callback or Keeps(0.3, corrections=0, metric="two_sided", progress=False)
     module = module or CausalLM()
     trainer(callback, **({"max_epochs": 2} | settings)).fit(module, loader(batches()))
     assert callback.phase is Phase.DONE
@@ -35,6 +35,8 @@ def assert_close(one, other, tolerance):
         assert (G - H).norm() <= tolerance * G.norm(), name
         A, B = one.second_moment(name).double(), other.second_moment(name).double()
         assert (A - B).norm() <= tolerance * A.norm(), name
+        A, B = one.output_moment(name).double(), other.output_moment(name).double()
+        assert (A - B).norm() <= 2 * tolerance * A.norm(), name
 
 
 def grad_scaler(scale=1024.0):

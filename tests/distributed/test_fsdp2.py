@@ -13,6 +13,7 @@ import torch
 from support import processes
 from support.models import loader, token_batches, trainer
 from support.parallel import (
+    NATURAL,
     NEEDED,
     SHORT,
     InBfloat16,
@@ -62,6 +63,22 @@ def test_training_goes_on_with_the_factors_in_rows_as_ddp_does(tmp_path):
     assert sharded[0]["ranks"] == replicated[0]["ranks"]
     torch.testing.assert_close(sharded[0]["seen"], replicated[0]["seen"], rtol=1e-6, atol=0)
     found, wanted = (multiplied_out(r[0]["weights"]) for r in (sharded, replicated))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_natural_steps_are_those_of_ddp_and_gone_on_with(tmp_path, distributed):
+    folders = {name: tmp_path / name for name in ("ddp", "killed")}
+    for folder in folders.values():
+        folder.mkdir()
+    said = {"compression": NATURAL, "trainer": {"enable_checkpointing": True}}
+    whole = run(folders["ddp"], 2, Run(module=ReplicatedInDouble, **said))
+    sharded = Run(strategy="fsdp2", module=InDouble, settings={"save_distributed_checkpoint": distributed}, **said)
+    sharded.ckpt_path = str(killed(folders["killed"], 2, sharded, "correct", 2))
+    rows = run(folders["killed"], 2, sharded)
+    assert rows[0]["ranks"] == whole[0]["ranks"]
+    torch.testing.assert_close(rows[0]["losses"], whole[0]["losses"], rtol=1e-9, atol=0)
+    found, wanted = (multiplied_out(r[0]["at_factorisation"]) for r in (rows, whole))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 

@@ -27,6 +27,16 @@ NEEDED = 12
 """Batches that a `SHORT` compression takes of each process."""
 
 
+NATURAL = {
+    "metric": "two_sided",
+    "selection": "curvature",
+    "corrections": 2,
+    "correction_step": "natural",
+    "fresh_moments": False,
+}
+"""Steps along the natural gradient, by the second moments of the first batches."""
+
+
 def batches_of(family: str, count: int, rank: int, size: int) -> list[dict[str, Tensor]]:
     """Every `size`-th of `count` batches from `rank` on; those of tokens differ in how many they hold."""
     if family in ("llama", "gpt2", "bert"):

@@ -5,8 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import pad_sequence
 
 from zssvd_lightning.allocation import effective_rank_of, least_loss, proportional_ranks
+from zssvd_lightning.budget import Budget
+from zssvd_lightning.options import Options, of_dropping, of_rounding
+from zssvd_lightning.storage import STORAGES
 
 
 def random_options(seed, matrices=4, most=6, *, falling=True):
@@ -97,12 +101,37 @@ def test_what_gains_nothing_is_not_paid_for():
     assert least_loss(costs, losses, 100).tolist() == [1]
 
 
-def test_as_many_options_as_a_real_model_has():
+def bound(costs, losses, allowed):
+    """The most that any price promises: no choice that fits loses less (weak duality). By bisection."""
+    low, high, best = 0.0, float(losses[losses < math.inf].max()), -math.inf
+    for _ in range(60):
+        price = (low + high) / 2
+        priced = losses + price * costs
+        best = max(best, float(priced.amin(1).sum()) - price * allowed)
+        low, high = (low, price) if totals(costs, losses, priced.argmin(1))[0] <= allowed else (price, high)
+    return best
+
+
+SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)] * 30
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_as_many_options_as_a_real_model_has(storage):
     g = torch.Generator().manual_seed(0)
-    costs = (torch.arange(577) * 1152.0).expand(210, -1).clone().double()
-    losses = torch.rand(210, 577, generator=g, dtype=torch.float64).flip(1).cumsum(1).flip(1)
-    allowed = int(0.6 * costs[:, -1].sum()) + 77
-    assert allowed - 1152 <= totals(costs, losses, least_loss(costs, losses, allowed))[0] <= allowed
+    budget = Budget({str(i): shape for i, shape in enumerate(SMOLLM2)}, 0.6, storage=storage)
+    options = []
+    for name in budget.shapes:
+        scale, decay = torch.rand(2, generator=g, dtype=torch.float64)
+        sigma = 10 ** (2 * scale - 1) * torch.arange(1, len(budget.costs(name)), dtype=torch.float64) ** (-0.1 - decay)
+        rounding = 1e-4 * sigma.square()
+        rounded = of_rounding(rounding, float(rounding.sum())) if budget.chooses_bits else None
+        options.append(Options.of(name, of_dropping(sigma.square() / 2), rounded, budget))
+    costs = pad_sequence([option.costs for option in options], batch_first=True)
+    losses = pad_sequence([option.losses for option in options], batch_first=True, padding_value=math.inf)
+    cost, loss = totals(costs, losses, least_loss(costs, losses, budget.allowed))
+    assert cost <= budget.allowed
+    least, gap = bound(costs, losses, budget.allowed), 3e-3 if budget.chooses_bits else 1e-3
+    assert least * (1 - 1e-9) <= loss <= least * (1 + gap)
 
 
 @given(r=st.integers(1, 40), scale=st.floats(1e-3, 1e3))

@@ -1,9 +1,14 @@
 import copy
 import io
 import json
+import math
+import os
 import random
 import runpy
+import signal
 import sys
+import threading
+import time
 import weakref
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,9 +25,11 @@ from zssvd_lightning import CompressionConfig, compress
 from zssvd_lightning.cli import main
 from zssvd_lightning.compare import CompareConfig, Results, compare
 from zssvd_lightning.compare.arguments import Cell, Comparison, Settings, read_arguments
+from zssvd_lightning.compare.folder import alone_in
 from zssvd_lightning.compare.work import perform, read_job
 from zssvd_lightning.config import EvaluateConfig, ModelConfig
 from zssvd_lightning.errors import CalibrationError, ConfigError, OutputError, TaskError
+from zssvd_lightning.evaluation import Perplexity
 from zssvd_lightning.pipeline import calibrate
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compare.py"
@@ -42,7 +49,9 @@ def workshop(tmp_path_factory):
         "uniform": "selection: uniform, corrections: 0",
         "corrected": "corrections: 1, correction_batches: 1",
         "impossible": "min_rank_fraction: 1.0, corrections: 0",
-        "q_proj": "ignore: ['*mlp*', '*k_proj', '*v_proj', '*o_proj'], corrections: 0",
+        "old-moments": "metric: two_sided, corrections: 1, correction_batches: 1, fresh_moments: false",
+        "natural": "metric: two_sided, corrections: 1, correction_batches: 1, correction_step: natural",
+        "mixed": "metric: two_sided, corrections: 0, storage: mixed, selection: curvature",
     }.items():
         (folder / f"{name}.yaml").write_text(
             f"model: {{source: {folder}/model}}\n"
@@ -120,7 +129,7 @@ def test_means_and_spreads_over_seeds_and_a_picture(run, tmp_path):
     assert len(here.jobs) == 1 + 3 + 12
     cells = sorted(f"cells/{cell.name}.json" for cell in results.cells)
     assert written(out) == sorted([
-        "cells", *cells, "cells/dense.json", "compare.json", "compare.md", "compare.png",
+        "cells", "cells/.lock", *cells, "cells/dense.json", "compare.json", "compare.md", "compare.png",
     ])  # fmt: skip
     assert (out / "compare.md").read_text() == results.markdown()
     assert (out / "compare.png").stat().st_size > 10_000
@@ -128,30 +137,61 @@ def test_means_and_spreads_over_seeds_and_a_picture(run, tmp_path):
 
 
 def test_sharing_statistics_changes_no_result(run, tmp_path):
-    asked = ["zero-sum", "corrected", "q_proj", "prune_ratios=[0.4]", "seeds=[0]"]
+    presets = ["zero-sum", "corrected", "old-moments", "natural", "mixed"]
+    asked = [*presets, "prune_ratios=[0.4]", "seeds=[0]"]
     shared = run(*asked, "keep=true")
-    kept = [path.name for path in (tmp_path / "out" / "calibration").glob("*.pt")]
-    assert len(kept) == 2  # for all layers, and for some
+    assert not shared.errors
+    statistics = {
+        told["settings"]["compression"]["metric"]: told
+        for path in (tmp_path / "out" / "calibration").glob("*.json")
+        for told in [json.loads(path.read_text())]
+    }
+    assert statistics.keys() == {"input", "two_sided"}
     here = Here()
     alone = run(*asked, "share_calibration=false", runner=here, output=tmp_path / "alone")
-    assert len(here.jobs) == 4
+    assert len(here.jobs) == 1 + len(presets)
     for cell, result in shared.cells.items():
         assert result["perplexity"] == alone.cells[cell]["perplexity"]
         assert result["reached"] == alone.cells[cell]["reached"]
         assert result["seconds"].keys() == alone.cells[cell]["seconds"].keys()
-        gathering = next(
-            told
-            for path in (tmp_path / "out" / "calibration").glob("*.json")
-            if (told := json.loads(path.read_text()))["settings"]["compression"]["ignore"]
-            == result["settings"]["compression"]["ignore"]
-        )
+        gathering = statistics[result["settings"]["compression"]["metric"]]
         assert result["seconds"]["calibrate"] >= gathering["seconds"]["calibrate"]
         assert result["peak_rss_bytes"] >= gathering["peak_rss_bytes"]
+    assert len({result["perplexity"] for result in shared.cells.values()}) == len(presets)
     again = Here()
     (tmp_path / "out" / "cells" / "zero-sum-0.4-0.json").unlink()
     run(*asked, runner=again)
     assert again.names == ["zero-sum-0.4-0"]
     assert not (tmp_path / "out" / "calibration").exists()
+
+
+def test_statistics_that_were_kept_serve_other_prune_ratios(run):
+    asked = ["zero-sum", "seeds=[0]", "keep=true"]
+    run(*asked, "prune_ratios=[0.4]")
+    more = Here()
+    run(*asked, "prune_ratios=[0.3,0.5]", runner=more)
+    assert more.names == ["zero-sum-0.3-0", "zero-sum-0.5-0"]
+
+
+@pytest.mark.parametrize("changed", ["text", "model", "versions"])
+def test_what_has_changed_since_is_measured_again(run, workshop, tmp_path, monkeypatch, changed):
+    text, model = workshop / "text.txt", workshop / "model" / "config.json"
+    asked = ["zero-sum", "prune_ratios=[0.4]", "seeds=[0]", "keep=true"]
+    run(*asked)
+    again = Here()
+    run(*asked, runner=again)
+    assert not again.jobs
+    if changed == "text":
+        text.write_text(text.read_text())
+    elif changed == "model":
+        model.write_text(model.read_text() + "\n")
+    else:
+        told = {"python": "2.7"}
+        monkeypatch.setattr("zssvd_lightning.compare.work.versions", lambda: told)
+        monkeypatch.setattr("zssvd_lightning.compare.course.versions", lambda: told)
+    run(*asked, runner=again)
+    dense, statistics, cell = again.names
+    assert (dense, statistics.split("-")[:2], cell) == ("dense", ["seed", "0"], "zero-sum-0.4-0")
 
 
 def test_an_interrupted_comparison_goes_on_where_it_stopped(run, tmp_path):
@@ -160,7 +200,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(run, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(*asked, runner=first)
     assert not (out / "compare.json").exists()
-    before = {path: path.read_bytes() for path in (out / "cells").iterdir()}
+    before = {path: path.read_bytes() for path in (out / "cells").glob("*.json")}
     assert sorted(path.stem for path in before) == ["dense", "zero-sum-0.3-0"]
     second = Here()
     results = run(*asked, runner=second)
@@ -198,7 +238,7 @@ def test_a_cell_that_fails_is_a_row_and_the_others_run(run, tmp_path):
     assert {name: error.split(":")[0] for name, error in results.errors.items()} == {
         "impossible-0.4-0": "BudgetError",
         "impossible-0.4-1": "BudgetError",
-        "zero-sum-0.4-1": "the process was ended by SIGKILL; see " + str(tmp_path / "out/cells/zero-sum-0.4-1.log"),
+        "zero-sum-0.4-1": f"the process was ended by signal 9 (Killed); see {tmp_path}/out/cells/zero-sum-0.4-1.log",
     }
     assert [(row.preset, row.seeds) for row in results.rows()] == [("zero-sum", [0])]
     lines = (tmp_path / "out" / "compare.md").read_text().splitlines()
@@ -234,6 +274,86 @@ def test_a_cell_in_a_process_of_its_own(run, workshop, tmp_path):
     assert result["perplexity"] == pytest.approx(here.cells[cell]["perplexity"], rel=1e-5)
     assert result["settings"] == here.cells[cell]["settings"]
     assert 1e8 < result["peak_rss_bytes"] < 2e9
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Has another module stand in for the process of a cell."""
+
+    def program(code):
+        (tmp_path / "program.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr("zssvd_lightning.compare.course.PROGRAM", "program")
+
+    return program
+
+
+def test_a_process_that_is_killed_is_told_of_and_leaves_its_log(workshop, tmp_path, program):
+    program("import os, signal\nprint('begun', flush=True)\nos.kill(os.getpid(), signal.SIGKILL)")
+    asked = ["prune_ratios=[0.4]", "seeds=[0]", "share_calibration=false", f"output={tmp_path / 'out'}"]
+    results = compare([str(workshop / "zero-sum.yaml"), *asked], progress=False)
+    for name in ("dense", "zero-sum-0.4-0"):
+        log = tmp_path / "out" / "cells" / f"{name}.log"
+        assert results.errors[name] == f"the process was ended by signal 9 (Killed); see {log}"
+        assert log.read_text() == "begun\n"
+
+
+def test_being_ended_ends_the_process_of_the_cell_too(workshop, tmp_path, program):
+    program("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)")
+    log, before = tmp_path / "out" / "cells" / "dense.log", signal.getsignal(signal.SIGTERM)
+
+    def end_once_begun():
+        while not (log.exists() and log.read_text().endswith("\n")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=end_once_begun, daemon=True)
+    thread.start()
+    with pytest.raises(SystemExit) as ended:
+        compare([str(workshop / "zero-sum.yaml"), f"output={tmp_path / 'out'}"], progress=False)
+    thread.join()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+
+def test_a_result_of_other_settings_is_not_the_cells(run):
+    class Other(Here):
+        def __call__(self, job):
+            super().__call__(job)
+            told = json.loads(Path(job.result).read_text())
+            told["settings"]["model"]["dtype"] = "float64"
+            Path(job.result).write_text(json.dumps(told))
+            return 3
+
+    results = run("zero-sum", "prune_ratios=[0.4]", "seeds=[0]", "share_calibration=false", runner=Other())
+    assert "ended with exit code 3" in results.errors["zero-sum-0.4-0"]
+    assert "perplexity" not in results.dense
+
+
+def test_two_comparisons_in_one_folder_are_refused(run, tmp_path):
+    pytest.importorskip("fcntl")
+    (tmp_path / "out").mkdir()
+    here = Here()
+    with alone_in(tmp_path / "out"), pytest.raises(OutputError, match=r"another comparison writes to .*out; wait"):
+        run("zero-sum", "prune_ratios=[0.4]", "seeds=[0]", runner=here)
+    assert not here.jobs
+    assert not run("zero-sum", "prune_ratios=[0.4]", "seeds=[0]").errors
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_perplexity_that_is_not_finite_is_an_error_of_its_cell(run, tmp_path, monkeypatch, value):
+    found = iter([20.0, 21.0, 22.0, value])
+    monkeypatch.setattr("zssvd_lightning.evaluation.perplexity", lambda *_, **__: Perplexity(next(found), 31, 0.1))
+    results = run("zero-sum", "prune_ratios=[0.4]", "seeds=[0]")
+    assert results.errors["zero-sum-0.4-0"].startswith("NonFiniteError: perplexity_second is not finite")
+    assert "0.4, seed 0 | NonFiniteError: perplexity_second is not finite" in results.markdown()
+
+    def refused(constant):
+        raise ValueError(constant)
+
+    json.loads((tmp_path / "out" / "compare.json").read_text(), parse_constant=refused)
 
 
 def test_accuracy_on_tasks(run, monkeypatch):
@@ -305,6 +425,25 @@ def test_the_terminal_shows_numbers_whole_and_errors_cut_short():
     assert all(entry in shown for entry in ("21.00 ± 1.41", "0.2100 ± 0.0141", "0.4, seed 1"))
 
 
+def test_brackets_are_no_markup():
+    console = Console(width=120, file=io.StringIO())
+    results = results_by_hand()
+    results.cells[Cell("b|c", 0.4, 1)]["error"] = "no [/x] [list]"
+    comparison = results.comparison
+    dense = Settings(ModelConfig("models[/y]"), evaluation=EvaluateConfig(text="[/z].txt"))
+    console.print(Results(Comparison(comparison.config, dense, {}), results.dense, results.cells).table())
+    shown = console.file.getvalue()
+    assert all(told in shown for told in ("no [/x] [list]", "models[/y]", "[/z].txt"))
+
+
+def test_perplexities_of_any_size_have_a_mean_and_a_spread():
+    results = results_by_hand()
+    for seed, perplexity in ((0, 1e300), (1, 1.2e300)):
+        results.cells[Cell("a", 0.4, seed)]["perplexity"] = perplexity
+    assert "| a | 0.4 | 1.10e+300 ± 1.41e+299 |" in results.markdown()
+    json.dumps([row.measures["perplexity"] for row in results.rows()], allow_nan=False)
+
+
 def test_curves_are_of_what_was_reached():
     ((title, (curve, _)),) = results_by_hand().curves().items()
     assert title == "perplexity"
@@ -340,6 +479,8 @@ def test_without_matplotlib_there_is_no_picture(run, tmp_path, monkeypatch, capl
         (["{}/zero-sum.yaml", "limit=0"], "limit is 0"),
         (["{}/zero-sum.yaml", "batch_size=0"], "batch_size is 0"),
         (["{}/zero-sum.yaml", "recovery.method=lora"], "recovery=null"),
+        (["{}/zero-sum.yaml", "training.steps=5"], "training.steps has no effect"),
+        (["{}/zero-sum.yaml", "model.saved_dtype=bfloat16"], "model.saved_dtype has no effect"),
         (["{}/zero-sum.yaml", "compression.plan=plan.yaml"], "zero-sum.yaml: compression.plan"),
         (["{}/zero-sum.yaml", "evaluation.text=null", "evaluation.second=null"], "nothing would be measured"),
     ],
@@ -358,7 +499,18 @@ def test_there_must_be_an_output(workshop):
 
 
 @pytest.mark.parametrize(
-    ("key", "other"), [("model.source", "gpt2"), ("calibration.text", "a.txt"), ("evaluation.length", 16)]
+    ("key", "other"),
+    [
+        ("model.source", "gpt2"),
+        ("calibration.text", "a.txt"),
+        ("calibration.samples", 5),
+        ("calibration.length", 16),
+        ("calibration.batch_size", 1),
+        ("calibration.precision", "bf16-mixed"),
+        ("compression.include", ["*_proj"]),
+        ("compression.ignore", ["*q_proj"]),
+        ("evaluation.length", 16),
+    ],
 )
 def test_all_are_of_one_model_and_one_text(workshop, tmp_path, key, other):
     told, (group, name) = yaml.safe_load((workshop / "uniform.yaml").read_text()), key.split(".")
@@ -370,7 +522,14 @@ def test_all_are_of_one_model_and_one_text(workshop, tmp_path, key, other):
     assert len(read_arguments([*files, "output=out", f"{key}={other}"]).cells) == 2 * 9
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "cells/mine.txt", "calibration/mine.csv", "cells"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("thesis.tex", "cells", ".compare.json", ".lock"),
+        *("cells/mine.txt", "cells/mine.json", "cells/.mine"),
+        *("calibration/mine.csv", "calibration/mine.pt", "calibration/seed-0-abc.pt"),
+    ],
+)
 def test_a_folder_with_something_else_is_refused(run, tmp_path, name):
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
@@ -382,35 +541,52 @@ def test_a_folder_with_something_else_is_refused(run, tmp_path, name):
         run("zero-sum", output=path)
 
 
+def test_what_interrupted_comparisons_left_is_removed(run, tmp_path):
+    out, name = tmp_path / "out", "seed-0-0123456789ab"
+    for ending in ("pt", "json", "log"):
+        path = out / "calibration" / f"{name}.{ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("begun")
+    for left in ("cells/.zero-sum-1e-05-3.json.ab_cd012", f"calibration/.{name}.pt.01234567", ".compare.md.abcdefgh"):
+        (out / left).mkdir(parents=True)
+        (out / left / "file").write_text("begun")
+    run("zero-sum", "prune_ratios=[0.4]", "seeds=[0]")
+    assert written(out) == sorted([
+        "cells", "cells/.lock", "cells/dense.json", "cells/zero-sum-0.4-0.json", "compare.json", "compare.md",
+    ])  # fmt: skip
+
+
 def test_the_command_and_the_recipe(run, workshop, tmp_path, monkeypatch, capsys):
     asked = ["prune_ratios=[0.4]", "seeds=[0]"]
     run("zero-sum", *asked)
     arguments = [str(workshop / "zero-sum.yaml"), *asked, f"output={tmp_path / 'out'}"]
 
-    def zssvd(*arguments):
-        monkeypatch.setattr(sys, "argv", ["zssvd", "compare", *arguments])
+    def ended(call, *argv):
+        monkeypatch.setattr(sys, "argv", list(argv))
         with pytest.raises(SystemExit) as ended:
-            main()
+            call()
         return ended.value.code or 0, capsys.readouterr()
 
-    code, shown = zssvd(*arguments)
-    assert code == 0
-    assert "zero-sum" in shown.out
-    assert "compare.md" in shown.out
-    code, shown = zssvd()
-    assert code == 1
-    assert "name one YAML file or more" in shown.err
+    def zssvd(*arguments):
+        return ended(main, "zssvd", "compare", *arguments)
 
-    recipe = runpy.run_path(str(RECIPE))["main"]
-    assert not recipe(*arguments).errors
-    assert "zero-sum" in capsys.readouterr().out
+    def recipe(*arguments):
+        return ended(lambda: runpy.run_path(str(RECIPE), run_name="__main__"), str(RECIPE), *arguments)
 
-    monkeypatch.setattr("zssvd_lightning.compare.results.Results.errors", {"zero-sum-0.4-0": "BudgetError: no"})
-    code, shown = zssvd(*arguments)
-    assert code == 1
-    assert "zero-sum-0.4-0: BudgetError: no" in shown.err
-    assert recipe(*arguments).errors
-    assert "zero-sum-0.4-0: BudgetError: no" in capsys.readouterr().out
+    errors = {"zero-sum-0.4-0": "BudgetError: no"}
+    for call in (zssvd, recipe):
+        code, shown = call(*arguments)
+        assert code == 0
+        assert "zero-sum" in shown.out
+        assert "compare.md" in shown.out
+        code, shown = call()
+        assert code == 1
+        assert "name one YAML file or more" in shown.err
+        with monkeypatch.context() as patched:
+            patched.setattr("zssvd_lightning.compare.results.Results.errors", errors)
+            code, shown = call(*arguments)
+        assert code == 1
+        assert "zero-sum-0.4-0: BudgetError: no" in shown.err
 
 
 @pytest.mark.parametrize("settings", [{"corrections": 0}, {"corrections": 1}, {"metric": "none"}])

@@ -88,9 +88,9 @@ def test_config_is_frozen():
 
 
 def test_every_preset_is_a_valid_compression_and_cites_its_source():
-    assert PRESETS == (
+    assert (
         *("asvd", "best", "fwsvd", "io-svd", "mpifa", "plain-svd", "svd-llm", "zs-svd", "zs-svd-5x", "zs-svd-pivoted"),
-    )
+    ) == PRESETS
     for preset in PRESETS:
         assert CompressionConfig.of(preset, prune_ratio=0.3) == CompressionConfig(
             **settings_of(preset), prune_ratio=0.3

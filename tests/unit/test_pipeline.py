@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress
+from zssvd_lightning.eight_bit import EightBitLinear
 from zssvd_lightning.errors import (
     BudgetError,
     CalibrationError,
@@ -24,6 +25,8 @@ from zssvd_lightning.errors import (
     TargetError,
     ZeroGradientError,
 )
+from zssvd_lightning.pipeline import calibrate, loss_in
+from zssvd_lightning.pivoted import PivotedLinear
 from zssvd_lightning.selection import RULES
 from zssvd_lightning.targets import find_targets
 from zssvd_lightning.whitening import METRICS
@@ -275,3 +278,44 @@ def test_second_compression_leaves_the_factors_alone():
     first = {n: m.rank for n, m in low_rank(model).items()}
     run(model)
     assert first.items() <= {n: m.rank for n, m in low_rank(model).items()}.items()
+
+
+def test_passes_in_bfloat16_give_nearly_the_same_statistics():
+    model = tiny_llama()
+    config = CompressionConfig(0.3, metric="two_sided")
+    exact = calibrate(copy.deepcopy(model), token_batches(), config, progress=False)
+    near = calibrate(model, token_batches(), config, progress=False, loss=loss_in("bf16-mixed"))
+    for name in exact.output_sums:
+        A, B = exact.output_moment(name), near.output_moment(name)
+        assert 0 < (A - B).norm() <= 0.1 * A.norm()
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.6])
+def test_mixed_storage_chooses_bits_and_meets_the_budget_in_bytes(ratio):
+    model = tiny_llama()
+    settings = {"metric": "two_sided", "selection": "curvature", "storage": "mixed", "budget_in": "bytes"}
+    report = run(model, prune_ratio=ratio, corrections=0, **settings)
+    assert report.reached >= ratio
+    assert report.budget_in == "bytes"
+    chosen = {name for name, layer in report.layers.items() if layer.in_8_bits}
+    assert chosen
+    assert chosen == {n for n, m in model.named_modules() if isinstance(m, EightBitLinear)}
+    assert model(**token_batches(1)[0]).loss.isfinite()
+
+
+@pytest.mark.parametrize("unit", ["parameters", "bytes", "flops"])
+def test_budgets_in_every_unit_are_met(unit):
+    report = run(tiny_llama(), prune_ratio=0.4, corrections=0, budget_in=unit)
+    assert report.reached == pytest.approx(0.4, abs=0.03)
+    assert report.reached >= 0.4
+    assert report.to_dict()["prune_ratio"]["of"] == unit
+
+
+def test_pivoted_layers_keep_as_many_numbers_as_the_report_says():
+    model = tiny_llama()
+    report = run(model, storage="pivoted", metric="two_sided", selection="curvature")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, PivotedLinear)}
+    assert {n: m.rank for n, m in layers.items()} == {n: r.rank for n, r in report.layers.items() if r.rank is not None}
+    for name, layer in layers.items():
+        assert layer.pivots.weight.numel() + layer.others.weight.numel() == report.layers[name].kept
+    assert report.reached == pytest.approx(0.3, abs=0.01)

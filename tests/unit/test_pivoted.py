@@ -13,14 +13,24 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from zssvd_lightning import LowRankLinear, from_pretrained, merge, quantize, save_pretrained
+from zssvd_lightning import (
+    CompressionConfig,
+    LowRankLinear,
+    compress,
+    from_pretrained,
+    merge,
+    quantize,
+    save_pretrained,
+)
+from zssvd_lightning.decomposition import Decomposition
 from zssvd_lightning.distributed import Team
-from zssvd_lightning.errors import CheckpointError, ConfigError, QuantizationError
+from zssvd_lightning.errors import CheckpointError, ConfigError, NonFiniteError, QuantizationError
 from zssvd_lightning.factorization import Factors, HeldFactors, pivoted_layer
 from zssvd_lightning.forms import dense_like, layer_like
 from zssvd_lightning.hub import mark
 from zssvd_lightning.pivoted import PivotedLinear, coefficients, pivots_first
 from zssvd_lightning.recovery import FactorRecovery, LoRARecovery, SingularValueRecovery
+from zssvd_lightning.spectrum import Spectrum
 from zssvd_lightning.structure import match_structure, ranks_of, rebuild, specs_of
 from zssvd_lightning.targets import Target, find_targets, replace_module
 
@@ -202,6 +212,81 @@ def test_the_first_process_chooses_the_rows():
     layer = held.layer("a")
     assert layer.order.tolist() == pivots_first(held.held["a"].up).flip(0).argsort().tolist()
     torch.testing.assert_close(layer.weight, held.held["a"].up @ held.held["a"].down)
+
+
+def taken(m, n, k, dtype, storage):
+    """Held factors of one layer `a`, taken from its spectrum, and their product in float64."""
+    left, right = factors(m, n, k, decay=1, dtype=torch.float32)
+    found = Decomposition({"a": 0}, {"a": Spectrum(left, torch.ones(k), right)}, {}, {})
+    held = HeldFactors({"a": Target("a", nn.Linear(n, m, dtype=dtype))}, Team(), storage)
+    held.take(found, "a", torch.arange(k))
+    return held, left.double() @ right.double()
+
+
+def made_of(P, C, order):
+    return torch.cat([P.double(), C.double() @ P.double()])[order.long()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_and_coefficients_of_a_narrow_model_are_rounded_once(dtype):
+    k = 60
+    held, W = taken(120, 100, k, dtype, "pivoted")
+    layer, rows = held.layer("a"), pivots_first(held.held["a"].up)
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    up, down = (factor.double() for factor in held.held["a"])
+    once = made_of((up @ down)[rows[:k]].to(dtype), coefficients(up, rows).to(dtype), rows.argsort())
+    rounded = PivotedLinear.from_factors(*Factors(up, down).to(torch.empty(0, dtype=dtype)), None)
+    found, twice = (made_of(x.pivots.weight.data, x.others.weight.data, x.order) for x in (layer, rounded))
+    assert error(found, W) < 1.001 * error(once, W)
+    assert error(twice, W) > 1.1 * error(once, W)
+
+
+def test_factors_are_as_wide_as_their_storage_needs():
+    for storage, wide in (("pivoted", torch.float32), ("factors", torch.bfloat16), ("remap", torch.bfloat16)):
+        held, W = taken(12, 10, 6, torch.bfloat16, storage)
+        again = HeldFactors({"a": Target("a", nn.Linear(10, 12, dtype=torch.bfloat16))}, Team(), storage)
+        again.load_state_dict(held.state_dict())
+        for each in (held, again):
+            assert {factor.dtype for factor in each.held["a"]} == {wide}
+            assert torch.equal(each.held["a"].up, held.held["a"].up)
+        assert held.truncated("a").dtype == torch.bfloat16
+        torch.testing.assert_close(held.truncated("a").double(), W, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_layers_are_made_alike_under_autocast(storage):
+    held, _ = taken(12, 10, 6, torch.float32, storage)
+    layer, weight = held.layer("a"), held.truncated("a")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_state(state_of(layer), state_of(held.layer("a")))
+        assert torch.equal(held.truncated("a"), weight)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("storage", ["factors", "pivoted", "remap", "hq", "mixed"])
+def test_factors_that_are_not_finite_are_refused_before_any_layer_is_made(storage, value):
+    held = HeldFactors({name: Target(name, nn.Linear(8, 6)) for name in "ab"}, Team(), storage)
+    for name in "ab":
+        held.held[name] = Factors(torch.randn(6, 2), torch.randn(2, 8))
+    held.held["b"].down[1, 3] = value
+    with pytest.raises(NonFiniteError, match=r"factors of b \(6, 8\) hold NaN or infinite values in float32; compress"):
+        held.layer("a")
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted", "remap"])
+def test_a_model_whose_factors_are_not_finite_stays_as_it_is(storage, monkeypatch):
+    model, factors_of = tiny_llama(), Spectrum.factors
+    before = state_of(model)
+
+    def overflowing(spectrum, kept):
+        up, down = factors_of(spectrum, kept)
+        return up * torch.inf, down
+
+    monkeypatch.setattr(Spectrum, "factors", overflowing)
+    config = CompressionConfig(prune_ratio=0.4, corrections=0, storage=storage)
+    with pytest.raises(NonFiniteError, match=r"proj .* hold NaN or infinite values"):
+        compress(model, token_batches(), config, progress=False)
+    assert_same_state(before, state_of(model))
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])

@@ -199,6 +199,11 @@ def test_no_matrix_falls_below_its_floor():
     assert abs_delta(matrices, random_budget(shapes, 0.3, 0.5)).rank("layer0") == 2
 
 
+def largest_step(budget):
+    """The most that one component more or less changes what is kept."""
+    return max(after - before for name in budget.shapes for before, after in itertools.pairwise(budget.costs(name)))
+
+
 @pytest.mark.parametrize("rule", ONE_FORM)
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("storage", ["factors", "pivoted", "remap", "hq", "mixed"])
@@ -213,7 +218,8 @@ def test_every_rule_meets_the_budget_of_every_storage_and_unit(rule, storage, un
         return
     selection = RULES[rule](random_matrices(shapes), budget)
     ranks = {name: selection.rank(name) for name in budget.shapes}
-    assert 0 <= budget.reached(ranks) - 0.55 < 0.15
+    over = budget.allowed - budget.kept(ranks)
+    assert 0 <= over < largest_step(budget) * (len(shapes) if rule == "uniform" else 1)
     assert selection.eight_bit == frozenset()
     assert all(rank is None or budget.floor(n) <= rank <= budget.highest_rank(n) for n, rank in ranks.items())
 

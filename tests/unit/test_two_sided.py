@@ -10,9 +10,9 @@ from torch.nn.functional import cross_entropy
 
 from zssvd_lightning import CompressionConfig, compress
 from zssvd_lightning.compression import Compression, steps
-from zssvd_lightning.errors import NonFiniteError, ZeroGradientError
+from zssvd_lightning.errors import CalibrationError, ConfigError, NonFiniteError, ZeroGradientError
 from zssvd_lightning.phase import Phase
-from zssvd_lightning.pipeline import gather
+from zssvd_lightning.pipeline import calibrate, gather, plan
 from zssvd_lightning.spectrum import Spectrum
 from zssvd_lightning.statistics import Moments
 from zssvd_lightning.targets import find_targets
@@ -61,18 +61,6 @@ def test_output_moment_is_that_of_the_gradients_of_the_summed_loss_at_the_tokens
     for name in compression.targets:
         B = compression.gathering.moments.output_moment(name)
         torch.testing.assert_close(B.double(), expected[name] / terms, rtol=1e-3, atol=1e-7)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_activations_make_no_difference_to_it(reentrant):
-    model = tiny_llama()
-    plain = gathered(copy.deepcopy(model), token_batches()).gathering.moments
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    for module in model.modules():
-        module.training = True
-    found = gathered(model, token_batches()).gathering.moments
-    for name in plain.output_sums:
-        torch.testing.assert_close(found.output_moment(name), plain.output_moment(name))
 
 
 def test_nothing_is_watched_at_outputs_where_the_metric_does_not_need_it():
@@ -127,14 +115,20 @@ def test_sensitivity_in_the_two_sided_metric_is_still_the_derivative_of_the_loss
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_whole_natural_step_ends_at_the_minimum_of_a_quadratic_loss(shape):
-    """`1/2 tr((W - M)^T B (W - M) A)` has the gradient `B (W - M) A`."""
+def test_a_natural_step_ends_where_the_metric_finds_it_nearest_to_the_original(shape):
+    """Of all along `B^-1 G A^-1`, distances being those of the metric; a brute-force search finds no nearer."""
     m, n = shape
-    A, B, W, M = second_moment(n), second_moment(m), weight(m, n), weight(m, n)
-    up, down = Spectrum.of(W, two_sided(A, B), descent=B @ (W - M) @ A).factors(torch.arange(min(shape)))
-    torch.testing.assert_close(up @ down, M)
-    up, down = Spectrum.of(W, two_sided(A, B), descent=0.25 * B @ (W - M) @ A).factors(torch.arange(min(shape)))
-    torch.testing.assert_close(up @ down, W + 0.25 * (M - W))
+    A, B, W, G, original = second_moment(n), second_moment(m), weight(m, n), weight(m, n), weight(m, n)
+    reach = float((G * (original - W)).sum())
+    up, down = Spectrum.of(W, two_sided(A, B), G, reach).factors(torch.arange(min(shape)))
+    natural = torch.linalg.solve(B, torch.linalg.solve(A, G.T).T)
+
+    def distance(V):
+        return torch.einsum("ij,ik,kl,jl->", original - V, B, original - V, A)
+
+    length = ((up @ down - W) * natural).sum() / natural.square().sum()
+    torch.testing.assert_close(up @ down, W + length * natural)
+    assert all(distance(up @ down) <= distance(W + t * length * natural) for t in torch.linspace(-1, 3, 41))
 
 
 def test_each_metric_takes_the_sides_it_says():
@@ -165,32 +159,80 @@ def test_outputs_without_a_usable_gradient_are_named(sums, error):
         Moments(output_sums=sums, loss_terms=3.0).output_moment("x")
 
 
-def test_kept_second_moments_serve_later_truncations():
-    config = CompressionConfig(
-        0.4,
-        metric="two_sided",
-        selection="sigma",
-        corrections=3,
-        correction_step="natural",
-        fresh_moments=False,
-        correction_batches=1,
-    )
+KEPT = {
+    "metric": "two_sided",
+    "selection": "curvature",
+    "correction_step": "natural",
+    "fresh_moments": False,
+    "correction_batches": 1,
+}
+
+
+def test_kept_second_moments_are_those_of_the_first_calibration():
+    config = CompressionConfig(0.4, **KEPT, corrections=3)
     assert [step.gathers for step in steps(config)] == [Phase.CALIBRATE] + [Phase.CORRECT] * 3
-    model = tiny_llama()
-    compression, batches = Compression(model, config, progress=False), token_batches()
+    model, batches, name = tiny_llama(), token_batches(), "model.layers.0.mlp.up_proj"
+    compression = Compression(model, config, progress=False)
     gather(compression, batches, Phase.CALIBRATE)
-    first = compression.gathering.moments
-    A, B = first.second_moment("model.layers.0.mlp.up_proj"), first.output_moment("model.layers.0.mlp.up_proj")
-    for step in steps(config):
-        if compression.fractions or compression.losses:
+    A, B = (getattr(compression.gathering.moments, moment)(name) for moment in ("second_moment", "output_moment"))
+    for number, step in enumerate(steps(config)):
+        if number > 0:
             gather(compression, batches, step.gathers)
         compression.gathering.complete()
-        later = compression.gathering.moments
-        assert torch.equal(later.second_moment("model.layers.0.mlp.up_proj"), A)
-        torch.testing.assert_close(later.output_moment("model.layers.0.mlp.up_proj"), B)
+        _, seen = compression.gathering.layer_at(0, name, inputs=True)
+        torch.testing.assert_close(seen.second_moment(name), A)
+        torch.testing.assert_close(seen.output_moment(name), B)
         compression.take(step)
     assert len(compression.losses) == 4
-    assert compression.fractions == [config.step_size] * 3
+    compression.factorise()
+    assert compression.gathering.moments.input_sums == {}
+
+
+def test_a_natural_step_follows_the_fresh_gradient_in_the_metric_of_the_calibration():
+    """With little dropped at its end it leaves `W + step_size <G, D> / <H, H> B^-1 G A^-1`."""
+    config = CompressionConfig(1e-4, **KEPT | {"storage": "pivoted", "step_size": 50.0}, corrections=1)
+    model, batches = tiny_llama().double(), token_batches()
+    first = gathered(copy.deepcopy(model), batches).gathering.moments
+    compression = Compression(model, config, progress=False)
+    gather(compression, batches, Phase.CALIBRATE)
+    compression.take(steps(config)[0])
+    name = next(name for name, layer in compression.report().layers.items() if layer.rank is not None)
+    W, original = compression.targets[name].weight.clone(), compression.originals[name]
+    gather(compression, batches, Phase.CORRECT)
+    G = compression.gathering.moments.mean_gradient(name)
+    compression.take(steps(config)[1])
+    sides = METRICS["two_sided"]
+    A, B = (root.S @ root.S.T for root in (sides.inputs(first, name), sides.outputs(first, name)))
+    natural = torch.linalg.solve(B, torch.linalg.solve(A, G.T).T)
+    expected = W + 50.0 * (G * (original - W)).sum() / (G * natural).sum() * natural
+    step, found = expected - W, compression.targets[name].weight - W
+    assert (step * found).sum() >= 0.95 * step.norm() * found.norm()
+    assert found.norm() == pytest.approx(float(step.norm()), rel=0.1)
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_kept_second_moments_are_in_what_is_saved_also_between_hooks(statistics):
+    config = CompressionConfig(0.4, **KEPT, corrections=2)
+    model, batches = tiny_llama(), token_batches()
+    course = steps(config)
+    compression = Compression(model, config, progress=False)
+    gather(compression, batches, Phase.CALIBRATE)
+    compression.take(course[0])
+    weights = copy.deepcopy(model.state_dict())
+    gather(compression, batches, Phase.CORRECT)
+    state = copy.deepcopy(compression.state_dict(statistics=statistics))
+    compression.take(course[1])
+
+    other = tiny_llama()
+    other.load_state_dict(weights)
+    resumed = Compression(other, config, progress=False)
+    resumed.load_state_dict(state)
+    if not statistics:
+        gather(resumed, batches, Phase.CORRECT)
+    resumed.take(course[1])
+    assert resumed.losses == compression.losses
+    for name, target in resumed.targets.items():
+        assert torch.equal(target.weight, compression.targets[name].weight)
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -237,3 +279,24 @@ def test_every_round_of_corrections_takes_the_next_batches():
 
     compress(model, batches, config, progress=False, loss=loss)
     assert seen == [0, 1, 2, 3, *[0, 1] * 2, *[2, 3] * 2, *[0, 1] * 2]
+
+
+def test_settings_that_do_not_go_together_are_refused():
+    for settings, message in (
+        ({"correction_step": "natural"}, "goes by metric 'two_sided'"),
+        ({"truncations": 2, "plan": "plan.yaml"}, "reached by one truncation"),
+        ({"budget_in": "bytes", "storage": "remap", "rows_in_16_bits": "loss_aware"}, "does not count"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            CompressionConfig(**settings)
+
+
+def test_a_plan_is_for_the_whole_ratio_however_many_truncations_reach_it():
+    config = CompressionConfig(0.45, truncations=3, corrections=0)
+    assert plan(tiny_llama(), token_batches(), config, progress=False).reached == pytest.approx(0.45, abs=0.03)
+
+
+def test_statistics_without_outputs_do_not_serve_a_metric_that_goes_by_them():
+    found = calibrate(tiny_llama(), token_batches(), CompressionConfig(), progress=False)
+    with pytest.raises(CalibrationError, match=r"no gradients at the output of model\.layers\.0"):
+        compress(tiny_llama(), [], CompressionConfig(metric="rows", corrections=0), statistics=found, progress=False)

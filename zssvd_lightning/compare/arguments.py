@@ -22,6 +22,8 @@ OVERRIDE = re.compile(r"[\w.]+=")
 """How a setting begins; a path with `=` in it has a folder before that."""
 OF_CELLS = {"compression.prune_ratio": "prune_ratios", "calibration.seed": "seeds"}
 """What the cells differ in, and the setting that says how."""
+WITHOUT_EFFECT = ("training", "model.saved_dtype")
+"""Settings, alone or in groups, of what a comparison does not do: it trains and saves nothing."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ def read_arguments(arguments: Sequence[str]) -> Comparison:
             `RunConfig`.
 
     Raises:
-        ConfigError: there are no files, two have the same stem, they are of different models or texts, a key is
-            unknown (the nearest valid one is named), or a value is not possible here.
+        ConfigError: there are no files, two have the same stem, they are of different models, layers or texts, a key
+            is unknown (the nearest valid one is named) or without effect, or a value is not possible here.
     """
     overrides = [entry for entry in arguments if OVERRIDE.match(entry)]
     presets = _presets([entry for entry in arguments if not OVERRIDE.match(entry)])
@@ -169,6 +171,8 @@ def _refuse(key: str) -> None:
     """Raises ConfigError when no file can have the key, or what it sets is not the same in all cells."""
     if key in OF_CELLS:
         raise ConfigError(f"{key} is what cells differ in; give all its values as {OF_CELLS[key]}=[...]")
+    if any(key == name or key.startswith(f"{name}.") for name in WITHOUT_EFFECT):
+        raise ConfigError(f"{key} has no effect here, since a comparison trains and saves no model; leave it out")
     valid = _keys(RunConfig)
     if key.partition(".")[0] not in {name.partition(".")[0] for name in valid}:
         raise ConfigError(f"unknown key {key!r}{closest(key, [*_keys(CompareConfig), *valid])}")
@@ -194,8 +198,8 @@ def _require_one_model(runs: Mapping[str, RunConfig]) -> None:
         for key, value in told.items():
             if found[key] != value:
                 raise ConfigError(
-                    f"{key} is {value!r} in {first} and {found[key]!r} in {path}, but a comparison is of one model and "
-                    f"the same texts; give one for all as {key}=..."
+                    f"{key} is {value!r} in {first} and {found[key]!r} in {path}, but a comparison is of one model, "
+                    f"the same layers and the same texts; give one for all as {key}=..."
                 )
 
 
@@ -204,7 +208,9 @@ def _same(run: RunConfig) -> dict[str, Any]:
     return {
         "model.source": run.model.source,
         "model.dtype": run.model.dtype,
-        "calibration.text": run.calibration.text,
+        **{f"calibration.{key}": value for key, value in asdict(run.calibration).items() if key != "seed"},
+        "compression.include": run.compression.include,
+        "compression.ignore": run.compression.ignore,
         **{f"evaluation.{key}": value for key, value in asdict(run.evaluation).items()},
     }
 

@@ -10,12 +10,12 @@ OUTPUT/compare.json, .md, .png             the table, when all cells are done
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,14 +25,14 @@ from tqdm.auto import tqdm
 
 from zssvd_lightning import zero_shot
 from zssvd_lightning.compare.arguments import Cell, Comparison, Settings, read_arguments
-from zssvd_lightning.compare.results import NAMES, Results, write_results
-from zssvd_lightning.compare.work import Job, gathering_result, read_result, write_result
-from zssvd_lightning.errors import OutputError
+from zssvd_lightning.compare.folder import CALIBRATION, CELLS, alone_in, check_folder, clear_unfinished, is_own
+from zssvd_lightning.compare.results import Results, write_results
+from zssvd_lightning.compare.work import Job, gathering_result, read_result, sources, versions, write_result
+from zssvd_lightning.config import CompressionConfig
 
 PROGRAM = "zssvd_lightning.compare"
-CELLS, CALIBRATION = "cells", "calibration"
-ENDINGS = (".json", ".log", ".pt")
-"""Of the files in these folders."""
+ENDINGS = (".pt", ".json", ".log")
+"""Of the files with shared statistics, what is large first."""
 
 Runner = Callable[[Job], int]
 """Has a job done, and returns the exit code of its process, below 0 for a signal, as `subprocess` does."""
@@ -55,8 +55,8 @@ def in_a_process(job: Job) -> int:
 def compare(arguments: Sequence[str], runner: Runner = in_a_process, progress: bool = True) -> Results:
     """Measures the dense model once, and every preset at every prune ratio with every calibration seed.
 
-    Cells that are in the output folder already, with the same settings, are taken from there. One that fails is told
-    of in the results, and the others still run.
+    Cells that are in the output folder already are taken from there, when settings, versions, model and texts are the
+    same. One that fails is told of in the results, and the others still run.
 
     Args:
         arguments: config files of `zssvd compress`, and settings; see `read_arguments`.
@@ -68,7 +68,7 @@ def compare(arguments: Sequence[str], runner: Runner = in_a_process, progress: b
 
     Raises:
         ConfigError: the arguments are not possible.
-        OutputError: the output folder holds something else, or cannot be written.
+        OutputError: the output folder holds something else, cannot be written, or another comparison writes to it.
         TaskError: a task is unknown or does not load.
     """
     comparison = read_arguments(arguments)
@@ -76,76 +76,67 @@ def compare(arguments: Sequence[str], runner: Runner = in_a_process, progress: b
     output = check_folder(config.output)
     if config.tasks:
         zero_shot.load_tasks(config.tasks, config.data, config.include)
-    try:
-        for folder in (CELLS, CALIBRATION):
-            (output / folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write to {output}: {error}") from error
-    course = _Course(output, comparison, runner)
-    dense, cells = course.run(progress)
-    results = Results(comparison, dense, {cell: cells[cell] for cell in comparison.cells})
-    write_results(output, results)
-    course.clear()
+    with alone_in(output), _ended_by_exit():
+        course = _Course(output, comparison, runner)
+        dense, cells = course.run(progress)
+        results = Results(comparison, dense, {cell: cells[cell] for cell in comparison.cells})
+        write_results(output, results)
+        course.clear()
     return results
 
 
-def check_folder(path: str | Path) -> Path:
-    """The output folder, when it holds nothing but what a comparison wrote. Raises OutputError."""
-    path = Path(path).expanduser().resolve()
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"output {path} is a file; name a folder")
-    foreign = [entry.name for entry in path.glob("*") if not _named(entry, (CELLS, CALIBRATION, *NAMES))]
-    for folder in (path / CELLS, path / CALIBRATION):
-        if folder.is_file():
-            foreign.append(folder.name)
-        foreign += [
-            f"{folder.name}/{entry.name}"
-            for entry in folder.glob("*")
-            if not entry.name.startswith(".") and entry.suffix not in ENDINGS
-        ]
-    if foreign:
-        raise OutputError(
-            f"output {path} holds {', '.join(sorted(foreign)[:3])}{', ...' if len(foreign) > 3 else ''}, which is of "
-            "no comparison; name an empty or new folder"
-        )
-    return path
+@contextmanager
+def _ended_by_exit() -> Iterator[None]:
+    """Makes SystemExit of SIGTERM within the block, so that what this process has started ends with it."""
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone can be told of signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def _named(entry: Path, names: Sequence[str]) -> bool:
-    """Whether an entry has one of the names, or is what was left when writing it was interrupted."""
-    return entry.name in names or entry.name.startswith(tuple(f".{name}." for name in names))
-
-
-def calibration_name(settings: Settings) -> str:
-    """The same for all cells whose first calibration gives the same statistics."""
-    if settings.calibration is None or settings.compression is None:
-        raise ValueError("the dense model is not calibrated")
+def gathering_settings(settings: Settings) -> Settings:
+    """What the statistics of a first calibration depend on, and the same for all cells that can share them."""
     compression = settings.compression
-    told = {
-        "model": asdict(settings.model),
-        "calibration": asdict(settings.calibration),
-        "layers": [compression.include, compression.ignore],
-        "gathers": list(compression.gathers),
-    }
-    return f"seed-{settings.calibration.seed}-{sha256(json.dumps(told).encode()).hexdigest()[:12]}"
+    if settings.calibration is None or compression is None:
+        raise ValueError("the dense model is not calibrated")
+    metric = "two_sided" if "outputs" in compression.gathers else "input"
+    layers = CompressionConfig(metric=metric, include=compression.include, ignore=compression.ignore)
+    return replace(settings, compression=layers, evaluation=None)
+
+
+def calibration_name(gathering: Settings) -> str:
+    """Of the files with the statistics that these settings lead to."""
+    seed = 0 if gathering.calibration is None else gathering.calibration.seed
+    return f"seed-{seed}-{sha256(json.dumps(asdict(gathering)).encode()).hexdigest()[:12]}"
 
 
 class _Course:
     """One comparison on its way."""
 
     def __init__(self, output: Path, comparison: Comparison, runner: Runner) -> None:
+        self.output = output
         self.cells = output / CELLS
         self.calibration = output / CALIBRATION
         self.comparison = comparison
         self.runner = runner
         self._gathered: dict[str, dict[str, Any]] = {}
+        self._failed: set[str] = set()
 
     def run(self, progress: bool) -> tuple[dict[str, Any], dict[Cell, dict[str, Any]]]:
         """Results of the dense model and of each cell; cells that share statistics come one after the other."""
         groups: dict[str, list[Cell]] = {}
         seeds = self.comparison.config.seeds
         for cell in sorted(self.comparison.cells, key=lambda cell: seeds.index(cell.seed)):
-            groups.setdefault(calibration_name(self.comparison.cells[cell]), []).append(cell)
+            shared = calibration_name(gathering_settings(self.comparison.cells[cell]))
+            groups.setdefault(shared, []).append(cell)
         found: dict[Cell, dict[str, Any]] = {}
         with tqdm(total=1 + len(self.comparison.cells), unit="cell", disable=not progress) as bar:
             bar.set_description("dense")
@@ -160,12 +151,11 @@ class _Course:
         return dense, found
 
     def clear(self) -> None:
-        """Removes shared statistics, also those that interrupted comparisons left, unless they are to be kept."""
-        if not self.comparison.config.keep:
-            for file in self.calibration.glob("*.pt"):
+        """Removes what interrupted comparisons left, and shared statistics, unless they are to be kept."""
+        clear_unfinished(self.output)
+        for file in list(self.calibration.glob("*")):
+            if is_own(file, CALIBRATION):
                 self._forget(file.stem)
-            for unfinished in self.calibration.glob(".seed-*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
         with suppress(OSError):  # not empty
             self.calibration.rmdir()
 
@@ -186,9 +176,10 @@ class _Course:
         """The result of gathering the statistics of a group of cells, which is done for the first of them."""
         if shared not in self._gathered:
             file = self._file(shared)
-            known = read_result(gathering_result(file)) if file.is_file() else None
-            if known is None or "error" in known:
-                known = self._done(Job(replace(settings, evaluation=None), str(gathering_result(file)), str(file)))
+            gathering = gathering_settings(settings)
+            known = _finished(gathering_result(file), gathering) if file.is_file() else None
+            if known is None:
+                known = self._done(Job(gathering, str(gathering_result(file)), str(file)))
             self._gathered[shared] = known
         return self._gathered[shared]
 
@@ -200,30 +191,38 @@ class _Course:
         path = Path(job.result)
         path.unlink(missing_ok=True)
         code = self.runner(job)
-        if (result := read_result(path)) is not None:
+        if (result := _told(path, job.settings)) is not None:
             return result
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = f"ended with exit code {code}"
+        if code < 0:
+            how = f"was ended by signal {-code} ({signal.strsignal(-code) or 'of no name'})"
         return _failed(job, f"the process {how}; see {path.with_suffix('.log')}")
 
     def _forget(self, shared: str) -> None:
-        """Removes the statistics of a group of cells, unless they are to be kept or tell of a failure."""
+        """Removes the statistics of a group of cells, unless they are to be kept; what tells of a failure stays."""
+        if "error" in self._gathered.pop(shared, {}):
+            self._failed.add(shared)
         if self.comparison.config.keep:
             return
-        file = self._file(shared)
-        file.unlink(missing_ok=True)
-        if "error" not in self._gathered.pop(shared, {}):
-            for ending in ENDINGS:
-                file.with_suffix(ending).unlink(missing_ok=True)
+        for ending in ENDINGS[:1] if shared in self._failed else ENDINGS:
+            self._file(shared).with_suffix(ending).unlink(missing_ok=True)
+
+
+def _told(path: Path, settings: Settings) -> dict[str, Any] | None:
+    """The result of the job with these settings, or the error that ended it; None where that is not there."""
+    told = read_result(path)
+    return told if told is not None and told.get("settings") == json.loads(json.dumps(asdict(settings))) else None
 
 
 def _finished(path: Path, settings: Settings) -> dict[str, Any] | None:
-    """The result of a cell, when it was measured with the same settings and without an error."""
-    told = read_result(path)
-    same = told is not None and told.get("settings") == json.loads(json.dumps(asdict(settings)))
-    return told if told is not None and same and "error" not in told else None
+    """What a job has found, when it was done with the same settings and versions, and of the same model and texts."""
+    told = _told(path, settings)
+    if told is None or "error" in told or told.get("versions") != versions():
+        return None
+    return told if told.get("sources") == sources(settings) else None
 
 
 def _failed(job: Job, error: str) -> dict[str, Any]:
     found = {"error": error}
-    write_result(job, found)
+    write_result(job, sources(job.settings), found)
     return found

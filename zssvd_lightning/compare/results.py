@@ -4,11 +4,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-import torch
 from rich.table import Table
+from rich.text import Text
 
 from zssvd_lightning.compare.arguments import Cell, Comparison
 from zssvd_lightning.compare.picture import Curve, draw
@@ -17,13 +18,10 @@ from zssvd_lightning.files import replacing_file
 from zssvd_lightning.zero_shot import STDERR
 
 NAMES = JSON, MARKDOWN, PICTURE = "compare.json", "compare.md", "compare.png"
-TITLES = {
-    "perplexity": "perplexity",
-    "perplexity_second": "perplexity, second text",
-    "reached": "reached",
-    "seconds": "seconds",
-    "peak_rss_bytes": "peak RSS (GB)",
-}
+TITLES = {"perplexity_second": "perplexity, second text", "peak_rss_bytes": "peak RSS (GB)"}
+"""Of the measures that have another title than their name."""
+LARGE = 1e6
+"""From here on a perplexity is shown with an exponent."""
 LONGEST = 40
 """Characters of an entry in the table for a terminal."""
 TASK = "accuracy/"
@@ -40,8 +38,7 @@ class Spread(NamedTuple):
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
         """Of one value or more."""
-        found = torch.tensor(values, dtype=torch.float64)
-        return cls(found.mean().item(), found.std().item() if len(values) > 1 else None)
+        return cls(mean(values), stdev(values) if len(values) > 1 else None)  # of fractions, which do not overflow
 
 
 class Row(NamedTuple):
@@ -105,11 +102,14 @@ class Results:
     def table(self) -> Table:
         """The same, for a terminal, with errors cut short."""
         header, *lines = self._lines()
-        table = Table(title=self.comparison.dense.model.source, caption=self._caption())
+        table = Table(  # of Text, since brackets in a plain string are markup
+            title=Text(self.comparison.dense.model.source, style="table.title"),
+            caption=Text(self._caption(), style="table.caption"),
+        )
         for number, title in enumerate(header):
-            table.add_column(title, justify="left" if number == 0 else "right")
+            table.add_column(Text(title), justify="left" if number == 0 else "right")
         for line in lines:
-            table.add_row(*(shorten(entry, LONGEST, placeholder=" …") for entry in line))
+            table.add_row(*(Text(shorten(entry, LONGEST, placeholder=" …")) for entry in line))
         return table
 
     def curves(self) -> dict[str, list[Curve]]:
@@ -119,7 +119,7 @@ class Results:
             rows = [row for row in self.rows() if name in row.measures]
             if rows:
                 dense = self.dense.get(name)
-                found[TITLES[name]] = [
+                found[TITLES.get(name, name)] = [
                     Curve(
                         preset,
                         [1 - row.measures["reached"].mean for row in rows if row.preset == preset],
@@ -181,7 +181,7 @@ def write_results(folder: Path, results: Results) -> None:
         OutputError: a file cannot be written.
     """
     with replacing_file(folder / JSON) as file:
-        file.write_text(json.dumps(results.to_dict(), indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(results.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     with replacing_file(folder / MARKDOWN) as file:
         file.write_text(results.markdown(), encoding="utf-8")
     if not draw(results.curves(), folder / PICTURE):
@@ -201,5 +201,6 @@ def _entry(name: str, spread: Spread) -> str:
     if name == "peak_rss_bytes":
         return f"{spread.mean / 1e9:.2f}"
     digits = 1 if name == "seconds" else 2 if name.startswith("perplexity") else 4
+    form = f".{digits}{'e' if spread.mean >= LARGE else 'f'}"
     shows_spread = spread.deviation is not None and name.startswith((TASK, "perplexity"))
-    return f"{spread.mean:.{digits}f}" + (f" ± {spread.deviation:.{digits}f}" if shows_spread else "")
+    return f"{spread.mean:{form}}" + (f" ± {spread.deviation:{form}}" if shows_spread else "")

@@ -1,11 +1,13 @@
 """What the process of one cell does: it loads the model, compresses and measures it, and leaves a file behind."""
 
 import json
+import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from torch.utils.data import DataLoader
 from zssvd_lightning import evaluation, texts, zero_shot
 from zssvd_lightning.compare.arguments import Settings
 from zssvd_lightning.compression import steps
-from zssvd_lightning.config import CalibrationConfig, EvaluateConfig, ModelConfig, load_config
+from zssvd_lightning.config import CalibrationConfig, CompressionConfig, EvaluateConfig, ModelConfig, load_config
+from zssvd_lightning.errors import NonFiniteError
 from zssvd_lightning.files import replacing_file
 from zssvd_lightning.models import load_model, place
-from zssvd_lightning.pipeline import calibrate, compress
+from zssvd_lightning.pipeline import calibrate, compress, loss_in
 from zssvd_lightning.report import VERSIONS, Stopwatch, peak_rss_bytes
 from zssvd_lightning.statistics import Moments
 
@@ -50,19 +53,20 @@ def perform(job: Job) -> None:
     Raises:
         Exception: whatever ended it.
     """
+    read = sources(job.settings)
     try:
         found = _found(job)
     except Exception as error:
-        write_result(job, {"error": one_line(f"{type(error).__name__}: {error}")})
+        write_result(job, read, {"error": one_line(f"{type(error).__name__}: {error}")})
         raise
-    write_result(job, found)
+    write_result(job, read, found)
 
 
-def write_result(job: Job, found: Mapping[str, Any]) -> None:
-    """Writes what a job has found beside its settings. Raises OutputError."""
-    told = {"settings": asdict(job.settings), "versions": versions(), **found}
+def write_result(job: Job, read: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Writes what a job has found beside its settings and the `sources` it has read. Raises OutputError."""
+    told = {"settings": asdict(job.settings), "versions": versions(), "sources": read, **found}
     with replacing_file(job.result) as file:
-        file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
@@ -77,6 +81,43 @@ def read_result(path: Path) -> dict[str, Any] | None:
 def versions() -> dict[str, str]:
     """Of what results depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
+
+
+def sources(settings: Settings) -> dict[str, str | None]:
+    """What tells whether the model, texts and folders that settings name are still the same, by their names.
+
+    The version of a package, and of a file or folder the sizes and times of all that is in it; None for what is on the
+    hub.
+    """
+    calibration, evaluation = settings.calibration, settings.evaluation
+    texts_read = [] if calibration is None else [calibration.text]
+    folders = [settings.model.source]
+    if evaluation is not None:
+        texts_read += [text for text in (evaluation.text, evaluation.second) if text is not None]
+        folders += [folder for folder in (evaluation.data, evaluation.include) if folder is not None]
+    return {source: _state(source.partition("#")[0]) for source in texts_read} | {
+        source: _state(source) for source in folders
+    }
+
+
+def _state(source: str) -> str | None:
+    """See `sources`."""
+    if source.startswith("package:"):
+        with suppress(PackageNotFoundError):
+            return version(source.split(":")[1])
+        return None
+    try:
+        files = list(_files(Path(source).expanduser()))
+    except OSError:
+        return None
+    return sha256(json.dumps(files).encode()).hexdigest() if files else None
+
+
+def _files(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, size and time (ns) of the last change of a file, or of all that is in a folder."""
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        told = file.stat()
+        yield str(file.relative_to(path)), told.st_size, told.st_mtime_ns
 
 
 def one_line(text: str) -> str:
@@ -115,6 +156,8 @@ class Material:
         with watch("evaluate"):
             for key, ids in windows.items():
                 found[key] = evaluation.perplexity(self.model, ids, progress=False).perplexity
+                if not math.isfinite(found[key]):
+                    raise NonFiniteError(f"{key} is not finite ({found[key]}); prune less, or measure in float32")
             if config.tasks:
                 tasks = zero_shot.load_tasks(config.tasks, config.data, config.include)
                 scores = zero_shot.accuracy(self.model, self.tokenizer, tasks, config.batch_size, config.limit)
@@ -129,35 +172,36 @@ class Material:
 
 def _found(job: Job) -> dict[str, Any]:
     settings = job.settings
-    if settings.evaluation is None:
-        return _gathered(job)
-    if settings.compression is None or settings.calibration is None:
+    if settings.calibration is not None and settings.compression is not None:
+        if settings.evaluation is not None:
+            return _compressed(job, settings.calibration, settings.compression, settings.evaluation)
+        if job.statistics is not None:
+            return _gathered(job, settings.calibration, settings.compression, job.statistics)
+    elif settings.evaluation is not None:
         material = Material(settings.model)
         return material.measured(material.windows(settings.evaluation), settings.evaluation)
-    return _compressed(job)
+    raise ValueError(f"a job that evaluates nothing must calibrate into a file: {job}")
 
 
-def _gathered(job: Job) -> dict[str, Any]:
+def _gathered(
+    job: Job, calibration: CalibrationConfig, compression: CompressionConfig, statistics: str
+) -> dict[str, Any]:
     """Gathers the statistics of a first calibration and writes them to a file."""
-    calibration, compression, statistics = job.settings.calibration, job.settings.compression, job.statistics
-    if calibration is None or compression is None or statistics is None:
-        raise ValueError(f"a job that evaluates nothing must calibrate into a file: {job}")
     torch.manual_seed(calibration.seed)
     material = Material(job.settings.model)
     batches, watch = material.batches(calibration), Stopwatch()
     with watch(CALIBRATE):
-        moments = calibrate(material.model, batches, compression, progress=False)
+        moments = calibrate(material.model, batches, compression, progress=False, loss=loss_in(calibration.precision))
     peak = own_peak_rss_bytes()
     with replacing_file(statistics) as file:
         torch.save(moments.state_dict(), file)
     return {"seconds": watch.seconds, "peak_rss_bytes": peak}
 
 
-def _compressed(job: Job) -> dict[str, Any]:
+def _compressed(
+    job: Job, calibration: CalibrationConfig, compression: CompressionConfig, measure: EvaluateConfig
+) -> dict[str, Any]:
     """Compresses the model, from statistics that are there or its own, and measures it."""
-    calibration, compression, measure = job.settings.calibration, job.settings.compression, job.settings.evaluation
-    if calibration is None or compression is None or measure is None:
-        raise ValueError(f"a job that compresses needs all settings: {job}")
     torch.manual_seed(calibration.seed)
     material = Material(job.settings.model)
     windows = material.windows(measure)
@@ -168,6 +212,7 @@ def _compressed(job: Job) -> dict[str, Any]:
         compression,
         statistics=_statistics(job.statistics),
         progress=False,
+        loss=loss_in(calibration.precision),
     )
     seconds, peak = dict(report.seconds), own_peak_rss_bytes()
     if job.statistics is not None:

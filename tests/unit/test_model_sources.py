@@ -1,0 +1,60 @@
+"""Packages that hold a GGUF file, whole or in parts, as installers leave them."""
+
+import pytest
+
+from zssvd_lightning.errors import ModelSourceError
+from zssvd_lightning.models import _weights_in, load_model
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def install(name, files, requires=()):
+        told = tmp_path / f"{name.replace('-', '_')}-1.0.dist-info"
+        told.mkdir()
+        lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1.0", *(f"Requires-Dist: {r}" for r in requires)]
+        (told / "METADATA").write_text("\n".join(lines) + "\n")
+        (told / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+        for file, content in files.items():
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).write_bytes(content)
+
+    return install
+
+
+def test_a_whole_file_is_read_where_it_is(install, tmp_path):
+    install("whole-model", {"whole_model/m.gguf": b"abc", "whole_model/note.txt": b""})
+    with _weights_in("whole-model") as weights:
+        assert weights == tmp_path / "whole_model" / "m.gguf"
+
+
+def test_parts_of_required_packages_are_put_together_in_order_and_removed_again(install):
+    install("in-parts", {"in_parts/note.txt": b""}, ["in-parts-b==1.0", "in-parts-a (>=1)"])
+    install("in-parts-b", {"in_parts_b/m.gguf.part01": b"def"})
+    install("in-parts-a", {"in_parts_a/m.gguf.part00": b"abc", "in_parts_a/m.gguf.part2": b"g"})
+    with _weights_in("in-parts") as weights:
+        assert weights.name == "m.gguf"
+        assert weights.read_bytes() == b"abcdefg"
+    assert not weights.exists()
+
+
+def test_parts_of_several_files_or_none_are_refused(install):
+    install("two-files", {"two_files/m.gguf.part00": b"", "two_files/n.gguf.part00": b""})
+    install("nothing", {"nothing/m.txt": b""}, ["not-installed"])
+    with pytest.raises(ModelSourceError, match="must hold one, or its parts"):
+        load_model("package:two-files")
+    with pytest.raises(ModelSourceError, match="'not-installed' is not installed"):
+        load_model("package:nothing")
+
+
+def test_a_missing_part_is_named(install):
+    install("lacking", {"lacking/m.gguf.part00": b"", "lacking/m.gguf.part02": b""})
+    with pytest.raises(ModelSourceError, match=r"hold parts \[0, 2\] of m.gguf"):
+        load_model("package:lacking")
+
+
+def test_requirements_of_extras_are_not_looked_into(install):
+    install("no-parts", {"no_parts/m.txt": b""}, ['not-installed; extra == "test"'])
+    with pytest.raises(ModelSourceError, match=r"holds 0 \.gguf files"):
+        load_model("package:no-parts")
