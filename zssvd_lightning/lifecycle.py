@@ -283,9 +283,10 @@ class Lifecycle:
         if not isinstance(state, Mapping) or "version" not in state:
             raise CheckpointError("the checkpoint holds no state of a ZSSVDCallback of this release; start afresh")
         if state["version"] != VERSION:
+            version = state["version"]
+            advice = "upgrade zssvd-lightning" if version > VERSION else "go on with the release that wrote it"
             raise CheckpointError(
-                f"the checkpoint holds callback state of version {state['version']}, this release reads {VERSION}; go "
-                "on with the release of zssvd-lightning that wrote it"
+                f"the checkpoint holds callback state of version {version}, this release reads {VERSION}; {advice}"
             )
         compressed = (state["report"] or {}).get("config", {}).get("compression")
         if compressed is not None and phase_is_after(state):

@@ -33,7 +33,7 @@ CASES = {
         {"preset": "best", "corrections": 2},
         {"accumulate_grad_batches": 2},
         ["calibrate", "correct"],
-        (2, 3),
+        (1, 2),
     ),
     "extends": ({"extend_training": True}, {"accumulate_grad_batches": 2, "max_steps": 50}, None, (3, 4)),
 }
