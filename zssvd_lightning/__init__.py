@@ -4,9 +4,10 @@ To read the code in the order data flows through it: `callback` (when; `lifecycl
 `guards`, `precision`, `limits`, `scores`, `checkpoint`, `telemetry` and `borrowing` deal with the rest of Lightning)
 and `pipeline` (without a Trainer) drive `compression` (what), on one process or on several (`strategies`,
 `distributed`); that takes `targets`, watches them (`gathering`, `calibration`, `statistics`), changes coordinates
-(`whitening`), decomposes (`decomposition`, `spectrum`), chooses (`storage`, `budget`, `selection`, `plan`), truncates
-(`factorization`), puts layers into another form (`forms`: `modules`, `pivoted`, `eight_bit`; `structure`), corrects
-(`correction`) and stores in 8 bits (`quantization`).
+(`whitening`), decomposes (`decomposition`, `spectrum`), chooses (`storage`, `budget`, `options`, `selection` with
+`offers` and `allocation`, `plan`), truncates (`factorization`), puts layers into another form (`forms`: `modules`,
+`pivoted`, `eight_bit`; `structure`), corrects (`correction`) and stores in 8 bits (`quantization`). `presets` name sets
+of these choices.
 
 How the factors are trained then is in `recovery` (the ways), `recovery_hooks` (when), `recovering` (what), `adapters`
 (peft), `distillation` and `copying` (towards the dense model) and `training_loss`; `prehab`, with `preparing` and
@@ -14,7 +15,7 @@ How the factors are trained then is in `recovery` (the ways), `recovery_hooks` (
 
 What comes out is saved and loaded (`saving`, `hub`, `integrity`, `self_contained`, `card`, `files`), exported
 (`export`), served (`vllm_plugin`, `fused`), measured (`evaluation`, `zero_shot`) and told of (`report`, `picture`).
-`texts`, `models`, `run` and `cli` are around it all.
+`texts`, `models`, `run`, `compare` and `cli` are around it all.
 """
 
 from zssvd_lightning import errors
