@@ -28,7 +28,6 @@ from zssvd_lightning.report import LayerReport, Report, Stopwatch
 from zssvd_lightning.selection import RULES, Selection
 from zssvd_lightning.statistics import accumulated, exact_products
 from zssvd_lightning.targets import find_targets, replace_module, weights_snapshot
-from zssvd_lightning.whitening import METRICS
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +113,7 @@ class Compression:
             model,
             self.targets,
             self.team,
-            METRICS[config.metric].needs_outputs,
+            outputs="outputs" in config.gathers,
             keep=config.corrections > 0 and not config.fresh_moments,
         )
         self._model_parameters = sum(p.numel() for p in model.parameters())

@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -211,9 +211,16 @@ def read_report(folder: Path) -> Report | None:
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident memory (bytes) this process has had; 0 where the system does not tell."""
+    """Largest resident memory (bytes) this process alone has had; 0 where the system does not tell.
+
+    What `getrusage` tells on Linux begins with the peak of the process that started this one.
+    """
     if sys.platform == "win32":
         return 0
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

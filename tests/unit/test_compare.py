@@ -12,6 +12,7 @@ import time
 import weakref
 from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from zssvd_lightning.cli import main
 from zssvd_lightning.compare import CompareConfig, Results, compare
 from zssvd_lightning.compare.arguments import Cell, Comparison, Settings, read_arguments
 from zssvd_lightning.compare.folder import alone_in
-from zssvd_lightning.compare.work import perform, read_job
+from zssvd_lightning.compare.work import perform, read_job, sources
 from zssvd_lightning.config import EvaluateConfig, ModelConfig
 from zssvd_lightning.errors import CalibrationError, ConfigError, OutputError, TaskError
 from zssvd_lightning.evaluation import Perplexity
@@ -630,3 +631,9 @@ def test_statistics_are_let_go_of_after_the_first_truncation():
 
     compress(model, batches, config, statistics=statistics(), loss=loss, progress=False)
     assert len(seen) == 8 + 14
+
+
+def test_packages_are_compared_by_version_and_one_that_is_missing_has_none():
+    for package, expected in (("torch", version("torch")), ("no-such-package", None)):
+        source = f"package:{package}"
+        assert sources(Settings(model=ModelConfig(source=source))) == {source: expected}

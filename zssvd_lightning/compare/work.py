@@ -192,7 +192,7 @@ def _gathered(
     batches, watch = material.batches(calibration), Stopwatch()
     with watch(CALIBRATE):
         moments = calibrate(material.model, batches, compression, progress=False, loss=loss_in(calibration.precision))
-    peak = own_peak_rss_bytes()
+    peak = peak_rss_bytes()
     with replacing_file(statistics) as file:
         torch.save(moments.state_dict(), file)
     return {"seconds": watch.seconds, "peak_rss_bytes": peak}
@@ -214,7 +214,7 @@ def _compressed(
         progress=False,
         loss=loss_in(calibration.precision),
     )
-    seconds, peak = dict(report.seconds), own_peak_rss_bytes()
+    seconds, peak = dict(report.seconds), peak_rss_bytes()
     if job.statistics is not None:
         gathering = json.loads(gathering_result(job.statistics).read_text(encoding="utf-8"))
         seconds = {CALIBRATE: 0.0} | seconds
@@ -235,15 +235,3 @@ def gathering_result(statistics: str | Path) -> Path:
 
 def _statistics(path: str | None) -> Moments | None:
     return None if path is None else Moments(**torch.load(path, map_location="cpu", weights_only=True))
-
-
-def own_peak_rss_bytes() -> int:
-    """Largest resident memory (bytes) of this process alone.
-
-    What `getrusage` tells on Linux begins with the peak of the process that started this one.
-    """
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return peak_rss_bytes()
