@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from zssvd_lightning.errors import CalibrationError, NonFiniteError, ZeroGradientError
+from zssvd_lightning.errors import CalibrationError, LogitsError, NonFiniteError, ZeroGradientError
+from zssvd_lightning.logits import logits_of
+from zssvd_lightning.output_sides import Draw
 from zssvd_lightning.statistics import Moments, accumulated, exact_products
 from zssvd_lightning.targets import Target
 
 IGNORED_LABEL = -100
+POSITIONS = 256
+"""Positions whose logits are in float32 at a time."""
 
 
 def token_mask(batch: Any) -> Tensor | None:
@@ -67,6 +71,9 @@ class Observation:
         self._latest: dict[str, weakref.ref[Tensor]] = {}
         self._hooks = ExitStack()
         self._output_hooks = ExitStack()
+        self._logits: Tensor | None = None
+        self._taking_outputs = True
+        self._has_graph: dict[str, bool] = {}
         self.gradient_weight = 1.0
 
     def watch_inputs(self) -> None:
@@ -81,21 +88,67 @@ class Observation:
             handle = target.module.register_forward_hook(self._output_hook(name, into))
             self._output_hooks.callback(handle.remove)
 
+    def watch_logits(self, model: nn.Module) -> None:
+        """Notes the logits of `model`, and has gradients at outputs wait for `send_back`."""
+
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if torch.is_grad_enabled():
+                self._logits = logits_of(output)
+
+        self._taking_outputs = False
+        self._hooks.callback(model.register_forward_hook(note).remove)
+
+    def send_back(self, loss: Tensor, draw: Draw, generator: torch.Generator) -> None:
+        """Sends gradients that `draw` makes of the logits back to the outputs, instead of those of the loss.
+
+        Raises:
+            LogitsError: the loss does not depend on the logits that were seen.
+            CalibrationError: a layer has run without a graph, as under reentrant checkpointing.
+        """
+        logits, self._logits = self._logits, None
+        found = None
+        if logits is not None and logits.requires_grad:
+            (found,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+        if found is None or logits is None:
+            raise LogitsError(
+                "the loss does not come from the logits that the model returned, so none can be drawn instead of it; "
+                "have output_side 'empirical', or override ZSSVDCallback.student to name the model that returns them"
+            )
+        drawn = found.flatten(0, -2)  # is written over
+        counting = drawn.any(-1)
+        with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+            parts = (torch.split(each, POSITIONS) for each in (drawn, logits.flatten(0, -2), counting))
+            for rows, z, counts in zip(*parts, strict=True):
+                rows[counts] = draw(z[counts].to(accumulated(z.dtype)), generator).to(rows)
+        if without := [name for name, has_graph in self._has_graph.items() if not has_graph]:
+            raise CalibrationError(
+                f"{without[0]} ran without a graph ({len(without)} layers), so drawn gradients cannot be sent back to "
+                "it; if activations are checkpointed, set use_reentrant=False, else have output_side 'empirical'"
+            )
+        weights = [target.module.weight for target in self._targets.values()]
+        before, self.gradient_weight, self._taking_outputs = self.gradient_weight, 1.0, True
+        torch.autograd.grad(logits, weights, drawn.view_as(logits), retain_graph=True, allow_unused=True)
+        self.gradient_weight, self._taking_outputs = before, False
+
     def forward_done(self) -> None:
         """Stops watching inputs, so that a forward pass run again by activation checkpointing is not counted."""
         self._hooks.close()
 
     def close(self) -> None:
         """Stops watching anything."""
+        self._logits = None
         self._hooks.close()
         self._output_hooks.close()
 
     def _output_hook(self, name: str, into: Moments) -> Any:
         def see(gradient: Tensor) -> None:
+            if not self._taking_outputs:
+                return
             with torch.autocast(gradient.device.type, enabled=False), exact_products():
                 into.add_outputs(name, self._rows(gradient).to(accumulated(gradient.dtype)) * self.gradient_weight)
 
         def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self._has_graph[name] = self._has_graph.get(name, False) or output.requires_grad
             if output.requires_grad:  # not in the first of two passes under reentrant checkpointing
                 output.register_hook(see)  # type: ignore[no-untyped-call]
 

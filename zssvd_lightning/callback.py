@@ -77,6 +77,7 @@ class ZSSVDCallback(RecoveringCallback):
             batches again, which is the default; without, all of it, as the paper does.
         fresh_moments: whether all statistics are taken anew after a step, which is the default, or second moments kept.
         metric: `none`, `rows`, `diagonal`, `input` (the default) or `two_sided`.
+        output_side: `empirical` (the default), `sampled` or `top_k`; see `output_sides`.
         selection: `zero_sum` (the default), `abs_delta`, `abs_delta_unordered`, `most_negative`, `sigma`, `uniform`,
             `effective_rank`, `curvature`, `curvature_first_order` or `zero_sum_curvature`.
         truncations: in how many the prune ratio is reached, in equal parts; by default 1.
@@ -139,6 +140,7 @@ class ZSSVDCallback(RecoveringCallback):
         line_search: bool | None = None,
         fresh_moments: bool | None = None,
         metric: str | None = None,
+        output_side: str | None = None,
         selection: str | None = None,
         truncations: int | None = None,
         budget_in: str | None = None,
@@ -161,6 +163,7 @@ class ZSSVDCallback(RecoveringCallback):
             preset,
             prune_ratio=prune_ratio,
             metric=metric,
+            output_side=output_side,
             selection=selection,
             truncations=truncations,
             budget_in=budget_in,
@@ -230,7 +233,7 @@ class ZSSVDCallback(RecoveringCallback):
             self._start_over()
         refuse_unsupported(trainer, pl_module)
         self.adapter.refuse_unsupported()
-        self.adapter.refuse_storage(self.config.storage)
+        self.adapter.refuse_settings(self.config)
         self.adapter.show_weights()
         refuse_uneven(self.adapter.team.gathered(trainer.num_training_batches))
         plan_path = self._plan_path(trainer) if self.dry_run else None
@@ -245,7 +248,8 @@ class ZSSVDCallback(RecoveringCallback):
                 refuse_too_short(trainer, self.start_epoch, self.start_step, needed + (self.recovery is not None))
             self._lifecycle.attach(pl_module, self.progress, self.adapter)
             self._refuse_recovery(pl_module)
-        self._lifecycle.compression.gathering.may_discard = scales(trainer)
+        gathering = self._lifecycle.compression.gathering
+        gathering.may_discard, gathering.speaker = scales(trainer), self.student
         telemetry.log_phase(trainer, self.phase)
         self._go_on_if_enough(trainer, pl_module)
 

@@ -113,7 +113,7 @@ class Compression:
             model,
             self.targets,
             self.team,
-            outputs="outputs" in config.gathers,
+            output_side=config.watches_outputs,
             keep=config.corrections > 0 and not config.fresh_moments,
         )
         self._model_parameters = sum(p.numel() for p in model.parameters())

@@ -11,6 +11,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 from zssvd_lightning.errors import ConfigError
+from zssvd_lightning.output_sides import OUTPUT_SIDES
 from zssvd_lightning.presets import PRESETS, settings_of
 from zssvd_lightning.selection import CHOOSE_BITS, RULES
 from zssvd_lightning.storage import ROWS_IN_16_BITS, STORAGES, UNITS
@@ -39,6 +40,10 @@ class CompressionConfig:
     metric: str = "input"
     """Coordinates the SVD is taken in: `none` (plain SVD), `rows` (FWSVD), `diagonal` (ASVD), `input` (whitened by the
     input second moment: SVD-LLM, ZS-SVD) or `two_sided` (by that of the gradients at the output too)."""
+    output_side: str = "empirical"
+    """Which gradients at the output those are: `empirical` (of the batch's own labels), `sampled` (of labels drawn from
+    the model's predictions) or `top_k` (of the divergence over its likeliest tokens, IO-SVD); the last two take another
+    backward pass."""
     selection: str = "zero_sum"
     """Rule that drops components: `zero_sum` (the paper), `abs_delta`, `abs_delta_unordered`, `most_negative`,
     `sigma`, `uniform` (the same fraction of every matrix, as SVD-LLM does), `effective_rank` (D-Rank), `curvature`
@@ -91,6 +96,7 @@ class CompressionConfig:
         require(self.correction_batches >= 1, "correction_batches", self.correction_batches, "1 or more")
         require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
         require_one_of("metric", self.metric, METRICS)
+        require_one_of("output_side", self.output_side, OUTPUT_SIDES)
         require_one_of("selection", self.selection, RULES)
         require_one_of("budget_in", self.budget_in, UNITS)
         require_one_of("correction_step", self.correction_step, CORRECTION_STEPS)
@@ -131,9 +137,9 @@ class CompressionConfig:
         return cls(**settings | {name: value for name, value in given.items() if value is not None})
 
     @property
-    def gathers(self) -> tuple[str, ...]:
-        """What calibration takes beside the gradients by weights."""
-        return ("inputs", "outputs") if METRICS[self.metric].needs_outputs else ("inputs",)
+    def watches_outputs(self) -> str | None:
+        """The output side that calibration gathers, None where the metric has none."""
+        return self.output_side if METRICS[self.metric].needs_outputs else None
 
     @property
     def weighs_rows(self) -> bool:

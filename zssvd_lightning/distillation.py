@@ -18,11 +18,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from zssvd_lightning.calibration import IGNORED_LABEL, evaluation_mode, token_mask
 from zssvd_lightning.errors import TeacherError
 from zssvd_lightning.files import replacing_folder
+from zssvd_lightning.logits import logits_of
 from zssvd_lightning.statistics import accumulated
 
 INDEX = "predictions.json"
@@ -268,34 +268,6 @@ def refuse_nothing(student: Tensor) -> None:
 def has_encoder(model: nn.Module) -> bool:
     """Whether a model of transformers has an encoder and a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in what a model of transformers returns. Raises TeacherError where there are none."""
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, Mapping):
-        logits = output.get("logits")
-    if not isinstance(logits, Tensor):
-        raise TeacherError(f"distillation compares logits, but the model returns {type(output).__name__} without any")
-    return logits
-
-
-def model_with_logits(module: nn.Module) -> nn.Module:
-    """The model of transformers that a module holds.
-
-    Raises:
-        TeacherError: there is none, or more than one.
-    """
-    found: list[tuple[str, nn.Module]] = []
-    for name, part in module.named_modules():
-        if isinstance(part, PreTrainedModel) and not any(name.startswith(outer) for outer, _ in found):
-            found.append((f"{name}." if name else "", part))
-    if len(found) != 1:
-        raise TeacherError(
-            f"distillation needs to know which model's logits to compare, and {type(module).__name__} holds "
-            f"{len(found)} of transformers; override ZSSVDCallback.student to name one that returns logits"
-        )
-    return found[0][1]
 
 
 class _Divergence(torch.autograd.Function):

@@ -77,6 +77,10 @@ class DivergedError(RecoveryError):
     """A loss or a gradient of the recovery is NaN or infinite; the model has the last weights that gave none."""
 
 
+class LogitsError(ZSSVDError, RuntimeError):
+    """It is not known which logits a loss is of, or there are none."""
+
+
 class TeacherError(RecoveryError):
     """There is no model, or there are no predictions, to distil from."""
 

@@ -3,7 +3,7 @@
 Shapes: W and G are (m, n), the second moments A (n, n) and B (m, m).
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from zssvd_lightning.calibration import Observation, checked_loss, collect_gradients, observing
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.logits import model_with_logits
+from zssvd_lightning.output_sides import OUTPUT_SIDES
 from zssvd_lightning.statistics import Moments, accumulated
 from zssvd_lightning.targets import Target
 
@@ -24,29 +26,39 @@ class Gathering:
         model: the module the batches go through.
         targets: the layers to watch.
         team: the processes that compress the model together.
-        outputs: whether second moments of the gradients by outputs are taken too.
+        output_side: by its name in `output_sides`, of which gradients by outputs second moments are taken too; of none
+            when None.
         keep: whether second moments outlast a step, for those that have none of their own.
 
     Attributes:
         moments: of the batches whose gradients have come.
         may_discard: whether gradients may be discarded, which takes memory for a second set of second moments.
+        speaker: finds in the model that with the logits which the loss is of, where output sides are drawn from them.
     """
 
     def __init__(
-        self, model: nn.Module, targets: Mapping[str, Target], team: Team, outputs: bool = False, keep: bool = False
+        self,
+        model: nn.Module,
+        targets: Mapping[str, Target],
+        team: Team,
+        output_side: str | None = None,
+        keep: bool = False,
     ) -> None:
         self.moments = Moments()
         self.may_discard = False
+        self.speaker: Callable[[Any], nn.Module] = model_with_logits
         self._model = model
         self._targets = targets
         self._team = team
-        self._outputs = outputs
+        self._output_side = output_side
+        self._draw = None if output_side is None else OUTPUT_SIDES[output_side]
         self._keep = keep
         self._kept: Moments | None = None
         self._counts_shared = False
         self._window = Moments()
         self._pending: list[tuple[float, float]] = []
         self._observation: Observation | None = None
+        self._drawing = False
 
     @contextmanager
     def observing(self, mask: Tensor | None, inputs: bool = True) -> Iterator[Observation]:
@@ -55,12 +67,14 @@ class Gathering:
         if self.may_discard:
             into = self._window
             into.leaders |= self.moments.leaders
+        outputs = into if inputs and self._output_side is not None else None
+        self._drawing = outputs is not None and self._draw is not None
         with (
             self._team.inputs(into, self._targets) if inputs else nullcontext(into) as seen,
-            observing(
-                self._model, self._targets, seen, mask, inputs, into if inputs and self._outputs else None
-            ) as observation,
+            observing(self._model, self._targets, seen, mask, inputs, outputs) as observation,
         ):
+            if self._drawing:
+                observation.watch_logits(self.speaker(self._model))
             self._observation = observation
             yield observation
 
@@ -80,13 +94,17 @@ class Gathering:
         Raises:
             CalibrationError: there are no terms, or it is no loss.
             NonFiniteError: it is NaN or infinite.
+            LogitsError: an output side is to be drawn from logits that the loss does not come from.
         """
         if not terms > 0:
             raise CalibrationError(f"a calibration batch counts {terms} loss terms, but needs some; drop such batches")
         self._team.inputs_seen()
         self._pending.append((checked_loss(loss).item(), terms))
-        if self._observation is not None:
-            self._observation.gradient_weight = gradient_weight
+        if self._observation is None:
+            return
+        self._observation.gradient_weight = gradient_weight
+        if self._draw is not None and self._drawing:
+            self._observation.send_back(loss, self._draw, self._generator(loss.device))
 
     def collect_gradients(self, weight: float) -> None:
         """Adds the losses noted and `weight` times the gradients on the targets to the statistics, and clears both."""
@@ -217,6 +235,11 @@ class Gathering:
         for name, gradient in state["gradients"].items():
             if (part := self._team.share_of_sum(gradient, self._targets[name].split)) is not None:
                 self._targets[name].leave_gradient(part)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """Other draws for each batch and process, and the same when a batch comes again after a restart."""
+        batch = self.moments.batches + len(self._pending)
+        return torch.Generator(device).manual_seed(batch * self._team.size + self._team.rank)
 
     def _inputs(self, moments: Moments, leader: str) -> Tensor:
         """`X^T X` over the batches of this process."""

@@ -21,7 +21,6 @@ from zssvd_lightning.plan import Plan
 from zssvd_lightning.report import Report
 from zssvd_lightning.statistics import Moments
 from zssvd_lightning.targets import find_targets
-from zssvd_lightning.whitening import METRICS
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -115,10 +114,11 @@ def calibrate(
     """
     config = config or CompressionConfig()
     targets = find_targets(model, config.include, config.ignore)
-    gathering = Gathering(model, targets, Team(), METRICS[config.metric].needs_outputs)
+    gathering = Gathering(model, targets, Team(), config.watches_outputs)
     with _gradients_set_aside(model):
         every = _checked(batches, 0, None, Phase.CALIBRATE, progress=progress)
         _observe(model, gathering, every, Phase.CALIBRATE, **reading)
+    gathering.moments.output_side = config.watches_outputs
     return gathering.moments
 
 
@@ -219,13 +219,14 @@ def _fitting(compression: Compression, statistics: Moments) -> Moments:
                 f"the statistics are of another model or other layers: {name} of width {widths[leader]} is {found} "
                 "here; calibrate this one"
             )
-    needs_outputs = "outputs" in compression.config.gathers
-    for name in statistics.leaders if needs_outputs else ():
+    side = compression.config.watches_outputs
+    for name in statistics.leaders if side is not None else ():
         B = statistics.output_sums.get(name)
-        if B is None or len(B) != compression.targets[name].shape[0]:
+        if B is None or len(B) != compression.targets[name].shape[0] or statistics.output_side not in (None, side):
             raise CalibrationError(
-                f"the statistics have no gradients at the output of {name} {compression.targets[name].shape}, by which "
-                f"metric {compression.config.metric!r} goes; calibrate with a config of that metric"
+                f"the statistics have no {side} gradients at the output of {name} {compression.targets[name].shape}, "
+                f"by which metric {compression.config.metric!r} goes; calibrate with a config of that metric and "
+                "output_side"
             )
     device = next(compression.model.parameters()).device
     return Moments(**move_data_to_device(statistics.state_dict(), device))

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from zssvd_lightning import adapters
 from zssvd_lightning.copying import copied, refuse_too_large
-from zssvd_lightning.distillation import Call, DenseTeacher, SavedPredictions, Teacher, has_encoder, logits_of
+from zssvd_lightning.distillation import Call, DenseTeacher, SavedPredictions, Teacher, has_encoder
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError, DivergedError, RecoveryError, TeacherError
 from zssvd_lightning.forms import Factored
 from zssvd_lightning.hub import mark
+from zssvd_lightning.logits import logits_of
 from zssvd_lightning.modules import LowRankLinear
 from zssvd_lightning.recovery import Recovery
 from zssvd_lightning.strategies import StrategyAdapter

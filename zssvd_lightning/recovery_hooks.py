@@ -24,11 +24,11 @@ from zssvd_lightning import adapters, telemetry
 from zssvd_lightning.borrowing import overridden
 from zssvd_lightning.calibration import token_mask
 from zssvd_lightning.copying import COMPILED
-from zssvd_lightning.distillation import model_with_logits
 from zssvd_lightning.errors import TeacherError
 from zssvd_lightning.guards import refuse_stale_groups
 from zssvd_lightning.lifecycle import phase_is_after
 from zssvd_lightning.limits import scheduled_steps
+from zssvd_lightning.logits import model_with_logits
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.precision import loss_scale, scales
 from zssvd_lightning.recovering import Recovering
@@ -55,7 +55,7 @@ class RecoveringCallback(ResumableCallback):
         return token_mask(batch)
 
     def student(self, pl_module: L.LightningModule) -> nn.Module:
-        """The model whose logits distillation compares. Override where it is not one of transformers."""
+        """The model with the logits that the loss is of. Override where it is not one of transformers."""
         return model_with_logits(pl_module)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

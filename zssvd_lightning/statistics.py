@@ -71,6 +71,8 @@ class Moments:
     """Layers that have a gradient on some process, once that is known."""
     with_outputs: list[str] = field(default_factory=list)
     """Layers whose gradient by the output was seen on some process, once that is known."""
+    output_side: str | None = None
+    """Which gradients by outputs these are, by its name in `output_sides`, where that is known."""
 
     @torch.no_grad()
     def add_inputs(self, leader: str, X: Tensor) -> None:

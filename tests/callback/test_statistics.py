@@ -13,12 +13,17 @@ from torch.utils.checkpoint import checkpoint
 
 from zssvd_lightning import LowRankLinear, Phase, ZSSVDCallback
 from zssvd_lightning.errors import CalibrationError, ZeroGradientError
+from zssvd_lightning.output_sides import OUTPUT_SIDES
 from zssvd_lightning.structure import ranks_of
+
+
+def keeps(**settings):
+    return Keeps(0.3, corrections=0, metric="two_sided", progress=False, **settings)
 
 
 def statistics(module=None, batches=padded_batches, callback=None, **settings):
     torch.manual_seed(0)
-    callback = callback or Keeps(0.3, corrections=0, metric="two_sided", progress=False)
+    callback = callback or keeps()
     module = module or CausalLM()
     trainer(callback, **({"max_epochs": 2} | settings)).fit(module, loader(batches()))
     assert callback.phase is Phase.DONE
@@ -91,6 +96,24 @@ def test_checkpointed_activations_of_transformers_make_no_difference():
     assert_close(statistics(CausalLM(model)), statistics(CausalLM(other)), 0)
 
 
+@pytest.mark.parametrize("name", ["accumulation", "bf16-mixed", "loss scale, accumulation"])
+def test_settings_of_the_trainer_do_not_change_what_is_drawn_from_logits(name, monkeypatch):
+    """With a draw that depends on the logits alone, since a label drawn at random may change with the last bit."""
+    monkeypatch.setitem(OUTPUT_SIDES, "sampled", lambda logits, generator: logits.sin())
+    settings, tolerance = SETTINGS[name]
+    model = tiny_llama()
+    plain, other = (
+        statistics(CausalLM(copy.deepcopy(model)), callback=keeps(output_side="sampled"), **s) for s in ({}, settings)
+    )
+    assert_close(plain, other, tolerance)
+    usual = statistics(CausalLM(copy.deepcopy(model)))
+    for leader, A in usual.input_sums.items():
+        assert torch.equal(A, plain.input_sums[leader])
+    for layer, B in usual.output_sums.items():
+        assert torch.allclose(usual.gradient_sums[layer], plain.gradient_sums[layer], rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(B, plain.output_sums[layer], rtol=0.1)
+
+
 class Blocks(nn.Module):
     """Residual blocks behind an embedding or a projection, with or without checkpointed activations."""
 
@@ -113,6 +136,44 @@ class Classifies(CausalLM):
     def training_step(self, batch, batch_idx):
         inputs, labels = batch
         return nn.functional.cross_entropy(self.model(inputs).flatten(0, 1), labels.flatten())
+
+
+class Speaks(nn.Module):
+    """Returns logits as models of transformers do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, x):
+        return {"logits": self.inner(x)}
+
+
+class ClassifiesByName(CausalLM):
+    def training_step(self, batch, batch_idx):
+        inputs, labels = batch
+        return nn.functional.cross_entropy(self.model(inputs)["logits"].flatten(0, 1), labels.flatten())
+
+
+class KnowsSpeaker(Keeps):
+    def student(self, pl_module):
+        return pl_module.model
+
+
+def draws_of(reentrant=None):
+    model = Blocks()
+    model.reentrant = reentrant
+    callback = KnowsSpeaker(0.3, corrections=0, metric="two_sided", output_side="top_k", progress=False)
+    return statistics(ClassifiesByName(Speaks(model)), pairs, callback)
+
+
+def test_checkpointed_activations_make_no_difference_to_what_is_drawn():
+    torch.manual_seed(0)
+    plain = draws_of()
+    torch.manual_seed(0)
+    assert_close(plain, draws_of(reentrant=False), 1e-6)
+    with pytest.raises(CalibrationError, match=r"blocks\.0\.0 ran without a graph \(6 layers\).*use_reentrant=False"):
+        draws_of(reentrant=True)
 
 
 def pairs(embeds=True):

@@ -61,6 +61,14 @@ def test_natural_steps_follow_the_gradients_at_outputs_of_all_processes(tmp_path
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 
+def test_gradients_are_drawn_from_logits_on_every_process_beside_those_of_the_loss(tmp_path):
+    described = Run(compression=NATURAL | {"output_side": "sampled"}, trainer=FLOAT64)
+    ranks, usual = run(tmp_path, 2, described), alone(Run(compression=NATURAL, trainer=FLOAT64), 2)
+    assert_replicas_equal(ranks)
+    assert ranks[0]["losses"][0] == pytest.approx(usual["losses"][0], rel=1e-9)
+    assert ranks[0]["drift"] != pytest.approx(usual["drift"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, {"find_unused_parameters": True}, {"static_graph": True}, {"gradient_as_bucket_view": True}],

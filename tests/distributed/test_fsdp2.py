@@ -385,10 +385,17 @@ def test_a_checkpoint_without_optimizer_state_is_refused_by_name(tmp_path):
     assert "holds an optimizer without a state" in (tmp_path / "1.log").read_text()
 
 
-def test_storage_in_8_bits_is_refused(tmp_path):
-    described = Run(strategy="fsdp2", compression={"storage": "remap"})
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"storage": "remap"}, "storage 'remap' puts whole factors"),
+        ({"metric": "two_sided", "output_side": "sampled"}, "output_side 'sampled' takes two backward passes"),
+    ],
+)
+def test_settings_that_need_whole_weights_are_refused(tmp_path, settings, message):
+    described = Run(strategy="fsdp2", compression=settings)
     assert processes.start(tmp_path, 2, fit, described) == [1, 1]
-    assert "UnsupportedTrainingError: storage 'remap' puts whole factors" in (tmp_path / "0.log").read_text()
+    assert f"UnsupportedTrainingError: {message}" in (tmp_path / "0.log").read_text()
 
 
 def test_gradients_of_another_scale_are_refused(tmp_path):

@@ -18,11 +18,10 @@ from zssvd_lightning.distillation import (
     SavedPredictions,
     divergence,
     divergence_from_top,
-    logits_of,
-    model_with_logits,
     save_predictions,
 )
-from zssvd_lightning.errors import OutputError, TeacherError
+from zssvd_lightning.errors import LogitsError, OutputError, TeacherError
+from zssvd_lightning.logits import logits_of, model_with_logits
 
 
 def random_logits(seed, rows=7, tokens=11):
@@ -233,11 +232,11 @@ def test_the_model_with_logits_is_the_only_one():
     module = CausalLM()
     assert model_with_logits(module) is module.model
     module.other = copy.deepcopy(module.model)
-    with pytest.raises(TeacherError, match="holds 2 of transformers; override ZSSVDCallback"):
+    with pytest.raises(LogitsError, match="holds 2 of transformers; override ZSSVDCallback"):
         model_with_logits(module)
-    with pytest.raises(TeacherError, match="holds 0"):
+    with pytest.raises(LogitsError, match="holds 0"):
         model_with_logits(nn.Linear(2, 2))
-    with pytest.raises(TeacherError, match="Tensor without any"):
+    with pytest.raises(LogitsError, match="Tensor without any"):
         logits_of(torch.ones(2))
     assert torch.equal(logits_of({"logits": torch.ones(2)}), torch.ones(2))
     assert torch.equal(logits_of(SimpleNamespace(logits=torch.ones(2))), torch.ones(2))

@@ -1,6 +1,8 @@
 """Metrics that go by gradients at outputs, against double sums, autograd and models in which they are exact."""
 
 import copy
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from zssvd_lightning import CompressionConfig, compress
 from zssvd_lightning.compression import Compression, steps
-from zssvd_lightning.errors import CalibrationError, ConfigError, NonFiniteError, ZeroGradientError
+from zssvd_lightning.errors import CalibrationError, ConfigError, LogitsError, NonFiniteError, ZeroGradientError
+from zssvd_lightning.output_sides import OUTPUT_SIDES, TOP
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.pipeline import calibrate, gather, plan
 from zssvd_lightning.spectrum import Spectrum
@@ -29,17 +32,27 @@ def gathered(model, batches, **settings):
     return compression
 
 
+@contextmanager
+def watched(model, outputs):
+    """Within the block, outputs of the layers are kept in `outputs`."""
+    with ExitStack() as stack:
+        for name in find_targets(model):
+            handle = model.get_submodule(name).register_forward_hook(
+                lambda module, args, output, name=name: outputs.update({name: output.requires_grad_()})
+            )
+            stack.callback(handle.remove)
+        yield
+
+
+def tiny_llama_of(seed):
+    torch.manual_seed(seed)
+    return tiny_llama()
+
+
 def summed_loss(model, batch, outputs):
     """The loss as a sum over its terms, with the outputs of the layers kept in `outputs`."""
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: outputs.update({name: output.requires_grad_()})
-        )
-        for name in find_targets(model)
-    ]
-    logits, labels = model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"]
-    for handle in handles:
-        handle.remove()
+    with watched(model, outputs):
+        logits, labels = model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"]
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
@@ -61,6 +74,84 @@ def test_output_moment_is_that_of_the_gradients_of_the_summed_loss_at_the_tokens
     for name in compression.targets:
         B = compression.gathering.moments.output_moment(name)
         torch.testing.assert_close(B.double(), expected[name] / terms, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("side", ["sampled", "top_k"])
+@pytest.mark.parametrize("vocabulary", [5, 200])
+def test_draws_have_the_curvature_of_the_loss_as_their_second_moment(side, vocabulary):
+    """That of `-log p` by the logits is `diag(p) - p p^T`, from autograd; of the likeliest tokens alone for `top_k`."""
+    logits = 3 * torch.randn(vocabulary).double()
+    top = logits.topk(min(TOP, vocabulary))
+    seen = logits if side == "sampled" else torch.full_like(logits, -torch.inf).scatter(0, top.indices, top.values)
+    p = seen.softmax(-1)
+    count = 40_000
+    draws = OUTPUT_SIDES[side](logits.expand(count, -1).clone(), torch.Generator().manual_seed(0))
+    found, expected = draws.T @ draws / count, torch.diag(p) - torch.outer(p, p)
+    assert (found - expected).norm() < 0.03
+    assert draws.sum(-1).abs().max() < 1e-9
+    if side == "sampled" and vocabulary == 5:
+        hessian = torch.autograd.functional.hessian(lambda z: torch.logsumexp(z, -1), logits)
+        torch.testing.assert_close(expected, hessian)
+
+
+@pytest.mark.parametrize("side", ["sampled", "top_k"])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_drawn_output_moments_are_those_of_what_is_sent_back_from_the_logits_that_count(build, side, monkeypatch):
+    """With a draw of known v in place of the random one, against autograd; nothing else changes."""
+    monkeypatch.setitem(OUTPUT_SIDES, side, lambda logits, generator: logits.sin())
+    model, batches = build().eval(), padded_batches()
+    compression, without = (gathered(copy.deepcopy(model), batches, output_side=s) for s in (side, "empirical"))
+    expected, terms = dict.fromkeys(compression.targets, 0), 0
+    for batch in batches:
+        outputs = {}
+        with watched(model, outputs):
+            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
+        counts = batch["labels"][:, 1:] != -100
+        gradients = torch.autograd.grad(logits[counts], list(outputs.values()), logits[counts].detach().sin())
+        mask = batch["attention_mask"].bool()
+        for name, gradient in zip(outputs, gradients, strict=True):
+            D = gradient[mask].double()
+            expected[name] = expected[name] + D.T @ D
+        terms += int(counts.sum())
+    moments, usual = compression.gathering.moments, without.gathering.moments
+    for name in compression.targets:
+        torch.testing.assert_close(moments.output_moment(name).double(), expected[name] / terms, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(moments.mean_gradient(name), usual.mean_gradient(name), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(moments.second_moment(name), usual.second_moment(name))
+    assert moments.mean_loss == pytest.approx(usual.mean_loss)
+
+
+@pytest.mark.parametrize("side", ["sampled", "top_k"])
+def test_draws_are_the_same_again_and_others_in_the_next_batch(side):
+    batch = token_batches(1)
+    once, again, twice = (gathered(tiny_llama_of(0), batch * n, output_side=side).gathering.moments for n in (1, 1, 2))
+    for name, B in once.output_sums.items():
+        assert torch.equal(B, again.output_sums[name])
+        assert not torch.allclose(2 * B, twice.output_sums[name])
+
+
+class NoLogits(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = tiny_llama()
+
+    def forward(self, input_ids, labels, **rest):
+        states = self.model.model(input_ids).last_hidden_state
+        return SimpleNamespace(loss=states.square().mean())
+
+
+def test_a_loss_that_does_not_come_from_logits_cannot_be_drawn_for():
+    with pytest.raises(LogitsError, match="have output_side 'empirical'"):
+        gathered(NoLogits(), token_batches(), output_side="sampled")
+    with pytest.raises(LogitsError, match="holds 0 of transformers"):
+        gathered(torch.nn.Sequential(torch.nn.Linear(3, 3)), token_batches(), output_side="sampled")
+
+
+def test_statistics_of_another_output_side_do_not_serve():
+    found = calibrate(tiny_llama(), token_batches(), CompressionConfig(metric="two_sided"), progress=False)
+    config = CompressionConfig(metric="two_sided", output_side="top_k", corrections=0)
+    with pytest.raises(CalibrationError, match="no top_k gradients"):
+        compress(tiny_llama(), [], config, statistics=found, progress=False)
 
 
 def test_nothing_is_watched_at_outputs_where_the_metric_does_not_need_it():
@@ -298,5 +389,5 @@ def test_a_plan_is_for_the_whole_ratio_however_many_truncations_reach_it():
 
 def test_statistics_without_outputs_do_not_serve_a_metric_that_goes_by_them():
     found = calibrate(tiny_llama(), token_batches(), CompressionConfig(), progress=False)
-    with pytest.raises(CalibrationError, match=r"no gradients at the output of model\.layers\.0"):
+    with pytest.raises(CalibrationError, match=r"no empirical gradients at the output of model\.layers\.0"):
         compress(tiny_llama(), [], CompressionConfig(metric="rows", corrections=0), statistics=found, progress=False)

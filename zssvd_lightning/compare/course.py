@@ -107,8 +107,13 @@ def gathering_settings(settings: Settings) -> Settings:
     compression = settings.compression
     if settings.calibration is None or compression is None:
         raise ValueError("the dense model is not calibrated")
-    metric = "two_sided" if "outputs" in compression.gathers else "input"
-    layers = CompressionConfig(metric=metric, include=compression.include, ignore=compression.ignore)
+    side = compression.watches_outputs
+    layers = CompressionConfig(
+        metric="input" if side is None else "two_sided",
+        output_side=side or CompressionConfig.output_side,
+        include=compression.include,
+        ignore=compression.ignore,
+    )
     return replace(settings, compression=layers, evaluation=None)
 
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 
+from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.copying import copied
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.targets import Target, local_part, replace_module
@@ -38,8 +39,8 @@ class StrategyAdapter:
     def refuse_unsupported(self) -> None:
         """Raises UnsupportedTrainingError for settings of the strategy that a model cannot be compressed under."""
 
-    def refuse_storage(self, storage: str) -> None:
-        """Raises UnsupportedTrainingError for a storage that the layers cannot be put into when the fit ends."""
+    def refuse_settings(self, config: CompressionConfig) -> None:
+        """Raises UnsupportedTrainingError for what cannot be done to layers as they are laid out over the processes."""
 
     def refuse_layers(self, targets: Mapping[str, Target]) -> None:
         """Raises UnsupportedTrainingError when layers are laid out over the processes in a way that is not known."""

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from zssvd_lightning.borrowing import overridden
+from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.copying import COMPILED, copied
 from zssvd_lightning.distributed import Shards, Team
 from zssvd_lightning.errors import CheckpointError, UnsupportedTrainingError
@@ -56,11 +57,16 @@ class FSDP2Adapter(StrategyAdapter):
                 "the model is low-rank"
             )
 
-    def refuse_storage(self, storage: str) -> None:
-        """Raises UnsupportedTrainingError for storage in 8 bits, which is made of whole factors."""
-        if storage in EIGHT_BIT:
+    def refuse_settings(self, config: CompressionConfig) -> None:
+        """Raises UnsupportedTrainingError for what needs whole factors, or weights gathered for two backward passes."""
+        if config.watches_outputs not in (None, "empirical"):
             raise UnsupportedTrainingError(
-                f"storage {storage!r} puts whole factors into 8 bits when the fit ends, but under FSDP2 each "
+                f"output_side {config.output_side!r} takes two backward passes through one forward pass, between which "
+                "FSDP2 lets go of the weights; compress under DDP or on one device, or keep output_side='empirical'"
+            )
+        if config.storage in EIGHT_BIT:
+            raise UnsupportedTrainingError(
+                f"storage {config.storage!r} puts whole factors into 8 bits when the fit ends, but under FSDP2 each "
                 "process has a part of them; compress under DDP or on one device, or keep storage='factors'"
             )
 
