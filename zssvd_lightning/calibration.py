@@ -3,7 +3,7 @@
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -145,7 +145,9 @@ class Observation:
             if not self._taking_outputs:
                 return
             with torch.autocast(gradient.device.type, enabled=False), exact_products():
-                into.add_outputs(name, self._rows(gradient).to(accumulated(gradient.dtype)) * self.gradient_weight)
+                into.add_outputs(
+                    name, rows_that_count(gradient, self._mask).to(accumulated(gradient.dtype)) * self.gradient_weight
+                )
 
         def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             self._has_graph[name] = self._has_graph.get(name, False) or output.requires_grad
@@ -169,18 +171,24 @@ class Observation:
         if leader == name:
             self._latest[name] = weakref.ref(X)
             with torch.autocast(X.device.type, enabled=False), exact_products():
-                self._moments.add_inputs(name, self._rows(X))
+                self._moments.add_inputs(name, rows_that_count(X, self._mask))
         elif leader not in self._latest or self._latest[leader]() is not X:
             raise CalibrationError(
                 f"{name} read the same input as {leader} in the first batch, but another one now; "
                 f"compress them in separate runs, or add {name} to ignore"
             )
 
-    def _rows(self, X: Tensor) -> Tensor:
-        """Rows (T, n) of X that are not padding, where X is (B, T, n) or (B T, n); all rows of other shapes."""
-        if self._mask is not None and X.shape[:-1] in (self._mask.shape, (self._mask.numel(),)):
-            return X[self._mask.reshape(X.shape[:-1])]
-        return X.reshape(-1, X.shape[-1])
+
+def rows_that_count(X: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows (N, n) of X at positions in `mask` (B, T), where X is (B, T, n) or (B T, n); all rows of other shapes."""
+    if mask is not None and X.shape[:-1] in (mask.shape, (mask.numel(),)):
+        return X[mask.reshape(X.shape[:-1])]
+    return X.reshape(-1, X.shape[-1])
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Within the context compiled modules run as they are written, and with their hooks."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
@@ -212,7 +220,7 @@ def observing(
         restored.callback(observation.close)
         restored.enter_context(evaluation_mode(model))
         restored.enter_context(_gradients_only_at(model, targets))
-        restored.enter_context(_no_cache(model))
+        restored.enter_context(no_cache(model))
         restored.enter_context(_gradients_from_embeddings_on(model))
         if inputs:
             observation.watch_inputs()
@@ -236,8 +244,7 @@ def watching_inputs(targets: Mapping[str, Target], moments: Moments, mask: Tenso
     observation = Observation(targets, moments, mask)
     with ExitStack() as stack:
         stack.callback(observation.forward_done)
-        if "torch._dynamo" in sys.modules:  # compiled code would not run the hooks
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         observation.watch_inputs()
         yield
 
@@ -323,7 +330,8 @@ def _gradients_from_embeddings_on(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _no_cache(model: nn.Module) -> Iterator[None]:
+def no_cache(model: nn.Module) -> Iterator[None]:
+    """Has models of transformers keep no keys and values and, on any exit, each do as it did."""
     configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     cached = [config for config in {id(c): c for c in configs}.values() if "use_cache" in config.to_dict()]
     before = [config.use_cache for config in cached]

@@ -70,7 +70,7 @@ class ZSSVDCallback(RecoveringCallback):
         preset: a method by name, such as `best`, `zs-svd` or `svd-llm` (see `presets/`), whose settings stand in for
             what is None below; by default those of `CompressionConfig` do, which tells of each more.
         corrections: gradient steps, each followed by a new truncation; by default 1.
-        correction_step: `projected` (the paper, and the default) or `natural`.
+        correction_step: `projected` (the paper, and the default), `natural` or `refit`.
         correction_batches: batches whose mean gradient a step follows; by default 8.
         step_size: by what natural steps are multiplied; by default 3.
         line_search: take only the part of each projected step at which the loss is estimated to be least, from as many
@@ -113,6 +113,8 @@ class ZSSVDCallback(RecoveringCallback):
         OutputError: at the start of `fit`, when a dry run would overwrite a file.
         CheckpointError: at the start of `fit`, `validate`, `test` or `predict`, when the checkpoint is of another
             model, or of a compression with other settings. The model is then as it was.
+        LogitsError: at the start of `fit`, when drawn output sides, refits or distillation need the one model whose
+            logits the loss is of, and it is not known; override `student`.
         RecoveryError: at the start of `fit` or at factorisation, when nothing can be trained as `recovery` says, and
             TeacherError, when there is nothing to distil from. The model is then put back.
         DivergedError: during the recovery, when a loss or gradient is not finite; the low-rank model has its last
@@ -246,6 +248,8 @@ class ZSSVDCallback(RecoveringCallback):
                 needed = self.batches_needed(trainer.num_training_batches, most_accumulated(trainer))
                 needed = 1 if self.extend_training else needed
                 refuse_too_short(trainer, self.start_epoch, self.start_step, needed + (self.recovery is not None))
+            if self.config.asks_model:
+                self.student(pl_module)
             self._lifecycle.attach(pl_module, self.progress, self.adapter)
             self._refuse_recovery(pl_module)
         gathering = self._lifecycle.compression.gathering

@@ -24,8 +24,10 @@ from zssvd_lightning.hub import mark
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import Plan
 from zssvd_lightning.quantization import EIGHT_BIT, Importance, in_8_bits, is_in_8_bits
+from zssvd_lightning.refitting import Refit
 from zssvd_lightning.report import LayerReport, Report, Stopwatch
 from zssvd_lightning.selection import RULES, Selection
+from zssvd_lightning.side_by_side import run_side_by_side, together
 from zssvd_lightning.statistics import accumulated, exact_products
 from zssvd_lightning.targets import find_targets, replace_module, weights_snapshot
 
@@ -45,7 +47,7 @@ class Step(NamedTuple):
     @property
     def truncates(self) -> bool:
         """Whether the model is truncated when it is over."""
-        return self.acts[-1] in (Compression.truncate, Compression.descend)
+        return self.acts[-1] in (Compression.truncate, Compression.descend, Compression.refit)
 
 
 def steps(config: CompressionConfig) -> list[Step]:
@@ -57,8 +59,9 @@ def steps(config: CompressionConfig) -> list[Step]:
 
 
 def _correction(config: CompressionConfig, truncation: Step) -> list[Step]:
-    if config.correction_step == "natural":
-        return [Step(Phase.CALIBRATE if config.fresh_moments else Phase.CORRECT, (Compression.descend,))]
+    if config.correction_step != "projected":
+        act = Compression.descend if config.correction_step == "natural" else Compression.refit
+        return [Step(Phase.CALIBRATE if config.fresh_moments else Phase.CORRECT, (act,))]
     course = [Step(Phase.CORRECT, (Compression.correct,))]
     if config.line_search:
         course.append(Step(Phase.CORRECT, (Compression.shorten_step,)))
@@ -115,6 +118,7 @@ class Compression:
             self.team,
             output_side=config.watches_outputs,
             keep=config.corrections > 0 and not config.fresh_moments,
+            note=config.corrections > 0 and config.refits,
         )
         self._model_parameters = sum(p.numel() for p in model.parameters())
         self.stopwatch = Stopwatch()
@@ -166,6 +170,29 @@ class Compression:
                 products.append((g * (self._originals[name].to(g) - target.weight.to(g))).sum())
             found = self.team.over_rows(torch.stack(products)).tolist()
         self._truncate({n: self.config.step_size * x for n, x in zip(self.targets, found, strict=True)})
+
+    @torch.no_grad()
+    def refit(self) -> None:
+        """Fits each truncated weight in closed form to what the dense model makes of the same batches, at its rank.
+
+        One layer after the other, each from the inputs that the ones before it now leave; see `refitted_weight`.
+
+        Raises:
+            CalibrationError: see `truncate`; or batches cannot be run again.
+        """
+        if self._originals is None or self._selection is None:
+            raise RuntimeError("refit() needs a truncate() before it")
+        with self.stopwatch("correct"), exact_products():
+            self.gathering.complete()
+            layers = {name: self.targets[name] for name in self._factors}
+            ranks = {name: self._selection.rank(name) or 0 for name in layers}
+            calls, self.gathering.calls = self.gathering.calls[: self.config.correction_batches], []
+            model = self.gathering.speaker(self.model)
+            refit = Refit(
+                self.targets, self._originals, self.gathering, self._factors, ranks, self.config.metric, self.team
+            )
+            run_side_by_side(model, together(calls), layers, self._originals, refit.meet)
+        self._truncations += 1
 
     @torch.no_grad()
     def _truncate(self, reaches: Mapping[str, float] | None = None) -> None:
@@ -339,6 +366,7 @@ class Compression:
             "gathering": self.gathering.state_dict(so_far=statistics),
             "originals": None if self._originals is None else self._originals_to_save(self._originals),
             "factors": self._factors.state_dict(),
+            "selection": None if self._selection is None else self._selection.state_dict(),
             "step": None if self._step is None else list(self._step),
             "losses": list(self.losses),
             "fractions": list(self.fractions),
@@ -359,6 +387,7 @@ class Compression:
         if state["originals"] is not None:
             self._originals = self._own_parts(state["originals"])
         self._factors.load_state_dict(state["factors"])
+        self._selection = None if state["selection"] is None else Selection.of_state(state["selection"])
         self._step = None if state["step"] is None else (state["step"][0], state["step"][1])
         self._model_parameters = state["model_parameters"]
         self._truncations = state["truncations"]

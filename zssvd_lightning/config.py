@@ -22,7 +22,7 @@ T = TypeVar("T")
 MOST_NAMED = 30
 """Names a message lists at most."""
 EXPORTS = ("dense", "self_contained", "onnx")
-CORRECTION_STEPS = ("projected", "natural")
+CORRECTION_STEPS = ("projected", "natural", "refit")
 PRECISIONS = ("32-true", "bf16-mixed")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -55,8 +55,9 @@ class CompressionConfig:
     corrections: int = 1
     """How many times a gradient step and a new truncation follow the first one."""
     correction_step: str = "projected"
-    """Which step: `projected` on the gradient, as long as what truncation took reaches along it (the paper), or
-    `natural`, both gradient and projection as the metric measures them, times `step_size`."""
+    """Which step: `projected` on the gradient, as long as what truncation took reaches along it (the paper), `natural`,
+    both gradient and projection as the metric measures them, times `step_size`, or `refit`, none along a gradient: each
+    weight is fitted in closed form to the outputs of its dense layer, from the inputs it gets now, at the same rank."""
     step_size: float = 3.0
     """By what `natural` steps are multiplied. Noise makes gradients long, and what the projection finds along them
     short."""
@@ -108,6 +109,8 @@ class CompressionConfig:
             )
         if self.truncations > 1 and self.plan is not None:
             raise ConfigError(f"a plan is reached by one truncation, and truncations is {self.truncations}")
+        if self.truncations > 1 and self.corrections and self.refits:
+            raise ConfigError("a refit keeps the ranks there are, so they can be reached by one truncation alone")
         if self.budget_in == "bytes" and self.rows_in_16_bits == "loss_aware":
             raise ConfigError(
                 "rows_in_16_bits 'loss_aware' keeps an order of rows beside, which a budget in bytes does not count; "
@@ -140,6 +143,16 @@ class CompressionConfig:
     def watches_outputs(self) -> str | None:
         """The output side that calibration gathers, None where the metric has none."""
         return self.output_side if METRICS[self.metric].needs_outputs else None
+
+    @property
+    def asks_model(self) -> bool:
+        """Whether the model itself, within what is compressed, has to be known: for its logits, or to be run again."""
+        return self.watches_outputs not in (None, "empirical") or (self.refits and self.corrections > 0)
+
+    @property
+    def refits(self) -> bool:
+        """Whether corrections are closed-form refits."""
+        return self.correction_step == "refit"
 
     @property
     def weighs_rows(self) -> bool:

@@ -176,7 +176,8 @@ class _Worker:
         whitening = Whitening(self._inputs[1], self._metric.outputs(moments, name))
         self.jitters[f"the output of {name}"] = whitening.outputs.jitter
         G = moments.mean_gradient(name)
-        spectrum = _spectrum(self._targets[name], weight, whitening, G, self._reaches)
+        along = () if self._reaches is None else (G, self._reaches[name])
+        spectrum = spectrum_of(self._targets[name], weight, whitening, *along)
         delta = spectrum.sensitivities(G)
         if self._weigh:
             found = importance(self._mean_squares, whitening.whiten_gradient(G))
@@ -194,13 +195,12 @@ def _of_all(team: Team, own: Mapping[str, T]) -> dict[str, T]:
     return {name: value for theirs in team.gathered(own) for name, value in theirs.items()}
 
 
-def _spectrum(
-    target: Target, weight: Tensor, whitening: Whitening, G: Tensor, reaches: Mapping[str, float] | None
+def spectrum_of(
+    target: Target, weight: Tensor, whitening: Whitening, G: Tensor | None = None, reach: float = 0.0
 ) -> Spectrum:
+    """As `Spectrum.of`, of a weight for the layer `target`. Raises CalibrationError, which names it."""
     try:
-        if reaches is not None:
-            return Spectrum.of(weight, whitening, G, reaches[target.name])
-        return Spectrum.of(weight, whitening)
+        return Spectrum.of(weight, whitening, G, reach)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise CalibrationError(
             f"the SVD of {target.name} {target.shape} failed: {error}; check the weight for NaN and infinite values, "

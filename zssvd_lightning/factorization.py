@@ -87,9 +87,12 @@ class HeldFactors:
 
     def take(self, found: Decomposition, name: str, kept: Tensor) -> None:
         """Takes the components `kept` (k,) of a layer from the process that has decomposed it. Collective."""
-        owner, like = found.owners[name], self._like(name)
-        (m, n), k = self._targets[name].shape, len(kept)
-        up, down = found.spectra[name].factors(kept) if owner == self._team.rank else (None, None)
+        owner = found.owners[name]
+        self.put(name, owner, len(kept), found.spectra[name].factors(kept) if owner == self._team.rank else None)
+
+    def put(self, name: str, owner: int, k: int, factors: tuple[Tensor, Tensor] | None) -> None:
+        """Takes factors of rank k that process `owner` has, and the others not. Collective."""
+        like, (m, n), (up, down) = self._like(name), self._targets[name].shape, factors or (None, None)
         self.held[name] = Factors(
             self._team.from_owner(owner, up, (m, k), like),
             self._team.from_owner(owner, down, (k, n), like),

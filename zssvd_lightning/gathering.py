@@ -3,7 +3,7 @@
 Shapes: W and G are (m, n), the second moments A (n, n) and B (m, m).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from zssvd_lightning.calibration import Observation, checked_loss, collect_gradients, observing
 from zssvd_lightning.distributed import Team
-from zssvd_lightning.errors import CalibrationError
-from zssvd_lightning.logits import model_with_logits
+from zssvd_lightning.errors import CalibrationError, CheckpointError
 from zssvd_lightning.output_sides import OUTPUT_SIDES
+from zssvd_lightning.side_by_side import Call
 from zssvd_lightning.statistics import Moments, accumulated
 from zssvd_lightning.targets import Target
 
@@ -29,11 +29,13 @@ class Gathering:
         output_side: by its name in `output_sides`, of which gradients by outputs second moments are taken too; of none
             when None.
         keep: whether second moments outlast a step, for those that have none of their own.
+        note: whether the forward passes of batches without second moments are noted.
 
     Attributes:
         moments: of the batches whose gradients have come.
+        calls: the forward passes noted.
         may_discard: whether gradients may be discarded, which takes memory for a second set of second moments.
-        speaker: finds in the model that with the logits which the loss is of, where output sides are drawn from them.
+        speaker: finds in the model that which batches are given to and whose logits the loss is of.
     """
 
     def __init__(
@@ -43,16 +45,19 @@ class Gathering:
         team: Team,
         output_side: str | None = None,
         keep: bool = False,
+        note: bool = False,
     ) -> None:
         self.moments = Moments()
+        self.calls: list[Call] = []
         self.may_discard = False
-        self.speaker: Callable[[Any], nn.Module] = model_with_logits
+        self.speaker: Callable[[Any], nn.Module] = lambda model: model
         self._model = model
         self._targets = targets
         self._team = team
         self._output_side = output_side
         self._draw = None if output_side is None else OUTPUT_SIDES[output_side]
         self._keep = keep
+        self._note = note
         self._kept: Moments | None = None
         self._counts_shared = False
         self._window = Moments()
@@ -72,6 +77,7 @@ class Gathering:
         with (
             self._team.inputs(into, self._targets) if inputs else nullcontext(into) as seen,
             observing(self._model, self._targets, seen, mask, inputs, outputs) as observation,
+            self._noting(mask) if self._note else nullcontext(),
         ):
             if self._drawing:
                 observation.watch_logits(self.speaker(self._model))
@@ -125,11 +131,11 @@ class Gathering:
         """Forgets the statistics, but for second moments that are kept."""
         if self._keep and self.moments.input_sums:
             self._kept = self.moments.second_moments(counted=self._team.rank == 0)
-        self.moments, self._counts_shared = Moments(), False
+        self.moments, self.calls, self._counts_shared = Moments(), [], False
 
     def forget(self) -> None:
         """Forgets all statistics."""
-        self._kept, self.moments, self._counts_shared = None, Moments(), False
+        self._kept, self.moments, self.calls, self._counts_shared = None, Moments(), [], False
 
     def complete(self) -> None:
         """Recalls second moments that were kept, if these batches gave none, and has counts be those of all processes.
@@ -211,7 +217,7 @@ class Gathering:
         kept = None if self._kept is None else self._of_all(self._kept, self._team.gathered(self._kept.counts()))
         if not so_far:
             empty = Moments().state_dict()
-            return {"moments": empty, "window": empty, "kept": kept, "pending": [], "gradients": {}}
+            return {"moments": empty, "window": empty, "kept": kept, "pending": [], "gradients": {}, "calls": []}
         counts = self._team.gathered(self.moments.counts() | {"window": self._window.counts()})
         pending = self._team.gathered(self._pending)
         losses = [_mean(entries) for entries in zip(*pending, strict=True)]
@@ -224,6 +230,7 @@ class Gathering:
             "kept": kept,
             "pending": [list(entry) for entry in losses],
             "gradients": self._gradients_to_save(open_gradients, has_open),
+            "calls": [call.to("cpu") for calls in self._team.gathered(self.calls) for call in calls],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -231,10 +238,34 @@ class Gathering:
         self.moments = self._own(state["moments"])
         self._window = self._own(state["window"])
         self._kept = None if state.get("kept") is None else self._own(state["kept"])
+        self.calls = self._own_calls(state["calls"])
         self._pending = [(loss, terms) if self._team.rank == 0 else (0.0, 0.0) for loss, terms in state["pending"]]
         for name, gradient in state["gradients"].items():
             if (part := self._team.share_of_sum(gradient, self._targets[name].split)) is not None:
                 self._targets[name].leave_gradient(part)
+
+    @contextmanager
+    def _noting(self, mask: Tensor | None) -> Iterator[None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.is_grad_enabled():
+                self.calls.append(Call.of(args, kwargs, mask))
+
+        handle = self.speaker(self._model).register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _own_calls(self, saved: Sequence[Sequence[Any]]) -> list[Call]:
+        """Those that this process is to run again of the ones that all had. Raises CheckpointError if there is none."""
+        own = [Call(*call) for call in saved[self._team.rank :: self._team.size]]
+        if saved and not own:
+            raise CheckpointError(
+                f"the checkpoint was taken with {len(saved)} batches noted for a refit, which are too few for "
+                f"{self._team.size} processes; go on with fewer"
+            )
+        device = next(iter(self._targets.values())).weight.device
+        return [call.to(device) for call in own]
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """Other draws for each batch and process, and the same when a batch comes again after a restart."""

@@ -5,16 +5,14 @@ with them takes place between two batches.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from zssvd_lightning.calibration import Observation
+from zssvd_lightning.calibration import Observation, uncompiled
 from zssvd_lightning.compression import Compression, Step, refuse_other, steps
 from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.distributed import Team
@@ -29,7 +27,7 @@ from zssvd_lightning.strategies import StrategyAdapter
 
 Entered = TypeVar("Entered")
 
-VERSION = 2
+VERSION = 3
 GATHERING = (Phase.CALIBRATE, Phase.CORRECT)
 
 
@@ -329,8 +327,7 @@ class ObservedBatch:
         self.stepped = False
         with ExitStack() as stack:
             stack.enter_context(compression.stopwatch(phase.value))
-            if "torch._dynamo" in sys.modules:  # compiled code would not run the hooks
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(uncompiled())
             self.observation: Observation = stack.enter_context(
                 compression.gathering.observing(mask, inputs=phase is Phase.CALIBRATE)
             )

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import wraps
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -59,6 +60,20 @@ class Selection:
         """How many components of `name` stay, or None where it stays dense."""
         kept = self.kept[name]
         return None if kept is None else len(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types, from which `of_state` makes the same."""
+        return {
+            "kept": {name: None if kept is None else kept.tolist() for name, kept in self.kept.items()},
+            "drifts": dict(self.drifts),
+            "eight_bit": sorted(self.eight_bit),
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Self:
+        """From a `state_dict`."""
+        kept = {name: None if kept is None else torch.tensor(kept) for name, kept in state["kept"].items()}
+        return cls(kept, dict(state["drifts"]), frozenset(state["eight_bit"]))
 
 
 Rule = Callable[[Mapping[str, Components], Budget], Selection]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from zssvd_lightning import LowRankLinear, Phase, ZSSVDCallback
-from zssvd_lightning.errors import CalibrationError, ZeroGradientError
+from zssvd_lightning.errors import CalibrationError, LogitsError, ZeroGradientError
 from zssvd_lightning.output_sides import OUTPUT_SIDES
 from zssvd_lightning.structure import ranks_of
 
@@ -174,6 +174,14 @@ def test_checkpointed_activations_make_no_difference_to_what_is_drawn():
     assert_close(plain, draws_of(reentrant=False), 1e-6)
     with pytest.raises(CalibrationError, match=r"blocks\.0\.0 ran without a graph \(6 layers\).*use_reentrant=False"):
         draws_of(reentrant=True)
+
+
+@pytest.mark.parametrize("settings", [{"metric": "two_sided", "output_side": "top_k"}, {"correction_step": "refit"}])
+def test_a_module_in_which_the_model_is_not_known_is_refused_before_any_batch(settings):
+    fitted = trainer(ZSSVDCallback(0.3, progress=False, correction_batches=2, **settings), max_epochs=9)
+    with pytest.raises(LogitsError, match=r"holds 0 of transformers; override ZSSVDCallback\.student"):
+        fitted.fit(Classifies(Blocks()), loader(pairs()))
+    assert fitted.global_step == 0
 
 
 def pairs(embeds=True):

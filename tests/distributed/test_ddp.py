@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.strategies import DDPStrategy
 from support import processes
 from support.models import loader, token_batches, trainer
-from support.parallel import NATURAL, NEEDED, SHORT, Replicated, Run, alone, fit, killed, multiplied_out, run
+from support.parallel import NATURAL, NEEDED, REFIT, SHORT, Replicated, Run, alone, fit, killed, multiplied_out, run
 
 from zssvd_lightning import LowRankCheckpointMixin, ZSSVDCallback
 from zssvd_lightning.errors import UnsupportedTrainingError
@@ -51,9 +51,10 @@ def test_uneven_batches_of_several_processes_give_what_one_process_makes_of_them
     assert min(r["svds"] for r in ranks) > 0
 
 
-def test_natural_steps_follow_the_gradients_at_outputs_of_all_processes(tmp_path):
-    described = Run(compression=NATURAL, trainer=FLOAT64 | {"accumulate_grad_batches": 2})
-    ranks, expected = run(tmp_path, 2, described), alone(Run(compression=NATURAL, trainer=FLOAT64), 2)
+@pytest.mark.parametrize("settings", [NATURAL, REFIT], ids=["natural", "refit"])
+def test_corrections_go_by_gradients_at_outputs_and_inputs_of_all_processes(tmp_path, settings):
+    described = Run(compression=settings, trainer=FLOAT64 | {"accumulate_grad_batches": 2})
+    ranks, expected = run(tmp_path, 2, described), alone(Run(compression=settings, trainer=FLOAT64), 2)
     assert_replicas_equal(ranks)
     assert ranks[0]["ranks"] == expected["ranks"]
     torch.testing.assert_close(ranks[0]["losses"], expected["losses"], rtol=1e-9, atol=0)

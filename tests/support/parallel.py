@@ -35,6 +35,8 @@ NATURAL = {
     "fresh_moments": False,
 }
 """Steps along the natural gradient, by the second moments of the first batches."""
+REFIT = NATURAL | {"correction_step": "refit", "corrections": 1}
+"""A closed-form refit, truncated again by the same second moments."""
 
 
 def batches_of(family: str, count: int, rank: int, size: int) -> list[dict[str, Tensor]]:

@@ -130,21 +130,26 @@ def test_draws_are_the_same_again_and_others_in_the_next_batch(side):
         assert not torch.allclose(2 * B, twice.output_sums[name])
 
 
-class NoLogits(torch.nn.Module):
-    def __init__(self):
+class LossOfStates(torch.nn.Module):
+    """Has a loss of its hidden states."""
+
+    def __init__(self, returned):
         super().__init__()
         self.model = tiny_llama()
+        self.returned = returned
 
     def forward(self, input_ids, labels, **rest):
         states = self.model.model(input_ids).last_hidden_state
-        return SimpleNamespace(loss=states.square().mean())
+        return SimpleNamespace(loss=states.square().mean(), **self.returned)
 
 
-def test_a_loss_that_does_not_come_from_logits_cannot_be_drawn_for():
-    with pytest.raises(LogitsError, match="have output_side 'empirical'"):
-        gathered(NoLogits(), token_batches(), output_side="sampled")
-    with pytest.raises(LogitsError, match="holds 0 of transformers"):
-        gathered(torch.nn.Sequential(torch.nn.Linear(3, 3)), token_batches(), output_side="sampled")
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [({}, "logits are needed"), ({"logits": torch.ones(4, 24, 97)}, "have output_side 'empirical'")],
+)
+def test_a_loss_that_does_not_come_from_logits_cannot_be_drawn_for(returned, message):
+    with pytest.raises(LogitsError, match=message):
+        gathered(LossOfStates(returned), token_batches(), output_side="sampled")
 
 
 def test_statistics_of_another_output_side_do_not_serve():

@@ -64,6 +64,11 @@ class FSDP2Adapter(StrategyAdapter):
                 f"output_side {config.output_side!r} takes two backward passes through one forward pass, between which "
                 "FSDP2 lets go of the weights; compress under DDP or on one device, or keep output_side='empirical'"
             )
+        if config.corrections and config.refits:
+            raise UnsupportedTrainingError(
+                "correction_step 'refit' changes whole weights in the middle of a forward pass, but under FSDP2 each "
+                "process has a part of them; compress under DDP or on one device, or use 'projected' or 'natural'"
+            )
         if config.storage in EIGHT_BIT:
             raise UnsupportedTrainingError(
                 f"storage {config.storage!r} puts whole factors into 8 bits when the fit ends, but under FSDP2 each "

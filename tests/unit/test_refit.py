@@ -1,0 +1,250 @@
+"""The closed-form refit, against least squares and against the two models run one after the other."""
+
+import copy
+
+import pytest
+import torch
+from support.models import image_batches, padded_batches, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit, token_batches
+from support.samplers import second_moment, weight
+from torch import nn
+
+from zssvd_lightning import CompressionConfig, compress
+from zssvd_lightning.calibration import token_mask
+from zssvd_lightning.compression import Compression, steps
+from zssvd_lightning.correction import REFIT_DAMPING, REFIT_PART, refitted_weight
+from zssvd_lightning.errors import CalibrationError, CheckpointError, ConfigError
+from zssvd_lightning.phase import Phase
+from zssvd_lightning.pipeline import gather
+from zssvd_lightning.side_by_side import Call, run_side_by_side, together
+from zssvd_lightning.spectrum import Spectrum
+from zssvd_lightning.targets import find_targets
+from zssvd_lightning.whitening import METRICS, Whitening
+
+REFIT = {
+    "metric": "two_sided",
+    "selection": "curvature",
+    "correction_step": "refit",
+    "fresh_moments": False,
+    "corrections": 1,
+    "correction_batches": 3,
+}
+
+
+def test_all_of_the_way_undamped_is_the_least_squares_solution(monkeypatch):
+    monkeypatch.setattr("zssvd_lightning.correction.REFIT_PART", 1.0)
+    monkeypatch.setattr("zssvd_lightning.correction.REFIT_DAMPING", 0.0)
+    X, there, W = torch.randn(50, 6).double(), torch.randn(50, 6).double(), weight(4, 6)
+    found = refitted_weight(W, there.T @ there / 50, X.T @ there / 50)
+    torch.testing.assert_close(found, torch.linalg.lstsq(there, X @ W.T).solution.T)
+
+
+def test_half_of_the_way_and_none_where_inputs_are_as_they_were():
+    W, A, C = weight(4, 6), second_moment(6), weight(6, 6)
+    assert torch.equal(refitted_weight(W, A, A), W)
+    damped = A + REFIT_DAMPING * A.diagonal().mean() * torch.eye(6)
+    torch.testing.assert_close((refitted_weight(W, A, C) - W) @ damped, REFIT_PART * W @ (C - A))
+
+
+def noted(model, batches):
+    calls = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(Call.of(args, kwargs, token_mask(kwargs))), with_kwargs=True
+    )
+    inputs = {name: [] for name in find_targets(model)}
+    handles = [handle] + [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: inputs[name].append(args[0])
+        )
+        for name in inputs
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for each in handles:
+        each.remove()
+    return calls, inputs
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_t5])
+def test_both_halves_see_what_each_model_gives_alone_also_behind_a_changed_weight(build):
+    dense, batches = build().eval().double(), padded_batches()
+    if build is tiny_t5:
+        batches = token_batches()
+    changed = copy.deepcopy(dense)
+    layers = find_targets(changed)
+    originals = {name: target.weight.clone() for name, target in layers.items()}
+    halved = list(layers)[len(layers) // 3]
+    with torch.no_grad():
+        layers[halved].assign(originals[halved] / 2)
+    calls, expected = noted(dense, batches)
+    _, behind = noted(changed, batches)
+    with torch.no_grad():
+        layers[halved].assign(originals[halved])
+    met = {}
+
+    def meet(name, X, there):
+        met[name] = X, there
+        if name == halved:
+            layers[name].assign(originals[name] / 2)
+
+    run_side_by_side(changed, together(calls), layers, originals, meet)
+    assert met.keys() == layers.keys()
+    for name, halves in met.items():
+        for found, alone in zip(halves, (expected[name], behind[name]), strict=True):
+            counting = [
+                X[b["attention_mask"].bool()] if X.shape[1] == 24 else X for X, b in zip(alone, batches, strict=True)
+            ]
+            torch.testing.assert_close(found, torch.cat([X.flatten(0, -2) for X in counting]))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in changed.modules())
+
+
+def sequentially(model, batches, config):
+    """The same by running both models from the start for every layer."""
+    compression = Compression(model, config, progress=False)
+    gather(compression, batches, Phase.CALIBRATE)
+    moments = compression.gathering.moments.second_moments()
+    dense = copy.deepcopy(model)
+    compression.take(steps(config)[0])
+    ranks = {name: layer.rank for name, layer in compression.report().layers.items()}
+    fitting = batches[: config.correction_batches]
+    order = [name for name, X in noted(model, fitting[:1])[1].items() if X and ranks[name] is not None]
+    for name in order:
+        X, there = (torch.cat([x.flatten(0, -2) for x in noted(m, fitting)[1][name]]) for m in (dense, model))
+        A, C = there.T @ there / len(X), X.T @ there / len(X)
+        sides = METRICS[config.metric]
+        whitening = Whitening(sides.inputs(moments, name), sides.outputs(moments, name))
+        fitted = refitted_weight(compression.originals[name], A, C)
+        up, down = Spectrum.of(fitted, whitening).factors(torch.arange(ranks[name]))
+        with torch.no_grad():
+            compression.targets[name].assign(up @ down)
+    return ranks
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_one_pass_gives_what_a_pass_for_every_layer_does(build, storage):
+    config = CompressionConfig(0.4, storage=storage, **REFIT)
+    model, batches = build().double(), token_batches()
+    other = copy.deepcopy(model).eval()
+    report = compress(model, batches, config, progress=False)
+    ranks = sequentially(other, batches, config)
+    assert {name: layer.rank for name, layer in report.layers.items()} == ranks
+    assert len(report.losses) == 2
+    ids = batches[-1]["input_ids"]
+    torch.testing.assert_close(model.eval()(ids).logits, other(ids).logits, rtol=1e-6, atol=1e-8)
+
+
+def test_outputs_come_nearer_to_those_of_the_dense_model():
+    dense, batches = tiny_llama().eval(), token_batches(6)
+    errors = {}
+    for corrections in (0, 1):
+        model = copy.deepcopy(dense)
+        config = CompressionConfig(
+            0.5, **REFIT | {"metric": "input", "selection": "uniform", "corrections": corrections}
+        )
+        compress(model, batches, config, progress=False)
+        with torch.no_grad():
+            errors[corrections] = sum((model(**b).logits - dense(**b).logits).square().mean() for b in batches)
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_noted_batches_are_in_what_is_saved(statistics):
+    config = CompressionConfig(0.4, **REFIT)
+    model, batches = tiny_llama(), padded_batches()
+    compression = Compression(model, config, progress=False)
+    gather(compression, batches, Phase.CALIBRATE)
+    compression.take(steps(config)[0])
+    weights = copy.deepcopy(model.state_dict())
+    gather(compression, batches, Phase.CORRECT)
+    state = copy.deepcopy(compression.state_dict(statistics=statistics))
+    compression.take(steps(config)[1])
+
+    other = tiny_llama()
+    other.load_state_dict(weights)
+    resumed = Compression(other, config, progress=False)
+    resumed.load_state_dict(state)
+    if not statistics:
+        gather(resumed, batches, Phase.CORRECT)
+    resumed.take(steps(config)[1])
+    assert resumed.report().layers == compression.report().layers
+    for name, target in resumed.targets.items():
+        assert torch.equal(target.weight, compression.targets[name].weight)
+
+
+def test_noted_batches_that_are_too_few_for_more_processes_are_refused(monkeypatch):
+    config = CompressionConfig(0.4, **REFIT)
+    compression = Compression(tiny_llama(), config, progress=False)
+    gather(compression, token_batches(1), Phase.CALIBRATE)
+    compression.take(steps(config)[0])
+    gather(compression, token_batches(1), Phase.CORRECT)
+    state = compression.state_dict()
+    monkeypatch.setattr(type(compression.team), "rank", 1)
+    monkeypatch.setattr(type(compression.team), "size", 2)
+    with pytest.raises(CheckpointError, match="1 batches noted for a refit, which are too few for 2 processes"):
+        compression.load_state_dict(state)
+
+
+def call(rows=2, length=5, masked=True, **kwargs):
+    ids = torch.ones(rows, length, dtype=torch.long)
+    return Call((), {"input_ids": ids, **kwargs}, ids.bool() if masked else None)
+
+
+def test_batches_of_other_lengths_are_padded_where_a_mask_says_so():
+    found = together([call(2, 5), call(3, 4)])
+    assert found.kwargs["input_ids"].tolist() == [[1] * 5] * 2 + [[1] * 4 + [0]] * 3
+    assert torch.equal(found.mask, found.kwargs["input_ids"].bool())
+    assert together([call(masked=False)] * 2).mask is None
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        ([call(length=4, masked=False), call(masked=False)], "of lengths 4, 5 and have no attention_mask"),
+        ([call(flag=True), call(flag=False)], "argument 'flag' of the model differs"),
+        ([call(), call(flag=False)], "other arguments for some"),
+        ([Call((1.0,), {}, None)], "without a tensor of rows"),
+    ],
+)
+def test_batches_that_cannot_be_put_together_are_refused(calls, message):
+    with pytest.raises(CalibrationError, match=message):
+        together(calls)
+
+
+def test_arguments_that_may_change_are_refused():
+    with pytest.raises(CalibrationError, match="argument 'cache' of the model is a list"):
+        Call.of((), {"cache": []}, None)
+
+
+class Scatters(nn.Module):
+    """Gives a layer some of the rows, as a router gives an expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = tiny_llama()
+        self.expert = nn.Linear(97, 97)
+
+    def forward(self, input_ids, labels, attention_mask):
+        logits = self.model(input_ids).logits
+        some = self.expert(logits.flatten(0, 1)[::3])
+        output = nn.functional.cross_entropy(logits.flatten(0, 1)[::3] + some, labels.flatten()[::3])
+        return type("Output", (), {"loss": output})
+
+
+def test_rows_that_cannot_be_told_apart_are_refused_and_the_model_is_put_back():
+    model = Scatters()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError, match=r"expert reads \(192, 97\) of 24 sequences of 24.*add it to ignore"):
+        compress(model, token_batches(3), CompressionConfig(0.4, **REFIT), progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_images_are_refitted_on_too():
+    report = compress(tiny_vit(), image_batches(), CompressionConfig(0.3, **REFIT), progress=False)
+    assert report.reached >= 0.3
+
+
+def test_ranks_that_several_truncations_reach_cannot_be_refitted():
+    with pytest.raises(ConfigError, match="reached by one truncation alone"):
+        CompressionConfig(truncations=2, correction_step="refit")

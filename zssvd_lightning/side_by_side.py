@@ -1,0 +1,169 @@
+"""One forward pass of the dense model and the truncated one together, each on half of the rows.
+
+Where a layer is reached, its inputs in both are known, and its weight may still be changed, so that the layers behind
+it see what comes of that. Nothing of the pass is kept but for the rows between two layers.
+
+Shapes: a call has B rows of T positions; X is (2 B, T, n) or (2 B T, n), the first half of it dense.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+
+from zssvd_lightning.calibration import evaluation_mode, no_cache, rows_that_count, uncompiled
+from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.targets import Target
+
+PLAIN = (Tensor, bool, int, float, str, type(None))
+
+Meet = Callable[[str, Tensor, Tensor], None]
+
+
+class Call(NamedTuple):
+    """A forward pass, to be run again."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mask: Tensor | None
+    """Positions (B, T) that are not padding, or None for all."""
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None) -> "Call":
+        """With tensors as they are now.
+
+        Raises:
+            CalibrationError: there are arguments that are no tensors, numbers or strings.
+        """
+        for key, value in [*enumerate(args), *kwargs.items()]:
+            if not isinstance(value, PLAIN):
+                raise CalibrationError(
+                    f"a refit runs batches again, but argument {key!r} of the model is a {type(value).__name__}, which "
+                    "may have changed by then; pass tensors, or use another correction_step"
+                )
+        kept = {key: _kept(value) for key, value in kwargs.items()}
+        return cls(tuple(map(_kept, args)), kept, mask)
+
+    def to(self, device: torch.device | str) -> "Call":
+        """The same on another device, as plain types and tensors."""
+        return Call(*move_data_to_device((self.args, self.kwargs, self.mask), device))
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """(B, T), of its first tensor of two dimensions or more."""
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, Tensor) and value.dim() >= 2:
+                return value.shape[0], value.shape[1]
+        raise CalibrationError("a refit takes batches apart by rows, but the model is called without a tensor of rows")
+
+
+def together(calls: Sequence[Call]) -> Call:
+    """All rows of all calls as one, shorter ones padded on the right.
+
+    Raises:
+        CalibrationError: they differ in more than rows, or in length without a mask for all.
+    """
+    rows = [call.rows for call in calls]
+    first, length = calls[0], max(T for _, T in rows)
+    if any(call.mask is None for call in calls) and len({T for _, T in rows}) > 1:
+        lengths = ", ".join(sorted({str(T) for _, T in rows}))
+        raise CalibrationError(
+            f"a refit puts batches together, but they are of lengths {lengths} and have no attention_mask; give them "
+            "one, or batches of one length"
+        )
+
+    def joined(key: int | str, values: Sequence[Any]) -> Any:
+        cut = [isinstance(v, Tensor) and v.dim() > 0 and len(v) == B for v, (B, _) in zip(values, rows, strict=True)]
+        if all(cut):
+            return torch.cat([_lengthened(v, T, length) for v, (_, T) in zip(values, rows, strict=True)])
+        same = [torch.equal(v, values[0]) if isinstance(v, Tensor) else v == values[0] for v in values]
+        if any(cut) or not all(same):
+            raise CalibrationError(f"a refit puts batches together, but argument {key!r} of the model differs in them")
+        return values[0]
+
+    if any((len(call.args), call.kwargs.keys()) != (len(first.args), first.kwargs.keys()) for call in calls):
+        raise CalibrationError("a refit puts batches together, but the model is called with other arguments for some")
+    return Call(
+        tuple(joined(i, [call.args[i] for call in calls]) for i in range(len(first.args))),
+        {key: joined(key, [call.kwargs[key] for call in calls]) for key in first.kwargs},
+        joined("mask", [call.mask for call in calls]),
+    )
+
+
+@torch.no_grad()
+def run_side_by_side(
+    model: nn.Module, call: Call, layers: Mapping[str, Target], originals: Mapping[str, Tensor], meet: Meet
+) -> None:
+    """Runs the rows of `call` through the model with original weights and through the one there is now, in one pass.
+
+    It ends with the last of `layers`. Mode and cache setting are as before on any exit, and no hook is left.
+
+    Args:
+        model: what is called.
+        call: with which rows.
+        layers: those that have an original weight of their own.
+        originals: name -> it (m, n).
+        meet: is given the name of a layer and its inputs (N, n) at the N positions that count, first in the model with
+            original weights, before it runs.
+
+    Raises:
+        CalibrationError: a layer reads rows that cannot be told apart.
+    """
+    (B, T), left = call.rows, set(layers)
+
+    def before(name: str) -> Any:
+        def split(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            X = args[0] if args else next(iter(kwargs.values()))
+            if X.shape[0] not in (2 * B, 2 * B * T):
+                raise CalibrationError(
+                    f"{name} reads {tuple(X.shape)} of {2 * B} sequences of {T}, so a refit cannot tell whose rows "
+                    "those are; add it to ignore, or use another correction_step"
+                )
+            meet(name, *(rows_that_count(half, call.mask) for half in X.chunk(2)))
+
+        return split
+
+    def after(name: str) -> Any:
+        target = layers[name]
+
+        def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            X = args[0] if args else next(iter(kwargs.values()))
+            half = len(X) // 2
+            output[:half] = linear(X[:half], originals[name], target.module.bias)
+            left.discard(name)
+            if not left:
+                raise _Over
+
+        return replace
+
+    doubled = together([call, call])
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(no_cache(model))
+        stack.enter_context(uncompiled())
+        for name, target in layers.items():
+            stack.callback(target.module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
+            stack.callback(target.module.register_forward_hook(after(name), with_kwargs=True).remove)
+        try:
+            model(*doubled.args, **doubled.kwargs)
+        except _Over:
+            return
+
+
+class _Over(Exception):  # noqa: N818  (nothing has gone wrong)
+    """The last layer has run."""
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _lengthened(value: Tensor, length: int, wanted: int) -> Tensor:
+    """Zeros are added where the second dimension is that of positions."""
+    if value.dim() < 2 or value.shape[1] != length:
+        return value
+    return pad(value, [0, 0] * (value.dim() - 2) + [0, wanted - length])
