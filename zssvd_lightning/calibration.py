@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from zssvd_lightning.errors import CalibrationError, LogitsError, NonFiniteError, ZeroGradientError
 from zssvd_lightning.logits import logits_of
 from zssvd_lightning.output_sides import Draw
+from zssvd_lightning.spectrum import Spectrum
 from zssvd_lightning.statistics import Moments, accumulated, exact_products
 from zssvd_lightning.targets import Target
 
@@ -88,6 +89,14 @@ class Observation:
             handle = target.module.register_forward_hook(self._output_hook(name, into))
             self._output_hooks.callback(handle.remove)
 
+    def watch_components(self, spectra: Mapping[str, Spectrum], into: Moments) -> None:
+        """Adds the squared derivatives of the loss by each component at each token to `into`, until `close`."""
+        for name, target in self._targets.items():
+            handle = target.module.register_forward_hook(
+                self._component_hook(name, spectra[name], into), with_kwargs=True
+            )
+            self._output_hooks.callback(handle.remove)
+
     def watch_logits(self, model: nn.Module) -> None:
         """Notes the logits of `model`, and has gradients at outputs wait for `send_back`."""
 
@@ -152,6 +161,20 @@ class Observation:
         def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             self._has_graph[name] = self._has_graph.get(name, False) or output.requires_grad
             if output.requires_grad:  # not in the first of two passes under reentrant checkpointing
+                output.register_hook(see)  # type: ignore[no-untyped-call]
+
+        return watch
+
+    def _component_hook(self, name: str, spectrum: Spectrum, into: Moments) -> Any:
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            X = (args[0] if args else next(iter(kwargs.values()))).detach()
+
+            def see(gradient: Tensor) -> None:
+                with torch.autocast(gradient.device.type, enabled=False), exact_products():
+                    D, there = (rows_that_count(rows, self._mask).to(spectrum.left) for rows in (gradient, X))
+                    into.add_components(name, spectrum.squared_derivatives(there, D * self.gradient_weight))
+
+            if output.requires_grad:
                 output.register_hook(see)  # type: ignore[no-untyped-call]
 
         return watch

@@ -78,6 +78,8 @@ class ZSSVDCallback(RecoveringCallback):
         fresh_moments: whether all statistics are taken anew after a step, which is the default, or second moments kept.
         metric: `none`, `rows`, `diagonal`, `input` (the default) or `two_sided`.
         output_side: `empirical` (the default), `sampled` or `top_k`; see `output_sides`.
+        reestimate: whether the curvature along each component is estimated from more batches, which it is not by
+            default.
         selection: `zero_sum` (the default), `abs_delta`, `abs_delta_unordered`, `most_negative`, `sigma`, `uniform`,
             `effective_rank`, `curvature`, `curvature_first_order` or `zero_sum_curvature`.
         truncations: in how many the prune ratio is reached, in equal parts; by default 1.
@@ -143,6 +145,7 @@ class ZSSVDCallback(RecoveringCallback):
         fresh_moments: bool | None = None,
         metric: str | None = None,
         output_side: str | None = None,
+        reestimate: bool | None = None,
         selection: str | None = None,
         truncations: int | None = None,
         budget_in: str | None = None,
@@ -166,6 +169,7 @@ class ZSSVDCallback(RecoveringCallback):
             prune_ratio=prune_ratio,
             metric=metric,
             output_side=output_side,
+            reestimate=reestimate,
             selection=selection,
             truncations=truncations,
             budget_in=budget_in,
@@ -433,7 +437,7 @@ class ZSSVDCallback(RecoveringCallback):
         if not life.enough(trainer.num_training_batches):
             return
         self.adapter.show_weights()
-        if self.dry_run:
+        if self.dry_run and life.step.truncates:
             self._write_plan(trainer, pl_module)
             return
         was_dense = life.is_dense

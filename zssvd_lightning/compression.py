@@ -4,7 +4,7 @@ Weights are edited in place by `truncate` and `correct`; modules are replaced on
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -53,9 +53,17 @@ class Step(NamedTuple):
 def steps(config: CompressionConfig) -> list[Step]:
     """The course of a compression, up to its factorisation: a truncation, and rounds that end in another."""
     truncation = Step(Phase.CALIBRATE, (Compression.truncate,))
+    first = [truncation]
+    if config.reestimate:
+        first = [Step(Phase.CALIBRATE, (Compression.decompose,)), Step(Phase.CORRECT, (Compression.truncate,))]
     rounds = max(config.corrections, config.truncations - 1)
     corrected = _correction(config, truncation)
-    return [truncation] + corrected * config.corrections + [truncation] * (rounds - config.corrections)
+    return first + corrected * config.corrections + [truncation] * (rounds - config.corrections)
+
+
+def to_first_truncation(course: Sequence[Step]) -> Sequence[Step]:
+    """The first steps, up to one that truncates."""
+    return course[: [step.truncates for step in course].index(True) + 1]
 
 
 def _correction(config: CompressionConfig, truncation: Step) -> list[Step]:
@@ -128,6 +136,7 @@ class Compression:
         self._step: tuple[float, float] | None = None
         self._truncations = 0
         self._originals: dict[str, Tensor] | None = None
+        self._found: Decomposition | None = None
         self._selection: Selection | None = None
         self._factors = HeldFactors(self.targets, self.team, config.storage)
         self._installed: dict[str, nn.Module] = {}
@@ -139,6 +148,16 @@ class Compression:
             act(self)
         self.losses.append(self.gathering.moments.mean_loss)
         self.gathering.start_afresh()
+
+    @torch.no_grad()
+    def decompose(self) -> None:
+        """Spectra of all layers, along whose components the batches that follow tell the curvature.
+
+        Raises:
+            CalibrationError: see `truncate`.
+        """
+        self._found = self._decomposed().everywhere(self.targets, self.team)
+        self.gathering.spectra = self._found.spectra
 
     def truncate(self) -> None:
         """Spectra, selection and truncation in place, from the statistics gathered since the last step.
@@ -208,7 +227,7 @@ class Compression:
                 else:
                     self._factors.take(found, name, kept)
                     target.assign(self._factors.truncated(name))
-        self._selection = selection
+        self._selection, self._found, self.gathering.spectra = selection, None, None
         self._truncations += 1
         if self.config.weighs_rows:
             self.importances = {name: found.importances[name] for name in self._factors}
@@ -311,7 +330,7 @@ class Compression:
                 for name, target in self.targets.items():
                     target.assign(self._originals[name])
         mark(self.model)
-        self._originals, self._selection, self._installed, self._truncations = None, None, {}, 0
+        self._originals, self._found, self._selection, self._installed, self._truncations = None, None, None, {}, 0
         self._factors = HeldFactors(self.targets, self.team, self.config.storage)
         self.gathering.forget()
 
@@ -366,6 +385,7 @@ class Compression:
             "gathering": self.gathering.state_dict(so_far=statistics),
             "originals": None if self._originals is None else self._originals_to_save(self._originals),
             "factors": self._factors.state_dict(),
+            "found": None if self._found is None else self._found.state_dict(self.team),
             "selection": None if self._selection is None else self._selection.state_dict(),
             "step": None if self._step is None else list(self._step),
             "losses": list(self.losses),
@@ -383,6 +403,9 @@ class Compression:
             CheckpointError: the settings or the target layers are others.
         """
         refuse_other(state, self.config, self.budget.shapes)
+        if state["found"] is not None:
+            self._found = Decomposition.of_state(state["found"], self.targets)
+            self.gathering.spectra = self._found.spectra
         self.gathering.load_state_dict(state["gathering"])
         if state["originals"] is not None:
             self._originals = self._own_parts(state["originals"])
@@ -410,9 +433,9 @@ class Compression:
         self._originals = self._own_parts(state["originals"])
         self.restore()
 
-    def _select(self, budget: Budget, reaches: Mapping[str, float] | None = None) -> tuple[Decomposition, Selection]:
+    def _decomposed(self, reaches: Mapping[str, float] | None = None) -> Decomposition:
         with self.stopwatch("spectrum"), exact_products():
-            found = decompose(
+            return decompose(
                 self.targets,
                 self.gathering,
                 self.config.metric,
@@ -422,6 +445,17 @@ class Compression:
                 round_off=self.budget.chooses_bits,
                 reaches=reaches,
             )
+
+    def _with_curvature(self, found: Decomposition) -> Decomposition:
+        self.gathering.complete()
+        components = {
+            name: replace(components, curvature=self.gathering.component_curvature(name).cpu())
+            for name, components in found.components.items()
+        }
+        return replace(found, components=components)
+
+    def _select(self, budget: Budget, reaches: Mapping[str, float] | None = None) -> tuple[Decomposition, Selection]:
+        found = self._decomposed(reaches) if self._found is None else self._with_curvature(self._found)
         with self.stopwatch("select"):
             rule = RULES[self.config.selection] if self._plan is None else self._plan.rule
             return found, self.team.decided(lambda: rule(found.components, budget))

@@ -13,7 +13,7 @@ from yaml import YAMLError
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.output_sides import OUTPUT_SIDES
 from zssvd_lightning.presets import PRESETS, settings_of
-from zssvd_lightning.selection import CHOOSE_BITS, RULES
+from zssvd_lightning.selection import BY_CURVATURE, CHOOSE_BITS, RULES
 from zssvd_lightning.storage import ROWS_IN_16_BITS, STORAGES, UNITS
 from zssvd_lightning.whitening import METRICS
 
@@ -44,6 +44,9 @@ class CompressionConfig:
     """Which gradients at the output those are: `empirical` (of the batch's own labels), `sampled` (of labels drawn from
     the model's predictions) or `top_k` (of the divergence over its likeliest tokens, IO-SVD); the last two take another
     backward pass."""
+    reestimate: bool = False
+    """Before the first truncation, estimate the curvature along each component from `correction_batches` batches more,
+    where metric `two_sided` takes it for 1 (EK-FAC); for rules that go by curvature."""
     selection: str = "zero_sum"
     """Rule that drops components: `zero_sum` (the paper), `abs_delta`, `abs_delta_unordered`, `most_negative`,
     `sigma`, `uniform` (the same fraction of every matrix, as SVD-LLM does), `effective_rank` (D-Rank), `curvature`
@@ -109,6 +112,11 @@ class CompressionConfig:
             )
         if self.truncations > 1 and self.plan is not None:
             raise ConfigError(f"a plan is reached by one truncation, and truncations is {self.truncations}")
+        if self.reestimate and (self.metric != "two_sided" or self.selection not in BY_CURVATURE):
+            raise ConfigError(
+                f"reestimate is of the curvature in metric 'two_sided', for selection "
+                f"{' or '.join(map(repr, BY_CURVATURE))}, and they are {self.metric!r} and {self.selection!r}"
+            )
         if self.truncations > 1 and self.corrections and self.refits:
             raise ConfigError("a refit keeps the ranks there are, so they can be reached by one truncation alone")
         if self.budget_in == "bytes" and self.rows_in_16_bits == "loss_aware":

@@ -1,9 +1,9 @@
 """The spectra of all layers, shared out among the processes of a team, and what selection sees of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,39 @@ class Decomposition:
     """Name -> scores of all layers, in module order."""
     importances: Mapping[str, Importance]
     """Name -> importance of each output and input, for the layers there are statistics of it."""
+
+    def everywhere(self, targets: Mapping[str, Target], team: Team) -> "Decomposition":
+        """The same with the spectra of all layers on each process, where the layers are. Collective."""
+        spectra = {}
+        for name, target in targets.items():
+            own, owner, sigma = self.spectra.get(name), self.owners[name], self.components[name].sigma
+            like = target.weight.new_empty(0, dtype=sigma.dtype)
+            (m, n), r = target.shape, len(sigma)
+            left = team.from_owner(owner, None if own is None else own.left, (m, r), like)
+            right = team.from_owner(owner, None if own is None else own.right, (r, n), like)
+            spectra[name] = Spectrum(left, sigma.to(like), right)
+        return replace(self, owners=dict.fromkeys(targets, 0), spectra=spectra)
+
+    def state_dict(self, team: Team) -> dict[str, Any]:
+        """Of spectra that are everywhere: plain types and tensors, as the team saves them. Collective."""
+        to_save = {}
+        for name, spectrum in self.spectra.items():
+            left = team.weight_to_save(spectrum.left, len(spectrum.left))
+            right = team.weight_to_save(spectrum.right, len(spectrum.right))
+            if left is not None and right is not None:
+                components = {f.name: getattr(self.components[name], f.name) for f in fields(Components)}
+                to_save[name] = {"left": left, "right": right, "components": components}
+        return to_save
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], targets: Mapping[str, Target]) -> "Decomposition":
+        """From a `state_dict`, everywhere."""
+        components = {name: Components(**saved["components"]) for name, saved in state.items()}
+        spectra = {
+            name: Spectrum(saved["left"], components[name].sigma, saved["right"]).to(targets[name].weight.device)
+            for name, saved in state.items()
+        }
+        return cls(dict.fromkeys(spectra, 0), spectra, components, {})
 
 
 def svd_work(m: int, n: int) -> float:

@@ -15,6 +15,7 @@ from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CalibrationError, CheckpointError
 from zssvd_lightning.output_sides import OUTPUT_SIDES
 from zssvd_lightning.side_by_side import Call
+from zssvd_lightning.spectrum import Spectrum
 from zssvd_lightning.statistics import Moments, accumulated
 from zssvd_lightning.targets import Target
 
@@ -34,6 +35,7 @@ class Gathering:
     Attributes:
         moments: of the batches whose gradients have come.
         calls: the forward passes noted.
+        spectra: along whose components the curvature is watched; None where it is not.
         may_discard: whether gradients may be discarded, which takes memory for a second set of second moments.
         speaker: finds in the model that which batches are given to and whose logits the loss is of.
     """
@@ -49,6 +51,7 @@ class Gathering:
     ) -> None:
         self.moments = Moments()
         self.calls: list[Call] = []
+        self.spectra: Mapping[str, Spectrum] | None = None
         self.may_discard = False
         self.speaker: Callable[[Any], nn.Module] = lambda model: model
         self._model = model
@@ -79,6 +82,8 @@ class Gathering:
             observing(self._model, self._targets, seen, mask, inputs, outputs) as observation,
             self._noting(mask) if self._note else nullcontext(),
         ):
+            if self.spectra is not None:
+                observation.watch_components(self.spectra, into)
             if self._drawing:
                 observation.watch_logits(self.speaker(self._model))
             self._observation = observation
@@ -133,9 +138,16 @@ class Gathering:
             self._kept = self.moments.second_moments(counted=self._team.rank == 0)
         self.moments, self.calls, self._counts_shared = Moments(), [], False
 
+    def component_curvature(self, name: str) -> Tensor:
+        """Of the loss along each component of unit size (r,), over all batches; after `complete`. Collective."""
+        if self.spectra is None:
+            raise RuntimeError("the curvature along components was not watched")
+        return self._team.over_batches(self._components(self.moments, name)) / self.moments.loss_terms
+
     def forget(self) -> None:
         """Forgets all statistics."""
         self._kept, self.moments, self.calls, self._counts_shared = None, Moments(), [], False
+        self.spectra = None
 
     def complete(self) -> None:
         """Recalls second moments that were kept, if these batches gave none, and has counts be those of all processes.
@@ -284,6 +296,11 @@ class Gathering:
         own = moments.output_sums.get(name)
         return torch.zeros(m, m, dtype=accumulated(W.dtype), device=W.device) if own is None else own
 
+    def _components(self, moments: Moments, name: str) -> Tensor:
+        """Squared derivatives by components over the batches of this process."""
+        own, sigma = moments.component_sums.get(name), (self.spectra or {})[name].sigma
+        return torch.zeros_like(sigma) if own is None else own
+
     def _gradient(self, gradients: Mapping[str, Tensor], name: str) -> Tensor:
         """The summed gradient over the batches of this process, none of which may have run through the layer."""
         W, own = self._targets[name].weight, gradients.get(name)
@@ -301,6 +318,9 @@ class Gathering:
         for name in [name for name in self._targets if name in total.with_outputs]:
             if (B := self._team.total_to_save(self._output_sum(moments, name))) is not None:
                 total.output_sums[name] = B
+        for name in self.spectra or ():
+            if (squares := self._team.total_to_save(self._components(moments, name))) is not None:
+                total.component_sums[name] = squares
         return total.state_dict()
 
     def _gradients_to_save(self, gradients: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
@@ -315,7 +335,8 @@ class Gathering:
 
     def _own(self, state: Mapping[str, Any]) -> Moments:
         """What this process holds of saved statistics: its part of each sum, and the counts if it is the first."""
-        moments = Moments(**{**state, "input_sums": {}, "gradient_sums": {}, "output_sums": {}})
+        empty: dict[str, Any] = {"input_sums": {}, "gradient_sums": {}, "output_sums": {}, "component_sums": {}}
+        moments = Moments(**{**state, **empty})
         if self._team.rank != 0:
             moments.tokens = dict.fromkeys(state["tokens"], 0)
             moments.loss_sum = moments.loss_terms = moments.output_terms = 0.0
@@ -324,9 +345,10 @@ class Gathering:
                 split = self._targets[name].split if kind == "gradient_sums" else 0
                 if (part := self._team.share_of_sum(whole, split)) is not None:
                     sums[name] = part.to(self._targets[name].weight.device, copy=True)
-        for name, saved in state.get("output_sums", {}).items():
-            if (own := self._team.own_total(saved)) is not None:
-                moments.output_sums[name] = own.to(self._targets[name].weight.device, copy=True)
+        for kind, sums in (("output_sums", moments.output_sums), ("component_sums", moments.component_sums)):
+            for name, saved in state[kind].items():
+                if (own := self._team.own_total(saved)) is not None:
+                    sums[name] = own.to(self._targets[name].weight.device, copy=True)
         return moments
 
 

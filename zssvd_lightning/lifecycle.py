@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from zssvd_lightning.calibration import Observation, uncompiled
-from zssvd_lightning.compression import Compression, Step, refuse_other, steps
+from zssvd_lightning.compression import Compression, Step, refuse_other, steps, to_first_truncation
 from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
@@ -98,9 +98,9 @@ class Lifecycle:
         return self._compression.gathering.moments.batches if self._compression is not None else 0
 
     def batches_needed(self, batches_per_epoch: float, accumulate: int, first_only: bool = False) -> int:
-        """Training batches from the start of an epoch until all steps (or the first) are taken."""
+        """Training batches from the start of an epoch until all steps (or those to the first truncation) are taken."""
         done = 0
-        for step in self._steps[:1] if first_only else self._steps:
+        for step in to_first_truncation(self._steps) if first_only else self._steps:
             done = window_end(done + self.limit(step.gathers, batches_per_epoch), batches_per_epoch, accumulate)
         return done
 
@@ -164,7 +164,7 @@ class Lifecycle:
 
     def advance(self) -> Step:
         """Takes the step under way, which it returns, and enters the phase that follows; within `changing_weights`."""
-        step = self._steps[self._position]
+        step = self.step
         self.phase = Phase.TRUNCATE if step.truncates else Phase.CORRECT
         self.terms_unit = None
         self.compression.take(step)
@@ -174,9 +174,14 @@ class Lifecycle:
         return step
 
     @property
+    def step(self) -> Step:
+        """The step under way."""
+        return self._steps[self._position]
+
+    @property
     def is_dense(self) -> bool:
         """Whether no truncation has taken place yet."""
-        return self._position == 0
+        return not any(step.truncates for step in self._steps[: self._position])
 
     def factorise(self, step: int, set_up_optimizers: Callable[[], None]) -> None:
         """Puts the low-rank layers in, has the optimizers set up for them, and reports; within `changing_weights`.

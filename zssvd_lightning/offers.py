@@ -13,7 +13,9 @@ class Offer(NamedTuple):
     sigma: float
     """Singular value."""
     delta: float
-    """Predicted change of the loss."""
+    """Predicted change of the loss, to first order."""
+    second_order: float
+    """Its second-order part."""
     cost: float
     """Of a component of this matrix, on average."""
 

@@ -16,7 +16,7 @@ class Phase(StrEnum):
     TRUNCATE = "truncate"
     """Between two batches: components are chosen and dropped, in place."""
     CORRECT = "correct"
-    """Batches give the gradient of the projected step."""
+    """Batches give gradients: of a step, or along components."""
     FACTORISE = "factorise"
     """Between two batches: low-rank layers go in, and optimizers are set up again."""
     RECOVER = "recover"

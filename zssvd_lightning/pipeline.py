@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from zssvd_lightning.calibration import loss_terms, token_mask
-from zssvd_lightning.compression import Compression, steps
+from zssvd_lightning.compression import Compression, steps, to_first_truncation
 from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CalibrationError
@@ -136,7 +136,11 @@ def plan(
     """
     compression = Compression(model, config or CompressionConfig(), progress)
     with _gradients_set_aside(model):
-        gather(compression, batches, Phase.CALIBRATE, **reading)
+        *before, truncation = to_first_truncation(steps(compression.config))
+        for step in before:
+            gather(compression, batches, step.gathers, **reading)
+            compression.take(step)
+        gather(compression, batches, truncation.gathers, **reading)
         return compression.plan()
 
 

@@ -24,6 +24,8 @@ from zssvd_lightning.options import Options, of_dropping, of_rounding
 
 CHOOSE_BITS = ("curvature", "curvature_first_order")
 """The rules that can choose for each matrix between 8 and 16 bits, as storage `mixed` asks."""
+BY_CURVATURE = ("curvature", "curvature_first_order", "zero_sum_curvature")
+"""The rules that go by the second-order change of the loss."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,14 @@ class Components:
     """Predicted change of the loss (r,) when a component is kept in 8 bits instead of 16."""
     rounding_dense: float | None = None
     """Predicted change of the loss when the dense weight is kept in 8 bits instead of 16."""
+    curvature: Tensor | None = None
+    """Of the loss along each component of unit size (r,), where it was estimated; 1 elsewhere."""
+
+    @property
+    def second_order(self) -> Tensor:
+        """Second-order change of the loss (r,) when a component is dropped, `1/2 sigma^2` times the curvature."""
+        loss = self.sigma.double().square() / 2
+        return loss if self.curvature is None else loss * self.curvature.double()
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ def zero_sum_curvature(matrices: Mapping[str, Components], budget: Budget) -> Se
 
     Delta still tells the sign and makes the running sum. The average, since above break-even a component saves nothing.
     """
-    return _drop_until_met(matrices, budget, ZeroSum(lambda offer: offer.sigma**2 / 2 / offer.cost))
+    return _drop_until_met(matrices, budget, ZeroSum(lambda offer: offer.second_order / offer.cost))
 
 
 @of_one_form
@@ -171,14 +181,12 @@ def curvature(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     In the two-sided metric that is the loss to second order, layer by layer and with the curvature that K-FAC estimates
     (arXiv 1503.05671). See `allocation.least_loss`.
     """
-    return _of_least_loss(matrices, budget, lambda components: components.sigma.double().square() / 2)
+    return _of_least_loss(matrices, budget, lambda components: components.second_order)
 
 
 def curvature_first_order(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """As `curvature`, with `1/2 sigma^2 + delta`: what is dropped may lower the loss, so more may go than is asked."""
-    return _of_least_loss(
-        matrices, budget, lambda components: components.sigma.double().square() / 2 + components.delta.double()
-    )
+    return _of_least_loss(matrices, budget, lambda components: components.second_order + components.delta.double())
 
 
 def of_ranks(
@@ -227,6 +235,7 @@ def _drop_until_met(
     orders = [drop_order(matrices[name]).tolist() for name in names]
     sigmas = [matrices[name].sigma.tolist() for name in names]
     deltas = [matrices[name].delta.tolist() for name in names]
+    second_orders = [matrices[name].second_order.tolist() for name in names]
     ranks = [len(order) for order in orders]
     floors = [budget.floor(name) for name in names]
     costs = [budget.costs(name) for name in names]
@@ -235,7 +244,7 @@ def _drop_until_met(
     def offer(i: int) -> None:
         if ranks[i] > floors[i]:
             component = orders[i][len(orders[i]) - ranks[i]]
-            queue.offer(Offer(i, sigmas[i][component], deltas[i][component], averages[i]))
+            queue.offer(Offer(i, sigmas[i][component], deltas[i][component], second_orders[i][component], averages[i]))
 
     for i in range(len(names)):
         offer(i)

@@ -48,6 +48,14 @@ class Spectrum:
         """
         return -self.sigma * (self.left * (G.to(self.left.dtype) @ self.right.T)).sum(0)
 
+    def squared_derivatives(self, X: Tensor, D: Tensor) -> Tensor:
+        """`sum_t (u_i^T R^-1 d_t x_t^T L^-T v_i)^2` (r,), over inputs X (T, n) and gradients D (T, m) by the outputs.
+
+        Their mean is the diagonal of the Fisher information in the coordinates of the spectrum, each token standing
+        alone; it is 1 where A and B tell all (EK-FAC, arXiv 1806.03884).
+        """
+        return ((D @ self.left) * (X @ self.right.T)).square().sum(0)
+
     def factors(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Factors up (m, k) and down (k, n) of the components `kept` (k,), each with the square root of sigma."""
         root = self.sigma[kept].sqrt()

@@ -71,6 +71,8 @@ class Moments:
     """Layers that have a gradient on some process, once that is known."""
     with_outputs: list[str] = field(default_factory=list)
     """Layers whose gradient by the output was seen on some process, once that is known."""
+    component_sums: dict[str, Tensor] = field(default_factory=dict)
+    """Layer -> sum over tokens of the squared derivative of the loss by each component (r,), where that is watched."""
     output_side: str | None = None
     """Which gradients by outputs these are, by its name in `output_sides`, where that is known."""
 
@@ -93,6 +95,11 @@ class Moments:
             m = D.shape[1]
             self.output_sums[name] = torch.zeros(m, m, dtype=D.dtype, device=D.device)
         self.output_sums[name].addmm_(D.T, D)
+
+    @torch.no_grad()
+    def add_components(self, name: str, squares: Tensor) -> None:
+        """Adds squared derivatives (r,)."""
+        self.component_sums[name] = self.component_sums[name] + squares if name in self.component_sums else squares
 
     @torch.no_grad()
     def add_gradient(self, name: str, gradient: Tensor, weight: float = 1.0) -> None:
@@ -119,8 +126,10 @@ class Moments:
                 self.input_sums[leader], self.tokens[leader] = sums, window.tokens[leader]
         for name, sums in window.output_sums.items():
             self.output_sums[name] = self.output_sums[name] + sums if name in self.output_sums else sums
+        for name, squares in window.component_sums.items():
+            self.add_components(name, squares)
         self.output_terms += window.output_terms
-        window.input_sums, window.tokens, window.output_sums = {}, {}, {}
+        window.input_sums, window.tokens, window.output_sums, window.component_sums = {}, {}, {}, {}
 
     def second_moments(self, *, counted: bool = True) -> "Moments":
         """The second moments alone; the tensors are these, not copies.

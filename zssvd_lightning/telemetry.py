@@ -49,7 +49,7 @@ def log_progress(trainer: L.Trainer, gathered: int, to_gather: int) -> None:
 
 def log_step(trainer: L.Trainer, step: Step, compression: Compression) -> None:
     """Sends what a step of the compression did."""
-    if step.acts[0] in (Compression.correct, Compression.descend):
+    if step.acts[0] in (Compression.correct, Compression.descend, Compression.refit):
         log(trainer, loss_after_truncation=compression.losses[-1])
     if Compression.shorten_step in step.acts or (
         Compression.correct in step.acts and not compression.config.line_search

@@ -51,7 +51,9 @@ def test_uneven_batches_of_several_processes_give_what_one_process_makes_of_them
     assert min(r["svds"] for r in ranks) > 0
 
 
-@pytest.mark.parametrize("settings", [NATURAL, REFIT], ids=["natural", "refit"])
+@pytest.mark.parametrize(
+    "settings", [NATURAL | {"reestimate": True}, REFIT], ids=["natural steps after reestimation", "refit"]
+)
 def test_corrections_go_by_gradients_at_outputs_and_inputs_of_all_processes(tmp_path, settings):
     described = Run(compression=settings, trainer=FLOAT64 | {"accumulate_grad_batches": 2})
     ranks, expected = run(tmp_path, 2, described), alone(Run(compression=settings, trainer=FLOAT64), 2)

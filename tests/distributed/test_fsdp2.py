@@ -390,6 +390,7 @@ def test_a_checkpoint_without_optimizer_state_is_refused_by_name(tmp_path):
     [
         ({"storage": "remap"}, "storage 'remap' puts whole factors"),
         ({"metric": "two_sided", "output_side": "sampled"}, "output_side 'sampled' takes two backward passes"),
+        ({"metric": "two_sided", "selection": "curvature", "reestimate": True}, "reestimate keeps the whole spectra"),
         ({"correction_step": "refit"}, "correction_step 'refit' changes whole weights"),
     ],
 )

@@ -64,6 +64,11 @@ class FSDP2Adapter(StrategyAdapter):
                 f"output_side {config.output_side!r} takes two backward passes through one forward pass, between which "
                 "FSDP2 lets go of the weights; compress under DDP or on one device, or keep output_side='empirical'"
             )
+        if config.reestimate:
+            raise UnsupportedTrainingError(
+                "reestimate keeps the whole spectra of all layers on every process, which has a part of the weights "
+                "under FSDP2; compress under DDP or on one device, or leave it out"
+            )
         if config.corrections and config.refits:
             raise UnsupportedTrainingError(
                 "correction_step 'refit' changes whole weights in the middle of a forward pass, but under FSDP2 each "
