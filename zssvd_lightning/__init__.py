@@ -2,7 +2,7 @@
 
 To read the code in the order data flows through it: `callback` (when; `lifecycle` and `phase` how far; `resumable`,
 `guards`, `precision`, `limits`, `scores`, `checkpoint`, `telemetry` and `borrowing` deal with the rest of Lightning)
-and `pipeline` (without a Trainer) drive `compression` (what), on one process or on several (`strategies`,
+and `pipeline` (without a Trainer) drive `compression` (what, in `steps`), on one process or on several (`strategies`,
 `distributed`); that takes `targets`, watches them (`gathering`, `calibration`, `statistics`; `logits`, `output_sides`),
 changes coordinates (`whitening`), decomposes (`decomposition`, `spectrum`), chooses (`storage`, `budget`, `options`,
 `selection` with `offers` and `allocation`, `plan`), truncates (`factorization`), puts layers into another form

@@ -4,9 +4,9 @@ Weights are edited in place by `truncate` and `correct`; modules are replaced on
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from zssvd_lightning.factorization import HeldFactors
 from zssvd_lightning.forms import Factored
 from zssvd_lightning.gathering import Gathering
 from zssvd_lightning.hub import mark
-from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import Plan
 from zssvd_lightning.quantization import EIGHT_BIT, Importance, in_8_bits, is_in_8_bits
 from zssvd_lightning.refitting import Refit
@@ -31,51 +30,10 @@ from zssvd_lightning.side_by_side import run_side_by_side, together
 from zssvd_lightning.statistics import accumulated, exact_products
 from zssvd_lightning.targets import find_targets, replace_module, weights_snapshot
 
+if TYPE_CHECKING:
+    from zssvd_lightning.steps import Step
+
 logger = logging.getLogger(__name__)
-
-
-Act = Callable[["Compression"], None]
-
-
-class Step(NamedTuple):
-    """Statistics over some batches, and what is done with them."""
-
-    gathers: Phase
-    """CALIBRATE (second moments and gradients) or CORRECT (gradients)."""
-    acts: tuple[Act, ...]
-
-    @property
-    def truncates(self) -> bool:
-        """Whether the model is truncated when it is over."""
-        return self.acts[-1] in (Compression.truncate, Compression.descend, Compression.refit)
-
-
-def steps(config: CompressionConfig) -> list[Step]:
-    """The course of a compression, up to its factorisation: a truncation, and rounds that end in another."""
-    truncation = Step(Phase.CALIBRATE, (Compression.truncate,))
-    first = [truncation]
-    if config.reestimate:
-        first = [Step(Phase.CALIBRATE, (Compression.decompose,)), Step(Phase.CORRECT, (Compression.truncate,))]
-    rounds = max(config.corrections, config.truncations - 1)
-    corrected = _correction(config, truncation)
-    return first + corrected * config.corrections + [truncation] * (rounds - config.corrections)
-
-
-def to_first_truncation(course: Sequence[Step]) -> Sequence[Step]:
-    """The first steps, up to one that truncates."""
-    return course[: [step.truncates for step in course].index(True) + 1]
-
-
-def _correction(config: CompressionConfig, truncation: Step) -> list[Step]:
-    if config.correction_step != "projected":
-        act = Compression.descend if config.correction_step == "natural" else Compression.refit
-        return [Step(Phase.CALIBRATE if config.fresh_moments else Phase.CORRECT, (act,))]
-    course = [Step(Phase.CORRECT, (Compression.correct,))]
-    if config.line_search:
-        course.append(Step(Phase.CORRECT, (Compression.shorten_step,)))
-    if config.fresh_moments:
-        return [*course, truncation]
-    return [*course[:-1], Step(Phase.CORRECT, (*course[-1].acts, Compression.truncate))]
 
 
 class Compression:
@@ -142,7 +100,7 @@ class Compression:
         self._installed: dict[str, nn.Module] = {}
         self.importances: dict[str, Importance] | None = None
 
-    def take(self, step: Step) -> None:
+    def take(self, step: "Step") -> None:
         """Takes a step, by the statistics gathered since the last one, and forgets them."""
         for act in step.acts:
             act(self)
@@ -206,11 +164,13 @@ class Compression:
             layers = {name: self.targets[name] for name in self._factors}
             ranks = {name: self._selection.rank(name) or 0 for name in layers}
             calls, self.gathering.calls = self.gathering.calls[: self.config.correction_batches], []
+            with self.team.together():
+                call = together(calls)
             model = self.gathering.speaker(self.model)
             refit = Refit(
                 self.targets, self._originals, self.gathering, self._factors, ranks, self.config.metric, self.team
             )
-            run_side_by_side(model, together(calls), layers, self._originals, refit.meet)
+            run_side_by_side(model, call, layers, self._originals, refit.meet)
         self._truncations += 1
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from zssvd_lightning.calibration import Observation, uncompiled
-from zssvd_lightning.compression import Compression, Step, refuse_other, steps, to_first_truncation
+from zssvd_lightning.compression import Compression, refuse_other
 from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
@@ -23,6 +23,7 @@ from zssvd_lightning.quantization import Importance
 from zssvd_lightning.recovering import Recovering, refuse_other_recovery
 from zssvd_lightning.recovery import Recovery
 from zssvd_lightning.report import Report
+from zssvd_lightning.steps import Step, steps, to_first_truncation
 from zssvd_lightning.strategies import StrategyAdapter
 
 Entered = TypeVar("Entered")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from zssvd_lightning.calibration import loss_terms, token_mask
-from zssvd_lightning.compression import Compression, steps, to_first_truncation
+from zssvd_lightning.compression import Compression
 from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CalibrationError
@@ -20,6 +20,7 @@ from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import Plan
 from zssvd_lightning.report import Report
 from zssvd_lightning.statistics import Moments
+from zssvd_lightning.steps import steps, to_first_truncation
 from zssvd_lightning.targets import find_targets
 
 Loss = Callable[[nn.Module, Any], Tensor]

@@ -23,9 +23,10 @@ from contextlib import AbstractContextManager, nullcontext
 import lightning as L
 
 from zssvd_lightning.borrowing import overridden
-from zssvd_lightning.compression import Compression, Step
+from zssvd_lightning.compression import Compression
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.report import Report
+from zssvd_lightning.steps import Step
 
 PREFIX = "zssvd/"
 

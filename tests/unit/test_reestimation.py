@@ -11,11 +11,12 @@ from torch.nn.functional import cross_entropy
 
 from zssvd_lightning import CompressionConfig, Phase, compress
 from zssvd_lightning.budget import Budget
-from zssvd_lightning.compression import Compression, steps, to_first_truncation
+from zssvd_lightning.compression import Compression
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.pipeline import gather, plan
 from zssvd_lightning.selection import BY_CURVATURE, RULES, Components
 from zssvd_lightning.spectrum import Spectrum
+from zssvd_lightning.steps import steps, to_first_truncation
 from zssvd_lightning.whitening import Root, Whitening, safe_cholesky
 
 REESTIMATED = {"metric": "two_sided", "selection": "curvature", "reestimate": True, "correction_batches": 3}

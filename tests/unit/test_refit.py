@@ -10,13 +10,14 @@ from torch import nn
 
 from zssvd_lightning import CompressionConfig, compress
 from zssvd_lightning.calibration import token_mask
-from zssvd_lightning.compression import Compression, steps
+from zssvd_lightning.compression import Compression
 from zssvd_lightning.correction import REFIT_DAMPING, REFIT_PART, refitted_weight
 from zssvd_lightning.errors import CalibrationError, CheckpointError, ConfigError
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.pipeline import gather
 from zssvd_lightning.side_by_side import Call, run_side_by_side, together
 from zssvd_lightning.spectrum import Spectrum
+from zssvd_lightning.steps import steps
 from zssvd_lightning.targets import find_targets
 from zssvd_lightning.whitening import METRICS, Whitening
 

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from zssvd_lightning import evaluation, texts, zero_shot
 from zssvd_lightning.compare.arguments import Settings
-from zssvd_lightning.compression import steps
 from zssvd_lightning.config import CalibrationConfig, CompressionConfig, EvaluateConfig, ModelConfig, load_config
 from zssvd_lightning.errors import NonFiniteError
 from zssvd_lightning.files import replacing_file
@@ -25,6 +24,7 @@ from zssvd_lightning.models import load_model, place
 from zssvd_lightning.pipeline import calibrate, compress, loss_in
 from zssvd_lightning.report import VERSIONS, Stopwatch, peak_rss_bytes
 from zssvd_lightning.statistics import Moments
+from zssvd_lightning.steps import steps
 
 CALIBRATE = "calibrate"
 """The step whose seconds cells may share."""
