@@ -3,11 +3,11 @@
 To read the code in the order data flows through it: `callback` (when; `lifecycle` and `phase` how far; `resumable`,
 `guards`, `precision`, `limits`, `scores`, `checkpoint`, `telemetry` and `borrowing` deal with the rest of Lightning)
 and `pipeline` (without a Trainer) drive `compression` (what, in `steps`), on one process or on several (`strategies`,
-`distributed`); that takes `targets`, watches them (`gathering`, `calibration`, `statistics`; `logits`, `output_sides`),
-changes coordinates (`whitening`), decomposes (`decomposition`, `spectrum`), chooses (`storage`, `budget`, `options`,
-`selection` with `offers` and `allocation`, `plan`), truncates (`factorization`), puts layers into another form
-(`forms`: `modules`, `pivoted`, `eight_bit`; `structure`), corrects (`correction`; `refitting`, `side_by_side`) and
-stores in 8 bits (`quantization`). `presets` name sets of these choices.
+`distributed`); that takes `targets`, watches them (`gathering`, `observation`, `calibration`, `statistics`; `logits`,
+`output_sides`), changes coordinates (`whitening`), decomposes (`decomposition`, `spectrum`), chooses (`storage`,
+`budget`, `options`, `selection` with `offers` and `allocation`, `plan`), truncates (`factorization`), puts layers into
+another form (`forms`: `modules`, `pivoted`, `eight_bit`; `structure`), corrects (`correction`; `refitting`,
+`side_by_side`) and stores in 8 bits (`quantization`). `presets` name sets of these choices.
 
 How the factors are trained then is in `recovery` (the ways), `recovery_hooks` (when), `recovering` (what), `adapters`
 (peft), `distillation` and `copying` (towards the dense model) and `training_loss`; `prehab`, with `preparing` and

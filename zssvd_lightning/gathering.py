@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zssvd_lightning.calibration import Observation, checked_loss, collect_gradients, observing
+from zssvd_lightning.calibration import checked_loss, collect_gradients
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CalibrationError, CheckpointError
+from zssvd_lightning.observation import Observation, observing
 from zssvd_lightning.output_sides import OUTPUT_SIDES
 from zssvd_lightning.side_by_side import Call
 from zssvd_lightning.spectrum import Spectrum
@@ -70,7 +71,7 @@ class Gathering:
 
     @contextmanager
     def observing(self, mask: Tensor | None, inputs: bool = True) -> Iterator[Observation]:
-        """One batch under observation; see `calibration.observing`."""
+        """One batch under observation; see `observation.observing`."""
         into = self.moments
         if self.may_discard:
             into = self._window

@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from zssvd_lightning.calibration import Observation, uncompiled
+from zssvd_lightning.calibration import uncompiled
 from zssvd_lightning.compression import Compression, refuse_other
 from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.guards import window_end
+from zssvd_lightning.observation import Observation
 from zssvd_lightning.phase import Phase
 from zssvd_lightning.quantization import Importance
 from zssvd_lightning.recovering import Recovering, refuse_other_recovery
@@ -322,7 +323,7 @@ class ObservedBatch:
 
     Attributes:
         terms: how many terms its mean loss runs over.
-        observation: see `calibration.observing`.
+        observation: see `observation.observing`.
         complete: whether its loss and its gradients have come.
         stepped: whether it closed an accumulation window.
     """

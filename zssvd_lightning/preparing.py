@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zssvd_lightning.calibration import watching_inputs
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError, NonFiniteError
 from zssvd_lightning.gathering import Gathering
+from zssvd_lightning.observation import watching_inputs
 from zssvd_lightning.regularizers import Regularizer
 from zssvd_lightning.statistics import Moments, accumulated, exact_products
 from zssvd_lightning.targets import Target

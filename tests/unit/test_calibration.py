@@ -11,8 +11,9 @@ from support.models import (
 )
 from torch import nn
 
-from zssvd_lightning.calibration import collect_gradients, loss_terms, observing, token_mask
+from zssvd_lightning.calibration import collect_gradients, loss_terms, token_mask
 from zssvd_lightning.errors import CalibrationError, NonFiniteError, ZeroGradientError
+from zssvd_lightning.observation import observing
 from zssvd_lightning.statistics import Moments
 from zssvd_lightning.targets import find_targets
 
