@@ -84,7 +84,6 @@ class Compression:
             self.team,
             output_side=config.watches_outputs,
             keep=config.corrections > 0 and not config.fresh_moments,
-            note=config.corrections > 0 and config.refits,
         )
         self._model_parameters = sum(p.numel() for p in model.parameters())
         self.stopwatch = Stopwatch()
@@ -163,7 +162,7 @@ class Compression:
             self.gathering.complete()
             layers = {name: self.targets[name] for name in self._factors}
             ranks = {name: self._selection.rank(name) or 0 for name in layers}
-            calls, self.gathering.calls = self.gathering.calls[: self.config.correction_batches], []
+            calls, self.gathering.calls = self.gathering.calls, []
             with self.team.together():
                 call = together(calls)
             model = self.gathering.speaker(self.model)
@@ -189,6 +188,7 @@ class Compression:
                     target.assign(self._factors.truncated(name))
         self._selection, self._found, self.gathering.spectra = selection, None, None
         self._truncations += 1
+        self.gathering.to_note = self._batches_to_note
         if self.config.weighs_rows:
             self.importances = {name: found.importances[name] for name in self._factors}
         if self.team.rank == 0:
@@ -234,6 +234,10 @@ class Compression:
                 target.assign(torch.lerp(self._factors.truncated(name), target.weight, fraction))
             self._step = None
             self.fractions[-1] = fraction
+
+    @property
+    def _batches_to_note(self) -> int:
+        return self.config.correction_batches if self.config.refits else 0
 
     @property
     def rounds(self) -> int:
@@ -374,6 +378,7 @@ class Compression:
         self._step = None if state["step"] is None else (state["step"][0], state["step"][1])
         self._model_parameters = state["model_parameters"]
         self._truncations = state["truncations"]
+        self.gathering.to_note = self._batches_to_note if self._truncations else 0
         self.losses, self.fractions = list(state["losses"]), list(state["fractions"])
         self.stopwatch.seconds = dict(state["seconds"])
 

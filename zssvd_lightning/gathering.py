@@ -31,11 +31,11 @@ class Gathering:
         output_side: by its name in `output_sides`, of which gradients by outputs second moments are taken too; of none
             when None.
         keep: whether second moments outlast a step, for those that have none of their own.
-        note: whether the forward passes of batches without second moments are noted.
 
     Attributes:
         moments: of the batches whose gradients have come.
-        calls: the forward passes noted.
+        to_note: of how many batches of each step the forward passes are noted, to be run again.
+        calls: those noted.
         spectra: along whose components the curvature is watched; None where it is not.
         may_discard: whether gradients may be discarded, which takes memory for a second set of second moments.
         speaker: finds in the model that which batches are given to and whose logits the loss is of.
@@ -48,9 +48,9 @@ class Gathering:
         team: Team,
         output_side: str | None = None,
         keep: bool = False,
-        note: bool = False,
     ) -> None:
         self.moments = Moments()
+        self.to_note = 0
         self.calls: list[Call] = []
         self.spectra: Mapping[str, Spectrum] | None = None
         self.may_discard = False
@@ -61,7 +61,6 @@ class Gathering:
         self._output_side = output_side
         self._draw = None if output_side is None else OUTPUT_SIDES[output_side]
         self._keep = keep
-        self._note = note
         self._kept: Moments | None = None
         self._counts_shared = False
         self._window = Moments()
@@ -81,7 +80,7 @@ class Gathering:
         with (
             self._team.inputs(into, self._targets) if inputs else nullcontext(into) as seen,
             observing(self._model, self._targets, seen, mask, inputs, outputs) as observation,
-            self._noting(mask) if self._note else nullcontext(),
+            self._noting(mask) if self._batch < self.to_note else nullcontext(),
         ):
             if self.spectra is not None:
                 observation.watch_components(self.spectra, into)
@@ -148,7 +147,7 @@ class Gathering:
     def forget(self) -> None:
         """Forgets all statistics."""
         self._kept, self.moments, self.calls, self._counts_shared = None, Moments(), [], False
-        self.spectra = None
+        self.spectra, self.to_note = None, 0
 
     def complete(self) -> None:
         """Recalls second moments that were kept, if these batches gave none, and has counts be those of all processes.
@@ -282,8 +281,12 @@ class Gathering:
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """Other draws for each batch and process, and the same when a batch comes again after a restart."""
-        batch = self.moments.batches + len(self._pending)
-        return torch.Generator(device).manual_seed(batch * self._team.size + self._team.rank)
+        return torch.Generator(device).manual_seed(self._batch * self._team.size + self._team.rank)
+
+    @property
+    def _batch(self) -> int:
+        """How many batches of this step have given their loss."""
+        return self.moments.batches + len(self._pending)
 
     def _inputs(self, moments: Moments, leader: str) -> Tensor:
         """`X^T X` over the batches of this process."""
