@@ -53,6 +53,12 @@ def loss_terms(batch: Any) -> int:
     raise CalibrationError(f"cannot tell the size of a calibration batch of type {type(batch).__name__}")
 
 
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer was called with, as its hooks are told."""
+    X: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return X
+
+
 def rows_that_count(X: Tensor, mask: Tensor | None) -> Tensor:
     """Rows (N, n) of X at positions in `mask` (B, T), where X is (B, T, n) or (B T, n); all rows of other shapes."""
     if mask is not None and X.shape[:-1] in (mask.shape, (mask.numel(),)):

@@ -387,7 +387,8 @@ class ZSSVDCallback(RecoveringCallback):
     def refuse_state(self, state: Mapping[str, Any]) -> None:
         """Raises CheckpointError for a callback state that this fit cannot go on from."""
         super().refuse_state(state)
-        if self.dry_run and (state["position"] > 0 or state["phase"] in (Phase.RECOVER, Phase.DONE)):
+        is_dense = self._lifecycle.is_dense_at(state["position"])
+        if self.dry_run and (not is_dense or state["phase"] in (Phase.RECOVER, Phase.DONE)):
             raise CheckpointError(
                 "a dry run starts from a dense model, but this checkpoint is of a truncated one; resume "
                 "from one of before the compression, or without dry_run"

@@ -156,19 +156,16 @@ class Compression:
         Raises:
             CalibrationError: see `truncate`; or batches cannot be run again.
         """
-        if self._originals is None or self._selection is None:
+        if self._originals is None:
             raise RuntimeError("refit() needs a truncate() before it")
         with self.stopwatch("correct"), exact_products():
             self.gathering.complete()
             layers = {name: self.targets[name] for name in self._factors}
-            ranks = {name: self._selection.rank(name) or 0 for name in layers}
             calls, self.gathering.calls = self.gathering.calls, []
             with self.team.together():
                 call = together(calls)
             model = self.gathering.speaker(self.model)
-            refit = Refit(
-                self.targets, self._originals, self.gathering, self._factors, ranks, self.config.metric, self.team
-            )
+            refit = Refit(self.targets, self._originals, self.gathering, self._factors, self.config.metric, self.team)
             run_side_by_side(model, call, layers, self._originals, refit.meet)
         self._truncations += 1
 

@@ -66,7 +66,6 @@ class Gathering:
         self._window = Moments()
         self._pending: list[tuple[float, float]] = []
         self._observation: Observation | None = None
-        self._drawing = False
 
     @contextmanager
     def observing(self, mask: Tensor | None, inputs: bool = True) -> Iterator[Observation]:
@@ -76,16 +75,16 @@ class Gathering:
             into = self._window
             into.leaders |= self.moments.leaders
         outputs = into if inputs and self._output_side is not None else None
-        self._drawing = outputs is not None and self._draw is not None
         with (
             self._team.inputs(into, self._targets) if inputs else nullcontext(into) as seen,
             observing(self._model, self._targets, seen, mask, inputs, outputs) as observation,
-            self._noting(mask) if self._batch < self.to_note else nullcontext(),
         ):
             if self.spectra is not None:
                 observation.watch_components(self.spectra, into)
-            if self._drawing:
-                observation.watch_logits(self.speaker(self._model))
+            if outputs is not None and self._draw is not None:
+                observation.watch_logits(self.speaker(self._model), self._draw, self._generator())
+            if self._batch < self.to_note:
+                observation.note_calls(self.speaker(self._model), self.calls, mask)
             self._observation = observation
             yield observation
 
@@ -114,8 +113,7 @@ class Gathering:
         if self._observation is None:
             return
         self._observation.gradient_weight = gradient_weight
-        if self._draw is not None and self._drawing:
-            self._observation.send_back(loss, self._draw, self._generator(loss.device))
+        self._observation.send_back(loss)
 
     def collect_gradients(self, weight: float) -> None:
         """Adds the losses noted and `weight` times the gradients on the targets to the statistics, and clears both."""
@@ -256,18 +254,6 @@ class Gathering:
             if (part := self._team.share_of_sum(gradient, self._targets[name].split)) is not None:
                 self._targets[name].leave_gradient(part)
 
-    @contextmanager
-    def _noting(self, mask: Tensor | None) -> Iterator[None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if torch.is_grad_enabled():
-                self.calls.append(Call.of(args, kwargs, mask))
-
-        handle = self.speaker(self._model).register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
     def _own_calls(self, saved: Sequence[Sequence[Any]]) -> list[Call]:
         """Those that this process is to run again of the ones that all had. Raises CheckpointError if there is none."""
         own = [Call(*call) for call in saved[self._team.rank :: self._team.size]]
@@ -276,12 +262,15 @@ class Gathering:
                 f"the checkpoint was taken with {len(saved)} batches noted for a refit, which are too few for "
                 f"{self._team.size} processes; go on with fewer"
             )
-        device = next(iter(self._targets.values())).weight.device
-        return [call.to(device) for call in own]
+        return [call.to(self._device) for call in own]
 
-    def _generator(self, device: torch.device) -> torch.Generator:
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._targets.values())).weight.device
+
+    def _generator(self) -> torch.Generator:
         """Other draws for each batch and process, and the same when a batch comes again after a restart."""
-        return torch.Generator(device).manual_seed(self._batch * self._team.size + self._team.rank)
+        return torch.Generator(self._device).manual_seed(self._batch * self._team.size + self._team.rank)
 
     @property
     def _batch(self) -> int:

@@ -183,7 +183,11 @@ class Lifecycle:
     @property
     def is_dense(self) -> bool:
         """Whether no truncation has taken place yet."""
-        return not any(step.truncates for step in self._steps[: self._position])
+        return self.is_dense_at(self._position)
+
+    def is_dense_at(self, position: int) -> bool:
+        """The same of the first so many steps."""
+        return not any(step.truncates for step in self._steps[:position])
 
     def factorise(self, step: int, set_up_optimizers: Callable[[], None]) -> None:
         """Puts the low-rank layers in, has the optimizers set up for them, and reports; within `changing_weights`.

@@ -15,7 +15,10 @@ def logits_of(output: Any) -> Tensor:
     if logits is None and isinstance(output, Mapping):
         logits = output.get("logits")
     if not isinstance(logits, Tensor):
-        raise LogitsError(f"logits are needed, but the model returns {type(output).__name__} without any")
+        raise LogitsError(
+            f"logits are needed, but the model returns {type(output).__name__} without any; have it return them as "
+            "models of transformers do, or override ZSSVDCallback.student to name one that does"
+        )
     return logits
 
 

@@ -12,6 +12,7 @@ from zssvd_lightning.calibration import (
     evaluation_mode,
     gradients_from_embeddings_on,
     gradients_only_at,
+    input_of,
     no_cache,
     rows_that_count,
     uncompiled,
@@ -19,6 +20,7 @@ from zssvd_lightning.calibration import (
 from zssvd_lightning.errors import CalibrationError, LogitsError
 from zssvd_lightning.logits import logits_of
 from zssvd_lightning.output_sides import Draw
+from zssvd_lightning.side_by_side import Call
 from zssvd_lightning.spectrum import Spectrum
 from zssvd_lightning.statistics import Moments, accumulated, exact_products
 from zssvd_lightning.targets import Target
@@ -44,6 +46,7 @@ class Observation:
         self._hooks = ExitStack()
         self._output_hooks = ExitStack()
         self._logits: Tensor | None = None
+        self._drawn: tuple[Draw, torch.Generator] | None = None
         self._taking_outputs = True
         self._has_graph: dict[str, bool] = {}
         self.gradient_weight = 1.0
@@ -68,25 +71,36 @@ class Observation:
             )
             self._output_hooks.callback(handle.remove)
 
-    def watch_logits(self, model: nn.Module) -> None:
-        """Notes the logits of `model`, and has gradients at outputs wait for `send_back`."""
+    def note_calls(self, model: nn.Module, calls: list[Call], mask: Tensor | None) -> None:
+        """Adds the forward passes of `model` to `calls`, with the mask (B, T) of the batch, until `forward_done`."""
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.is_grad_enabled():
+                calls.append(Call.of(args, kwargs, mask))
+
+        self._hooks.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
+
+    def watch_logits(self, model: nn.Module, draw: Draw, generator: torch.Generator) -> None:
+        """Has gradients at outputs be those that `draw` makes of the logits of `model`, sent back by `send_back`."""
 
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if torch.is_grad_enabled():
                 self._logits = logits_of(output)
 
-        self._taking_outputs = False
+        self._taking_outputs, self._drawn = False, (draw, generator)
         self._hooks.callback(model.register_forward_hook(note).remove)
 
-    def send_back(self, loss: Tensor, draw: Draw, generator: torch.Generator) -> None:
-        """Sends gradients that `draw` makes of the logits back to the outputs, instead of those of the loss.
+    def send_back(self, loss: Tensor) -> None:
+        """Sends what is drawn from the logits back to the outputs, at the positions the loss is of, if anything is.
 
         Raises:
             LogitsError: the loss does not depend on the logits that were seen.
             CalibrationError: a layer has run without a graph, as under reentrant checkpointing.
         """
-        logits, self._logits = self._logits, None
-        found = None
+        if self._drawn is None:
+            return
+        (draw, generator), logits, found = self._drawn, self._logits, None
+        self._logits = None
         if logits is not None and logits.requires_grad:
             (found,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
         if found is None or logits is None:
@@ -138,7 +152,7 @@ class Observation:
 
     def _component_hook(self, name: str, spectrum: Spectrum, into: Moments) -> Any:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            X = (args[0] if args else next(iter(kwargs.values()))).detach()
+            X = input_of(args, kwargs).detach()
 
             def see(gradient: Tensor) -> None:
                 with torch.autocast(gradient.device.type, enabled=False), exact_products():
@@ -152,8 +166,7 @@ class Observation:
 
     def _hook(self, name: str) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            X = args[0] if args else next(iter(kwargs.values()))
-            self._see(name, X)
+            self._see(name, input_of(args, kwargs))
 
         return see
 

@@ -22,8 +22,7 @@ class Refit:
         targets: the layers.
         originals: their weights (m, n) before any truncation.
         gathering: statistics, complete, that the metric goes by.
-        factors: of the truncated layers; get the new ones.
-        ranks: of the same.
+        factors: whole ones of the truncated layers; get the new ones.
         metric: by its name in `whitening.METRICS`, in which fitted weights are truncated again.
         team: the processes that compress the model together, of which the first fits.
     """
@@ -34,7 +33,6 @@ class Refit:
         originals: Mapping[str, Tensor],
         gathering: Gathering,
         factors: HeldFactors,
-        ranks: Mapping[str, int],
         metric: str,
         team: Team,
     ) -> None:
@@ -42,7 +40,6 @@ class Refit:
         self._originals = originals
         self._gathering = gathering
         self._factors = factors
-        self._ranks = ranks
         self._metric = METRICS[metric]
         self._team = team
         self._inputs: tuple[str, Tensor, Tensor] | None = None
@@ -62,7 +59,7 @@ class Refit:
         if self._inputs is None or self._inputs[0] != leader:
             self._inputs = leader, *self._products(dense, truncated)
         layer = self._gathering.layer_at(0, name, inputs=True)
-        rank, fitted = self._ranks[name], None
+        rank, fitted = len(self._factors.held[name].down), None
         with self._team.together():
             if layer is not None:
                 fitted = self._fitted(name, *self._inputs[1:], layer[1], rank)

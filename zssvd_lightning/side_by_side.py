@@ -15,7 +15,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from zssvd_lightning.calibration import evaluation_mode, no_cache, rows_that_count, uncompiled
+from zssvd_lightning.calibration import evaluation_mode, input_of, no_cache, rows_that_count, uncompiled
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.targets import Target
 
@@ -58,7 +58,10 @@ class Call(NamedTuple):
         for value in (*self.args, *self.kwargs.values()):
             if isinstance(value, Tensor) and value.dim() >= 2:
                 return value.shape[0], value.shape[1]
-        raise CalibrationError("a refit takes batches apart by rows, but the model is called without a tensor of rows")
+        raise CalibrationError(
+            "a refit takes batches apart by rows, but the model is called without a tensor of rows; use another "
+            "correction_step"
+        )
 
 
 def together(calls: Sequence[Call]) -> Call:
@@ -82,11 +85,17 @@ def together(calls: Sequence[Call]) -> Call:
             return torch.cat([_lengthened(v, T, length) for v, (_, T) in zip(values, rows, strict=True)])
         same = [torch.equal(v, values[0]) if isinstance(v, Tensor) else v == values[0] for v in values]
         if any(cut) or not all(same):
-            raise CalibrationError(f"a refit puts batches together, but argument {key!r} of the model differs in them")
+            raise CalibrationError(
+                f"a refit puts batches together, but argument {key!r} of the model differs in them; leave it out, or "
+                "use another correction_step"
+            )
         return values[0]
 
     if any((len(call.args), call.kwargs.keys()) != (len(first.args), first.kwargs.keys()) for call in calls):
-        raise CalibrationError("a refit puts batches together, but the model is called with other arguments for some")
+        raise CalibrationError(
+            "a refit puts batches together, but the model is called with other arguments for some; give all the same, "
+            "or use another correction_step"
+        )
     return Call(
         tuple(joined(i, [call.args[i] for call in calls]) for i in range(len(first.args))),
         {key: joined(key, [call.kwargs[key] for call in calls]) for key in first.kwargs},
@@ -117,7 +126,7 @@ def run_side_by_side(
 
     def before(name: str) -> Any:
         def split(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            X = args[0] if args else next(iter(kwargs.values()))
+            X = input_of(args, kwargs)
             if X.shape[0] not in (2 * B, 2 * B * T):
                 raise CalibrationError(
                     f"{name} reads {tuple(X.shape)} of {2 * B} sequences of {T}, so a refit cannot tell whose rows "
@@ -131,7 +140,7 @@ def run_side_by_side(
         target = layers[name]
 
         def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            X = args[0] if args else next(iter(kwargs.values()))
+            X = input_of(args, kwargs)
             half = len(X) // 2
             output[:half] = linear(X[:half], originals[name], target.module.bias)
             left.discard(name)
