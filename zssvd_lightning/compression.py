@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zssvd_lightning.budget import Budget, Shape
 from zssvd_lightning.config import CompressionConfig
-from zssvd_lightning.correction import best_fraction, projected_step
+from zssvd_lightning.correction import best_fraction, falling, projected_step
 from zssvd_lightning.decomposition import Decomposition, decompose
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
@@ -131,7 +131,8 @@ class Compression:
     def descend(self) -> None:
         """One projected step per matrix along the natural gradient at the truncated weights, and `truncate`.
 
-        Gradient and projection are those of the metric, in whose coordinates both happen at once.
+        Gradient and projection are those of the metric, in whose coordinates both happen at once. The steps of a course
+        fall from `step_size` to zero; see `falling`.
 
         Raises:
             CalibrationError: see `truncate`.
@@ -145,7 +146,8 @@ class Compression:
                 g = self.gathering.mean_gradient(name)
                 products.append((g * (self._originals[name].to(g) - target.weight.to(g))).sum())
             found = self.team.over_rows(torch.stack(products)).tolist()
-        self._truncate({n: self.config.step_size * x for n, x in zip(self.targets, found, strict=True)})
+        size = falling(self.config.step_size, self.rounds, self.config.corrections)
+        self._truncate({n: size * x for n, x in zip(self.targets, found, strict=True)})
 
     @torch.no_grad()
     def refit(self) -> None:

@@ -61,9 +61,10 @@ class CompressionConfig:
     """Which step: `projected` on the gradient, as long as what truncation took reaches along it (the paper), `natural`,
     both gradient and projection as the metric measures them, times `step_size`, or `refit`, none along a gradient: each
     weight is fitted in closed form to the outputs of its dense layer, from the inputs it gets now, at the same rank."""
-    step_size: float = 3.0
-    """By what `natural` steps are multiplied. Noise makes gradients long, and what the projection finds along them
-    short."""
+    step_size: float = 2.0
+    """By what the first `natural` step is multiplied, since noise makes gradients long, and what the projection finds
+    along them short. Each further one is shorter than the one before by the same, on a line that is zero after the
+    last: so noise averages out."""
     fresh_moments: bool = True
     """Take all statistics anew for the truncation after a step, as the paper does; without, the second moments of the
     first calibration go on to be used, and rules that go by delta see the gradient from before a `projected` step."""

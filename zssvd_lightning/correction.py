@@ -52,6 +52,11 @@ def natural_step(Z: Tensor, H: Tensor, reach: float) -> Tensor:
     return stepped
 
 
+def falling(first: float, done: int, steps: int) -> float:
+    """`first (1 - done / steps)`: the size of the step after `done` ones of `steps`, on a line that ends at zero."""
+    return first * (1.0 - done / steps)
+
+
 def refitted_weight(original: Tensor, A: Tensor, C: Tensor) -> Tensor:
     """`W + 1/2 W (C - A) (A + eps I)^-1`: half of the way to where outputs are nearest to those of the dense model.
 

@@ -285,23 +285,27 @@ def test_kept_second_moments_are_those_of_the_first_calibration():
     assert compression.gathering.moments.input_sums == {}
 
 
-def test_a_natural_step_follows_the_fresh_gradient_in_the_metric_of_the_calibration():
-    """With little dropped at its end it leaves `W + step_size <G, D> / <H, H> B^-1 G A^-1`."""
-    config = CompressionConfig(1e-4, **KEPT | {"storage": "pivoted", "step_size": 50.0}, corrections=1)
+@pytest.mark.parametrize(("number", "corrections", "size"), [(1, 1, 50.0), (2, 2, 25.0), (2, 4, 37.5)])
+def test_a_natural_step_follows_the_fresh_gradient_in_the_metric_of_the_calibration(number, corrections, size):
+    """With little dropped at its end it leaves `W + size <G, D> / <H, H> B^-1 G A^-1`, sizes falling from step_size."""
+    config = CompressionConfig(1e-4, **KEPT | {"storage": "pivoted", "step_size": 50.0}, corrections=corrections)
     model, batches = tiny_llama().double(), token_batches()
     first = gathered(copy.deepcopy(model), batches).gathering.moments
     compression = Compression(model, config, progress=False)
     gather(compression, batches, Phase.CALIBRATE)
     compression.take(steps(config)[0])
+    for step in steps(config)[1:number]:
+        gather(compression, batches, step.gathers)
+        compression.take(step)
     name = next(name for name, layer in compression.report().layers.items() if layer.rank is not None)
     W, original = compression.targets[name].weight.clone(), compression.originals[name]
     gather(compression, batches, Phase.CORRECT)
     G = compression.gathering.moments.mean_gradient(name)
-    compression.take(steps(config)[1])
+    compression.take(steps(config)[number])
     sides = METRICS["two_sided"]
     A, B = (root.S @ root.S.T for root in (sides.inputs(first, name), sides.outputs(first, name)))
     natural = torch.linalg.solve(B, torch.linalg.solve(A, G.T).T)
-    expected = W + 50.0 * (G * (original - W)).sum() / (G * natural).sum() * natural
+    expected = W + size * (G * (original - W)).sum() / (G * natural).sum() * natural
     step, found = expected - W, compression.targets[name].weight - W
     assert (step * found).sum() >= 0.95 * step.norm() * found.norm()
     assert found.norm() == pytest.approx(float(step.norm()), rel=0.1)
