@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.interruption import interrupted
 from support.models import image_batches, padded_batches, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit, token_batches
 from support.samplers import second_moment, weight
 from torch import nn
@@ -151,26 +152,7 @@ def test_outputs_come_nearer_to_those_of_the_dense_model():
 
 @pytest.mark.parametrize("statistics", [True, False])
 def test_noted_batches_are_in_what_is_saved(statistics):
-    config = CompressionConfig(0.4, **REFIT)
-    model, batches = tiny_llama(), padded_batches()
-    compression = Compression(model, config, progress=False)
-    gather(compression, batches, Phase.CALIBRATE)
-    compression.take(steps(config)[0])
-    weights = copy.deepcopy(model.state_dict())
-    gather(compression, batches, Phase.CORRECT)
-    state = copy.deepcopy(compression.state_dict(statistics=statistics))
-    compression.take(steps(config)[1])
-
-    other = tiny_llama()
-    other.load_state_dict(weights)
-    resumed = Compression(other, config, progress=False)
-    resumed.load_state_dict(state)
-    if not statistics:
-        gather(resumed, batches, Phase.CORRECT)
-    resumed.take(steps(config)[1])
-    assert resumed.report().layers == compression.report().layers
-    for name, target in resumed.targets.items():
-        assert torch.equal(target.weight, compression.targets[name].weight)
+    interrupted(CompressionConfig(0.4, **REFIT), padded_batches(), statistics)
 
 
 def test_noted_batches_that_are_too_few_for_more_processes_are_refused(monkeypatch):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.interruption import interrupted
 from support.models import padded_batches, tiny_gpt2, tiny_llama, token_batches
 from support.samplers import SHAPES, second_moment, weight
 from torch.nn.functional import cross_entropy
@@ -313,27 +314,7 @@ def test_a_natural_step_follows_the_fresh_gradient_in_the_metric_of_the_calibrat
 
 @pytest.mark.parametrize("statistics", [True, False])
 def test_kept_second_moments_are_in_what_is_saved_also_between_hooks(statistics):
-    config = CompressionConfig(0.4, **KEPT, corrections=2)
-    model, batches = tiny_llama(), token_batches()
-    course = steps(config)
-    compression = Compression(model, config, progress=False)
-    gather(compression, batches, Phase.CALIBRATE)
-    compression.take(course[0])
-    weights = copy.deepcopy(model.state_dict())
-    gather(compression, batches, Phase.CORRECT)
-    state = copy.deepcopy(compression.state_dict(statistics=statistics))
-    compression.take(course[1])
-
-    other = tiny_llama()
-    other.load_state_dict(weights)
-    resumed = Compression(other, config, progress=False)
-    resumed.load_state_dict(state)
-    if not statistics:
-        gather(resumed, batches, Phase.CORRECT)
-    resumed.take(course[1])
-    assert resumed.losses == compression.losses
-    for name, target in resumed.targets.items():
-        assert torch.equal(target.weight, compression.targets[name].weight)
+    interrupted(CompressionConfig(0.4, **KEPT, corrections=2), token_batches(), statistics)
 
 
 @pytest.mark.parametrize("fresh", [True, False])
