@@ -29,8 +29,8 @@ lint: $(READY)  ## Style
 types: $(READY)  ## Types, in strict mode
 	$(BIN)/mypy
 
-unit: $(READY)  ## Tests alone
-	$(BIN)/python -m pytest
+unit: $(READY)  ## Tests alone, in two processes of a thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(READY)  ## Time a whole compression against a plain forward and backward over the same batches
 	$(BIN)/python benchmarks/bench.py configs/smollm2-135m/zs-20.yaml $(BENCH)

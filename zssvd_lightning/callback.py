@@ -72,7 +72,7 @@ class ZSSVDCallback(RecoveringCallback):
         corrections: gradient steps, each followed by a new truncation; by default 1.
         correction_step: `projected` (the paper, and the default), `natural` or `refit`.
         correction_batches: batches whose mean gradient a step follows; by default 8.
-        step_size: by what the first natural step is multiplied, from which they fall to zero; by default 2.
+        step_size: by what the first natural step is multiplied, from which they fall to zero; by default 3.
         line_search: take only the part of each projected step at which the loss is estimated to be least, from as many
             batches again, which is the default; without, all of it, as the paper does.
         fresh_moments: whether all statistics are taken anew after a step, which is the default, or second moments kept.

@@ -61,7 +61,7 @@ class CompressionConfig:
     """Which step: `projected` on the gradient, as long as what truncation took reaches along it (the paper), `natural`,
     both gradient and projection as the metric measures them, times `step_size`, or `refit`, none along a gradient: each
     weight is fitted in closed form to the outputs of its dense layer, from the inputs it gets now, at the same rank."""
-    step_size: float = 2.0
+    step_size: float = 3.0
     """By what the first `natural` step is multiplied, since noise makes gradients long, and what the projection finds
     along them short. Each further one is shorter than the one before by the same, on a line that is zero after the
     last: so noise averages out."""
