@@ -62,7 +62,8 @@ def _done(report: Report) -> Iterator[str]:
     yield f"{report.model_parameters_after:,}.\n"
     calibration, compression = report.config.get("calibration") or {}, report.config.get("compression") or {}
     if {"samples", "length", "text", "seed"} <= calibration.keys():
-        yield "- calibration: {samples} windows of {length} tokens of `{text}`, seed {seed}".format_map(calibration)
+        of = "`{text}` and `{second}`" if calibration.get("second") else "`{text}`"
+        yield f"- calibration: {{samples}} windows of {{length}} tokens of {of}, seed {{seed}}".format_map(calibration)
     if {"selection", "metric", "corrections"} <= compression.keys():
         yield "- selection `{selection}`, metric `{metric}`, corrections {corrections}".format_map(compression)
     if recovery := report.config.get("recovery"):

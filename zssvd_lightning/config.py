@@ -192,8 +192,10 @@ class CalibrationConfig:
     text: str = "???"
     """A text source: `package:NAME[:SPLIT]`, a local `.txt/.raw/.jsonl/.parquet`, or `datasets:NAME[:CONFIG]:SPLIT`;
     `#FIELD` behind it names the field to read."""
+    second: str | None = None
+    """Another text source, of which every other window is then drawn."""
     samples: int = 64
-    """Number of windows drawn from the text, without replacement."""
+    """Number of windows drawn from the text, or half from each, without replacement."""
     length: int = 512
     """Tokens in a window."""
     batch_size: int = 4
@@ -206,6 +208,10 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         require(self.samples >= 1, "calibration.samples", self.samples, "1 or more")
+        require(
+            self.samples >= 2 or self.second is None, "calibration.samples", self.samples, "2 or more for two texts"
+        )
+        require(self.second != self.text, "calibration.second", self.second, "another text than calibration.text")
         require(self.length >= 2, "calibration.length", self.length, "2 or more")
         require(self.batch_size >= 1, "calibration.batch_size", self.batch_size, "1 or more")
         require_one_of("calibration.precision", self.precision, PRECISIONS)
@@ -216,7 +222,7 @@ class TrainingConfig:
     """What the factors are trained on after compression, and for how long; see `RunConfig.recovery`."""
 
     text: str | None = None
-    """A text source; that of the calibration when None."""
+    """A text source; `calibration.text` when None."""
     steps: int = 100
     """Optimizer steps."""
     length: int = 256

@@ -39,11 +39,7 @@ class Run:
         torch.manual_seed(config.calibration.seed)
         self.model, self.tokenizer = load_model(config.model.source, config.model.dtype)
         place(self.model)
-        calibration = config.calibration
-        tokens = texts.tokenize(texts.load_text(calibration.text), self.tokenizer)
-        self.calibration = texts.TokenWindows(
-            texts.sampled_windows(tokens, calibration.length, calibration.samples, calibration.seed, calibration.text)
-        )
+        self.calibration = texts.TokenWindows(texts.calibration_windows(config.calibration, self._tokens))
         self._windows = {key: self._evaluation_windows(text) for key, text in self._evaluation_texts().items()}
         self._perplexity: dict[str, dict[str, float]] = {key: {} for key in self._windows}
         self._evaluate_seconds = 0.0
@@ -60,7 +56,7 @@ class Run:
         """
         training = self.config.training
         source = training.text or self.config.calibration.text
-        tokens = texts.tokenize(texts.load_text(source), self.tokenizer)
+        tokens = self._tokens(source)
         every = texts.sampled_windows(tokens, training.length, len(tokens) // training.length, training.seed, source)
         wanted = torch.arange(training.steps * training.batch_size) % len(every)
         return DataLoader(texts.TokenWindows(every[wanted]), batch_size=training.batch_size)
@@ -125,7 +121,9 @@ class Run:
         wanted = {"perplexity": self.config.evaluation.text, "perplexity_second": self.config.evaluation.second}
         return {key: text for key, text in wanted.items() if text is not None}
 
+    def _tokens(self, source: str) -> torch.Tensor:
+        return texts.tokenize(texts.load_text(source), self.tokenizer)
+
     def _evaluation_windows(self, text: str) -> torch.Tensor:
         settings = self.config.evaluation
-        tokens = texts.tokenize(texts.load_text(text), self.tokenizer)
-        return texts.windows(tokens, settings.length, settings.windows, text)
+        return texts.windows(self._tokens(text), settings.length, settings.windows, text)

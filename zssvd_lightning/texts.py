@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from zssvd_lightning.config import CalibrationConfig
 from zssvd_lightning.errors import TextError
 
 DEFAULT_FIELD = "text"
@@ -75,6 +77,24 @@ def sampled_windows(tokens: Tensor, length: int, count: int, seed: int, source: 
     every = windows(tokens, length, 0, source)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
     return every[order[:count]]
+
+
+def calibration_windows(config: CalibrationConfig, tokens_of: Callable[[str], Tensor]) -> Tensor:
+    """The windows (samples, length) of a calibration, those of two texts in turn.
+
+    Args:
+        config: says how many of which text.
+        tokens_of: gives the tokens (T,) of a text source.
+
+    Raises:
+        TextError: a text cannot be read or is too short.
+    """
+    sources = [source for source in (config.text, config.second) if source is not None]
+    drawn = torch.empty(config.samples, config.length, dtype=torch.long)
+    for turn, source in enumerate(sources):
+        places = drawn[turn :: len(sources)]
+        places.copy_(sampled_windows(tokens_of(source), config.length, len(places), config.seed, source))
+    return drawn
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):

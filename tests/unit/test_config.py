@@ -51,6 +51,8 @@ def test_later_settings_win(tmp_path):
         ("compression.corrections=-1", "0 or more"),
         ("compression.min_rank_fraction=2", r"in \[0, 1\]"),
         ("calibration.samples=0", "1 or more"),
+        ("calibration={second: u, samples: 1}", "2 or more for two texts"),
+        ("calibration={text: u, second: u}", "another text than calibration.text"),
         ("calibration.length=1", "2 or more"),
         ("evaluation.windows=-1", "0 or more"),
         ("model.dtype=float7", "did you mean"),

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from datasets import Dataset
 from support.models import tiny_tokenizer
 
 from zssvd_lightning import texts
+from zssvd_lightning.config import CalibrationConfig
 from zssvd_lightning.errors import TextError
 
 
@@ -95,6 +97,20 @@ def test_samples_are_distinct_windows_fixed_by_the_seed():
     assert not torch.equal(one, other)
     assert len(one.unique()) == 200
     assert (one[:, 0] % 10 == 0).all()
+
+
+@pytest.mark.parametrize("samples", [6, 7])
+def test_two_calibration_texts_take_turns(samples):
+    tokens = {"a": torch.arange(100), "b": torch.arange(100, 200)}
+    config = CalibrationConfig("a", second="b", samples=samples, length=10, seed=1)
+    drawn = texts.calibration_windows(config, tokens.__getitem__)
+    assert drawn.shape == (samples, 10)
+    assert torch.equal(drawn[::2], texts.sampled_windows(tokens["a"], 10, (samples + 1) // 2, 1, "a"))
+    assert torch.equal(drawn[1::2], texts.sampled_windows(tokens["b"], 10, samples // 2, 1, "b"))
+    alone = texts.calibration_windows(replace(config, second=None), tokens.__getitem__)
+    assert torch.equal(alone, texts.sampled_windows(tokens["a"], 10, samples, 1, "a"))
+    with pytest.raises(TextError, match="text 'b' has 10 tokens"):
+        texts.calibration_windows(config, {**tokens, "b": torch.arange(10)}.__getitem__)
 
 
 def test_text_is_tokenised_whole_and_examples_predict_themselves():

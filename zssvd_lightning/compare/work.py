@@ -90,12 +90,11 @@ def sources(settings: Settings) -> dict[str, str | None]:
     hub.
     """
     calibration, evaluation = settings.calibration, settings.evaluation
-    texts_read = [] if calibration is None else [calibration.text]
+    texts_read = [text for part in (calibration, evaluation) if part is not None for text in (part.text, part.second)]
     folders = [settings.model.source]
     if evaluation is not None:
-        texts_read += [text for text in (evaluation.text, evaluation.second) if text is not None]
         folders += [folder for folder in (evaluation.data, evaluation.include) if folder is not None]
-    return {source: _state(source.partition("#")[0]) for source in texts_read} | {
+    return {source: _state(source.partition("#")[0]) for source in texts_read if source is not None} | {
         source: _state(source) for source in folders
     }
 
@@ -135,8 +134,7 @@ class Material:
 
     def batches(self, config: CalibrationConfig) -> "DataLoader[dict[str, Tensor]]":
         """The calibration windows, always in the same order. Raises TextError."""
-        tokens = self._tokenised(config.text)
-        drawn = texts.sampled_windows(tokens, config.length, config.samples, config.seed, config.text)
+        drawn = texts.calibration_windows(config, self._tokenised)
         return DataLoader(texts.TokenWindows(drawn), batch_size=config.batch_size)
 
     def windows(self, config: EvaluateConfig) -> dict[str, Tensor]:
