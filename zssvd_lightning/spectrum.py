@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zssvd_lightning.correction import natural_step
-from zssvd_lightning.whitening import Whitening
+from zssvd_lightning.whitening import Whitening, in_float64
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Spectrum:
         Z = whitening.whiten(W)
         if G is not None:
             Z = natural_step(Z, whitening.whiten_gradient(G.to(Z)), reach)
-        U, sigma, Vh = torch.linalg.svd(Z, full_matrices=False)
+        U, sigma, Vh = thin_svd(Z)
         return cls(whitening.unwhiten_left(U), sigma, whitening.unwhiten_right(Vh))
 
     def sensitivities(self, G: Tensor) -> Tensor:
@@ -64,3 +64,20 @@ class Spectrum:
     def to(self, device: torch.device | str) -> "Spectrum":
         """The same on another device."""
         return Spectrum(self.left.to(device), self.sigma.to(device), self.right.to(device))
+
+
+def thin_svd(Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, r), sigma (r,) and Vh (r, n) of a finite Z (m, n), whose type and device they have.
+
+    Where divide and conquer does not converge, which happens to finite matrices without a fault of theirs, it is tried
+    on the transposed in float64.
+
+    Raises:
+        torch.linalg.LinAlgError: that did not converge either, or Z is not finite.
+    """
+    try:
+        U, sigma, Vh = torch.linalg.svd(Z, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        V, sigma, Uh = (part.to(Z) for part in torch.linalg.svd(in_float64(Z).T, full_matrices=False))
+        U, Vh = Uh.T, V.T
+    return U, sigma, Vh

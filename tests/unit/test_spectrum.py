@@ -4,7 +4,7 @@ from support.models import tiny_bert, tiny_gpt2, token_batches
 from support.samplers import SHAPES, second_moment, weight
 from torch.nn.functional import cross_entropy
 
-from zssvd_lightning.spectrum import Spectrum
+from zssvd_lightning.spectrum import Spectrum, thin_svd
 from zssvd_lightning.targets import find_targets
 from zssvd_lightning.whitening import Root, Whitening, safe_cholesky
 
@@ -73,3 +73,27 @@ def test_half_precision_weights_are_decomposed_in_float32():
     assert spectrum.sigma.dtype == torch.float32
     up, down = spectrum.factors(torch.arange(4))
     torch.testing.assert_close(up @ down, W.float(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_svd_that_does_not_converge_is_tried_once_more(shape, monkeypatch):
+    svd, Z, calls = torch.linalg.svd, weight(*shape).float(), []
+
+    def fails_once(M, **kwargs):
+        calls.append(M)
+        if len(calls) == 1:
+            raise torch.linalg.LinAlgError("did not converge")
+        return svd(M, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", fails_once)
+    U, sigma, Vh = thin_svd(Z)
+    assert len(calls) == 2
+    assert {part.dtype for part in (U, sigma, Vh)} == {torch.float32}
+    assert (U.shape, Vh.shape) == ((shape[0], min(shape)), (min(shape), shape[1]))
+    torch.testing.assert_close(U * sigma @ Vh, Z)
+    torch.testing.assert_close(sigma, svd(Z, full_matrices=False)[1])
+
+
+def test_an_svd_of_what_is_not_finite_fails():
+    with pytest.raises(torch.linalg.LinAlgError, match="non-finite"):
+        thin_svd(torch.full((4, 3), torch.nan))
