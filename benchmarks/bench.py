@@ -34,7 +34,7 @@ def main(path: str, *overrides: str) -> None:
     plain_rss = peak_rss_bytes()
 
     start = time.perf_counter()
-    report = compress(run.model, batches, run.config.compression)
+    report = compress(run.model, batches, run.config.compression, calibration_batches=run.config.calibration.batches)
     whole = time.perf_counter() - start
 
     compress_rss = peak_rss_bytes()

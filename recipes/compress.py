@@ -48,7 +48,7 @@ def main(path: str, *overrides: str) -> None:
     run.evaluate("dense")
     dense_text = continuation(run.model, run.tokenizer, PROMPT)
 
-    callback = ZSSVDCallback(**asdict(run.config.compression))
+    callback = ZSSVDCallback(**asdict(run.config.compression), calibration_batches=run.config.calibration.batches)
     batches = callback.batches_needed(len(run.calibration_loader()))
     trainer = L.Trainer(
         max_epochs=math.ceil(batches / len(run.calibration_loader())),

@@ -98,7 +98,9 @@ def main(path: str, *overrides: str) -> None:
     config, recovery = checked(path, *overrides)
     run, watch, steps = Run(config), Stopwatch(), config.training.steps
     calibration, training = list(run.calibration_loader()), list(run.training_loader())
-    callback = ZSSVDCallback(**asdict(config.compression), recovery=recovery, calibration_batches=len(calibration))
+    callback = ZSSVDCallback(
+        **asdict(config.compression), recovery=recovery, calibration_batches=config.calibration.batches
+    )
     needed = callback.batches_needed()
     dense = copy.deepcopy(run.model)
     run.evaluate("dense")

@@ -63,7 +63,9 @@ def _done(report: Report) -> Iterator[str]:
     calibration, compression = report.config.get("calibration") or {}, report.config.get("compression") or {}
     if {"samples", "length", "text", "seed"} <= calibration.keys():
         of = "`{text}` and `{second}`" if calibration.get("second") else "`{text}`"
-        yield f"- calibration: {{samples}} windows of {{length}} tokens of {of}, seed {{seed}}".format_map(calibration)
+        more = " and {correction_samples} for corrections" if calibration.get("correction_samples") else ""
+        told = f"- calibration: {{samples}} windows{more} of {{length}} tokens of {of}, seed {{seed}}"
+        yield told.format_map(calibration)
     if {"selection", "metric", "corrections"} <= compression.keys():
         yield "- selection `{selection}`, metric `{metric}`, corrections {corrections}".format_map(compression)
     if recovery := report.config.get("recovery"):

@@ -53,8 +53,14 @@ def compress(
         )
     run = Run(settings)
     run.evaluate("dense")
-    loss = loss_in(run.config.calibration.precision)
-    report = compress_model(run.model, run.calibration_loader(), run.config.compression, loss=loss)
+    calibration = settings.calibration
+    report = compress_model(
+        run.model,
+        run.calibration_loader(),
+        settings.compression,
+        calibration_batches=calibration.batches,
+        loss=loss_in(calibration.precision),
+    )
     run.evaluate("compressed")
     run.save(report)
     Console().print(report.table())
@@ -71,9 +77,16 @@ def plan(
 ) -> None:
     """Write the rank that compress would choose for every layer, and change nothing."""
     check_plan_output(file)
-    run = Run(load_config(RunConfig, config, overrides or ()))
-    loss = loss_in(run.config.calibration.precision)
-    plan_ranks(run.model, run.calibration_loader(), run.config.compression, loss=loss).write(file)
+    settings = load_config(RunConfig, config, overrides or ())
+    run, calibration = Run(settings), settings.calibration
+    ranks = plan_ranks(
+        run.model,
+        run.calibration_loader(),
+        settings.compression,
+        calibration_batches=calibration.batches,
+        loss=loss_in(calibration.precision),
+    )
+    ranks.write(file)
     typer.echo(f"wrote {file}")
 
 

@@ -196,6 +196,8 @@ class CalibrationConfig:
     """Another text source, of which every other window is then drawn."""
     samples: int = 64
     """Number of windows drawn from the text, or half from each, without replacement."""
+    correction_samples: int = 0
+    """Number of windows drawn beside those, which gradient steps go by first; with 0 they go by the same again."""
     length: int = 512
     """Tokens in a window."""
     batch_size: int = 4
@@ -212,9 +214,21 @@ class CalibrationConfig:
             self.samples >= 2 or self.second is None, "calibration.samples", self.samples, "2 or more for two texts"
         )
         require(self.second != self.text, "calibration.second", self.second, "another text than calibration.text")
+        require(self.correction_samples >= 0, "calibration.correction_samples", self.correction_samples, "0 or more")
+        require(
+            self.correction_samples == 0 or self.samples % self.batch_size == 0,
+            "calibration.samples",
+            self.samples,
+            f"whole batches of {self.batch_size} where others follow for corrections",
+        )
         require(self.length >= 2, "calibration.length", self.length, "2 or more")
         require(self.batch_size >= 1, "calibration.batch_size", self.batch_size, "1 or more")
         require_one_of("calibration.precision", self.precision, PRECISIONS)
+
+    @property
+    def batches(self) -> int:
+        """How many batches `samples` are, which come before those of `correction_samples`."""
+        return -(-self.samples // self.batch_size)
 
 
 @dataclass(frozen=True)

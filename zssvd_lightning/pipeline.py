@@ -65,6 +65,7 @@ def compress(
     config: CompressionConfig | None = None,
     *,
     statistics: Moments | None = None,
+    calibration_batches: int | None = None,
     progress: bool = True,
     **reading: Unpack[Reading],
 ) -> Report:
@@ -76,6 +77,8 @@ def compress(
         config: what to remove and how; the defaults of `CompressionConfig` when None.
         statistics: those of the first calibration, from `calibrate`, which may serve several compressions of equal
             models; the batches are then gone through for corrections alone.
+        calibration_batches: how many batches, from the first, calibration takes; gradient steps go on with those after
+            them, and after the last with the first again. All of them when None.
         progress: whether to draw progress bars.
         reading: `loss`, `mask` and `terms`, for other batches than those of transformers; see `Reading`.
 
@@ -91,7 +94,7 @@ def compress(
     with _undone_on_error(compression), _gradients_set_aside(model):
         for step in steps(config):
             if statistics is None:
-                gather(compression, batches, step.gathers, **reading)
+                gather(compression, batches, step.gathers, calibration_batches, **reading)
             else:  # let go of here, so that the truncation can free them
                 compression.gathering.moments, statistics = _fitting(compression, statistics), None
             compression.take(step)
@@ -105,6 +108,7 @@ def calibrate(
     batches: Iterable[Any],
     config: CompressionConfig | None = None,
     *,
+    calibration_batches: int | None = None,
     progress: bool = True,
     **reading: Unpack[Reading],
 ) -> Moments:
@@ -117,7 +121,7 @@ def calibrate(
     targets = find_targets(model, config.include, config.ignore)
     gathering = Gathering(model, targets, Team(), config.watches_outputs)
     with _gradients_set_aside(model):
-        every = _checked(batches, 0, None, Phase.CALIBRATE, progress=progress)
+        every = _checked(batches, 0, _so_many(batches, calibration_batches), Phase.CALIBRATE, progress=progress)
         _observe(model, gathering, every, Phase.CALIBRATE, **reading)
     gathering.moments.output_side = config.watches_outputs
     return gathering.moments
@@ -128,6 +132,7 @@ def plan(
     batches: Iterable[Any],
     config: CompressionConfig | None = None,
     *,
+    calibration_batches: int | None = None,
     progress: bool = True,
     **reading: Unpack[Reading],
 ) -> Plan:
@@ -139,9 +144,9 @@ def plan(
     with _gradients_set_aside(model):
         *before, truncation = to_first_truncation(steps(compression.config))
         for step in before:
-            gather(compression, batches, step.gathers, **reading)
+            gather(compression, batches, step.gathers, calibration_batches, **reading)
             compression.take(step)
-        gather(compression, batches, truncation.gathers, **reading)
+        gather(compression, batches, truncation.gathers, calibration_batches, **reading)
         return compression.plan()
 
 
@@ -149,19 +154,24 @@ def gather(
     compression: Compression,
     batches: Iterable[Any],
     phase: Phase,
+    calibration_batches: int | None = None,
     **reading: Unpack[Reading],
 ) -> None:
     """The statistics of one step, from one forward and one backward pass over each batch.
 
-    CALIBRATE takes second moments and gradients over all batches, CORRECT the gradients over `correction_batches` of
-    them, of which every round takes the next. The other arguments are those of `compress` and of `Reading`.
+    CALIBRATE takes second moments and gradients over the first `calibration_batches`, CORRECT the gradients over
+    `correction_batches`, of which every round takes the next. The other arguments are those of `compress`.
 
     Raises:
         CalibrationError: there are no batches, fewer than promised, or one that cannot be used.
     """
-    limit = compression.config.correction_batches if phase is Phase.CORRECT else None
+    first, limit = 0, _so_many(batches, calibration_batches)
+    if phase is Phase.CORRECT:
+        limit = compression.config.correction_batches
+        first = (calibration_batches or 0) + compression.rounds * limit
+        if length := _length(batches):
+            first %= length
     with compression.stopwatch(phase.value):
-        first = 0 if limit is None else compression.rounds * limit % (_length(batches) or 1)
         wanted = _checked(batches, first, limit, phase, progress=compression.progress)
         _observe(compression.model, compression.gathering, wanted, phase, **reading)
 
@@ -190,6 +200,17 @@ def _observe(
             gathering.add_loss(batch_loss, weight, weight)
             batch_loss.backward()  # type: ignore[no-untyped-call]
             gathering.collect_gradients(weight)
+
+
+def _so_many(batches: Iterable[Any], calibration_batches: int | None) -> int | None:
+    """`calibration_batches`, if there are so many. Raises CalibrationError."""
+    length = _length(batches)
+    if calibration_batches is not None and not 1 <= calibration_batches <= (length or calibration_batches):
+        raise CalibrationError(
+            f"calibration_batches is {calibration_batches}, of {'as many as come' if length is None else length} "
+            "batches; have it at 1 or more and no more than there are, or leave it out for all"
+        )
+    return calibration_batches
 
 
 def _checked(batches: Iterable[Any], first: int, limit: int | None, step: str, *, progress: bool) -> Iterator[Any]:

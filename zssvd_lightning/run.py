@@ -45,7 +45,7 @@ class Run:
         self._evaluate_seconds = 0.0
 
     def calibration_loader(self) -> "DataLoader[dict[str, torch.Tensor]]":
-        """The calibration windows in batches, always in the same order."""
+        """The windows of calibration and corrections in batches, always in the same order."""
         return DataLoader(self.calibration, batch_size=self.config.calibration.batch_size)
 
     def training_loader(self) -> "DataLoader[dict[str, torch.Tensor]]":

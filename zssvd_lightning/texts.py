@@ -80,7 +80,7 @@ def sampled_windows(tokens: Tensor, length: int, count: int, seed: int, source: 
 
 
 def calibration_windows(config: CalibrationConfig, tokens_of: Callable[[str], Tensor]) -> Tensor:
-    """The windows (samples, length) of a calibration, those of two texts in turn.
+    """The windows (samples + correction_samples, length) of a calibration, those of two texts in turn.
 
     Args:
         config: says how many of which text.
@@ -90,7 +90,7 @@ def calibration_windows(config: CalibrationConfig, tokens_of: Callable[[str], Te
         TextError: a text cannot be read or is too short.
     """
     sources = [source for source in (config.text, config.second) if source is not None]
-    drawn = torch.empty(config.samples, config.length, dtype=torch.long)
+    drawn = torch.empty(config.samples + config.correction_samples, config.length, dtype=torch.long)
     for turn, source in enumerate(sources):
         places = drawn[turn :: len(sources)]
         places.copy_(sampled_windows(tokens_of(source), config.length, len(places), config.seed, source))

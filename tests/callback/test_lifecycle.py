@@ -1,4 +1,5 @@
 import copy
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -101,6 +102,22 @@ def test_gives_what_the_pipeline_gives_on_the_same_batches(batches, corrections)
     expected = compress(other, batches(), config, progress=False)
     callback = short(corrections=corrections, correction_batches=4)
     fit(callback, batches(), CausalLM(model, lr=0.0))
+    assert_same_compression(callback, model, expected, other)
+
+
+def test_corrections_go_on_with_the_batches_after_calibration_as_in_the_pipeline():
+    model, batches = tiny_llama(), token_batches(5)
+    other = copy.deepcopy(model)
+    settings = CompressionConfig(
+        0.3, metric="two_sided", corrections=2, correction_batches=2, correction_step="natural", fresh_moments=False
+    )
+    expected = compress(other, batches, settings, calibration_batches=2, progress=False)
+    callback = ZSSVDCallback(**asdict(settings), calibration_batches=2, progress=False)
+    fit(callback, batches, CausalLM(model, lr=0.0))
+    assert_same_compression(callback, model, expected, other)
+
+
+def assert_same_compression(callback, model, expected, other):
     assert {n.removeprefix("model."): v for n, v in callback.report.layers.items()} == expected.layers
     assert callback.report.losses == pytest.approx(expected.losses, rel=1e-5)
     for name, module in other.named_modules():

@@ -166,6 +166,24 @@ def test_sharing_statistics_changes_no_result(run, tmp_path):
     assert not (tmp_path / "out" / "calibration").exists()
 
 
+def test_what_corrections_see_beside_is_no_part_of_shared_statistics(run, workshop):
+    told = yaml.safe_load((workshop / "natural.yaml").read_text())
+    told["calibration"]["correction_samples"] = 4
+    told["compression"]["fresh_moments"] = False
+    (workshop / "beside.yaml").write_text(yaml.safe_dump(told))
+    here, without = Here(), Here()
+    results = run("old-moments", "beside", "prune_ratios=[0.4]", "seeds=[0]", "keep=true", runner=here)
+    assert not results.errors
+    assert len([name for name in here.names if name.startswith("seed-")]) == 1
+    again = run(
+        *("old-moments", "beside", "prune_ratios=[0.4]", "seeds=[0]", "keep=true", "calibration.correction_samples=0"),
+        runner=without,
+    )
+    assert without.names == ["beside-0.4-0"]
+    beside, same = (found.cells[Cell("beside", 0.4, 0)] for found in (results, again))
+    assert beside["perplexity"] != same["perplexity"]
+
+
 def test_statistics_that_were_kept_serve_other_prune_ratios(run):
     asked = ["zero-sum", "seeds=[0]", "keep=true"]
     run(*asked, "prune_ratios=[0.4]")

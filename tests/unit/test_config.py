@@ -53,6 +53,8 @@ def test_later_settings_win(tmp_path):
         ("calibration.samples=0", "1 or more"),
         ("calibration={second: u, samples: 1}", "2 or more for two texts"),
         ("calibration={text: u, second: u}", "another text than calibration.text"),
+        ("calibration.correction_samples=-1", "0 or more"),
+        ("calibration={samples: 6, batch_size: 4, correction_samples: 2}", "whole batches of 4"),
         ("calibration.length=1", "2 or more"),
         ("evaluation.windows=-1", "0 or more"),
         ("model.dtype=float7", "did you mean"),

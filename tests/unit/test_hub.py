@@ -407,7 +407,7 @@ def test_a_model_card_tells_what_was_done(tmp_path):
     report = compress(model, token_batches(), CompressionConfig(0.3, corrections=0), progress=False)
     report.config = {
         "model": {"source": "someone/tiny-llama"},
-        "calibration": {"text": "package:speeches", "samples": 4, "length": 24, "seed": 0},
+        "calibration": {"text": "package:speeches", "samples": 4, "correction_samples": 2, "length": 24, "seed": 0},
         "compression": {"selection": "zero_sum", "metric": "input", "corrections": 0},
         "evaluation": {"text": "held.txt", "windows": 2, "length": 24},
     }
@@ -419,7 +419,7 @@ def test_a_model_card_tells_what_was_done(tmp_path):
         "# mine",
         "25.12",
         "20.00",
-        "package:speeches",
+        "4 windows and 2 for corrections of 24 tokens of `package:speeches`",
         "held.txt",
         "as two factors",
     ):

@@ -25,7 +25,7 @@ from zssvd_lightning.errors import (
     TargetError,
     ZeroGradientError,
 )
-from zssvd_lightning.pipeline import calibrate, loss_in
+from zssvd_lightning.pipeline import calibrate, loss_in, plan
 from zssvd_lightning.pivoted import PivotedLinear
 from zssvd_lightning.selection import RULES
 from zssvd_lightning.targets import find_targets
@@ -64,6 +64,42 @@ def test_any_number_of_corrections(corrections):
     assert report.reached >= 0.3
     assert len(report.losses) == 1 + 3 * corrections
     assert ("correct" in report.seconds) == (corrections > 0)
+
+
+@pytest.mark.parametrize(
+    ("sized", "expected"),
+    [(True, [0, 1, *[2, 3], *[4, 0], *[1, 2]]), (False, [0, 1, *[2, 3], *[4, 0], *[0, 1]])],
+)
+def test_corrections_go_on_with_the_batches_after_calibration(sized, expected):
+    batches, seen = token_batches(5), []
+
+    def loss(model, batch):
+        seen.append(next(i for i, b in enumerate(batches) if b["input_ids"] is batch["input_ids"]))
+        return model(**batch).loss
+
+    config = CompressionConfig(0.3, corrections=3, correction_batches=2, fresh_moments=False, line_search=False)
+    given = batches if sized else DataLoader(Stream(batches), batch_size=None)
+    compress(tiny_llama(), given, config, calibration_batches=2, progress=False, loss=loss)
+    assert seen == expected
+
+
+def test_calibration_takes_the_first_batches_each_time():
+    model, batches = tiny_llama(), token_batches(4)
+    few = calibrate(model, batches, calibration_batches=2, progress=False)
+    alone = calibrate(model, batches[:2], progress=False)
+    assert all(torch.equal(A, alone.input_sums[name]) for name, A in few.input_sums.items())
+    config = CompressionConfig(0.3, corrections=1, correction_batches=2, line_search=False)
+    report = compress(model, batches, config, calibration_batches=2, progress=False)
+    assert len(report.losses) == 3
+    assert report.losses[0] == pytest.approx(alone.mean_loss)
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_no_more_calibration_batches_than_there_are(count):
+    model = tiny_llama()
+    for function in (compress, calibrate, plan):
+        with pytest.raises(CalibrationError, match=f"calibration_batches is {count}, of 4 batches"):
+            function(model, token_batches(4), calibration_batches=count, progress=False)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -256,8 +292,11 @@ def test_a_failure_at_any_step_restores_the_model(step):
 
 
 class Stream(IterableDataset):
+    def __init__(self, batches=None):
+        self.batches = batches or token_batches()
+
     def __iter__(self):
-        return iter(token_batches())
+        return iter(self.batches)
 
 
 def test_a_stream_without_a_length_will_do():

@@ -102,13 +102,16 @@ def test_samples_are_distinct_windows_fixed_by_the_seed():
 @pytest.mark.parametrize("samples", [6, 7])
 def test_two_calibration_texts_take_turns(samples):
     tokens = {"a": torch.arange(100), "b": torch.arange(100, 200)}
-    config = CalibrationConfig("a", second="b", samples=samples, length=10, seed=1)
+    config = CalibrationConfig("a", second="b", samples=samples, length=10, batch_size=1, seed=1)
     drawn = texts.calibration_windows(config, tokens.__getitem__)
     assert drawn.shape == (samples, 10)
     assert torch.equal(drawn[::2], texts.sampled_windows(tokens["a"], 10, (samples + 1) // 2, 1, "a"))
     assert torch.equal(drawn[1::2], texts.sampled_windows(tokens["b"], 10, samples // 2, 1, "b"))
     alone = texts.calibration_windows(replace(config, second=None), tokens.__getitem__)
     assert torch.equal(alone, texts.sampled_windows(tokens["a"], 10, samples, 1, "a"))
+    more = texts.calibration_windows(replace(config, correction_samples=8), tokens.__getitem__)
+    assert len(more.unique()) == (samples + 8) * 10
+    assert torch.equal(more[:samples], drawn)
     with pytest.raises(TextError, match="text 'b' has 10 tokens"):
         texts.calibration_windows(config, {**tokens, "b": torch.arange(10)}.__getitem__)
 

@@ -22,6 +22,8 @@ OVERRIDE = re.compile(r"[\w.]+=")
 """How a setting begins; a path with `=` in it has a folder before that."""
 OF_CELLS = {"compression.prune_ratio": "prune_ratios", "calibration.seed": "seeds"}
 """What the cells differ in, and the setting that says how."""
+OWN = ("seed", "correction_samples")
+"""What calibrations of one comparison may differ in: the draw, and what corrections see beside it."""
 WITHOUT_EFFECT = ("training", "model.saved_dtype")
 """Settings, alone or in groups, of what a comparison does not do: it trains and saves nothing."""
 
@@ -208,7 +210,7 @@ def _same(run: RunConfig) -> dict[str, Any]:
     return {
         "model.source": run.model.source,
         "model.dtype": run.model.dtype,
-        **{f"calibration.{key}": value for key, value in asdict(run.calibration).items() if key != "seed"},
+        **{f"calibration.{key}": value for key, value in asdict(run.calibration).items() if key not in OWN},
         "compression.include": run.compression.include,
         "compression.ignore": run.compression.ignore,
         **{f"evaluation.{key}": value for key, value in asdict(run.evaluation).items()},

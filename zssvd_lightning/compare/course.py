@@ -114,7 +114,8 @@ def gathering_settings(settings: Settings) -> Settings:
         include=compression.include,
         ignore=compression.ignore,
     )
-    return replace(settings, compression=layers, evaluation=None)
+    calibration = replace(settings.calibration, correction_samples=0)
+    return replace(settings, calibration=calibration, compression=layers, evaluation=None)
 
 
 def calibration_name(gathering: Settings) -> str:

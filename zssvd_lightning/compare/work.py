@@ -133,7 +133,7 @@ class Material:
         self._tokens: dict[str, Tensor] = {}
 
     def batches(self, config: CalibrationConfig) -> "DataLoader[dict[str, Tensor]]":
-        """The calibration windows, always in the same order. Raises TextError."""
+        """The windows of calibration and corrections, always in the same order. Raises TextError."""
         drawn = texts.calibration_windows(config, self._tokenised)
         return DataLoader(texts.TokenWindows(drawn), batch_size=config.batch_size)
 
@@ -189,7 +189,14 @@ def _gathered(
     material = Material(job.settings.model)
     batches, watch = material.batches(calibration), Stopwatch()
     with watch(CALIBRATE):
-        moments = calibrate(material.model, batches, compression, progress=False, loss=loss_in(calibration.precision))
+        moments = calibrate(
+            material.model,
+            batches,
+            compression,
+            calibration_batches=calibration.batches,
+            progress=False,
+            loss=loss_in(calibration.precision),
+        )
     peak = peak_rss_bytes()
     with replacing_file(statistics) as file:
         torch.save(moments.state_dict(), file)
@@ -209,6 +216,7 @@ def _compressed(
         material.batches(calibration) if gathers_more else [],
         compression,
         statistics=_statistics(job.statistics),
+        calibration_batches=calibration.batches,
         progress=False,
         loss=loss_in(calibration.precision),
     )
