@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,8 +19,9 @@ from torch.utils.data import DataLoader
 from zssvd_lightning import evaluation, texts, zero_shot
 from zssvd_lightning.compare.arguments import Settings
 from zssvd_lightning.config import CalibrationConfig, CompressionConfig, EvaluateConfig, ModelConfig, load_config
-from zssvd_lightning.errors import NonFiniteError
+from zssvd_lightning.errors import NonFiniteError, SavedModelError
 from zssvd_lightning.files import replacing_file
+from zssvd_lightning.integrity import digest
 from zssvd_lightning.models import load_model, place
 from zssvd_lightning.pipeline import calibrate, compress, loss_in
 from zssvd_lightning.report import VERSIONS, Stopwatch, peak_rss_bytes
@@ -86,8 +88,7 @@ def versions() -> dict[str, str]:
 def sources(settings: Settings) -> dict[str, str | None]:
     """What tells whether the model, texts and folders that settings name are still the same, by their names.
 
-    The version of a package, and of a file or folder the sizes and times of all that is in it; None for what is on the
-    hub.
+    The version of a package, and of a file or folder a digest of all that is in it; None for what is on the hub.
     """
     calibration, evaluation = settings.calibration, settings.evaluation
     texts_read = [text for part in (calibration, evaluation) if part is not None for text in (part.text, part.second)]
@@ -107,16 +108,22 @@ def _state(source: str) -> str | None:
         return None
     try:
         files = list(_files(Path(source).expanduser()))
-    except OSError:
+    except (OSError, SavedModelError):
         return None
     return sha256(json.dumps(files).encode()).hexdigest() if files else None
 
 
-def _files(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, size and time (ns) of the last change of a file, or of all that is in a folder."""
+def _files(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and digest of a file, or of all that is in a folder."""
     for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
         told = file.stat()
-        yield str(file.relative_to(path)), told.st_size, told.st_mtime_ns
+        yield str(file.relative_to(path)), _digest(file, told.st_size, told.st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, size: int, time: int) -> str:
+    """Of a file, read again only when its size or the time (ns) of its last change is another."""
+    return digest(path)
 
 
 def one_line(text: str) -> str:
