@@ -72,7 +72,7 @@ class ZSSVDCallback(RecoveringCallback):
         corrections: gradient steps, each followed by a new truncation; by default 1.
         correction_step: `projected` (the paper, and the default), `natural` or `refit`.
         correction_batches: batches whose mean gradient a step follows; by default 8.
-        step_size: by what the first natural step is multiplied, from which they fall to zero; by default 3.
+        step_radius: how long the first natural step is in the metric, from which they fall to zero; by default 0.03.
         line_search: take only the part of each projected step at which the loss is estimated to be least, from as many
             batches again, which is the default; without, all of it, as the paper does.
         fresh_moments: whether all statistics are taken anew after a step, which is the default, or second moments kept.
@@ -140,7 +140,7 @@ class ZSSVDCallback(RecoveringCallback):
         corrections: int | None = None,
         correction_step: str | None = None,
         correction_batches: int | None = None,
-        step_size: float | None = None,
+        step_radius: float | None = None,
         line_search: bool | None = None,
         fresh_moments: bool | None = None,
         metric: str | None = None,
@@ -178,7 +178,7 @@ class ZSSVDCallback(RecoveringCallback):
             corrections=corrections,
             correction_step=correction_step,
             correction_batches=correction_batches,
-            step_size=step_size,
+            step_radius=step_radius,
             line_search=line_search,
             fresh_moments=fresh_moments,
             min_rank_fraction=min_rank_fraction,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from zssvd_lightning.budget import Budget, Shape
 from zssvd_lightning.config import CompressionConfig
-from zssvd_lightning.correction import best_fraction, falling, projected_step
-from zssvd_lightning.decomposition import Decomposition, decompose
+from zssvd_lightning.correction import best_fraction, falling, natural_lengths, projected_step
+from zssvd_lightning.decomposition import Decomposition, decompose, gradient_squares
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.factorization import HeldFactors
@@ -91,6 +91,7 @@ class Compression:
         self.losses: list[float] = []
         self.fractions: list[float] = []
         self._step: tuple[float, float] | None = None
+        self._lengths: dict[str, float] | None = None
         self._truncations = 0
         self._originals: dict[str, Tensor] | None = None
         self._found: Decomposition | None = None
@@ -131,23 +132,33 @@ class Compression:
     def descend(self) -> None:
         """One projected step per matrix along the natural gradient at the truncated weights, and `truncate`.
 
-        Gradient and projection are those of the metric, in whose coordinates both happen at once. The steps of a course
-        fall from `step_size` to zero; see `falling`.
+        Gradient and projection are those of the metric, in whose coordinates both happen at once. How far each weight
+        goes is settled at the first step of a course, by `natural_lengths`, and falls on a line to zero; see `falling`.
 
         Raises:
             CalibrationError: see `truncate`.
         """
         if self._originals is None:
             raise RuntimeError("descend() needs a truncate() before it")
-        with self.stopwatch("correct"):
-            self.gathering.complete()
-            products = []
-            for name, target in self.targets.items():
-                g = self.gathering.mean_gradient(name)
-                products.append((g * (self._originals[name].to(g) - target.weight.to(g))).sum())
-            found = self.team.over_rows(torch.stack(products)).tolist()
-        size = falling(self.config.step_size, self.rounds, self.config.corrections)
-        self._truncate({n: size * x for n, x in zip(self.targets, found, strict=True)})
+        if self._lengths is None:
+            with self.stopwatch("correct"), exact_products():
+                self._lengths = natural_lengths(
+                    self._reaches(self._originals), self._squares(), self.config.step_radius
+                )
+        part = falling(1.0, self.rounds, self.config.corrections)
+        self._truncate({name: part * length for name, length in self._lengths.items()})
+
+    def _reaches(self, originals: Mapping[str, Tensor]) -> dict[str, float]:
+        """`<G, D>` of all layers, D being what truncation took. Collective."""
+        self.gathering.complete()
+        products = []
+        for name, target in self.targets.items():
+            g = self.gathering.mean_gradient(name)
+            products.append((g * (originals[name].to(g) - target.weight.to(g))).sum())
+        return dict(zip(self.targets, self.team.over_rows(torch.stack(products)).tolist(), strict=True))
+
+    def _squares(self) -> dict[str, float]:
+        return gradient_squares(self.targets, self.gathering, self.config.metric, self.team, self.progress)
 
     @torch.no_grad()
     def refit(self) -> None:
@@ -172,8 +183,8 @@ class Compression:
         self._truncations += 1
 
     @torch.no_grad()
-    def _truncate(self, reaches: Mapping[str, float] | None = None) -> None:
-        found, selection = self._select(self._budget_so_far(), reaches)
+    def _truncate(self, lengths: Mapping[str, float] | None = None) -> None:
+        found, selection = self._select(self._budget_so_far(), lengths)
         with self.stopwatch("truncate"):
             if self._originals is None:
                 self._originals = weights_snapshot(self.targets)
@@ -294,6 +305,7 @@ class Compression:
                     target.assign(self._originals[name])
         mark(self.model)
         self._originals, self._found, self._selection, self._installed, self._truncations = None, None, None, {}, 0
+        self._lengths = None
         self._factors = HeldFactors(self.targets, self.team, self.config.storage)
         self.gathering.forget()
 
@@ -351,6 +363,7 @@ class Compression:
             "found": None if self._found is None else self._found.state_dict(self.team),
             "selection": None if self._selection is None else self._selection.state_dict(),
             "step": None if self._step is None else list(self._step),
+            "lengths": None if self._lengths is None else dict(self._lengths),
             "losses": list(self.losses),
             "fractions": list(self.fractions),
             "truncations": self._truncations,
@@ -375,6 +388,7 @@ class Compression:
         self._factors.load_state_dict(state["factors"])
         self._selection = None if state["selection"] is None else Selection.of_state(state["selection"])
         self._step = None if state["step"] is None else (state["step"][0], state["step"][1])
+        self._lengths = None if state["lengths"] is None else dict(state["lengths"])
         self._model_parameters = state["model_parameters"]
         self._truncations = state["truncations"]
         self.gathering.to_note = self._batches_to_note if self._truncations else 0
@@ -397,7 +411,7 @@ class Compression:
         self._originals = self._own_parts(state["originals"])
         self.restore()
 
-    def _decomposed(self, reaches: Mapping[str, float] | None = None) -> Decomposition:
+    def _decomposed(self, lengths: Mapping[str, float] | None = None) -> Decomposition:
         with self.stopwatch("spectrum"), exact_products():
             return decompose(
                 self.targets,
@@ -407,7 +421,7 @@ class Compression:
                 self.progress,
                 weigh=self.config.weighs_rows,
                 round_off=self.budget.chooses_bits,
-                reaches=reaches,
+                lengths=lengths,
             )
 
     def _with_curvature(self, found: Decomposition) -> Decomposition:
@@ -418,8 +432,8 @@ class Compression:
         }
         return replace(found, components=components)
 
-    def _select(self, budget: Budget, reaches: Mapping[str, float] | None = None) -> tuple[Decomposition, Selection]:
-        found = self._decomposed(reaches) if self._found is None else self._with_curvature(self._found)
+    def _select(self, budget: Budget, lengths: Mapping[str, float] | None = None) -> tuple[Decomposition, Selection]:
+        found = self._decomposed(lengths) if self._found is None else self._with_curvature(self._found)
         with self.stopwatch("select"):
             rule = RULES[self.config.selection] if self._plan is None else self._plan.rule
             return found, self.team.decided(lambda: rule(found.components, budget))

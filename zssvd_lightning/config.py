@@ -59,12 +59,13 @@ class CompressionConfig:
     """How many times a gradient step and a new truncation follow the first one."""
     correction_step: str = "projected"
     """Which step: `projected` on the gradient, as long as what truncation took reaches along it (the paper), `natural`,
-    both gradient and projection as the metric measures them, times `step_size`, or `refit`, none along a gradient: each
-    weight is fitted in closed form to the outputs of its dense layer, from the inputs it gets now, at the same rank."""
-    step_size: float = 3.0
-    """By what the first `natural` step is multiplied, since noise makes gradients long, and what the projection finds
-    along them short. Each further one is shorter than the one before by the same, on a line that is zero after the
-    last: so noise averages out."""
+    both gradient and projection as the metric measures them, `step_radius` long, or `refit`, none along a gradient:
+    each weight is fitted in closed form to the outputs of its dense layer, from the inputs it gets now, at the same
+    rank."""
+    step_radius: float = 0.03
+    """How long the first `natural` step is, over all weights together and as the metric measures it: half of its square
+    is a divergence between predictions, in nats a token. Each further one is shorter by the same, on a line that is
+    zero after the last: so noise averages out."""
     fresh_moments: bool = True
     """Take all statistics anew for the truncation after a step, as the paper does; without, the second moments of the
     first calibration go on to be used, and rules that go by delta see the gradient from before a `projected` step."""
@@ -97,7 +98,7 @@ class CompressionConfig:
         require(0.0 < self.prune_ratio < 1.0, "prune_ratio", self.prune_ratio, "strictly between 0 and 1")
         require(self.corrections >= 0, "corrections", self.corrections, "0 or more")
         require(self.truncations >= 1, "truncations", self.truncations, "1 or more")
-        require(self.step_size > 0.0, "step_size", self.step_size, "above 0")
+        require(self.step_radius > 0.0, "step_radius", self.step_radius, "above 0")
         require(self.correction_batches >= 1, "correction_batches", self.correction_batches, "1 or more")
         require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
         require_one_of("metric", self.metric, METRICS)

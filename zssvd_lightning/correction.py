@@ -3,7 +3,8 @@
 Shapes: the kept original W, the truncated W' and the gradient g at W' are all (m, n).
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -37,19 +38,24 @@ def projected_step(
     return stepped
 
 
-def natural_step(Z: Tensor, H: Tensor, reach: float) -> Tensor:
-    """`Z + (<G, D> / <H, H>) H`: the projected step as the metric measures it.
+def natural_lengths(reaches: Mapping[str, float], squares: Mapping[str, float], radius: float) -> dict[str, float]:
+    """Factors t of steps `t H` along the whitened gradients H, all of them together as long as `radius`.
 
-    With `D = W - W'` it ends, of all steps along the natural gradient `R^-T H L^-1`, nearest to the whitened original
-    weight, since `<H, R^T D L> = <G, D>`.
+    They are to each other as the projections `<G, D> / <H, H>`, which end, of all steps along the natural gradient
+    `R^-T H L^-1`, nearest to the whitened original weight, since `<H, R^T D L> = <G, D>` with `D = W - W'`. Where that
+    is against the descent, as noise can have it, t is 0. How far they are to go noise leaves open: it makes gradients
+    long, and projections find little along them. `radius^2 / 2` is what the metric takes for the divergence between
+    predictions before and after (nats a token), as a trust region has it (arXiv 1503.05671).
 
     Args:
-        Z: whitened weight `R^T W' L` (m, n).
-        H: whitened gradient `R^-1 G L^-T` (m, n), not zero.
-        reach: `<G, D>`, or a multiple of it for a longer step.
+        reaches: `<G, D>` of each matrix.
+        squares: `<H, H>` of each.
+        radius: square root of `sum t^2 <H, H>`.
     """
-    stepped: Tensor = Z + reach / (H * H).sum() * H
-    return stepped
+    projections = {name: min(0.0, reach) / squares[name] for name, reach in reaches.items()}
+    together = math.sqrt(sum(t * t * squares[name] for name, t in projections.items()))
+    scale = radius / together if together > 0 else 0.0
+    return {name: scale * t for name, t in projections.items()}
 
 
 def falling(first: float, done: int, steps: int) -> float:

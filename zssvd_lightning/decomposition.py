@@ -1,5 +1,6 @@
 """The spectra of all layers, shared out among the processes of a team, and what selection sees of them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
@@ -15,7 +16,7 @@ from zssvd_lightning.gathering import Gathering
 from zssvd_lightning.quantization import Importance, importance, rounding_by_component, rounding_of_dense
 from zssvd_lightning.selection import Components
 from zssvd_lightning.spectrum import Spectrum
-from zssvd_lightning.statistics import Moments
+from zssvd_lightning.statistics import Moments, accumulated
 from zssvd_lightning.targets import Target
 from zssvd_lightning.whitening import METRICS, Root, Whitening, warn_of_jitter
 
@@ -114,7 +115,7 @@ def decompose(
     *,
     weigh: bool = False,
     round_off: bool = False,
-    reaches: Mapping[str, float] | None = None,
+    lengths: Mapping[str, float] | None = None,
 ) -> Decomposition:
     """Spectra and scores of all layers; one whitening for those that share an input. Collective.
 
@@ -129,19 +130,14 @@ def decompose(
         progress: whether to draw a bar.
         weigh: whether to find the importance of outputs and inputs too.
         round_off: whether to find what keeping components in 8 bits would cost.
-        reaches: how far each weight goes along its gradient first, as `correction.natural_step` has it.
+        lengths: how far each weight goes along its gradient first; see `Spectrum.of`.
 
     Raises:
         CalibrationError: statistics are missing, not finite or degenerate, or an SVD failed; names the layer.
         ProcessFailedError: that, on another process.
     """
-    gathering.complete()
-    shares = share_out(targets, gathering.moments.leaders, team.size, outputs=METRICS[metric].needs_outputs)
-    worker = _Worker(targets, gathering, metric, team, weigh=weigh, round_off=round_off, reaches=reaches)
-    with tqdm(total=len(targets), desc="spectra", unit="layer", disable=not progress) as bar:
-        for turn in zip_longest(*shares):
-            worker.take(turn)
-            bar.update(sum(name is not None for name in turn))
+    worker = _Decomposer(targets, gathering, metric, team, weigh=weigh, round_off=round_off, lengths=lengths)
+    shares = worker.take_all("spectra", progress)
     components = _of_all(team, worker.components)
     jitters = _of_all(team, worker.jitters)
     if team.rank == 0:
@@ -151,37 +147,43 @@ def decompose(
     return Decomposition(owners, worker.spectra, {name: components[name] for name in targets}, importances)
 
 
-class _Worker:
+def gradient_squares(
+    targets: Mapping[str, Target], gathering: Gathering, metric: str, team: Team, progress: bool
+) -> dict[str, float]:
+    """`<H, H>` of all layers, H being the whitened gradient `R^-1 G L^-T`. Collective.
+
+    Takes the arguments of `decompose`, and raises what it raises.
+    """
+    worker = _Measurer(targets, gathering, metric, team)
+    worker.take_all("gradients", progress)
+    return _of_all(team, worker.squares)
+
+
+class _Worker(ABC):
     """One process at its share of the layers."""
 
-    def __init__(
-        self,
-        targets: Mapping[str, Target],
-        gathering: Gathering,
-        metric: str,
-        team: Team,
-        *,
-        weigh: bool,
-        round_off: bool,
-        reaches: Mapping[str, float] | None,
-    ) -> None:
-        self.spectra: dict[str, Spectrum] = {}
-        self.components: dict[str, Components] = {}
+    def __init__(self, targets: Mapping[str, Target], gathering: Gathering, metric: str, team: Team) -> None:
         self.jitters: dict[str, float] = {}
-        self.importances: dict[str, tuple[Tensor, Tensor]] = {}
         self._targets = targets
         self._gathering = gathering
         self._metric = METRICS[metric]
         self._team = team
-        self._weigh = weigh
-        self._round_off = round_off
-        self._reaches = reaches
-        self._mean_squares = torch.empty(0)
         self._started: set[str] = set()
         self._inputs: tuple[str, Root] | None = None
 
+    def take_all(self, title: str, progress: bool) -> list[list[str]]:
+        """Goes through all layers, and says which were whose share. Collective."""
+        self._gathering.complete()
+        leaders, outputs = self._gathering.moments.leaders, self._metric.needs_outputs
+        shares = share_out(self._targets, leaders, self._team.size, outputs=outputs)
+        with tqdm(total=len(self._targets), desc=title, unit="layer", disable=not progress) as bar:
+            for turn in zip_longest(*shares):
+                self.take(turn)
+                bar.update(sum(name is not None for name in turn))
+        return shares
+
     def take(self, turn: tuple[str | None, ...]) -> None:
-        """Decomposes this process's layer while the others do theirs. Collective.
+        """Does this process's layer while the others do theirs. Collective.
 
         What was held whole for it is gone afterwards, but for the side of the input, which the next layer may share.
 
@@ -197,23 +199,64 @@ class _Worker:
                 own = (name, leader, *layer) if layer is not None else own
         with self._team.together():
             if own is not None:
-                self._decompose(*own)
+                self._do(*own)
 
-    def _decompose(self, name: str, leader: str, weight: Tensor, moments: Moments) -> None:
+    def _do(self, name: str, leader: str, weight: Tensor, moments: Moments) -> None:
         if self._inputs is None or self._inputs[0] != leader:
             self._inputs = None
             self._inputs = leader, self._metric.inputs(moments, name)
             self.jitters[leader] = self._inputs[1].jitter
-            if self._weigh:
-                self._mean_squares = moments.second_moment(name).diagonal().clone()
         whitening = Whitening(self._inputs[1], self._metric.outputs(moments, name))
         self.jitters[f"the output of {name}"] = whitening.outputs.jitter
+        self._do_whitened(name, weight, moments, whitening)
+
+    @abstractmethod
+    def _do_whitened(self, name: str, weight: Tensor, moments: Moments, whitening: Whitening) -> None:
+        """Does one layer."""
+
+
+class _Measurer(_Worker):
+    """Finds the squares of whitened gradients."""
+
+    def __init__(self, targets: Mapping[str, Target], gathering: Gathering, metric: str, team: Team) -> None:
+        super().__init__(targets, gathering, metric, team)
+        self.squares: dict[str, float] = {}
+
+    def _do_whitened(self, name: str, weight: Tensor, moments: Moments, whitening: Whitening) -> None:
+        G = moments.mean_gradient(name).to(accumulated(weight.dtype))
+        self.squares[name] = float(whitening.whiten_gradient(G).square().sum())
+
+
+class _Decomposer(_Worker):
+    """Finds spectra and scores."""
+
+    def __init__(
+        self,
+        targets: Mapping[str, Target],
+        gathering: Gathering,
+        metric: str,
+        team: Team,
+        *,
+        weigh: bool,
+        round_off: bool,
+        lengths: Mapping[str, float] | None,
+    ) -> None:
+        super().__init__(targets, gathering, metric, team)
+        self.spectra: dict[str, Spectrum] = {}
+        self.components: dict[str, Components] = {}
+        self.importances: dict[str, tuple[Tensor, Tensor]] = {}
+        self._weigh = weigh
+        self._round_off = round_off
+        self._lengths = lengths
+
+    def _do_whitened(self, name: str, weight: Tensor, moments: Moments, whitening: Whitening) -> None:
         G = moments.mean_gradient(name)
-        along = () if self._reaches is None else (G, self._reaches[name])
+        along = () if self._lengths is None else (G, self._lengths[name])
         spectrum = spectrum_of(self._targets[name], weight, whitening, *along)
         delta = spectrum.sensitivities(G)
         if self._weigh:
-            found = importance(self._mean_squares, whitening.whiten_gradient(G))
+            H = whitening.whiten_gradient(G)
+            found = importance(whitening.inputs.diagonal(H.shape[1]).to(H), H)
             self.importances[name] = found.outputs.cpu(), found.inputs.cpu()
         rounding, rounding_dense = None, None
         if self._round_off:
@@ -229,11 +272,11 @@ def _of_all(team: Team, own: Mapping[str, T]) -> dict[str, T]:
 
 
 def spectrum_of(
-    target: Target, weight: Tensor, whitening: Whitening, G: Tensor | None = None, reach: float = 0.0
+    target: Target, weight: Tensor, whitening: Whitening, G: Tensor | None = None, length: float = 0.0
 ) -> Spectrum:
     """As `Spectrum.of`, of a weight for the layer `target`. Raises CalibrationError, which names it."""
     try:
-        return Spectrum.of(weight, whitening, G, reach)
+        return Spectrum.of(weight, whitening, G, length)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise CalibrationError(
             f"the SVD of {target.name} {target.shape} failed: {error}; check the weight for NaN and infinite values, "

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zssvd_lightning.correction import natural_step
 from zssvd_lightning.whitening import Whitening, in_float64
 
 
@@ -24,19 +23,19 @@ class Spectrum:
     """`V^T L^-1` (r, n)."""
 
     @classmethod
-    def of(cls, W: Tensor, whitening: Whitening, G: Tensor | None = None, reach: float = 0.0) -> "Spectrum":
+    def of(cls, W: Tensor, whitening: Whitening, G: Tensor | None = None, length: float = 0.0) -> "Spectrum":
         """Whitened spectrum of W (m, n), in float32 or, for a float64 weight, float64.
 
         Args:
             W: the weight.
             whitening: coordinates of the metric.
-            G: gradient (m, n) that the weight first goes along.
-            reach: how far, as the inner product of G with what the weight is to go towards; see `natural_step`.
+            G: gradient (m, n) that the weight first goes along, as the metric has it: the whitened one.
+            length: how far, as a multiple of that; see `correction.natural_lengths`.
         """
         W = W.to(torch.promote_types(W.dtype, torch.float32))
         Z = whitening.whiten(W)
         if G is not None:
-            Z = natural_step(Z, whitening.whiten_gradient(G.to(Z)), reach)
+            Z = Z + length * whitening.whiten_gradient(G.to(Z))
         U, sigma, Vh = thin_svd(Z)
         return cls(whitening.unwhiten_left(U), sigma, whitening.unwhiten_right(Vh))
 

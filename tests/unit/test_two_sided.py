@@ -1,6 +1,7 @@
 """Metrics that go by gradients at outputs, against double sums, autograd and models in which they are exact."""
 
 import copy
+import math
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from zssvd_lightning import CompressionConfig, compress
 from zssvd_lightning.compression import Compression
+from zssvd_lightning.correction import natural_lengths
 from zssvd_lightning.errors import CalibrationError, ConfigError, LogitsError, NonFiniteError, ZeroGradientError
 from zssvd_lightning.output_sides import OUTPUT_SIDES, TOP
 from zssvd_lightning.phase import Phase
@@ -217,8 +219,12 @@ def test_a_natural_step_ends_where_the_metric_finds_it_nearest_to_the_original(s
     """Of all along `B^-1 G A^-1`, distances being those of the metric; a brute-force search finds no nearer."""
     m, n = shape
     A, B, W, G, original = second_moment(n), second_moment(m), weight(m, n), weight(m, n), weight(m, n)
-    reach = float((G * (original - W)).sum())
-    up, down = Spectrum.of(W, two_sided(A, B), G, reach).factors(torch.arange(min(shape)))
+    whitening, reach = two_sided(A, B), -float((G * (original - W)).sum().abs())
+    original = original if (G * (original - W)).sum() < 0 else 2 * W - original
+    square = float(whitening.whiten_gradient(G).square().sum())
+    projected = natural_lengths({"W": reach}, {"W": square}, radius=-reach / math.sqrt(square))["W"]
+    assert projected == pytest.approx(reach / square)
+    up, down = Spectrum.of(W, whitening, G, projected).factors(torch.arange(min(shape)))
     natural = torch.linalg.solve(B, torch.linalg.solve(A, G.T).T)
 
     def distance(V):
@@ -286,10 +292,19 @@ def test_kept_second_moments_are_those_of_the_first_calibration():
     assert compression.gathering.moments.input_sums == {}
 
 
-@pytest.mark.parametrize(("number", "corrections", "size"), [(1, 1, 50.0), (2, 2, 25.0), (2, 4, 37.5)])
-def test_a_natural_step_follows_the_fresh_gradient_in_the_metric_of_the_calibration(number, corrections, size):
-    """With little dropped at its end it leaves `W + size <G, D> / <H, H> B^-1 G A^-1`, sizes falling from step_size."""
-    config = CompressionConfig(1e-4, **KEPT | {"storage": "pivoted", "step_size": 50.0}, corrections=corrections)
+def test_natural_steps_are_as_long_together_as_the_radius_and_none_goes_uphill():
+    reaches, squares = {"a": -2.0, "b": -1.0, "c": 3.0}, {"a": 4.0, "b": 9.0, "c": 1.0}
+    lengths = natural_lengths(reaches, squares, radius=0.1)
+    assert math.sqrt(sum(t * t * squares[name] for name, t in lengths.items())) == pytest.approx(0.1)
+    assert lengths["a"] / lengths["b"] == pytest.approx((2.0 / 4.0) / (1.0 / 9.0))
+    assert lengths["a"] < 0 == lengths["c"]
+    assert natural_lengths({"a": 1.0}, {"a": 1.0}, 0.1) == {"a": 0.0}
+
+
+@pytest.mark.parametrize(("number", "corrections", "part"), [(1, 1, 1.0), (2, 2, 0.5), (2, 4, 0.75)])
+def test_a_natural_step_follows_the_fresh_gradient_in_the_metric_of_the_calibration(number, corrections, part):
+    """With little dropped at its end it leaves `W + part t B^-1 G A^-1`, t being settled at the first step."""
+    config = CompressionConfig(0.02, **KEPT | {"storage": "pivoted", "step_radius": 0.1}, corrections=corrections)
     model, batches = tiny_llama().double(), token_batches()
     first = gathered(copy.deepcopy(model), batches).gathering.moments
     compression = Compression(model, config, progress=False)
@@ -298,15 +313,22 @@ def test_a_natural_step_follows_the_fresh_gradient_in_the_metric_of_the_calibrat
     for step in steps(config)[1:number]:
         gather(compression, batches, step.gathers)
         compression.take(step)
-    name = next(name for name, layer in compression.report().layers.items() if layer.rank is not None)
-    W, original = compression.targets[name].weight.clone(), compression.originals[name]
+    known = compression.state_dict()["lengths"]
     gather(compression, batches, Phase.CORRECT)
-    G = compression.gathering.moments.mean_gradient(name)
+    before = {
+        name: (target.weight.clone(), compression.gathering.moments.mean_gradient(name))
+        for name, target in compression.targets.items()
+    }
     compression.take(steps(config)[number])
+    lengths = compression.state_dict()["lengths"]
+    assert known == (None if number == 1 else lengths)
+    name = min((n for n, layer in compression.report().layers.items() if layer.rank is not None), key=lengths.get)
+    W, G = before[name]
+    assert lengths[name] < 0
     sides = METRICS["two_sided"]
     A, B = (root.S @ root.S.T for root in (sides.inputs(first, name), sides.outputs(first, name)))
     natural = torch.linalg.solve(B, torch.linalg.solve(A, G.T).T)
-    expected = W + size * (G * (original - W)).sum() / (G * natural).sum() * natural
+    expected = W + part * lengths[name] * natural
     step, found = expected - W, compression.targets[name].weight - W
     assert (step * found).sum() >= 0.95 * step.norm() * found.norm()
     assert found.norm() == pytest.approx(float(step.norm()), rel=0.1)
