@@ -1,4 +1,4 @@
-"""Time of a whole compression against a plain forward and backward over the same batches, in one run.
+"""Time of a whole compression against a plain forward and backward over the calibration batches, in one run.
 
 `python benchmarks/bench.py CONFIG [key=value ...]`; model load and evaluation are left aside. Half of the plain batches
 run before the compression and half after it, so that a machine that slows down or warms up hits both alike.
@@ -27,20 +27,20 @@ def plain_seconds(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
 def main(path: str, *overrides: str) -> None:
     """Prints the ratio, the seconds of every step and the peak memory as JSON."""
     run = Run(load_config(RunConfig, path, [*overrides, "evaluation.text=null", "evaluation.second=null"]))
-    batches = list(run.calibration_loader())
-    half = len(batches) // 2
+    batches, calibration = list(run.calibration_loader()), run.config.calibration
+    half = calibration.batches // 2
     plain_seconds(run.model, batches[:1])
     before = plain_seconds(run.model, batches[:half])
     plain_rss = peak_rss_bytes()
 
     start = time.perf_counter()
-    report = compress(run.model, batches, run.config.compression, calibration_batches=run.config.calibration.batches)
+    report = compress(run.model, batches, run.config.compression, calibration_batches=calibration.batches)
     whole = time.perf_counter() - start
 
     compress_rss = peak_rss_bytes()
 
     dense = Run(run.config)
-    plain = before + plain_seconds(dense.model, batches[half:])
+    plain = before + plain_seconds(dense.model, batches[half : calibration.batches])
     print(
         json.dumps(
             {
@@ -50,7 +50,8 @@ def main(path: str, *overrides: str) -> None:
                 "seconds": report.seconds,
                 "peak_rss_bytes": {"plain": plain_rss, "compress": compress_rss},
                 "corrections": run.config.compression.corrections,
-                "tokens": len(run.calibration) * run.config.calibration.length,
+                "tokens": calibration.samples * calibration.length,
+                "correction_tokens": calibration.correction_samples * calibration.length,
             },
             indent=2,
         )
