@@ -215,6 +215,7 @@ class CalibrationConfig:
             self.samples >= 2 or self.second is None, "calibration.samples", self.samples, "2 or more for two texts"
         )
         require(self.second != self.text, "calibration.second", self.second, "another text than calibration.text")
+        require(self.batch_size >= 1, "calibration.batch_size", self.batch_size, "1 or more")
         require(self.correction_samples >= 0, "calibration.correction_samples", self.correction_samples, "0 or more")
         require(
             self.correction_samples == 0 or self.samples % self.batch_size == 0,
@@ -223,7 +224,6 @@ class CalibrationConfig:
             f"whole batches of {self.batch_size} where others follow for corrections",
         )
         require(self.length >= 2, "calibration.length", self.length, "2 or more")
-        require(self.batch_size >= 1, "calibration.batch_size", self.batch_size, "1 or more")
         require_one_of("calibration.precision", self.precision, PRECISIONS)
 
     @property
