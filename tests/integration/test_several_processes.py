@@ -25,6 +25,7 @@ def config(folder: Path, name: str) -> str:
     trainer = settings["trainer"]
     trainer |= {"max_steps": 4, "val_check_interval": 4, "default_root_dir": str(folder), "accelerator": "cpu"}
     trainer |= {"enable_progress_bar": False, "enable_model_summary": False, "accumulate_grad_batches": 2}
+    trainer["precision"] = "32-true"
     trainer["logger"] = {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder)}}
     if "callbacks" in trainer:
         saving = trainer["callbacks"][0]["init_args"]

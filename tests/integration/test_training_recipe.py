@@ -22,7 +22,7 @@ def config(folder, *more):
     settings["data"] |= {"length": 64, "samples": 64, "validation_samples": 2}
     trainer = settings["trainer"]
     trainer |= {"max_steps": 4, "val_check_interval": 16, "default_root_dir": str(folder)}
-    trainer |= {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer |= {"enable_progress_bar": False, "enable_model_summary": False, "precision": "32-true"}
     trainer["logger"]["init_args"]["save_dir"] = str(folder)
     trainer["callbacks"][0]["init_args"]["dirpath"] = str(folder / "checkpoints")
     trainer["callbacks"][-1]["init_args"] |= {"calibration_batches": 8, "corrections": 0, "include": "*.layers.?.*"}
