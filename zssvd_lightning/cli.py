@@ -2,8 +2,9 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -31,6 +32,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file's.")
 ]
 
+T = TypeVar("T")
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -53,14 +55,7 @@ def compress(
         )
     run = Run(settings)
     run.evaluate("dense")
-    calibration = settings.calibration
-    report = compress_model(
-        run.model,
-        run.calibration_loader(),
-        settings.compression,
-        calibration_batches=calibration.batches,
-        loss=loss_in(calibration.precision),
-    )
+    report = _calibrated(run, compress_model)
     run.evaluate("compressed")
     run.save(report)
     Console().print(report.table())
@@ -77,16 +72,8 @@ def plan(
 ) -> None:
     """Write the rank that compress would choose for every layer, and change nothing."""
     check_plan_output(file)
-    settings = load_config(RunConfig, config, overrides or ())
-    run, calibration = Run(settings), settings.calibration
-    ranks = plan_ranks(
-        run.model,
-        run.calibration_loader(),
-        settings.compression,
-        calibration_batches=calibration.batches,
-        loss=loss_in(calibration.precision),
-    )
-    ranks.write(file)
+    run = Run(load_config(RunConfig, config, overrides or ()))
+    _calibrated(run, plan_ranks).write(file)
     typer.echo(f"wrote {file}")
 
 
@@ -181,6 +168,18 @@ def main() -> None:
 def _stripped(overrides: list[str]) -> list[str]:
     """`evaluation.text=...`, as `compress` takes it, means `text=...` here."""
     return [override.removeprefix("evaluation.") for override in overrides]
+
+
+def _calibrated(run: Run, function: Callable[..., T]) -> T:
+    """What `compress` or `plan` makes of the model of a run, by its settings."""
+    calibration = run.config.calibration
+    return function(
+        run.model,
+        run.calibration_loader(),
+        run.config.compression,
+        calibration_batches=calibration.batches,
+        loss=loss_in(calibration.precision),
+    )
 
 
 def _loaded(which: str, source: str) -> Loaded:

@@ -142,10 +142,10 @@ class Compression:
             raise RuntimeError("descend() needs a truncate() before it")
         if self._lengths is None:
             with self.stopwatch("correct"), exact_products():
-                self._lengths = natural_lengths(
-                    self._reaches(self._originals), self._squares(), self.config.step_radius
-                )
-        part = falling(1.0, self.rounds, self.config.corrections)
+                reaches = self._reaches(self._originals)
+                squares = gradient_squares(self.targets, self.gathering, self.config.metric, self.team, self.progress)
+                self._lengths = natural_lengths(reaches, squares, self.config.step_radius)
+        part = falling(self.rounds, self.config.corrections)
         self._truncate({name: part * length for name, length in self._lengths.items()})
 
     def _reaches(self, originals: Mapping[str, Tensor]) -> dict[str, float]:
@@ -156,9 +156,6 @@ class Compression:
             g = self.gathering.mean_gradient(name)
             products.append((g * (originals[name].to(g) - target.weight.to(g))).sum())
         return dict(zip(self.targets, self.team.over_rows(torch.stack(products)).tolist(), strict=True))
-
-    def _squares(self) -> dict[str, float]:
-        return gradient_squares(self.targets, self.gathering, self.config.metric, self.team, self.progress)
 
     @torch.no_grad()
     def refit(self) -> None:

@@ -58,9 +58,9 @@ def natural_lengths(reaches: Mapping[str, float], squares: Mapping[str, float], 
     return {name: scale * t for name, t in projections.items()}
 
 
-def falling(first: float, done: int, steps: int) -> float:
-    """`first (1 - done / steps)`: the size of the step after `done` ones of `steps`, on a line that ends at zero."""
-    return first * (1.0 - done / steps)
+def falling(done: int, steps: int) -> float:
+    """`1 - done / steps`: the step after `done` ones of `steps`, relative to the first, on a line that ends at zero."""
+    return 1.0 - done / steps
 
 
 def refitted_weight(original: Tensor, A: Tensor, C: Tensor) -> Tensor:
