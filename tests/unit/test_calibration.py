@@ -9,12 +9,13 @@ from support.models import (
     tiny_llama,
     token_batches,
 )
+from support.samplers import rows
 from torch import nn
 
 from zssvd_lightning.calibration import collect_gradients, loss_terms, token_mask
 from zssvd_lightning.errors import CalibrationError, NonFiniteError, ZeroGradientError
 from zssvd_lightning.observation import observing
-from zssvd_lightning.statistics import Moments
+from zssvd_lightning.statistics import SMALL_SQUARE, Moments, add_square
 from zssvd_lightning.targets import find_targets
 
 
@@ -54,6 +55,15 @@ def test_second_moments_are_those_of_the_unpadded_tokens():
     targets, moments = gather(model, batches)
     for name, X in seen_inputs(model, batches, targets).items():
         torch.testing.assert_close(moments.second_moment(name), X.T @ X / len(X), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, SMALL_SQUARE, SMALL_SQUARE + 1, 3 * SMALL_SQUARE - 1])
+def test_squares_made_in_blocks_are_whole(n):
+    X, Y = rows(7, n), rows(40, n)
+    total = torch.zeros(n, n, dtype=torch.float64)
+    add_square(total, X)
+    add_square(total, Y)
+    torch.testing.assert_close(total, X.T @ X + Y.T @ Y)
 
 
 def test_layers_that_read_one_tensor_share_one_second_moment():
