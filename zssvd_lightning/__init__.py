@@ -7,7 +7,7 @@ and `pipeline` (without a Trainer) drive `compression` (what, in `steps`), on on
 `output_sides`), changes coordinates (`whitening`), decomposes (`decomposition`, `spectrum`), chooses (`storage`,
 `budget`, `options`, `selection` with `offers` and `allocation`, `plan`), truncates (`factorization`), puts layers into
 another form (`forms`: `modules`, `pivoted`, `eight_bit`; `structure`), corrects (`correction`; `refitting`,
-`side_by_side`) and stores in 8 bits (`quantization`). `presets` name sets of these choices.
+`side_by_side`) and stores in 8 bits (`quantization`). Every choice is in `config`, and `presets` name sets of them.
 
 How the factors are trained then is in `recovery` (the ways), `recovery_hooks` (when), `recovering` (what), `adapters`
 (peft), `distillation` and `copying` (towards the dense model) and `training_loss`; `prehab`, with `preparing` and
@@ -15,14 +15,14 @@ How the factors are trained then is in `recovery` (the ways), `recovery_hooks` (
 
 What comes out is saved and loaded (`saving`, `hub`, `integrity`, `self_contained`, `card`, `files`), exported
 (`export`), served (`vllm_plugin`, `fused`), measured (`evaluation`, `zero_shot`) and told of (`report`, `picture`).
-`texts`, `models`, `run`, `compare` and `cli` are around it all.
+`texts`, `models`, `run` (of a `run_config`, read by `settings`), `compare` and `cli` are around it all.
 """
 
 from zssvd_lightning import errors
 from zssvd_lightning.adapters import merge_adapters
 from zssvd_lightning.callback import ZSSVDCallback
 from zssvd_lightning.checkpoint import LowRankCheckpointMixin
-from zssvd_lightning.config import CompressionConfig, RunConfig, load_config
+from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.distillation import save_predictions
 from zssvd_lightning.evaluation import perplexity
 from zssvd_lightning.export import export_onnx, merge
@@ -35,7 +35,9 @@ from zssvd_lightning.quantization import quantize
 from zssvd_lightning.recovery import FactorRecovery, LoRARecovery, SingularValueRecovery
 from zssvd_lightning.report import Report
 from zssvd_lightning.run import Run
+from zssvd_lightning.run_config import RunConfig
 from zssvd_lightning.saving import from_pretrained, save_pretrained
+from zssvd_lightning.settings import load_config
 
 __all__ = [
     "CompressionConfig",

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from zssvd_lightning.config import closest
 from zssvd_lightning.errors import ConfigError, RecoveryError
 from zssvd_lightning.modules import ADAPTER_NOTE, HOOKS, LowRankLinear, carry_hooks, type_of
+from zssvd_lightning.settings import closest
 from zssvd_lightning.targets import replace_module
 
 NAME = "default"

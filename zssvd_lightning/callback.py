@@ -27,7 +27,7 @@ from torch import Tensor
 from zssvd_lightning import telemetry
 from zssvd_lightning.calibration import loss_terms
 from zssvd_lightning.checkpoint import LowRankCheckpointMixin
-from zssvd_lightning.config import CompressionConfig, require
+from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.eight_bit import EightBitLinear
 from zssvd_lightning.errors import CalibrationError, CheckpointError, ConfigError, UnfinishedError
 from zssvd_lightning.guards import (
@@ -46,6 +46,7 @@ from zssvd_lightning.quantization import EIGHT_BIT, in_8_bits_already, quantize_
 from zssvd_lightning.recovery import Recovery, recovery_of
 from zssvd_lightning.recovery_hooks import RecoveringCallback
 from zssvd_lightning.scores import hold_early_stopping, start_ranking_afresh
+from zssvd_lightning.settings import require
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zssvd_lightning import evaluation, texts, zero_shot
 from zssvd_lightning.compare import compare as compare_presets
-from zssvd_lightning.config import EvaluateConfig, ExportConfig, RunConfig, load_config
 from zssvd_lightning.errors import ConfigError, ModelSourceError, ZSSVDError
 from zssvd_lightning.export import export_dense, export_onnx
 from zssvd_lightning.files import check_output
@@ -24,7 +23,9 @@ from zssvd_lightning.pipeline import plan as plan_ranks
 from zssvd_lightning.plan import check_plan_output
 from zssvd_lightning.report import REPORT, Stopwatch, read_report
 from zssvd_lightning.run import Run
+from zssvd_lightning.run_config import EvaluateConfig, ExportConfig, RunConfig
 from zssvd_lightning.saving import save_pretrained
+from zssvd_lightning.settings import load_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -30,7 +30,6 @@ from torch import Tensor
 from zssvd_lightning import telemetry
 from zssvd_lightning.calibration import token_mask
 from zssvd_lightning.callback import ZSSVDCallback
-from zssvd_lightning.config import require
 from zssvd_lightning.distributed import Shards
 from zssvd_lightning.errors import CheckpointError, UnsupportedTrainingError
 from zssvd_lightning.guards import most_accumulated, refuse_early_compression, steps_in
@@ -39,6 +38,7 @@ from zssvd_lightning.phase import Phase
 from zssvd_lightning.precision import loss_scale, scales
 from zssvd_lightning.preparing import Preparation
 from zssvd_lightning.regularizers import REGULARIZERS, SCHEDULES
+from zssvd_lightning.settings import require
 from zssvd_lightning.strategies import RefusedAdapter, StrategyAdapter, adapter_for
 from zssvd_lightning.targets import find_targets
 

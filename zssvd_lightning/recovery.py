@@ -13,11 +13,11 @@ from torch import nn
 from transformers import get_scheduler
 
 from zssvd_lightning.adapters import NAME, PARTS, Adapter, merged
-from zssvd_lightning.config import closest, load_config, require, require_one_of
 from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError
 from zssvd_lightning.forms import Factored
 from zssvd_lightning.modules import LowRankLinear
 from zssvd_lightning.pivoted import PivotedLinear
+from zssvd_lightning.settings import closest, load_config, require, require_one_of
 from zssvd_lightning.targets import matches
 
 LOSSES = ("own", "distill", "both")

@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from zssvd_lightning import evaluation, texts
 from zssvd_lightning.card import write_card
-from zssvd_lightning.config import RunConfig
 from zssvd_lightning.files import check_output, replacing_folder
 from zssvd_lightning.models import load_model, place
 from zssvd_lightning.picture import draw
 from zssvd_lightning.quantization import EIGHT_BIT
 from zssvd_lightning.report import Report, peak_rss_bytes, write_report
+from zssvd_lightning.run_config import RunConfig
 from zssvd_lightning.saving import from_pretrained, write_model
 from zssvd_lightning.structure import specs_of
 

@@ -18,12 +18,12 @@ from transformers import (
 
 from zssvd_lightning import adapters
 from zssvd_lightning.card import write_card
-from zssvd_lightning.config import DTYPES
 from zssvd_lightning.errors import ConfigError, OutputError, SavedModelError
 from zssvd_lightning.files import replacing_folder
 from zssvd_lightning.hub import mark
 from zssvd_lightning.integrity import digest
 from zssvd_lightning.report import Report, write_report
+from zssvd_lightning.run_config import DTYPES
 from zssvd_lightning.self_contained import AUTOMATIC, carry_code, made_by
 from zssvd_lightning.structure import specs_of
 

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from zssvd_lightning.config import closest
 from zssvd_lightning.errors import TargetError
 from zssvd_lightning.modules import CompressedLinear, shape_of
+from zssvd_lightning.settings import closest
 from zssvd_lightning.storage import break_even_rank
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from zssvd_lightning.config import CalibrationConfig
 from zssvd_lightning.errors import TextError
+from zssvd_lightning.run_config import CalibrationConfig
 
 DEFAULT_FIELD = "text"
 HELD_OUT_EVERY = 10

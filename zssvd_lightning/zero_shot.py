@@ -15,8 +15,8 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from zssvd_lightning.calibration import evaluation_mode
-from zssvd_lightning.config import closest
 from zssvd_lightning.errors import NonFiniteError, TaskError
+from zssvd_lightning.settings import closest
 
 BLANK = "_"
 """What stands in a WinoGrande sentence where an option belongs."""

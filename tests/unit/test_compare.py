@@ -28,10 +28,10 @@ from zssvd_lightning.compare import CompareConfig, Results, compare
 from zssvd_lightning.compare.arguments import Cell, Comparison, Settings, read_arguments
 from zssvd_lightning.compare.folder import alone_in
 from zssvd_lightning.compare.work import perform, read_job, sources
-from zssvd_lightning.config import EvaluateConfig, ModelConfig
 from zssvd_lightning.errors import CalibrationError, ConfigError, OutputError, TaskError
 from zssvd_lightning.evaluation import Perplexity
 from zssvd_lightning.pipeline import calibrate
+from zssvd_lightning.run_config import EvaluateConfig, ModelConfig
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compare.py"
 

@@ -7,8 +7,8 @@ from datasets import Dataset
 from support.models import tiny_tokenizer
 
 from zssvd_lightning import texts
-from zssvd_lightning.config import CalibrationConfig
 from zssvd_lightning.errors import TextError
+from zssvd_lightning.run_config import CalibrationConfig
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".raw"])

@@ -6,17 +6,10 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zssvd_lightning.config import (
-    CalibrationConfig,
-    CompressionConfig,
-    EvaluateConfig,
-    ModelConfig,
-    RunConfig,
-    closest,
-    load_config,
-    require,
-)
+from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.errors import ConfigError
+from zssvd_lightning.run_config import CalibrationConfig, EvaluateConfig, ModelConfig, RunConfig
+from zssvd_lightning.settings import closest, load_config, require
 
 OVERRIDE = re.compile(r"[\w.]+=")
 """How a setting begins; a path with `=` in it has a folder before that."""

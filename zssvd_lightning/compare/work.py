@@ -18,13 +18,15 @@ from torch.utils.data import DataLoader
 
 from zssvd_lightning import evaluation, texts, zero_shot
 from zssvd_lightning.compare.arguments import Settings
-from zssvd_lightning.config import CalibrationConfig, CompressionConfig, EvaluateConfig, ModelConfig, load_config
+from zssvd_lightning.config import CompressionConfig
 from zssvd_lightning.errors import NonFiniteError, SavedModelError
 from zssvd_lightning.files import replacing_file
 from zssvd_lightning.integrity import digest
 from zssvd_lightning.models import load_model, place
 from zssvd_lightning.pipeline import calibrate, compress, loss_in
 from zssvd_lightning.report import VERSIONS, Stopwatch, peak_rss_bytes
+from zssvd_lightning.run_config import CalibrationConfig, EvaluateConfig, ModelConfig
+from zssvd_lightning.settings import load_config
 from zssvd_lightning.statistics import Moments
 from zssvd_lightning.steps import steps
 
