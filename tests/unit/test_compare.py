@@ -413,7 +413,7 @@ def results_by_hand():
         Cell("b|c", 0.4, 1): {"error": "BudgetError: no"},
     }
     comparison = Comparison(
-        CompareConfig("out", [0.4], [0, 1]),
+        CompareConfig("out", [0.4], [0, 1], ["piqa"], limit=2),
         Settings(ModelConfig("model"), evaluation=evaluation),
         dict.fromkeys(cells, Settings()),
     )
@@ -432,6 +432,7 @@ Mean ± sample standard deviation over calibration seeds 0, 1. Perplexity on `te
 
 def test_markdown():
     assert results_by_hand().markdown() == MARKDOWN + (
+        "Accuracy on the first 2 rows of each task. "
         "Seconds and peak RSS are of calibration and compression, without evaluation.\n"
     )
 

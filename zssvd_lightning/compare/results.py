@@ -157,6 +157,9 @@ class Results:
             which = " and ".join(f"`{text}`" for text in (evaluation.text, evaluation.second) if text)
             count = f"{evaluation.windows} windows" if evaluation.windows else "all windows"
             parts.append(f"Perplexity on {which}, {count} of {evaluation.length} tokens")
+        if config.tasks:
+            which = "all rows" if config.limit is None else f"the first {config.limit} rows"
+            parts.append(f"Accuracy on {which} of each task")
         parts.append("Seconds and peak RSS are of calibration and compression, without evaluation")
         return ". ".join(parts) + "."
 
