@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from zssvd_lightning import Run, RunConfig, compress, load_config
+from zssvd_lightning.pipeline import Loss, loss_in
 from zssvd_lightning.report import peak_rss_bytes
 
 
-def plain_seconds(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
+def plain_seconds(model: nn.Module, batches: list[dict[str, Tensor]], loss: Loss) -> float:
     """A forward and a backward pass with gradients at every parameter, as training does."""
     start = time.perf_counter()
     for batch in tqdm(batches, desc="plain forward and backward", unit="batch"):
-        model(**batch, use_cache=False).loss.backward()
+        loss(model, {**batch, "use_cache": False}).backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
     return time.perf_counter() - start
 
@@ -28,19 +29,19 @@ def main(path: str, *overrides: str) -> None:
     """Prints the ratio, the seconds of every step and the peak memory as JSON."""
     run = Run(load_config(RunConfig, path, [*overrides, "evaluation.text=null", "evaluation.second=null"]))
     batches, calibration = list(run.calibration_loader()), run.config.calibration
-    half = calibration.batches // 2
-    plain_seconds(run.model, batches[:1])
-    before = plain_seconds(run.model, batches[:half])
+    half, loss = calibration.batches // 2, loss_in(calibration.precision)
+    plain_seconds(run.model, batches[:1], loss)
+    before = plain_seconds(run.model, batches[:half], loss)
     plain_rss = peak_rss_bytes()
 
     start = time.perf_counter()
-    report = compress(run.model, batches, run.config.compression, calibration_batches=calibration.batches)
+    report = compress(run.model, batches, run.config.compression, calibration_batches=calibration.batches, loss=loss)
     whole = time.perf_counter() - start
 
     compress_rss = peak_rss_bytes()
 
     dense = Run(run.config)
-    plain = before + plain_seconds(dense.model, batches[half : calibration.batches])
+    plain = before + plain_seconds(dense.model, batches[half : calibration.batches], loss)
     print(
         json.dumps(
             {
@@ -49,6 +50,7 @@ def main(path: str, *overrides: str) -> None:
                 "compress_seconds": whole,
                 "seconds": report.seconds,
                 "peak_rss_bytes": {"plain": plain_rss, "compress": compress_rss},
+                "precision": calibration.precision,
                 "corrections": run.config.compression.corrections,
                 "tokens": calibration.samples * calibration.length,
                 "correction_tokens": calibration.correction_samples * calibration.length,
