@@ -387,7 +387,7 @@ def test_accuracy_on_tasks(run, monkeypatch):
     assert loaded == [(["piqa", "sums"], "rows", None)] * 4
     assert list(results.rows()[0].measures)[:2] == ["accuracy/piqa", "accuracy/sums"]
     assert "| preset | pruned | piqa | sums | reached |" in results.markdown()
-    assert "| zero-sum | 0.4 | 0.5000 ± 0.0000 | 0.2500 ± 0.0000 |" in results.markdown()
+    assert "| zero-sum | 0.4 | 0.500 ± 0.000 | 0.250 ± 0.000 |" in results.markdown()
 
     def unknown(*told):
         raise TaskError("unknown task")
@@ -422,9 +422,9 @@ def results_by_hand():
 
 MARKDOWN = r"""| preset | pruned | perplexity | piqa | reached | seconds | peak RSS (GB) |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
-| dense | 0 | 10.00 | 0.7500 |  |  |  |
-| a | 0.4 | 21.00 ± 1.41 | 0.2100 ± 0.0141 | 0.4000 | 4.5 | 1.20 |
-| b\|c | 0.4 | 50.00 | 0.5000 | 0.4000 | 3.0 | 0.90 |
+| dense | 0 | 10.00 | 0.750 |  |  |  |
+| a | 0.4 | 21.00 ± 1.41 | 0.210 ± 0.014 | 0.400 | 4 | 1.20 |
+| b\|c | 0.4 | 50.00 | 0.500 | 0.400 | 3 | 0.90 |
 | b\|c | 0.4, seed 1 | BudgetError: no |  |  |  |  |
 
 Mean ± sample standard deviation over calibration seeds 0, 1. Perplexity on `test.txt`, all windows of 64 tokens. """
@@ -444,7 +444,15 @@ def test_the_terminal_shows_numbers_whole_and_errors_cut_short():
     console.print(results.table())
     shown = console.file.getvalue()
     assert "BudgetError: no such thing such thing …" in shown
-    assert all(entry in shown for entry in ("21.00 ± 1.41", "0.2100 ± 0.0141", "0.4, seed 1"))
+    assert all(entry in shown for entry in ("21.00 ± 1.41", "0.210 ± 0.014", "0.4, seed 1"))
+
+
+def test_a_narrow_terminal_shows_numbers_whole():
+    console = Console(width=80, file=io.StringIO())
+    results = results_by_hand()
+    del results.cells[Cell("b|c", 0.4, 1)]
+    console.print(results.table())
+    assert all(entry in console.file.getvalue() for entry in ("21.00 ± 1.41", "0.210 ± 0.014", "1.20"))
 
 
 def test_brackets_are_no_markup():

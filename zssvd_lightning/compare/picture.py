@@ -40,6 +40,7 @@ def draw(panels: Mapping[str, Sequence[Curve]], path: Path) -> bool:
         return False
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError:
         logger.warning("matplotlib is not installed, so there is no %s; pip install zssvd-lightning[report]", path.name)
         return False
@@ -52,6 +53,9 @@ def draw(panels: Mapping[str, Sequence[Curve]], path: Path) -> bool:
         if curves[0].dense is not None:
             axes.axhline(curves[0].dense, color="#303030", linestyle="--", linewidth=1, label="dense")
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("fraction of the target parameters kept")
         axes.set_ylabel("perplexity")
         axes.set_title(title)

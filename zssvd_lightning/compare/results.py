@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from textwrap import shorten
 from typing import Any, NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -103,11 +104,13 @@ class Results:
         """The same, for a terminal, with errors cut short."""
         header, *lines = self._lines()
         table = Table(  # of Text, since brackets in a plain string are markup
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
             title=Text(self.comparison.dense.model.source, style="table.title"),
             caption=Text(self._caption(), style="table.caption"),
         )
         for number, title in enumerate(header):
-            table.add_column(Text(title), justify="left" if number == 0 else "right")
+            table.add_column(Text(title), justify="left" if number == 0 else "right", overflow="fold")
         for line in lines:
             table.add_row(*(Text(shorten(entry, LONGEST, placeholder=" …")) for entry in line))
         return table
@@ -203,7 +206,7 @@ def _entries(found: Mapping[str, Spread], names: Sequence[str]) -> list[str]:
 def _entry(name: str, spread: Spread) -> str:
     if name == "peak_rss_bytes":
         return f"{spread.mean / 1e9:.2f}"
-    digits = 1 if name == "seconds" else 2 if name.startswith("perplexity") else 4
+    digits = 0 if name == "seconds" else 2 if name.startswith("perplexity") else 3
     form = f".{digits}{'e' if spread.mean >= LARGE else 'f'}"
     shows_spread = spread.deviation is not None and name.startswith((TASK, "perplexity"))
     return f"{spread.mean:{form}}" + (f" ± {spread.deviation:{form}}" if shows_spread else "")
