@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from zssvd_lightning import Phase, Run, RunConfig, ZSSVDCallback, load_config
 from zssvd_lightning.errors import ConfigError
-from zssvd_lightning.recovery import Recovery, recovery_of
+from zssvd_lightning.recovery import Recovery
 from zssvd_lightning.report import Stopwatch
 from zssvd_lightning.targets import find_targets, matches
+from zssvd_lightning.ways import recovery_of
 
 
 class FineTuned(CausalLM):

@@ -9,9 +9,9 @@ and `pipeline` (without a Trainer) drive `compression` (what, in `steps`), on on
 another form (`forms`: `modules`, `pivoted`, `eight_bit`; `structure`), corrects (`correction`; `refitting`,
 `side_by_side`) and stores in 8 bits (`quantization`). Every choice is in `config`, and `presets` name sets of them.
 
-How the factors are trained then is in `recovery` (the ways), `recovery_hooks` (when), `recovering` (what), `adapters`
-(peft), `distillation` and `copying` (towards the dense model) and `training_loss`; `prehab`, with `preparing` and
-`regularizers`, trains before compression.
+How the factors are trained then is in `recovery` with its `ways` (how), `recovery_hooks` (when), `recovering` (what),
+`adapters` (peft), `distillation` and `copying` (towards the dense model) and `training_loss`; `prehab`, with
+`preparing` and `regularizers`, trains before compression.
 
 What comes out is saved and loaded (`saving`, `hub`, `integrity`, `self_contained`, `card`, `files`), exported
 (`export`), served (`vllm_plugin`, `fused`), measured (`evaluation`, `zero_shot`) and told of (`report`, `picture`).
@@ -32,12 +32,12 @@ from zssvd_lightning.phase import Phase
 from zssvd_lightning.pipeline import compress
 from zssvd_lightning.prehab import LowRankPrehab
 from zssvd_lightning.quantization import quantize
-from zssvd_lightning.recovery import FactorRecovery, LoRARecovery, SingularValueRecovery
 from zssvd_lightning.report import Report
 from zssvd_lightning.run import Run
 from zssvd_lightning.run_config import RunConfig
 from zssvd_lightning.saving import from_pretrained, save_pretrained
 from zssvd_lightning.settings import load_config
+from zssvd_lightning.ways import FactorRecovery, LoRARecovery, SingularValueRecovery
 
 __all__ = [
     "CompressionConfig",

@@ -43,10 +43,11 @@ from zssvd_lightning.phase import Phase
 from zssvd_lightning.plan import check_plan_output
 from zssvd_lightning.precision import ScalerAtRest, loss_scale, nothing_to_clip, scales, unscale
 from zssvd_lightning.quantization import EIGHT_BIT, in_8_bits_already, quantize_layers
-from zssvd_lightning.recovery import Recovery, recovery_of
+from zssvd_lightning.recovery import Recovery
 from zssvd_lightning.recovery_hooks import RecoveringCallback
 from zssvd_lightning.scores import hold_early_stopping, start_ranking_afresh
 from zssvd_lightning.settings import require
+from zssvd_lightning.ways import recovery_of
 
 logger = logging.getLogger(__name__)
 

@@ -177,7 +177,7 @@ class RunConfig:
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     recovery: dict[str, Any] | None = None
     """How the factors are trained after compression: `method` (`lora`, `factors`, `singular_values`) and the fields of
-    its class in `recovery.py`; only recipes that train take it."""
+    its class in `ways.py`; only recipes that train take it."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: str = "???"

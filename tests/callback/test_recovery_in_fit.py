@@ -24,7 +24,7 @@ from zssvd_lightning.errors import (
 )
 from zssvd_lightning.modules import CompressedLinear
 from zssvd_lightning.pivoted import PivotedLinear
-from zssvd_lightning.recovery import FactorRecovery, LoRARecovery, SingularValueRecovery
+from zssvd_lightning.ways import FactorRecovery, LoRARecovery, SingularValueRecovery
 
 LORA = {"rank": 2, "clip_rank": True}
 NEEDED = 4

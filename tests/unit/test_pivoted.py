@@ -29,10 +29,10 @@ from zssvd_lightning.factorization import Factors, HeldFactors, pivoted_layer
 from zssvd_lightning.forms import dense_like, layer_like
 from zssvd_lightning.hub import mark
 from zssvd_lightning.pivoted import PivotedLinear, coefficients, pivots_first
-from zssvd_lightning.recovery import FactorRecovery, LoRARecovery, SingularValueRecovery
 from zssvd_lightning.spectrum import Spectrum
 from zssvd_lightning.structure import match_structure, ranks_of, rebuild, specs_of
 from zssvd_lightning.targets import Target, find_targets, replace_module
+from zssvd_lightning.ways import FactorRecovery, LoRARecovery, SingularValueRecovery
 
 SHAPES = [(6, 9, 1), (6, 9, 5), (6, 9, 6), (9, 6, 5), (9, 6, 6), (7, 7, 3), (8, 5, 4)]
 """(m, n, k), full rank among them."""

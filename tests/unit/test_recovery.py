@@ -13,8 +13,8 @@ from zssvd_lightning import CompressionConfig, compress, from_pretrained, merge,
 from zssvd_lightning.adapters import FOLDER, Adapter, merge_adapters, merged, on, save_adapter, taken_off
 from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError
 from zssvd_lightning.modules import LowRankLinear
-from zssvd_lightning.recovery import FactorRecovery, LoRARecovery, SingularValueRecovery, recovery_of
 from zssvd_lightning.targets import find_targets
+from zssvd_lightning.ways import FactorRecovery, LoRARecovery, SingularValueRecovery, recovery_of
 
 NAME = "model.layers.0.q_proj"
 
