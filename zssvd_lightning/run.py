@@ -56,8 +56,7 @@ class Run:
         """
         training = self.config.training
         source = training.text or self.config.calibration.text
-        tokens = self._tokens(source)
-        every = texts.sampled_windows(tokens, training.length, len(tokens) // training.length, training.seed, source)
+        every = texts.sampled_windows(self._tokens(source), training.length, 0, training.seed, source)
         wanted = torch.arange(training.steps * training.batch_size) % len(every)
         return DataLoader(texts.TokenWindows(every[wanted]), batch_size=training.batch_size)
 
@@ -121,7 +120,7 @@ class Run:
         wanted = {"perplexity": self.config.evaluation.text, "perplexity_second": self.config.evaluation.second}
         return {key: text for key, text in wanted.items() if text is not None}
 
-    def _tokens(self, source: str) -> torch.Tensor:
+    def _tokens(self, source: str) -> texts.Tokens:
         return texts.tokenize(texts.load_text(source), self.tokenizer)
 
     def _evaluation_windows(self, text: str) -> torch.Tensor:

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import load_dataset
@@ -45,46 +45,61 @@ def load_text(source: str) -> str:
     return text
 
 
-def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids (T,) of a whole text, tokenised once."""
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
-    tokens: Tensor = ids[0]
-    return tokens
+class Tokens(NamedTuple):
+    """A whole text, tokenised once."""
+
+    ids: Tensor
+    """(T,), without special tokens."""
+    bos: int | None = None
+    """What every window of it begins with, as the model has learned that texts begin; None where they just begin."""
+
+    def cut(self, length: int) -> Tensor:
+        """All windows (N, length) that fit, without overlap."""
+        own = length if self.bos is None else length - 1
+        cut = self.ids[: len(self.ids) // own * own].view(-1, own)
+        return cut if self.bos is None else torch.cat([cut.new_full((len(cut), 1), self.bos), cut], 1)
 
 
-def windows(tokens: Tensor, length: int, count: int, source: str) -> Tensor:
-    """The first `count` windows (count, length) of tokens (T,), cut without overlap; all that fit when count is 0.
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """The tokens of a text, whose windows begin with the tokenizer's BOS token where it begins texts with that."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False)["input_ids"]
+    first, *_ = tokenizer("a")["input_ids"]
+    return Tokens(ids[0], first if first == tokenizer.bos_token_id else None)
+
+
+def windows(tokens: Tokens, length: int, count: int, source: str) -> Tensor:
+    """The first `count` windows (count, length) of tokens, cut without overlap; all that fit when count is 0.
 
     Raises:
         TextError: there are fewer.
     """
-    available = len(tokens) // length
-    if available < max(count, 1):
+    every = tokens.cut(length)
+    if len(every) < max(count, 1):
         raise TextError(
-            f"text {source!r} has {len(tokens)} tokens, that is {available} windows of {length}, but "
+            f"text {source!r} has {len(tokens.ids)} tokens, that is {len(every)} windows of {length}, but "
             f"{max(count, 1)} are needed; use a longer text, or fewer or shorter windows"
         )
-    return tokens[: available * length].view(available, length)[: count or available]
+    return every[: count or len(every)]
 
 
-def sampled_windows(tokens: Tensor, length: int, count: int, seed: int, source: str) -> Tensor:
-    """`count` windows (count, length) drawn without replacement from the non-overlapping ones of tokens (T,).
+def sampled_windows(tokens: Tokens, length: int, count: int, seed: int, source: str) -> Tensor:
+    """`count` windows (count, length) drawn without replacement from those of `windows`; all of them when count is 0.
 
     Raises:
         TextError: there are fewer.
     """
     windows(tokens, length, count, source)
-    every = windows(tokens, length, 0, source)
+    every = tokens.cut(length)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
-    return every[order[:count]]
+    return every[order[: count or len(every)]]
 
 
-def calibration_windows(config: CalibrationConfig, tokens_of: Callable[[str], Tensor]) -> Tensor:
+def calibration_windows(config: CalibrationConfig, tokens_of: Callable[[str], Tokens]) -> Tensor:
     """The windows (samples + correction_samples, length) of a calibration, those of two texts in turn.
 
     Args:
         config: says how many of which text.
-        tokens_of: gives the tokens (T,) of a text source.
+        tokens_of: gives the tokens of a text source.
 
     Raises:
         TextError: a text cannot be read or is too short.

@@ -5,6 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 from support.models import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from zssvd_lightning import texts
 from zssvd_lightning.errors import TextError
@@ -76,32 +77,53 @@ def test_unreadable_files_say_why(tmp_path, name, content, message):
 
 
 def test_windows_are_cut_from_the_start_without_overlap():
-    tokens = torch.arange(23)
+    tokens = texts.Tokens(torch.arange(23))
     assert texts.windows(tokens, 5, 2, "t").tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     assert len(texts.windows(tokens, 5, 0, "t")) == 4
+
+
+def begins_texts(tokenizer):
+    """A tokenizer like it, that puts a BOS token before every text and an EOS token behind it."""
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    )
+    return tokenizer
+
+
+def test_every_window_begins_as_texts_do():
+    tokenizer = begins_texts(tiny_tokenizer())
+    bos = tokenizer.bos_token_id
+    assert tokenizer("ab").input_ids == [bos, 67, 68, tokenizer.eos_token_id]
+    tokens = texts.tokenize("abcabcab", tokenizer)
+    assert texts.windows(tokens, 4, 0, "t").tolist() == [[bos, 67, 68, 69], [bos, 67, 68, 69]]
+    assert texts.sampled_windows(tokens, 3, 4, 0, "t")[:, 0].tolist() == [bos] * 4
+    with pytest.raises(TextError, match="8 tokens, that is 2 windows of 4"):
+        texts.windows(tokens, 4, 3, "t")
 
 
 @pytest.mark.parametrize(("length", "count"), [(5, 5), (24, 0), (24, 1)])
 def test_too_short_text_says_how_much_is_missing(length, count):
     with pytest.raises(TextError, match="23 tokens"):
-        texts.windows(torch.arange(23), length, count, "t")
+        texts.windows(texts.Tokens(torch.arange(23)), length, count, "t")
     if count:
         with pytest.raises(TextError, match="23 tokens"):
-            texts.sampled_windows(torch.arange(23), length, count, 0, "t")
+            texts.sampled_windows(texts.Tokens(torch.arange(23)), length, count, 0, "t")
 
 
 def test_samples_are_distinct_windows_fixed_by_the_seed():
-    tokens = torch.arange(1000)
+    tokens = texts.Tokens(torch.arange(1000))
     one, again, other = (texts.sampled_windows(tokens, 10, 20, seed, "t") for seed in (0, 0, 1))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     assert len(one.unique()) == 200
     assert (one[:, 0] % 10 == 0).all()
+    assert sorted(texts.sampled_windows(tokens, 10, 0, 1, "t")[:, 0].tolist()) == list(range(0, 1000, 10))
 
 
 @pytest.mark.parametrize("samples", [6, 7])
 def test_two_calibration_texts_take_turns(samples):
-    tokens = {"a": torch.arange(100), "b": torch.arange(100, 200)}
+    tokens = {"a": texts.Tokens(torch.arange(100)), "b": texts.Tokens(torch.arange(100, 200))}
     config = CalibrationConfig("a", second="b", samples=samples, length=10, batch_size=1, seed=1)
     drawn = texts.calibration_windows(config, tokens.__getitem__)
     assert drawn.shape == (samples, 10)
@@ -113,12 +135,13 @@ def test_two_calibration_texts_take_turns(samples):
     assert len(more.unique()) == (samples + 8) * 10
     assert torch.equal(more[:samples], drawn)
     with pytest.raises(TextError, match="text 'b' has 10 tokens"):
-        texts.calibration_windows(config, {**tokens, "b": torch.arange(10)}.__getitem__)
+        texts.calibration_windows(config, {**tokens, "b": texts.Tokens(torch.arange(10))}.__getitem__)
 
 
 def test_text_is_tokenised_whole_and_examples_predict_themselves():
     tokens = texts.tokenize("ab\nab", tiny_tokenizer())
-    assert tokens.tolist() == [67, 68, 1, 67, 68]
-    example = texts.TokenWindows(tokens[None])[0]
+    assert tokens.ids.tolist() == [67, 68, 1, 67, 68]
+    assert tokens.bos is None
+    example = texts.TokenWindows(tokens.ids[None])[0]
     assert torch.equal(example["labels"], example["input_ids"])
     assert example["attention_mask"].all()

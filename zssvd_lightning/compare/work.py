@@ -139,7 +139,7 @@ class Material:
     def __init__(self, config: ModelConfig) -> None:
         self.model, self.tokenizer = load_model(config.source, config.dtype)
         place(self.model)
-        self._tokens: dict[str, Tensor] = {}
+        self._tokens: dict[str, texts.Tokens] = {}
 
     def batches(self, config: CalibrationConfig) -> "DataLoader[dict[str, Tensor]]":
         """The windows of calibration and corrections, always in the same order. Raises TextError."""
@@ -171,7 +171,7 @@ class Material:
                 found["accuracy"] = scores
         return {**found, "evaluate_seconds": watch.seconds["evaluate"]}
 
-    def _tokenised(self, source: str) -> Tensor:
+    def _tokenised(self, source: str) -> texts.Tokens:
         if source not in self._tokens:
             self._tokens[source] = texts.tokenize(texts.load_text(source), self.tokenizer)
         return self._tokens[source]
