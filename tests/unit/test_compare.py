@@ -123,6 +123,7 @@ def test_means_and_spreads_over_seeds_and_a_picture(run, tmp_path):
         assert row["measures"]["reached"]["mean"] == pytest.approx(row["prune_ratio"], abs=0.04)
     assert told["dense"]["perplexity"] == results.dense["perplexity"] > 1
     assert told["settings"]["seeds"] == [3, 1, 2]
+    assert "output" not in told["settings"]
     assert {"torch", "zssvd-lightning"} <= told["versions"].keys() == told["cells"][0]["versions"].keys()
 
     gathered = [name for name in here.names if name.startswith("seed-")]

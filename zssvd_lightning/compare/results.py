@@ -79,9 +79,11 @@ class Results:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types under the keys of `compare.json`."""
+        """Plain types under the keys of `compare.json`, which says nothing of where it lies."""
+        settings = asdict(self.comparison.config)
+        del settings["output"]
         return {
-            "settings": asdict(self.comparison.config),
+            "settings": settings,
             "versions": versions(),
             "dense": self.dense,
             "rows": [
