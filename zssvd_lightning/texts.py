@@ -63,8 +63,8 @@ class Tokens(NamedTuple):
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """The tokens of a text, whose windows begin with the tokenizer's BOS token where it begins texts with that."""
     ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False)["input_ids"]
-    first, *_ = tokenizer("a")["input_ids"]
-    return Tokens(ids[0], first if first == tokenizer.bos_token_id else None)
+    bos = tokenizer.bos_token_id
+    return Tokens(ids[0], bos if tokenizer("a")["input_ids"][:1] == [bos] else None)
 
 
 def windows(tokens: Tokens, length: int, count: int, source: str) -> Tensor:
@@ -73,13 +73,7 @@ def windows(tokens: Tokens, length: int, count: int, source: str) -> Tensor:
     Raises:
         TextError: there are fewer.
     """
-    every = tokens.cut(length)
-    if len(every) < max(count, 1):
-        raise TextError(
-            f"text {source!r} has {len(tokens.ids)} tokens, that is {len(every)} windows of {length}, but "
-            f"{max(count, 1)} are needed; use a longer text, or fewer or shorter windows"
-        )
-    return every[: count or len(every)]
+    return _enough_windows(tokens, length, count, source)[: count or None]
 
 
 def sampled_windows(tokens: Tokens, length: int, count: int, seed: int, source: str) -> Tensor:
@@ -88,10 +82,20 @@ def sampled_windows(tokens: Tokens, length: int, count: int, seed: int, source: 
     Raises:
         TextError: there are fewer.
     """
-    windows(tokens, length, count, source)
-    every = tokens.cut(length)
+    every = _enough_windows(tokens, length, count, source)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
-    return every[order[: count or len(every)]]
+    return every[order[: count or None]]
+
+
+def _enough_windows(tokens: Tokens, length: int, count: int, source: str) -> Tensor:
+    """All windows that fit, when they are `count` or more. Raises TextError."""
+    every = tokens.cut(length)
+    if len(every) < max(count, 1):
+        raise TextError(
+            f"text {source!r} has {len(tokens.ids)} tokens, that is {len(every)} windows of {length}, but "
+            f"{max(count, 1)} are needed; use a longer text, or fewer or shorter windows"
+        )
+    return every
 
 
 def calibration_windows(config: CalibrationConfig, tokens_of: Callable[[str], Tokens]) -> Tensor:
