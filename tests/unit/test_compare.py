@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from rich.console import Console
 from support.models import assert_same_state, saved_tiny_llama, state_of, tiny_llama, token_batches
 
@@ -27,6 +28,7 @@ from zssvd_lightning.cli import main
 from zssvd_lightning.compare import CompareConfig, Results, compare
 from zssvd_lightning.compare.arguments import Cell, Comparison, Settings, read_arguments
 from zssvd_lightning.compare.folder import alone_in
+from zssvd_lightning.compare.picture import NARROWEST, Curve, draw
 from zssvd_lightning.compare.work import perform, read_job, sources
 from zssvd_lightning.errors import CalibrationError, ConfigError, OutputError, TaskError
 from zssvd_lightning.evaluation import Perplexity
@@ -480,6 +482,24 @@ def test_curves_are_of_what_was_reached():
     assert title == "perplexity"
     assert (curve.preset, curve.kept, curve.perplexity, curve.dense) == ("a", [0.6], [21.0], 10.0)
     assert curve.deviation == [pytest.approx(np.std([20, 22], ddof=1))]
+
+
+def test_points_of_one_prune_ratio_stand_at_one_place_in_the_picture(tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+
+    def saved(figure, file, **how):
+        figures.append(figure)
+        save(figure, file, **how)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    curves = [Curve(name, [kept], [9.0], [0.0], 8.0) for name, kept in (("a", 0.59998), ("b", 0.60001))]
+    assert draw({"one": curves, "other": curves}, tmp_path / "x.png")
+    (figure,) = figures
+    for axes in figure.axes:
+        left, right = axes.get_xlim()
+        assert right - left == pytest.approx(NARROWEST)
+        assert (left + right) / 2 == pytest.approx(0.6, abs=1e-4)
+    assert [text.get_text() for legend in figure.legends for text in legend.get_texts()] == ["dense", "a", "b"]
 
 
 def test_without_matplotlib_there_is_no_picture(run, tmp_path, monkeypatch, caplog):

@@ -9,6 +9,9 @@ from zssvd_lightning.files import replacing_file
 
 logger = logging.getLogger(__name__)
 
+NARROWEST = 0.2
+"""Of the fraction kept, that the axis shows at least, so that the points of one prune ratio stand at one place."""
+
 
 class Curve(NamedTuple):
     """One preset on one text."""
@@ -44,7 +47,7 @@ def draw(panels: Mapping[str, Sequence[Curve]], path: Path) -> bool:
     except ImportError:
         logger.warning("matplotlib is not installed, so there is no %s; pip install zssvd-lightning[report]", path.name)
         return False
-    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    figure = Figure(figsize=(6 * len(panels) + 1.5, 4.5), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for curve in curves:
             axes.errorbar(
@@ -59,7 +62,10 @@ def draw(panels: Mapping[str, Sequence[Curve]], path: Path) -> bool:
         axes.set_xlabel("fraction of the target parameters kept")
         axes.set_ylabel("perplexity")
         axes.set_title(title)
-        axes.legend()
+        left, right = axes.get_xlim()
+        if (missing := NARROWEST - (right - left)) > 0:
+            axes.set_xlim(left - missing / 2, right + missing / 2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")  # the same in every panel
     with replacing_file(path) as file:
         figure.savefig(file, dpi=120)
     return True
