@@ -28,7 +28,7 @@ from zssvd_lightning.cli import main
 from zssvd_lightning.compare import CompareConfig, Results, compare
 from zssvd_lightning.compare.arguments import Cell, Comparison, Settings, read_arguments
 from zssvd_lightning.compare.folder import alone_in
-from zssvd_lightning.compare.picture import NARROWEST, Curve, draw
+from zssvd_lightning.compare.picture import HIGHEST, NARROWEST, Curve, draw
 from zssvd_lightning.compare.work import perform, read_job, sources
 from zssvd_lightning.errors import CalibrationError, ConfigError, OutputError, TaskError
 from zssvd_lightning.evaluation import Perplexity
@@ -484,7 +484,9 @@ def test_curves_are_of_what_was_reached():
     assert curve.deviation == [pytest.approx(np.std([20, 22], ddof=1))]
 
 
-def test_points_of_one_prune_ratio_stand_at_one_place_in_the_picture(tmp_path, monkeypatch):
+@pytest.fixture
+def figures(monkeypatch):
+    """Those that are saved."""
     figures, save = [], Figure.savefig
 
     def saved(figure, file, **how):
@@ -492,6 +494,10 @@ def test_points_of_one_prune_ratio_stand_at_one_place_in_the_picture(tmp_path, m
         save(figure, file, **how)
 
     monkeypatch.setattr(Figure, "savefig", saved)
+    return figures
+
+
+def test_points_of_one_prune_ratio_stand_at_one_place_in_the_picture(figures, tmp_path):
     curves = [Curve(name, [kept], [9.0], [0.0], 8.0) for name, kept in (("a", 0.59998), ("b", 0.60001))]
     assert draw({"one": curves, "other": curves}, tmp_path / "x.png")
     (figure,) = figures
@@ -499,7 +505,20 @@ def test_points_of_one_prune_ratio_stand_at_one_place_in_the_picture(tmp_path, m
         left, right = axes.get_xlim()
         assert right - left == pytest.approx(NARROWEST)
         assert (left + right) / 2 == pytest.approx(0.6, abs=1e-4)
-    assert [text.get_text() for legend in figure.legends for text in legend.get_texts()] == ["dense", "a", "b"]
+    assert in_legend(figure) == ["dense", "a", "b"]
+
+
+def test_a_broken_model_leaves_room_for_the_others_in_the_picture(figures, tmp_path):
+    curves = [Curve(name, [0.4, 0.8], ppl, [0.0] * 2, 8.0) for name, ppl in (("a", [9.0, 1e5]), ("b", [901.0, 1e6]))]
+    draw({"one": curves}, tmp_path / "x.png")
+    (figure,) = figures
+    assert figure.axes[0].get_ylim()[1] == 9 * HIGHEST
+    assert in_legend(figure) == ["dense", "a", "b (higher)"]
+
+
+def in_legend(figure):
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
 
 
 def test_without_matplotlib_there_is_no_picture(run, tmp_path, monkeypatch, caplog):

@@ -11,6 +11,8 @@ logger = logging.getLogger(__name__)
 
 NARROWEST = 0.2
 """Of the fraction kept, that the axis shows at least, so that the points of one prune ratio stand at one place."""
+HIGHEST = 100.0
+"""Times the lowest perplexity of a panel, which it shows at most, so that a broken model leaves room for the others."""
 
 
 class Curve(NamedTuple):
@@ -27,7 +29,7 @@ class Curve(NamedTuple):
 
 
 def draw(panels: Mapping[str, Sequence[Curve]], path: Path) -> bool:
-    """Draws perplexity against the fraction kept, a panel for each text.
+    """Draws perplexity against the fraction kept, a panel for each text; of curves too high for it the legend tells.
 
     Args:
         panels: curves by the title of their panel; nothing is drawn when there are none.
@@ -48,10 +50,15 @@ def draw(panels: Mapping[str, Sequence[Curve]], path: Path) -> bool:
         logger.warning("matplotlib is not installed, so there is no %s; pip install zssvd-lightning[report]", path.name)
         return False
     figure = Figure(figsize=(6 * len(panels) + 1.5, 4.5), layout="constrained")
+    tops = {title: HIGHEST * min(min(curve.perplexity) for curve in curves) for title, curves in panels.items()}
+    seen = {
+        curve.preset for title, curves in panels.items() for curve in curves if min(curve.perplexity) <= tops[title]
+    }
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for curve in curves:
+            label = curve.preset if curve.preset in seen else f"{curve.preset} (higher)"
             axes.errorbar(
-                curve.kept, curve.perplexity, curve.deviation, label=curve.preset, marker="o", capsize=3, linewidth=1
+                curve.kept, curve.perplexity, curve.deviation, label=label, marker="o", capsize=3, linewidth=1
             )
         if curves[0].dense is not None:
             axes.axhline(curves[0].dense, color="#303030", linestyle="--", linewidth=1, label="dense")
@@ -59,6 +66,7 @@ def draw(panels: Mapping[str, Sequence[Curve]], path: Path) -> bool:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(top=min(tops[title], axes.get_ylim()[1]))
         axes.set_xlabel("fraction of the target parameters kept")
         axes.set_ylabel("perplexity")
         axes.set_title(title)
