@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 NARROWEST = 0.2
 """Of the fraction kept, that the axis shows at least, so that the points of one prune ratio stand at one place."""
 HIGHEST = 100.0
-"""Times the lowest perplexity of a panel, which it shows at most, so that a broken model leaves room for the others."""
+"""Times the lowest perplexity of a panel's curves, that it shows at most: broken models leave room for the others."""
 
 
 class Curve(NamedTuple):
