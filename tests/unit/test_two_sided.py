@@ -232,7 +232,8 @@ def test_a_natural_step_ends_where_the_metric_finds_it_nearest_to_the_original(s
 
     length = ((up @ down - W) * natural).sum() / natural.square().sum()
     torch.testing.assert_close(up @ down, W + length * natural)
-    assert all(distance(up @ down) <= distance(W + t * length * natural) for t in torch.linspace(-1, 3, 41))
+    nearest = distance(up @ down) * (1 - 1e-9)  # less what is lost to rounding
+    assert all(nearest <= distance(W + t * length * natural) for t in torch.linspace(-1, 3, 41))
 
 
 def test_each_metric_takes_the_sides_it_says():
