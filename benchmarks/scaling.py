@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,7 +231,7 @@ def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: 
 
     def look(life: Lifecycle, step: int, set_up_optimizers: Any) -> None:
         self = life.compression
-        found["originals and factors"] = _bytes(self._originals) + _bytes(self._factors.held)
+        found["originals and factors"] = _bytes(self.originals) + _bytes(self._factors.held)
         ranks = {name: layer.rank or 0 for name, layer in self.report().layers.items()}
         found["factors"] = shapes.weight * sum(ranks[name] * sum(t.shape) for name, t in self.targets.items())
         with measured("factorisation", found):
@@ -272,7 +272,7 @@ def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: 
 
 
 def _bytes(held: Any) -> int:
-    tensors = [held] if isinstance(held, Tensor) else held.values() if isinstance(held, dict) else held
+    tensors = [held] if isinstance(held, Tensor) else held.values() if isinstance(held, Mapping) else held
     return sum(t.numel() * t.element_size() if isinstance(t, Tensor) else _bytes(t) for t in tensors)
 
 

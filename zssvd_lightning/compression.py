@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zssvd_lightning.budget import Budget, Shape
 from zssvd_lightning.config import CompressionConfig
@@ -21,6 +21,7 @@ from zssvd_lightning.factorization import HeldFactors
 from zssvd_lightning.forms import Factored
 from zssvd_lightning.gathering import Gathering
 from zssvd_lightning.hub import mark
+from zssvd_lightning.originals import Originals
 from zssvd_lightning.plan import Plan
 from zssvd_lightning.quantization import EIGHT_BIT, Importance, in_8_bits, is_in_8_bits
 from zssvd_lightning.refitting import Refit
@@ -28,7 +29,7 @@ from zssvd_lightning.report import LayerReport, Report, Stopwatch
 from zssvd_lightning.selection import RULES, Selection
 from zssvd_lightning.side_by_side import run_side_by_side, together
 from zssvd_lightning.statistics import accumulated, exact_products
-from zssvd_lightning.targets import find_targets, replace_module, weights_snapshot
+from zssvd_lightning.targets import find_targets, replace_module
 
 if TYPE_CHECKING:
     from zssvd_lightning.steps import Step
@@ -48,6 +49,7 @@ class Compression:
 
     Attributes:
         gathering: the statistics that the next step will go by.
+        originals: what this process holds of the weights (m, n) as they were before the first truncation.
         importances: of the truncated layers, for `quantize`; None unless they were asked for.
 
     Raises:
@@ -86,6 +88,7 @@ class Compression:
             keep=config.corrections > 0 and not config.fresh_moments,
         )
         self._model_parameters = sum(p.numel() for p in model.parameters())
+        self.originals = Originals(self.targets, self.team)
         self.stopwatch = Stopwatch()
         self.progress = progress and self.team.rank == 0
         self.losses: list[float] = []
@@ -93,7 +96,6 @@ class Compression:
         self._step: tuple[float, float] | None = None
         self._lengths: dict[str, float] | None = None
         self._truncations = 0
-        self._originals: dict[str, Tensor] | None = None
         self._found: Decomposition | None = None
         self._selection: Selection | None = None
         self._factors = HeldFactors(self.targets, self.team, config.storage)
@@ -138,23 +140,23 @@ class Compression:
         Raises:
             CalibrationError: see `truncate`.
         """
-        if self._originals is None:
+        if not self.originals:
             raise RuntimeError("descend() needs a truncate() before it")
         if self._lengths is None:
             with self.stopwatch("correct"), exact_products():
-                reaches = self._reaches(self._originals)
+                reaches = self._reaches()
                 squares = gradient_squares(self.targets, self.gathering, self.config.metric, self.team, self.progress)
                 self._lengths = natural_lengths(reaches, squares, self.config.step_radius)
         part = falling(self.rounds, self.config.corrections)
         self._truncate({name: part * length for name, length in self._lengths.items()})
 
-    def _reaches(self, originals: Mapping[str, Tensor]) -> dict[str, float]:
+    def _reaches(self) -> dict[str, float]:
         """`<G, D>` of all layers, D being what truncation took. Collective."""
         self.gathering.complete()
         products = []
         for name, target in self.targets.items():
             g = self.gathering.mean_gradient(name)
-            products.append((g * (originals[name].to(g) - target.weight.to(g))).sum())
+            products.append((g * (self.originals[name].to(g) - target.weight.to(g))).sum())
         return dict(zip(self.targets, self.team.over_rows(torch.stack(products)).tolist(), strict=True))
 
     @torch.no_grad()
@@ -166,7 +168,7 @@ class Compression:
         Raises:
             CalibrationError: see `truncate`; or batches cannot be run again.
         """
-        if self._originals is None:
+        if not self.originals:
             raise RuntimeError("refit() needs a truncate() before it")
         with self.stopwatch("correct"), exact_products():
             self.gathering.complete()
@@ -175,21 +177,20 @@ class Compression:
             with self.team.together():
                 call = together(calls)
             model = self.gathering.speaker(self.model)
-            refit = Refit(self.targets, self._originals, self.gathering, self._factors, self.config.metric, self.team)
-            run_side_by_side(model, call, layers, self._originals, refit.meet)
+            refit = Refit(self.targets, self.originals, self.gathering, self._factors, self.config.metric, self.team)
+            run_side_by_side(model, call, layers, self.originals, refit.meet)
         self._truncations += 1
 
     @torch.no_grad()
     def _truncate(self, lengths: Mapping[str, float] | None = None) -> None:
         found, selection = self._select(self._budget_so_far(), lengths)
         with self.stopwatch("truncate"):
-            if self._originals is None:
-                self._originals = weights_snapshot(self.targets)
+            self.originals.keep()
             self._factors = HeldFactors(self.targets, self.team, self.config.storage)
             for name, target in self.targets.items():
                 kept = selection.kept[name]
                 if kept is None:
-                    target.assign(self._originals[name])
+                    target.assign(self.originals[name])
                 else:
                     self._factors.take(found, name, kept)
                     target.assign(self._factors.truncated(name))
@@ -213,7 +214,7 @@ class Compression:
         Raises:
             CalibrationError: a gradient is missing, zero or not finite.
         """
-        if self._originals is None:
+        if not self.originals:
             raise RuntimeError("correct() needs a truncate() before it")
         with self.stopwatch("correct"):
             self.gathering.complete()
@@ -221,7 +222,7 @@ class Compression:
             for name, target in self.targets.items():
                 g = self.gathering.mean_gradient(name)
                 W = target.weight.to(accumulated(target.weight.dtype))
-                stepped = projected_step(W, self._originals[name], g, self.team.over_rows)
+                stepped = projected_step(W, self.originals[name], g, self.team.over_rows)
                 slopes.append((g * (stepped - W)).sum())
                 target.assign(stepped)
             slope = float(self.team.over_rows(torch.stack(slopes).sum()))
@@ -296,20 +297,12 @@ class Compression:
         """Undoes everything: the dense layers and their original weights are back where they were."""
         for name, module in self._installed.items():
             self._replace(self.model, module, self.targets[name].module)
-        if self._originals is not None:
-            with torch.no_grad():
-                for name, target in self.targets.items():
-                    target.assign(self._originals[name])
+        self.originals.put_back()
         mark(self.model)
-        self._originals, self._found, self._selection, self._installed, self._truncations = None, None, None, {}, 0
+        self._found, self._selection, self._installed, self._truncations = None, None, {}, 0
         self._lengths = None
         self._factors = HeldFactors(self.targets, self.team, self.config.storage)
         self.gathering.forget()
-
-    @property
-    def originals(self) -> Mapping[str, Tensor]:
-        """What this process holds of the weights (m, n) as they were before the first truncation."""
-        return self._originals or {}
 
     def report(self) -> Report:
         """What was done, so far as the compression itself knows it."""
@@ -355,7 +348,7 @@ class Compression:
             "shapes": {name: list(shape) for name, shape in self.budget.shapes.items()},
             "model_parameters": self._model_parameters,
             "gathering": self.gathering.state_dict(so_far=statistics),
-            "originals": None if self._originals is None else self._originals_to_save(self._originals),
+            "originals": self.originals.state_dict(),
             "factors": self._factors.state_dict(),
             "found": None if self._found is None else self._found.state_dict(self.team),
             "selection": None if self._selection is None else self._selection.state_dict(),
@@ -380,8 +373,7 @@ class Compression:
             self._found = Decomposition.of_state(state["found"], self.targets)
             self.gathering.spectra = self._found.spectra
         self.gathering.load_state_dict(state["gathering"])
-        if state["originals"] is not None:
-            self._originals = self._own_parts(state["originals"])
+        self.originals.load_state_dict(state["originals"])
         self._factors.load_state_dict(state["factors"])
         self._selection = None if state["selection"] is None else Selection.of_state(state["selection"])
         self._step = None if state["step"] is None else (state["step"][0], state["step"][1])
@@ -398,15 +390,9 @@ class Compression:
         Raises:
             CheckpointError: it was of other layers.
         """
-        if state["originals"] is None:
-            return
-        if differing := sorted(state["originals"].keys() ^ self.targets.keys()):
-            raise CheckpointError(
-                f"the checkpoint was taken while layers were being replaced ({', '.join(differing[:3])}); resume from "
-                "another one"
-            )
-        self._originals = self._own_parts(state["originals"])
-        self.restore()
+        if state["originals"] is not None:
+            self.originals.load_state_dict(state["originals"])
+            self.restore()
 
     def _decomposed(self, lengths: Mapping[str, float] | None = None) -> Decomposition:
         with self.stopwatch("spectrum"), exact_products():
@@ -442,20 +428,6 @@ class Compression:
             return self.budget
         alone = self.budget.reached(dict.fromkeys(self.budget.shapes))
         return replace(self.budget, prune_ratio=alone + share * (self.budget.prune_ratio - alone))
-
-    def _originals_to_save(self, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        to_save = {}
-        for name, target in self.targets.items():
-            W = self.team.weight_to_save(originals[name], target.shape[target.split], target.split)
-            if W is not None:
-                to_save[name] = W
-        return to_save
-
-    def _own_parts(self, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: self.team.part(W, self.targets[name].split).to(self.targets[name].weight.device, copy=True)
-            for name, W in originals.items()
-        }
 
 
 def refuse_other(

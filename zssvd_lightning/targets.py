@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -189,9 +188,3 @@ def matches(name: str, pattern: str) -> bool:
         except re.error as error:
             raise TargetError(f"{pattern!r} is not a valid regular expression: {error}") from error
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
-
-
-def weights_snapshot(targets: dict[str, Target]) -> dict[str, Tensor]:
-    """A copy (m, n) of every target's weight."""
-    with torch.no_grad():
-        return {name: target.weight.clone() for name, target in targets.items()}
