@@ -472,7 +472,7 @@ class ZSSVDCallback(RecoveringCallback):
         self._lifecycle.factorise(trainer.global_step, set_up_optimizers)
         self.adapter.settle()
         if self._recovering is not None:
-            self._recovering.keep(pl_module)
+            self._recovering.last_good.keep(pl_module)
         start_ranking_afresh(trainer, "truncated")
         self._compressed = weakref.ref(pl_module)
         if not isinstance(pl_module, LowRankCheckpointMixin):

@@ -14,18 +14,16 @@ from zssvd_lightning import adapters
 from zssvd_lightning.copying import copied, refuse_too_large
 from zssvd_lightning.distillation import Call, DenseTeacher, SavedPredictions, Teacher, has_encoder
 from zssvd_lightning.distributed import Team
-from zssvd_lightning.errors import CheckpointError, DivergedError, RecoveryError, TeacherError
+from zssvd_lightning.errors import CheckpointError, RecoveryError, TeacherError
 from zssvd_lightning.forms import Factored
 from zssvd_lightning.hub import mark
+from zssvd_lightning.last_good import LastGood
 from zssvd_lightning.logits import logits_of
 from zssvd_lightning.modules import LowRankLinear
 from zssvd_lightning.recovery import Recovery
 from zssvd_lightning.strategies import StrategyAdapter
 from zssvd_lightning.structure import ranks_of
 from zssvd_lightning.targets import Target, local_part, matches
-
-LEAST_SCALE = 1e-3
-"""A loss scale that has fallen below it has met nothing but gradients that are not finite."""
 
 
 class Recovering:
@@ -38,8 +36,7 @@ class Recovering:
         active: whether the module is trained by it.
         began: the global step at which its stage began.
         divergence: from the teacher at the latest batch (nats).
-        losses: how many there were since the latest step.
-        finite: whether they are, where it is looked at.
+        last_good: the weights that gave finite gradients, for when others do not.
         horizon: its optimizer steps, and the `max_steps` and `max_epochs` they follow from.
         over: whether it ended, and the Trainer's optimizers are still those it was trained by.
     """
@@ -50,15 +47,13 @@ class Recovering:
         self.stage = 0
         self.began = 0
         self.divergence: Tensor | None = None
-        self.losses = 0
-        self.finite = True
+        self.last_good = LastGood(settings.lr)
         self.over = False
         self.horizon: tuple[float, int, int | None] | None = None
         self._were_trainable: list[str] = []
         self._teacher: Teacher | None = None
         self._of_teacher: dict[str, Tensor] | None = None
         self._call: Call | None = None
-        self._last_good: dict[str, Tensor] = {}
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -159,14 +154,6 @@ class Recovering:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
 
-    @torch.no_grad()
-    def keep(self, module: nn.Module) -> None:
-        """Keeps what is trained as it is now, for `refuse_divergence` to bring back."""
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                now = local_part(parameter.detach())
-                self._last_good.setdefault(name, torch.empty_like(now)).copy_(now)
-
     def optimizer(self, module: nn.Module, steps: float) -> Any:
         """What `configure_optimizers` returns in its place.
 
@@ -198,9 +185,9 @@ class Recovering:
         Raises:
             DivergedError: it is not finite.
         """
-        self.refuse_ruined(module, adapter.team)
+        self.last_good.check_weights(module, adapter.team)
         self.stage += 1
-        self._last_good = {}
+        self.last_good.forget()
         for name, layer in adapters.on(module).items():
             new = adapters.merged(layer, adapter.whole)
             self.dress(name, new)
@@ -230,7 +217,8 @@ class Recovering:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(dense_name.get(name, name) in before)
         self.active, self.over = False, True
-        self._teacher, self._call, self._last_good = None, None, {}
+        self._teacher, self._call = None, None
+        self.last_good.forget()
 
     def watch(self, student: nn.Module) -> Callable[[], None]:
         """Notes the forward passes of a model in training; returns what ends that."""
@@ -258,39 +246,6 @@ class Recovering:
             return loss
         share = self.settings.distill_weight
         return (1 - share) * own + share * loss
-
-    def refuse_divergence(self, module: nn.Module, team: Team, scale: float | None) -> None:
-        """Keeps the weights that gave finite gradients, before they change. Collective.
-
-        Args:
-            module: that is trained.
-            team: the processes of the run.
-            scale: by which losses are multiplied, so that gradients may overflow though all is well; None without.
-
-        Raises:
-            DivergedError: they did not; those that last did are back.
-            RecoveryError: losses gave no gradients.
-        """
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        gradients = [local_part(p.grad) for p in trained.values() if p.grad is not None]
-        losses, self.losses = self.losses, 0
-        finite, self.finite = self.finite, True
-        scaled_well = scale is None or all(team.gathered(finite and scale >= LEAST_SCALE))
-        finite = scaled_well and (scale is not None or _are_finite(gradients, team))
-        if losses and not gradients:
-            raise RecoveryError(
-                "no gradient has come to what the recovery trains: activations are checkpointed with "
-                "use_reentrant=True behind frozen layers, or training_step detaches the model's output"
-            )
-        if finite:
-            self.keep(module)
-        else:
-            self._give_up(module)
-
-    def refuse_ruined(self, module: nn.Module, team: Team) -> None:
-        """Raises DivergedError when what was trained is not finite; the last that was is back then. Collective."""
-        if not _are_finite([local_part(p.detach()) for p in module.parameters() if p.requires_grad], team):
-            self._give_up(module)
 
     def state_dict(self, team: Team | None) -> dict[str, Any]:
         """Plain types and tensors. Collective where a teacher is in memory."""
@@ -360,17 +315,6 @@ class Recovering:
             if name in before and any(matches(name, pattern) for pattern in self.settings.also_train):
                 yield name
 
-    def _give_up(self, module: nn.Module) -> None:
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                if name in self._last_good:
-                    local_part(parameter.detach()).copy_(self._last_good[name])
-        raise DivergedError(
-            "a loss, a gradient or a weight of the recovery is NaN or infinite; the model has the last weights back "
-            f"that gave none. Lower recovery.lr (it is {self.settings.lr}), raise recovery.warmup, or train in float32 "
-            "or bfloat16"
-        )
-
     def _teacher_to_save(self, team: Team | None) -> dict[str, Tensor]:
         if self._of_teacher is not None:
             return self._of_teacher
@@ -403,13 +347,6 @@ def refuse_other_recovery(state: Mapping[str, Any] | None, mine: Recovering | No
             f"the checkpoint is of a training of the factors with recovery={saved}, and this callback has {settings}; "
             "go on with the same, or start from a checkpoint of before it"
         )
-
-
-def _are_finite(values: list[Tensor], team: Team) -> bool:
-    """Whether these are, on all processes. Collective."""
-    squares = [value.float().square().sum() for value in values]
-    total = torch.stack(squares).sum() if squares else torch.zeros((), device=team.device)
-    return bool(team.over_rows(total).isfinite())
 
 
 def _low_rank(module: nn.Module) -> Iterator[tuple[str, Factored]]:

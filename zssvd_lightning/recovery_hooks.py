@@ -84,9 +84,7 @@ class RecoveringCallback(ResumableCallback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Notes that there was a loss, and whether it is finite, where gradients need not be."""
         if (recovery := self._recovering) is not None:
-            recovery.losses += 1
-            if scales(trainer):
-                recovery.finite &= bool(loss.isfinite())
+            recovery.last_good.note_loss(finite=not scales(trainer) or bool(loss.isfinite()))
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -95,7 +93,7 @@ class RecoveringCallback(ResumableCallback):
         if self._recovering is not None:
             self.adapter.show_weights()
             scale = loss_scale(trainer) if scales(trainer) else None
-            self._recovering.refuse_divergence(pl_module, self.adapter.team, scale)
+            self._recovering.last_good.check_gradients(pl_module, self.adapter.team, scale)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
@@ -115,14 +113,14 @@ class RecoveringCallback(ResumableCallback):
             self.adapter.rewire()
             self.adapter.settle()
             refuse_stale_groups(trainer, pl_module)
-            recovery.keep(pl_module)
+            recovery.last_good.keep(pl_module)
             telemetry.log(trainer, recovery_stage=recovery.stage)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves a plain low-rank model, unless adapters are to stay."""
         if (recovery := self._recovering) is not None:
             self.adapter.show_weights()
-            recovery.refuse_ruined(pl_module, self.adapter.team)
+            recovery.last_good.check_weights(pl_module, self.adapter.team)
             recovery.finish(pl_module, self.adapter, merge=recovery.settings.merges)
 
     def _refuse_recovery(self, pl_module: L.LightningModule) -> None:
@@ -157,7 +155,7 @@ class RecoveringCallback(ResumableCallback):
             return
         self._lifecycle.phase = Phase.RECOVER
         recovery.resume(self.adapter, self.student(pl_module) if recovery.settings.distills else None)
-        recovery.keep(pl_module)
+        recovery.last_good.keep(pl_module)
         self._watch(pl_module)
 
     def _watch(self, pl_module: L.LightningModule) -> None:
