@@ -5,13 +5,14 @@ To read the code in the order data flows through it: `callback` (when; `lifecycl
 and `pipeline` (without a Trainer) drive `compression` (what, in `steps`), on one process or on several (`strategies`,
 `distributed`); that takes `targets`, watches them (`gathering`, `observation`, `calibration`, `statistics`; `logits`,
 `output_sides`), changes coordinates (`whitening`), decomposes (`decomposition`, `spectrum`), chooses (`storage`,
-`budget`, `options`, `selection` with `offers` and `allocation`, `plan`), truncates (`factorization`), puts layers into
-another form (`forms`: `modules`, `pivoted`, `eight_bit`; `structure`), corrects (`correction`; `refitting`,
-`side_by_side`) and stores in 8 bits (`quantization`). Every choice is in `config`, and `presets` name sets of them.
+`budget`, `options`, `selection` with `offers` and `allocation`, `plan`), truncates (`factorization`; `originals` are
+what was before), puts layers into another form (`forms`: `modules`, `pivoted`, `eight_bit`; `structure`), corrects
+(`correction`; `refitting`, `side_by_side`) and stores in 8 bits (`quantization`). Every choice is in `config`, and
+`presets` name sets of them.
 
 How the factors are trained then is in `recovery` with its `ways` (how), `recovery_hooks` (when), `recovering` (what),
-`adapters` (peft), `distillation` and `copying` (towards the dense model) and `training_loss`; `prehab`, with
-`preparing` and `regularizers`, trains before compression.
+`last_good` (what is left when it diverges), `adapters` (peft), `distillation` and `copying` (towards the dense model)
+and `training_loss`; `prehab`, with `preparing` and `regularizers`, trains before compression.
 
 What comes out is saved and loaded (`saving`, `hub`, `integrity`, `self_contained`, `card`, `files`), exported
 (`export`), served (`vllm_plugin`, `fused`), measured (`evaluation`, `zero_shot`) and told of (`report`, `picture`).
