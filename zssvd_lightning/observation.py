@@ -138,10 +138,7 @@ class Observation:
         def see(gradient: Tensor) -> None:
             if not self._taking_outputs:
                 return
-            with torch.autocast(gradient.device.type, enabled=False), exact_products():
-                into.add_outputs(
-                    name, rows_that_count(gradient, self._mask).to(accumulated(gradient.dtype)) * self.gradient_weight
-                )
+            into.add_outputs(name, rows_that_count(gradient, self._mask), self.gradient_weight)
 
         def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             self._has_graph[name] = self._has_graph.get(name, False) or output.requires_grad
@@ -177,8 +174,7 @@ class Observation:
         leader = leaders[name]
         if leader == name:
             self._latest[name] = weakref.ref(X)
-            with torch.autocast(X.device.type, enabled=False), exact_products():
-                self._moments.add_inputs(name, rows_that_count(X, self._mask))
+            self._moments.add_inputs(name, rows_that_count(X, self._mask))
         elif leader not in self._latest or self._latest[leader]() is not X:
             raise CalibrationError(
                 f"{name} read the same input as {leader} in the first batch, but another one now; "

@@ -18,13 +18,20 @@ from zssvd_lightning.errors import CalibrationError, NonFiniteError, ZeroGradien
 
 SMALL_SQUARE = 256
 """Width up to which a product of a matrix with itself is made at once."""
+SMALL_SQUARE_BFLOAT16 = 640
+"""The same of numbers that came in bfloat16, of which products are faster."""
 
 
 @contextmanager
-def exact_products() -> Iterator[None]:
-    """Keeps float32 products in float32, whatever `torch.set_float32_matmul_precision` allows elsewhere."""
+def exact_products(of: torch.dtype = torch.float32) -> Iterator[None]:
+    """Keeps float32 products exact, whatever `torch.set_float32_matmul_precision` allows elsewhere.
+
+    Args:
+        of: the type that the numbers came in. Units that multiply bfloat16 lose nothing of numbers that were bfloat16,
+            add up in float32 and are faster.
+    """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision("medium" if of == torch.bfloat16 else "highest")
     try:
         yield
     finally:
@@ -44,19 +51,25 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def add_square(total: Tensor, X: Tensor) -> None:
-    """Adds `X^T X` of X (T, n) to the symmetric `total` (n, n), in little more than half of its operations.
+def add_square(total: Tensor, X: Tensor, weight: float = 1.0) -> None:
+    """Adds `weight X^T X` of X (T, n) to the symmetric `total` (n, n), in little more than half of its operations.
 
     Halves of X make the blocks on the diagonal, in the same way, and one of the two beside it; the other mirrors that.
     """
+    small = SMALL_SQUARE_BFLOAT16 if X.dtype == torch.bfloat16 else SMALL_SQUARE
+    with torch.autocast(X.device.type, enabled=False), exact_products(X.dtype):
+        _add_square(total, X.to(total.dtype), weight, small)
+
+
+def _add_square(total: Tensor, X: Tensor, weight: float, small: int) -> None:
     n = X.shape[1]
-    if n <= SMALL_SQUARE:
-        total.addmm_(X.T, X)
+    if n <= small:
+        total.addmm_(X.T, X, alpha=weight)
         return
     first, second = slice(n // 2), slice(n // 2, n)
-    add_square(total[first, first], X[:, first])
-    add_square(total[second, second], X[:, second])
-    total[first, second].addmm_(X[:, first].T, X[:, second])
+    _add_square(total[first, first], X[:, first], weight, small)
+    _add_square(total[second, second], X[:, second], weight, small)
+    total[first, second].addmm_(X[:, first].T, X[:, second], alpha=weight)
     total[second, first] = total[first, second].T
 
 
@@ -98,22 +111,20 @@ class Moments:
     @torch.no_grad()
     def add_inputs(self, leader: str, X: Tensor) -> None:
         """Adds rows X (T, n), already freed of padding."""
-        X = X.detach().to(accumulated(X.dtype))
         if leader not in self.input_sums:
             n = X.shape[1]
-            self.input_sums[leader] = torch.zeros(n, n, dtype=X.dtype, device=X.device)
+            self.input_sums[leader] = torch.zeros(n, n, dtype=accumulated(X.dtype), device=X.device)
             self.tokens[leader] = 0
-        add_square(self.input_sums[leader], X)
+        add_square(self.input_sums[leader], X.detach())
         self.tokens[leader] += X.shape[0]
 
     @torch.no_grad()
-    def add_outputs(self, name: str, D: Tensor) -> None:
-        """Adds rows D (T, m), already freed of padding."""
-        D = D.detach().to(accumulated(D.dtype))
+    def add_outputs(self, name: str, D: Tensor, weight: float = 1.0) -> None:
+        """Adds `weight` times rows D (T, m), already freed of padding."""
         if name not in self.output_sums:
             m = D.shape[1]
-            self.output_sums[name] = torch.zeros(m, m, dtype=D.dtype, device=D.device)
-        add_square(self.output_sums[name], D)
+            self.output_sums[name] = torch.zeros(m, m, dtype=accumulated(D.dtype), device=D.device)
+        add_square(self.output_sums[name], D.detach(), weight**2)
 
     @torch.no_grad()
     def add_components(self, name: str, squares: Tensor) -> None:
@@ -222,7 +233,7 @@ class Moments:
                 "calibrate on batches that reach it, or add it to ignore"
             )
         A = self.input_sums[leader] / self.tokens[leader]
-        if not torch.isfinite(A).all():
+        if not _is_finite_square(A):
             raise NonFiniteError(
                 f"the inputs of {name} (width {A.shape[0]}) hold NaN or infinite values; check the calibration data, "
                 "or calibrate in float32 or bfloat16"
@@ -240,13 +251,13 @@ class Moments:
             NonFiniteError: a gradient was NaN or infinite.
         """
         total = self.output_sums.get(name)
-        if total is None or not total.any():
+        if total is None or not total.diagonal().any():
             raise ZeroGradientError(
                 f"the calibration loss has no gradient at the output of {name}; use a loss that depends on it, or add "
                 "it to ignore"
             )
         B = total / (self.output_terms or self.loss_terms)
-        if not torch.isfinite(B).all():
+        if not _is_finite_square(B):
             raise NonFiniteError(
                 f"the gradients at the output of {name} (width {B.shape[0]}) are NaN or infinite; lower the loss "
                 "scale, or calibrate in float32 or bfloat16"
@@ -274,3 +285,8 @@ class Moments:
         if not torch.isfinite(size):
             raise NonFiniteError(f"the gradient at {name} is NaN or infinite; lower the loss scale")
         return total / self.loss_terms
+
+
+def _is_finite_square(A: Tensor) -> bool:
+    """Whether all of a second moment is: no entry is larger than the largest on its diagonal (Cauchy-Schwarz)."""
+    return bool(A.diagonal().isfinite().all())

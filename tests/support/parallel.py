@@ -20,7 +20,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from support import processes
 from support.killed_run import Kill
 from support.models import FAMILIES, CausalLM, loader, padded_batches, trainer
-from zssvd_lightning import ZSSVDCallback
+from zssvd_lightning import ZSSVDCallback, spectrum
 
 SHORT = {"prune_ratio": 0.4, "calibration_batches": 4, "correction_batches": 2, "progress": False}
 NEEDED = 12
@@ -153,13 +153,13 @@ class Witness(L.Callback):
 
     def __init__(self) -> None:
         self.svds, self.weights, self.losses = 0, None, []
-        self._svd = torch.linalg.svd
+        self._svd = spectrum.thin_svd
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        torch.linalg.svd = self._counting
+        spectrum.thin_svd = self._counting
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        torch.linalg.svd = self._svd
+        spectrum.thin_svd = self._svd
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self._keep(trainer, pl_module)

@@ -15,7 +15,7 @@ from torch import nn
 from zssvd_lightning.calibration import collect_gradients, loss_terms, token_mask
 from zssvd_lightning.errors import CalibrationError, NonFiniteError, ZeroGradientError
 from zssvd_lightning.observation import observing
-from zssvd_lightning.statistics import SMALL_SQUARE, Moments, add_square
+from zssvd_lightning.statistics import SMALL_SQUARE, SMALL_SQUARE_BFLOAT16, Moments, add_square
 from zssvd_lightning.targets import find_targets
 
 
@@ -64,6 +64,15 @@ def test_squares_made_in_blocks_are_whole(n):
     add_square(total, X)
     add_square(total, Y)
     torch.testing.assert_close(total, X.T @ X + Y.T @ Y)
+
+
+@pytest.mark.parametrize("n", [5, SMALL_SQUARE_BFLOAT16 + 1])
+def test_squares_of_numbers_in_bfloat16_are_as_exact_as_in_float32(n):
+    X = rows(40, n).bfloat16()
+    total = torch.zeros(n, n)
+    add_square(total, X, weight=3.0)
+    exact = 3.0 * X.double().T @ X.double()
+    torch.testing.assert_close(total.double(), exact, rtol=0, atol=1e-6 * float(exact.max()))
 
 
 def test_layers_that_read_one_tensor_share_one_second_moment():
