@@ -516,6 +516,13 @@ def test_a_broken_model_leaves_room_for_the_others_in_the_picture(figures, tmp_p
     assert in_legend(figure) == ["dense", "a", "b (higher)"]
 
 
+def test_many_curves_in_a_picture_are_told_apart(figures, tmp_path):
+    curves = [Curve(f"{number}", [0.4, 0.8], [9.0, 12.0], [0.0] * 2, 8.0) for number in range(14)]
+    draw({"one": curves}, tmp_path / "x.png")
+    lines = [bars.lines[0] for bars in figures[0].axes[0].containers]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(curves)
+
+
 def in_legend(figure):
     (legend,) = figure.legends
     return [text.get_text() for text in legend.get_texts()]

@@ -13,6 +13,10 @@ NARROWEST = 0.2
 """Of the fraction kept, that the axis shows at least, so that the points of one prune ratio stand at one place."""
 HIGHEST = 100.0
 """Times the lowest perplexity of a panel's curves, that it shows at most: broken models leave room for the others."""
+COLOURS = 10
+"""In matplotlib's cycle."""
+MARKERS = "osD^v"
+"""Each for as many curves as there are colours."""
 
 
 class Curve(NamedTuple):
@@ -55,10 +59,11 @@ def draw(panels: Mapping[str, Sequence[Curve]], path: Path) -> bool:
         curve.preset for title, curves in panels.items() for curve in curves if min(curve.perplexity) <= tops[title]
     }
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for curve in curves:
+        for number, curve in enumerate(curves):
             label = curve.preset if curve.preset in seen else f"{curve.preset} (higher)"
+            marker = MARKERS[number // COLOURS % len(MARKERS)]
             axes.errorbar(
-                curve.kept, curve.perplexity, curve.deviation, label=label, marker="o", capsize=3, linewidth=1
+                curve.kept, curve.perplexity, curve.deviation, label=label, marker=marker, capsize=3, linewidth=1
             )
         if curves[0].dense is not None:
             axes.axhline(curves[0].dense, color="#303030", linestyle="--", linewidth=1, label="dense")
