@@ -101,8 +101,10 @@ def _svd_by_square(Z: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     US = tall @ V
-    sigma, order = US.norm(dim=0).sort(descending=True)
+    del tall  # as large as Z in float64
+    lengths = US.norm(dim=0)
+    sigma, order = lengths.sort(descending=True)
     if not sigma[-1] > SMALLEST_BY_SQUARE * sigma[0]:
         return None
-    U, sigma, V = (part.to(Z) for part in (US[:, order] / sigma, sigma, V[:, order]))
+    U, sigma, V = US.div_(lengths).to(Z)[:, order], sigma.to(Z), V.to(Z)[:, order]
     return (V, sigma, U.T) if wide else (U, sigma, V.T)
