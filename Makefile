@@ -22,9 +22,10 @@ demo: $(READY)  ## Compress SmolLM2-135M inside a Trainer.fit; table, text and p
 
 test: lint types unit  ## Lint, type check and all tests
 
-lint: $(READY)  ## Style
+lint: $(READY)  ## Style, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 
 types: $(READY)  ## Types, in strict mode
 	$(BIN)/mypy

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from zssvd_lightning import Run, RunConfig, load_config, perplexity
-from zssvd_lightning.compression import Compression
-from zssvd_lightning.phase import Phase
-from zssvd_lightning.pipeline import gather
-from zssvd_lightning.selection import RULES
-from zssvd_lightning.texts import load_text, tokenize, windows
+from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.phase import Phase
+from zssvd_lightning.compression.pipeline import gather
+from zssvd_lightning.selection.rules import RULES
+from zssvd_lightning.sources.texts import load_text, tokenize, windows
 
 BUDGETS = {0.2: 0.0, 0.4: 0.0, 0.6: 0.3}
 """Prune ratio -> rank floor."""

@@ -7,7 +7,7 @@ started again, it goes on with the cells that are missing. It is `zssvd compare`
 
 import sys
 
-from zssvd_lightning.cli import main
+from zssvd_lightning.app.cli import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "compare")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from zssvd_lightning import Run, RunConfig, ZSSVDCallback, load_config
-from zssvd_lightning.evaluation import continuation
+from zssvd_lightning.evaluation.perplexity import continuation
 
 PROMPT = "The state of the union is"
 

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from zssvd_lightning import Phase, Run, RunConfig, ZSSVDCallback, load_config
+from zssvd_lightning.compression.report import Stopwatch
 from zssvd_lightning.errors import ConfigError
-from zssvd_lightning.recovery import Recovery
-from zssvd_lightning.report import Stopwatch
-from zssvd_lightning.targets import find_targets, matches
-from zssvd_lightning.ways import recovery_of
+from zssvd_lightning.model.targets import find_targets, matches
+from zssvd_lightning.recovery.methods import recovery_of
+from zssvd_lightning.recovery.settings import Recovery
 
 
 class FineTuned(CausalLM):

@@ -18,8 +18,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from zssvd_lightning import LowRankCheckpointMixin
-from zssvd_lightning.models import load_model
-from zssvd_lightning.texts import TokenWindows, load_text, sampled_windows, tokenize, windows
+from zssvd_lightning.sources.models import load_model
+from zssvd_lightning.sources.texts import TokenWindows, load_text, sampled_windows, tokenize, windows
 
 
 class CausalLM(LowRankCheckpointMixin, L.LightningModule):

@@ -1,44 +1,52 @@
-"""Global, loss-aware SVD compression of language models inside a Lightning training run.
+"""Global, loss-aware SVD compression of models inside a PyTorch Lightning training run.
 
-To read the code in the order data flows through it: `callback` (when; `lifecycle` and `phase` how far; `resumable`,
-`guards`, `precision`, `limits`, `scores`, `checkpoint`, `telemetry` and `borrowing` deal with the rest of Lightning)
-and `pipeline` (without a Trainer) drive `compression` (what, in `steps`), on one process or on several (`strategies`,
-`distributed`); that takes `targets`, watches them (`gathering`, `observation`, `calibration`, `statistics`; `logits`,
-`output_sides`), changes coordinates (`whitening`), decomposes (`decomposition`, `spectrum`), chooses (`storage`,
-`budget`, `options`, `selection` with `offers` and `allocation`, `plan`), truncates (`factorization`; `originals` are
-what was before), puts layers into another form (`forms`: `modules`, `pivoted`, `eight_bit`; `structure`), corrects
-(`correction`; `refitting`, `side_by_side`) and stores in 8 bits (`quantization`). Every choice is in `config`, and
-`presets` name sets of them.
+The packages, in the order in which data flows through them; imports run up this list, never down:
 
-How the factors are trained then is in `recovery` with its `ways` (how), `recovery_hooks` (when), `recovering` (what),
-`last_good` (what is left when it diverges), `adapters` (peft), `distillation` and `copying` (towards the dense model)
-and `training_loss`; `prehab`, with `preparing` and `regularizers`, trains before compression.
+    layers          the forms a linear layer can have, and what each costs
+    whitening       mathematics of one layer: second moments, metrics, spectrum and scores
+    selection       which ranks: budget, rules, knapsack, plan
+    model           find layers, replace them, adapters on them, copies of a model
+    serialization   what saved weights and configs say of compressed layers
+    config          what can be asked for: settings, presets, reading YAML
+    distributed     what processes say to each other: the only collectives
+    calibration     batches to statistics: masks, hooks, collector
+    strategies      one adapter for each Lightning strategy
+    decomposition   statistics to spectra of all layers, truncated weights, originals
+    correction      gradient steps and refits between truncations
+    compression     the method: course, engine, report, `compress`
+    recovery        training after compression
+    prehab          training before compression
+    callbacks       all that Lightning calls: `ZSSVDCallback`, `LowRankPrehab` and their parts
+    hub             save, load, export, model card
+    serving         vLLM
+    evaluation      perplexity and zero-shot accuracy
+    sources         models and texts from packages, files, the hub
+    app             command line, whole runs, comparisons, pictures
 
-What comes out is saved and loaded (`saving`, `hub`, `integrity`, `self_contained`, `card`, `files`), exported
-(`export`), served (`vllm_plugin`, `fused`), measured (`evaluation`, `zero_shot`) and told of (`report`, `picture`).
-`texts`, `models`, `run` (of a `run_config`, read by `settings`), `compare` and `cli` are around it all.
+Beside them: `errors` (every refusal by name), `_validation`, `_contexts`, `_numerics` and `_files`.
 """
 
 from zssvd_lightning import errors
-from zssvd_lightning.adapters import merge_adapters
-from zssvd_lightning.callback import ZSSVDCallback
-from zssvd_lightning.checkpoint import LowRankCheckpointMixin
-from zssvd_lightning.config import CompressionConfig
-from zssvd_lightning.distillation import save_predictions
-from zssvd_lightning.evaluation import perplexity
-from zssvd_lightning.export import export_onnx, merge
-from zssvd_lightning.limits import scheduled_steps
-from zssvd_lightning.modules import LowRankLinear
-from zssvd_lightning.phase import Phase
-from zssvd_lightning.pipeline import compress
-from zssvd_lightning.prehab import LowRankPrehab
-from zssvd_lightning.quantization import quantize
-from zssvd_lightning.report import Report
-from zssvd_lightning.run import Run
-from zssvd_lightning.run_config import RunConfig
-from zssvd_lightning.saving import from_pretrained, save_pretrained
-from zssvd_lightning.settings import load_config
-from zssvd_lightning.ways import FactorRecovery, LoRARecovery, SingularValueRecovery
+from zssvd_lightning.app.run import Run
+from zssvd_lightning.app.run_config import RunConfig
+from zssvd_lightning.callbacks.limits import scheduled_steps
+from zssvd_lightning.callbacks.prehab import LowRankPrehab
+from zssvd_lightning.callbacks.zssvd import ZSSVDCallback
+from zssvd_lightning.compression.phase import Phase
+from zssvd_lightning.compression.pipeline import compress
+from zssvd_lightning.compression.quantization import quantize
+from zssvd_lightning.compression.report import Report
+from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.config.loading import load_config
+from zssvd_lightning.evaluation.perplexity import perplexity
+from zssvd_lightning.hub.export import export_onnx, merge
+from zssvd_lightning.hub.loading import from_pretrained
+from zssvd_lightning.hub.saving import save_pretrained
+from zssvd_lightning.layers.low_rank import LowRankLinear
+from zssvd_lightning.model.adapters import merge_adapters
+from zssvd_lightning.recovery.methods import FactorRecovery, LoRARecovery, SingularValueRecovery
+from zssvd_lightning.recovery.teachers import save_predictions
+from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixin
 
 __all__ = [
     "CompressionConfig",

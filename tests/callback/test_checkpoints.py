@@ -19,9 +19,9 @@ from support.models import (
 from torch import nn
 
 from zssvd_lightning import LowRankCheckpointMixin, LowRankLinear, Phase
-from zssvd_lightning.compression import Compression
+from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.structure import ranks_of
+from zssvd_lightning.serialization.specs import ranks_of
 
 
 class Bare(CausalLM):

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from zssvd_lightning import LowRankCheckpointMixin, LowRankLinear, Phase, scheduled_steps
 from zssvd_lightning.errors import CheckpointError, UnfinishedError, UnsupportedTrainingError
-from zssvd_lightning.structure import ranks_of
+from zssvd_lightning.serialization.specs import ranks_of
 
 
 class Interrupt(L.Callback):

@@ -8,7 +8,7 @@ from support.models import CausalLM, assert_same_state, loader, state_of, token_
 
 from zssvd_lightning import LoRARecovery, Phase, ZSSVDCallback
 from zssvd_lightning.errors import OutputError, PlanError
-from zssvd_lightning.structure import ranks_of
+from zssvd_lightning.serialization.specs import ranks_of
 
 
 class Module(CausalLM):

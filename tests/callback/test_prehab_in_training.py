@@ -28,7 +28,8 @@ from support.models import (
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from zssvd_lightning import Phase, regularizers
+from zssvd_lightning import Phase
+from zssvd_lightning.callbacks.prehab import LowRankPrehab
 from zssvd_lightning.errors import (
     CalibrationError,
     CheckpointError,
@@ -36,8 +37,8 @@ from zssvd_lightning.errors import (
     TargetError,
     UnsupportedTrainingError,
 )
-from zssvd_lightning.prehab import LowRankPrehab
-from zssvd_lightning.targets import find_targets
+from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.prehab import regularizers
 
 MOMENTS = 4
 FLOAT64 = {"precision": "64-true"}
@@ -608,7 +609,7 @@ class Module(Own):
 
 def test_lightning_cli_builds_it_from_yaml(tmp_path):
     settings = {"steps": 3, "weight": 2, "regularizer": "nuclear", "ignore": ["q_proj"], "include": None}
-    callback = {"class_path": "zssvd_lightning.prehab.LowRankPrehab", "init_args": settings}
+    callback = {"class_path": "zssvd_lightning.callbacks.prehab.LowRankPrehab", "init_args": settings}
     limits = {"accelerator": "cpu", "max_steps": 1, "logger": False, "enable_checkpointing": False}
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({"trainer": limits | {"callbacks": [callback]}}))

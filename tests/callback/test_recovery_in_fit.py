@@ -12,19 +12,13 @@ from support.models import CausalLM, loader, sequence_pairs, tiny_t5, token_batc
 from torch import nn
 
 from zssvd_lightning import LowRankCheckpointMixin, LowRankLinear, Phase, ZSSVDCallback
-from zssvd_lightning.adapters import merge_adapters, on
-from zssvd_lightning.distillation import divergence, save_predictions
-from zssvd_lightning.errors import (
-    CheckpointError,
-    ConfigError,
-    DivergedError,
-    RecoveryError,
-    TargetError,
-    TeacherError,
-)
-from zssvd_lightning.modules import CompressedLinear
-from zssvd_lightning.pivoted import PivotedLinear
-from zssvd_lightning.ways import FactorRecovery, LoRARecovery, SingularValueRecovery
+from zssvd_lightning.errors import CheckpointError, ConfigError, DivergedError, RecoveryError, TargetError, TeacherError
+from zssvd_lightning.layers.base import CompressedLinear
+from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.model.adapters import merge_adapters, on
+from zssvd_lightning.recovery.divergence import divergence
+from zssvd_lightning.recovery.methods import FactorRecovery, LoRARecovery, SingularValueRecovery
+from zssvd_lightning.recovery.teachers import save_predictions
 
 LORA = {"rank": 2, "clip_rank": True}
 NEEDED = 4
@@ -344,7 +338,7 @@ def test_what_cannot_be_recovered_is_refused_with_the_model_as_it_was(recovery, 
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_calibration(monkeypatch):
-    monkeypatch.setattr("zssvd_lightning.copying.free_bytes", lambda device: 10)
+    monkeypatch.setattr("zssvd_lightning.model.dense_copy.free_bytes", lambda device: 10)
     seen = []
 
     class Counts(L.Callback):

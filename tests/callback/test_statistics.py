@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from zssvd_lightning import LowRankLinear, Phase, ZSSVDCallback
 from zssvd_lightning.errors import CalibrationError, LogitsError, ZeroGradientError
-from zssvd_lightning.output_sides import OUTPUT_SIDES
-from zssvd_lightning.structure import ranks_of
+from zssvd_lightning.serialization.specs import ranks_of
+from zssvd_lightning.whitening.output_gradients import OUTPUT_SIDES
 
 
 def keeps(**settings):

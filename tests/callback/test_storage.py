@@ -17,10 +17,10 @@ from zssvd_lightning import (
     from_pretrained,
     save_pretrained,
 )
-from zssvd_lightning.eight_bit import EightBitLinear, Int8LowRankLinear
+from zssvd_lightning.compression.pipeline import plan
 from zssvd_lightning.errors import CheckpointError, ConfigError, PlanError
-from zssvd_lightning.pipeline import plan
-from zssvd_lightning.structure import specs_of
+from zssvd_lightning.layers.int8 import EightBitLinear, Int8LowRankLinear
+from zssvd_lightning.serialization.specs import specs_of
 
 REMAP = {"prune_ratio": 0.4, "corrections": 0, "storage": "remap"}
 

@@ -15,8 +15,8 @@ from support.parallel import NATURAL, NEEDED, REFIT, SHORT, Replicated, Run, alo
 
 from zssvd_lightning import LowRankCheckpointMixin, ZSSVDCallback
 from zssvd_lightning.errors import UnsupportedTrainingError
+from zssvd_lightning.serialization.specs import ranks_of
 from zssvd_lightning.strategies import DDPAdapter
-from zssvd_lightning.structure import ranks_of
 
 FLOAT64 = {"precision": "64-true"}
 

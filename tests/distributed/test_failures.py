@@ -12,7 +12,7 @@ from support.models import loader, trainer
 from support.parallel import SHORT, Replicated, Run, Sharded, fit, whole_weights
 
 from zssvd_lightning import Phase, ZSSVDCallback
-from zssvd_lightning.decomposition import Spectrum
+from zssvd_lightning.decomposition.decompose import Spectrum
 from zssvd_lightning.errors import UnfinishedError
 
 
@@ -51,7 +51,7 @@ class BreaksSelection(L.Callback):
 
     def setup(self, trainer, pl_module, stage):
         if trainer.global_rank == 0:
-            from zssvd_lightning import compression
+            from zssvd_lightning.compression import engine as compression
 
             compression.RULES = dict.fromkeys(compression.RULES, lambda *_: 1 / 0)
 

@@ -38,9 +38,9 @@ from torch.distributed.tensor import Shard
 
 from zssvd_lightning import LowRankCheckpointMixin, ZSSVDCallback
 from zssvd_lightning.errors import TargetError, UnsupportedTrainingError
+from zssvd_lightning.serialization.specs import ranks_of
 from zssvd_lightning.strategies import FSDP2Adapter
-from zssvd_lightning.strategies.parts import PARTS
-from zssvd_lightning.structure import ranks_of
+from zssvd_lightning.strategies.sharded_checkpoints import PARTS
 
 
 @pytest.mark.parametrize(("size", "family"), [(2, "llama"), (3, "gpt2"), (2, "t5")])

@@ -9,7 +9,7 @@ from support.models import CausalLM, loader, padded_batches, trainer
 from support.parallel import KeepsLast, Replicated, Run, Sharded
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from zssvd_lightning.prehab import LowRankPrehab
+from zssvd_lightning.callbacks.prehab import LowRankPrehab
 
 STEPS = 8
 """Optimizer steps of a run, of which the first 3 are for second moments."""

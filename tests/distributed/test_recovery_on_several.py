@@ -9,7 +9,7 @@ from support.parallel import NEEDED, SHORT, Replicated, Run, Sharded, killed, ru
 from torch.distributed.tensor import DTensor
 
 from zssvd_lightning import Phase, ZSSVDCallback
-from zssvd_lightning.distillation import DenseTeacher
+from zssvd_lightning.recovery.teachers import DenseTeacher
 
 LORA = {"method": "lora", "rank": 2, "clip_rank": True, "loss": "distill", "teacher_dtype": "float32", "lr": 1e-2}
 WAYS = {

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from support import processes
 from torch import nn
 
-from zssvd_lightning.decomposition import share_out, svd_work, whitening_work
+from zssvd_lightning.decomposition.work_sharing import share_out, svd_work, whitening_work
 from zssvd_lightning.distributed import Replicas, Shards, Team
 from zssvd_lightning.errors import ProcessFailedError
-from zssvd_lightning.targets import find_targets
+from zssvd_lightning.model.targets import find_targets
 
 LENGTHS = (1, 2, 4, 7, 9)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from zssvd_lightning import LowRankLinear
-from zssvd_lightning.cli import main
-from zssvd_lightning.models import load_model
+from zssvd_lightning.app.cli import main
+from zssvd_lightning.sources.models import load_model
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

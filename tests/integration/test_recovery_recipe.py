@@ -8,9 +8,9 @@ import pytest
 from support.models import saved_tiny_llama
 
 from zssvd_lightning import LowRankLinear, from_pretrained
-from zssvd_lightning.cli import main
+from zssvd_lightning.app.cli import main
 from zssvd_lightning.errors import ConfigError
-from zssvd_lightning.texts import load_text
+from zssvd_lightning.sources.texts import load_text
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "smollm2-135m" / "recover-40.yaml"

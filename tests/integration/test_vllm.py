@@ -12,11 +12,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning import CompressionConfig, compress, from_pretrained, save_pretrained
-from zssvd_lightning.eight_bit import Int8Linear, Int8LowRankLinear
 from zssvd_lightning.errors import SavedModelError, UnsupportedServingError
-from zssvd_lightning.modules import LowRankLinear
-from zssvd_lightning.structure import specs_of
-from zssvd_lightning.targets import replace_module
+from zssvd_lightning.layers.int8 import Int8Linear, Int8LowRankLinear
+from zssvd_lightning.layers.low_rank import LowRankLinear
+from zssvd_lightning.model.replace import replace_module
+from zssvd_lightning.serialization.specs import specs_of
 
 pytest.importorskip("vllm")
 
@@ -108,7 +108,7 @@ def test_vllm_answers_as_transformers_does(tmp_path, build, mixed, processes):
 
 @pytest.mark.parametrize("entry", [{"version": 99}, {"layers": {"h.0": {"kind": "tensor_train"}}}])
 def test_folders_of_another_release_are_refused(entry):
-    from zssvd_lightning.vllm_plugin import ServedLayers
+    from zssvd_lightning.serving.vllm import ServedLayers
 
     with pytest.raises(SavedModelError, match="upgrade zssvd-lightning"):
         ServedLayers.from_config({"version": 1, "layers": {}} | entry)
@@ -116,7 +116,7 @@ def test_folders_of_another_release_are_refused(entry):
 
 @pytest.mark.parametrize("name", ["lm_head", "h.0.experts.3.up_proj"])
 def test_layers_that_are_not_linear_in_vllm_are_refused(name):
-    from zssvd_lightning.vllm_plugin import ServedLayers
+    from zssvd_lightning.serving.vllm import ServedLayers
 
     served_layers = ServedLayers({name: {"kind": "low_rank", "rank": 3}})
     assert served_layers.get_quant_method(nn.Embedding(3, 3), "h.0.attn") is None

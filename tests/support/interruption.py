@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from support.models import tiny_llama
-from zssvd_lightning.compression import Compression
-from zssvd_lightning.config import CompressionConfig
-from zssvd_lightning.pipeline import gather
-from zssvd_lightning.steps import steps
+from zssvd_lightning.compression.course import steps
+from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.pipeline import gather
+from zssvd_lightning.config.compression import CompressionConfig
 
 
 def interrupted(config: CompressionConfig, batches: Sequence[Any], statistics: bool) -> Compression:

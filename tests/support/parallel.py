@@ -20,7 +20,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from support import processes
 from support.killed_run import Kill
 from support.models import FAMILIES, CausalLM, loader, padded_batches, trainer
-from zssvd_lightning import ZSSVDCallback, spectrum
+from zssvd_lightning import ZSSVDCallback
+from zssvd_lightning.whitening import spectrum
 
 SHORT = {"prune_ratio": 0.4, "calibration_batches": 4, "correction_batches": 2, "progress": False}
 NEEDED = 12

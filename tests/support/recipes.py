@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from zssvd_lightning.texts import load_text
+from zssvd_lightning.sources.texts import load_text
 
 
 def shorten_texts(settings: dict[str, Any], folder: Path, characters: int) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from zssvd_lightning import factorization
+from zssvd_lightning.calibration.collector import Gathering
+from zssvd_lightning.decomposition import factors as factorization
+from zssvd_lightning.decomposition.factors import HeldFactors
 from zssvd_lightning.distributed import Shards
-from zssvd_lightning.factorization import HeldFactors
-from zssvd_lightning.gathering import Gathering
 
 
 class WholeWeights(L.Callback):

@@ -4,12 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zssvd_lightning.budget import Budget
+from zssvd_lightning.compression.quantization import in_8_bits
 from zssvd_lightning.errors import BudgetError
-from zssvd_lightning.modules import LowRankLinear
-from zssvd_lightning.pivoted import PivotedLinear
-from zssvd_lightning.quantization import EIGHT_BIT, in_8_bits
-from zssvd_lightning.storage import STORAGES, UNITS, break_even_rank
+from zssvd_lightning.layers.low_rank import LowRankLinear
+from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.storage import EIGHT_BIT, STORAGES, UNITS, break_even_rank
+from zssvd_lightning.selection.budget import Budget
 
 sizes = st.integers(1, 300)
 

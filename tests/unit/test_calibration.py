@@ -12,11 +12,13 @@ from support.models import (
 from support.samplers import rows
 from torch import nn
 
-from zssvd_lightning.calibration import collect_gradients, loss_terms, token_mask
+from zssvd_lightning._numerics import SMALL_SQUARE, SMALL_SQUARE_BFLOAT16, add_square
+from zssvd_lightning.calibration.batches import loss_terms, token_mask
+from zssvd_lightning.calibration.collector import collect_gradients
+from zssvd_lightning.calibration.hooks import observing
 from zssvd_lightning.errors import CalibrationError, NonFiniteError, ZeroGradientError
-from zssvd_lightning.observation import observing
-from zssvd_lightning.statistics import SMALL_SQUARE, SMALL_SQUARE_BFLOAT16, Moments, add_square
-from zssvd_lightning.targets import find_targets
+from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.whitening.moments import Moments
 
 
 def gather(model, batches):

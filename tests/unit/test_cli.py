@@ -9,8 +9,8 @@ import torch
 import yaml
 from support.models import saved_tiny_llama, tiny_tokenizer
 
-from zssvd_lightning.cli import main
-from zssvd_lightning.models import load_model
+from zssvd_lightning.app.cli import main
+from zssvd_lightning.sources.models import load_model
 
 
 @pytest.fixture(scope="module")

@@ -24,16 +24,16 @@ from rich.console import Console
 from support.models import assert_same_state, saved_tiny_llama, state_of, tiny_llama, token_batches
 
 from zssvd_lightning import CompressionConfig, compress
-from zssvd_lightning.cli import main
-from zssvd_lightning.compare import CompareConfig, Results, compare
-from zssvd_lightning.compare.arguments import Cell, Comparison, Settings, read_arguments
-from zssvd_lightning.compare.folder import alone_in
-from zssvd_lightning.compare.picture import HIGHEST, NARROWEST, Curve, draw
-from zssvd_lightning.compare.work import perform, read_job, sources
+from zssvd_lightning.app.cli import main
+from zssvd_lightning.app.compare import CompareConfig, Results, compare
+from zssvd_lightning.app.compare.arguments import Cell, Comparison, Settings, read_arguments
+from zssvd_lightning.app.compare.cell import perform, read_job, sources
+from zssvd_lightning.app.compare.folder import alone_in
+from zssvd_lightning.app.compare.picture import HIGHEST, NARROWEST, Curve, draw
+from zssvd_lightning.app.run_config import EvaluateConfig, ModelConfig
+from zssvd_lightning.compression.pipeline import calibrate
 from zssvd_lightning.errors import CalibrationError, ConfigError, OutputError, TaskError
-from zssvd_lightning.evaluation import Perplexity
-from zssvd_lightning.pipeline import calibrate
-from zssvd_lightning.run_config import EvaluateConfig, ModelConfig
+from zssvd_lightning.evaluation.perplexity import Perplexity
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compare.py"
 
@@ -88,7 +88,7 @@ class Here:
 @pytest.fixture
 def run(workshop, tmp_path, monkeypatch, request):
     if "picture" not in request.node.name:  # half a second each
-        monkeypatch.setattr("zssvd_lightning.compare.results.draw", lambda *_: False)
+        monkeypatch.setattr("zssvd_lightning.app.compare.results.draw", lambda *_: False)
 
     def run(*arguments, runner=None, output=tmp_path / "out"):
         files = [str(workshop / f"{a}.yaml") if "=" not in a else a for a in arguments]
@@ -211,8 +211,8 @@ def test_what_has_changed_since_is_measured_again(run, workshop, tmp_path, monke
         model.write_text(model.read_text() + "\n")
     else:
         told = {"python": "2.7"}
-        monkeypatch.setattr("zssvd_lightning.compare.work.versions", lambda: told)
-        monkeypatch.setattr("zssvd_lightning.compare.course.versions", lambda: told)
+        monkeypatch.setattr("zssvd_lightning.app.compare.cell.versions", lambda: told)
+        monkeypatch.setattr("zssvd_lightning.app.compare.runner.versions", lambda: told)
     run(*asked, runner=again)
     dense, statistics, cell = again.names
     assert (dense, statistics.split("-")[:2], cell) == ("dense", ["seed", "0"], "zero-sum-0.4-0")
@@ -307,7 +307,7 @@ def program(tmp_path, monkeypatch):
     def program(code):
         (tmp_path / "program.py").write_text(code)
         monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setattr("zssvd_lightning.compare.course.PROGRAM", "program")
+        monkeypatch.setattr("zssvd_lightning.app.compare.runner.PROGRAM", "program")
 
     return program
 
@@ -369,7 +369,9 @@ def test_two_comparisons_in_one_folder_are_refused(run, tmp_path):
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_perplexity_that_is_not_finite_is_an_error_of_its_cell(run, tmp_path, monkeypatch, value):
     found = iter([20.0, 21.0, 22.0, value])
-    monkeypatch.setattr("zssvd_lightning.evaluation.perplexity", lambda *_, **__: Perplexity(next(found), 31, 0.1))
+    monkeypatch.setattr(
+        "zssvd_lightning.evaluation.perplexity.perplexity", lambda *_, **__: Perplexity(next(found), 31, 0.1)
+    )
     results = run("zero-sum", "prune_ratios=[0.4]", "seeds=[0]")
     assert results.errors["zero-sum-0.4-0"].startswith("NonFiniteError: perplexity_second is not finite")
     assert "0.4, seed 0 | NonFiniteError: perplexity_second is not finite" in results.markdown()
@@ -383,8 +385,8 @@ def test_perplexity_that_is_not_finite_is_an_error_of_its_cell(run, tmp_path, mo
 def test_accuracy_on_tasks(run, monkeypatch):
     loaded = []
     scores = {"piqa": {"rows": 6, "acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.7}, "sums": {"rows": 1, "exact": 0.25}}
-    monkeypatch.setattr("zssvd_lightning.zero_shot.load_tasks", lambda *told: loaded.append(told) or {})
-    monkeypatch.setattr("zssvd_lightning.zero_shot.accuracy", lambda *told: scores)
+    monkeypatch.setattr("zssvd_lightning.evaluation.zero_shot.load_tasks", lambda *told: loaded.append(told) or {})
+    monkeypatch.setattr("zssvd_lightning.evaluation.zero_shot.accuracy", lambda *told: scores)
     asked = ["evaluation.text=null", "evaluation.second=null", "tasks=[piqa,sums]", "data=rows", "limit=6"]
     results = run("zero-sum", "prune_ratios=[0.4]", "seeds=[0,1]", *asked)
     assert loaded == [(["piqa", "sums"], "rows", None)] * 4
@@ -395,7 +397,7 @@ def test_accuracy_on_tasks(run, monkeypatch):
     def unknown(*told):
         raise TaskError("unknown task")
 
-    monkeypatch.setattr("zssvd_lightning.zero_shot.load_tasks", unknown)
+    monkeypatch.setattr("zssvd_lightning.evaluation.zero_shot.load_tasks", unknown)
     here = Here()
     with pytest.raises(TaskError):
         run("zero-sum", *asked, runner=here)
@@ -660,7 +662,7 @@ def test_the_command_and_the_recipe(run, workshop, tmp_path, monkeypatch, capsys
         assert code == 1
         assert "name one YAML file or more" in shown.err
         with monkeypatch.context() as patched:
-            patched.setattr("zssvd_lightning.compare.results.Results.errors", errors)
+            patched.setattr("zssvd_lightning.app.compare.results.Results.errors", errors)
             code, shown = call(*arguments)
         assert code == 1
         assert "zero-sum-0.4-0: BudgetError: no" in shown.err

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from zssvd_lightning import CompressionConfig, RunConfig, ZSSVDCallback, load_config
+from zssvd_lightning.config.presets import FOLDER, PRESETS, settings_of
 from zssvd_lightning.errors import ConfigError
-from zssvd_lightning.presets import FOLDER, PRESETS, settings_of
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from support.samplers import weight
 
-from zssvd_lightning.correction import best_fraction, projected_step
+from zssvd_lightning.correction.steps import best_fraction, projected_step
 
 
 def test_step_ends_at_the_point_of_its_line_nearest_to_the_original():

@@ -11,17 +11,11 @@ from torch import nn
 from torch.nn.functional import kl_div
 
 from zssvd_lightning import CompressionConfig, compress
-from zssvd_lightning.copying import copied, free_bytes, refuse_too_large
-from zssvd_lightning.distillation import (
-    Call,
-    DenseTeacher,
-    SavedPredictions,
-    divergence,
-    divergence_from_top,
-    save_predictions,
-)
 from zssvd_lightning.errors import LogitsError, OutputError, TeacherError
-from zssvd_lightning.logits import logits_of, model_with_logits
+from zssvd_lightning.model.dense_copy import copied, free_bytes, refuse_too_large
+from zssvd_lightning.model.logits import logits_of, model_with_logits
+from zssvd_lightning.recovery.divergence import divergence, divergence_from_top
+from zssvd_lightning.recovery.teachers import Call, DenseTeacher, SavedPredictions, save_predictions
 
 
 def random_logits(seed, rows=7, tokens=11):
@@ -220,11 +214,11 @@ def test_memory_in_use_is_not_free(monkeypatch):
 
 
 def test_a_copy_that_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr("zssvd_lightning.copying.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("zssvd_lightning.model.dense_copy.free_bytes", lambda device: 1000)
     with pytest.raises(TeacherError, match=r"takes 0.00 GB, and 0.00 GB are free on cpu; write its predictions"):
         refuse_too_large(tiny_llama(), torch.bfloat16)
     size = sum(p.numel() for p in tiny_llama().parameters())
-    monkeypatch.setattr("zssvd_lightning.copying.free_bytes", lambda device: size)
+    monkeypatch.setattr("zssvd_lightning.model.dense_copy.free_bytes", lambda device: size)
     refuse_too_large(tiny_llama(), torch.bfloat16, processes=2)
 
 

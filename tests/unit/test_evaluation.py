@@ -5,7 +5,7 @@ import torch
 from support.models import VOCABULARY, tiny_llama, tiny_tokenizer
 
 from zssvd_lightning.errors import NonFiniteError
-from zssvd_lightning.evaluation import continuation, perplexity
+from zssvd_lightning.evaluation.perplexity import continuation, perplexity
 
 
 def test_perplexity_is_the_exponential_of_the_mean_over_all_predictions():

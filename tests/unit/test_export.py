@@ -9,12 +9,12 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, pipeline
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress, export_onnx, from_pretrained, save_pretrained
-from zssvd_lightning.cli import main
+from zssvd_lightning.app.cli import main
 from zssvd_lightning.errors import ExportError, OutputError, SavedModelError
-from zssvd_lightning.export import export_dense
-from zssvd_lightning.pivoted import PivotedLinear
-from zssvd_lightning.structure import specs_of
-from zssvd_lightning.targets import replace_module
+from zssvd_lightning.hub.export import export_dense
+from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.model.replace import replace_module
+from zssvd_lightning.serialization.specs import specs_of
 
 CONFIGS = {
     "factors": CompressionConfig(0.3, corrections=0),

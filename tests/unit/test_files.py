@@ -1,7 +1,7 @@
 import pytest
 
+from zssvd_lightning._files import MANIFEST, check_output, replacing_folder
 from zssvd_lightning.errors import OutputError
-from zssvd_lightning.files import MANIFEST, check_output, replacing_folder
 
 
 def write(folder, *names):
@@ -86,7 +86,7 @@ def test_replacing_never_leaves_the_place_empty(tmp_path, monkeypatch):
 
 
 def test_replacing_works_where_the_system_cannot_exchange_folders(tmp_path, monkeypatch):
-    monkeypatch.setattr("zssvd_lightning.files._exchange", lambda *_: False)
+    monkeypatch.setattr("zssvd_lightning._files._exchange", lambda *_: False)
     for name in ("old", "new"):
         with replacing_folder(tmp_path / "out") as folder:
             write(folder, name)

@@ -29,10 +29,10 @@ from transformers import (
 )
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress, from_pretrained, merge, save_pretrained
+from zssvd_lightning.compression.report import read_report
 from zssvd_lightning.errors import ConfigError, ModelSourceError, OutputError, SavedModelError
-from zssvd_lightning.models import load_model
-from zssvd_lightning.report import read_report
-from zssvd_lightning.structure import rebuild, specs_of
+from zssvd_lightning.serialization.specs import rebuild, specs_of
+from zssvd_lightning.sources.models import load_model
 
 
 def tiny_opt():

@@ -3,7 +3,7 @@
 import pytest
 
 from zssvd_lightning.errors import ModelSourceError
-from zssvd_lightning.models import _weights_in, load_model
+from zssvd_lightning.sources.models import _weights_in, load_model
 
 
 @pytest.fixture

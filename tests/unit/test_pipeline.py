@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress
-from zssvd_lightning.eight_bit import EightBitLinear
+from zssvd_lightning.compression.pipeline import calibrate, loss_in, plan
 from zssvd_lightning.errors import (
     BudgetError,
     CalibrationError,
@@ -25,11 +25,11 @@ from zssvd_lightning.errors import (
     TargetError,
     ZeroGradientError,
 )
-from zssvd_lightning.pipeline import calibrate, loss_in, plan
-from zssvd_lightning.pivoted import PivotedLinear
-from zssvd_lightning.selection import RULES
-from zssvd_lightning.targets import find_targets
-from zssvd_lightning.whitening import METRICS
+from zssvd_lightning.layers.int8 import EightBitLinear
+from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.selection.rules import RULES
+from zssvd_lightning.whitening.metrics import METRICS
 
 
 def run(model, batches=None, **settings):

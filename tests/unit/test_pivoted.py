@@ -22,17 +22,19 @@ from zssvd_lightning import (
     quantize,
     save_pretrained,
 )
-from zssvd_lightning.decomposition import Decomposition
+from zssvd_lightning.decomposition.decompose import Decomposition
+from zssvd_lightning.decomposition.factors import Factors, HeldFactors, pivoted_layer
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError, ConfigError, NonFiniteError, QuantizationError
-from zssvd_lightning.factorization import Factors, HeldFactors, pivoted_layer
-from zssvd_lightning.forms import dense_like, layer_like
-from zssvd_lightning.hub import mark
-from zssvd_lightning.pivoted import PivotedLinear, coefficients, pivots_first
-from zssvd_lightning.spectrum import Spectrum
-from zssvd_lightning.structure import match_structure, ranks_of, rebuild, specs_of
-from zssvd_lightning.targets import Target, find_targets, replace_module
-from zssvd_lightning.ways import FactorRecovery, LoRARecovery, SingularValueRecovery
+from zssvd_lightning.layers.pivoted import PivotedLinear, coefficients, pivots_first
+from zssvd_lightning.layers.registry import dense_like, layer_like
+from zssvd_lightning.model.replace import replace_module
+from zssvd_lightning.model.targets import Target, find_targets
+from zssvd_lightning.recovery.methods import FactorRecovery, LoRARecovery, SingularValueRecovery
+from zssvd_lightning.serialization.specs import ranks_of, rebuild, specs_of
+from zssvd_lightning.serialization.state_dict import match_structure
+from zssvd_lightning.serialization.transformers_config import mark
+from zssvd_lightning.whitening.spectrum import Spectrum
 
 SHAPES = [(6, 9, 1), (6, 9, 5), (6, 9, 6), (9, 6, 5), (9, 6, 6), (7, 7, 3), (8, 5, 4)]
 """(m, n, k), full rank among them."""

@@ -4,11 +4,12 @@ import yaml
 from support.models import tiny_llama, token_batches
 
 from zssvd_lightning import CompressionConfig, compress
-from zssvd_lightning.budget import Budget
 from zssvd_lightning.errors import OutputError, PlanError
-from zssvd_lightning.plan import Plan
-from zssvd_lightning.selection import Components, curvature, uniform
-from zssvd_lightning.structure import ranks_of
+from zssvd_lightning.selection.budget import Budget
+from zssvd_lightning.selection.components import Components
+from zssvd_lightning.selection.plan import Plan
+from zssvd_lightning.selection.rules import curvature, uniform
+from zssvd_lightning.serialization.specs import ranks_of
 
 SHAPES = {"a": (8, 8), "b": (6, 10)}
 BUDGET = Budget(SHAPES, 0.3)

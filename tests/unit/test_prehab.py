@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from zssvd_lightning.callbacks.prehab import LowRankPrehab
 from zssvd_lightning.errors import CheckpointError, ConfigError, NonFiniteError
-from zssvd_lightning.prehab import LowRankPrehab
-from zssvd_lightning.preparing import Preparation
-from zssvd_lightning.regularizers import REGULARIZERS, SCHEDULES, Term, nuclear_norm, stable_rank
-from zssvd_lightning.targets import Target
+from zssvd_lightning.model.targets import Target
+from zssvd_lightning.prehab.regularizers import REGULARIZERS, SCHEDULES, Term, nuclear_norm, stable_rank
+from zssvd_lightning.prehab.run import Preparation
 
 SHAPES = [(7, 5), (5, 7), (6, 6)]
 

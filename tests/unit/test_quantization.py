@@ -7,11 +7,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress, quantize
-from zssvd_lightning.eight_bit import EightBitLinear, Int8Linear, Int8LowRankLinear, bfloat16_scale, rounded
+from zssvd_lightning.compression.quantization import in_8_bits, rounding_costs
 from zssvd_lightning.errors import BudgetError, QuantizationError
-from zssvd_lightning.forms import dense_like, layer_like
-from zssvd_lightning.quantization import Importance, importance, in_8_bits, rounding_costs
-from zssvd_lightning.storage import STORAGES
+from zssvd_lightning.layers.int8 import EightBitLinear, Int8Linear, Int8LowRankLinear, bfloat16_scale, rounded
+from zssvd_lightning.layers.registry import dense_like, layer_like
+from zssvd_lightning.layers.storage import STORAGES
+from zssvd_lightning.whitening.rounding import Importance, importance
 
 WIDE = {
     "none": lambda size: torch.zeros(size, dtype=torch.bool),
@@ -175,7 +176,7 @@ def test_hq_by_itself_is_not_pruning():
 def test_a_compression_that_fails_while_storing_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_llama()
     before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr("zssvd_lightning.compression.in_8_bits", lambda *_: 1 / 0)
+    monkeypatch.setattr("zssvd_lightning.compression.engine.in_8_bits", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compress(model, token_batches(), CompressionConfig(0.4, corrections=0, storage="remap"), progress=False)
     assert before.keys() == model.state_dict().keys()

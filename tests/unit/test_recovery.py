@@ -10,11 +10,11 @@ from support.models import tiny_llama, token_batches
 from torch import nn
 
 from zssvd_lightning import CompressionConfig, compress, from_pretrained, merge, quantize, save_pretrained
-from zssvd_lightning.adapters import FOLDER, Adapter, merge_adapters, merged, on, save_adapter, taken_off
 from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError
-from zssvd_lightning.modules import LowRankLinear
-from zssvd_lightning.targets import find_targets
-from zssvd_lightning.ways import FactorRecovery, LoRARecovery, SingularValueRecovery, recovery_of
+from zssvd_lightning.layers.low_rank import LowRankLinear
+from zssvd_lightning.model.adapters import FOLDER, Adapter, merge_adapters, merged, on, save_adapter, taken_off
+from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.recovery.methods import FactorRecovery, LoRARecovery, SingularValueRecovery, recovery_of
 
 NAME = "model.layers.0.q_proj"
 

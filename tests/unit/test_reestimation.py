@@ -11,14 +11,15 @@ from support.samplers import weight
 from torch.nn.functional import cross_entropy
 
 from zssvd_lightning import CompressionConfig, Phase, compress
-from zssvd_lightning.budget import Budget
-from zssvd_lightning.compression import Compression
+from zssvd_lightning.compression.course import steps, to_first_truncation
+from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.pipeline import gather, plan
 from zssvd_lightning.errors import ConfigError
-from zssvd_lightning.pipeline import gather, plan
-from zssvd_lightning.selection import BY_CURVATURE, RULES, Components
-from zssvd_lightning.spectrum import Spectrum
-from zssvd_lightning.steps import steps, to_first_truncation
-from zssvd_lightning.whitening import Root, Whitening, safe_cholesky
+from zssvd_lightning.selection.budget import Budget
+from zssvd_lightning.selection.components import Components
+from zssvd_lightning.selection.rules import BY_CURVATURE, RULES
+from zssvd_lightning.whitening.cholesky import Root, Whitening, safe_cholesky
+from zssvd_lightning.whitening.spectrum import Spectrum
 
 REESTIMATED = {"metric": "two_sided", "selection": "curvature", "reestimate": True, "correction_batches": 3}
 

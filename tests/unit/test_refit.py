@@ -10,17 +10,19 @@ from support.samplers import second_moment, weight
 from torch import nn
 
 from zssvd_lightning import CompressionConfig, compress
-from zssvd_lightning.calibration import token_mask
-from zssvd_lightning.compression import Compression
-from zssvd_lightning.correction import REFIT_DAMPING, REFIT_PART, refitted_weight
+from zssvd_lightning.calibration.batches import token_mask
+from zssvd_lightning.calibration.recorded_calls import Call, together
+from zssvd_lightning.compression.course import steps
+from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.phase import Phase
+from zssvd_lightning.compression.pipeline import gather
+from zssvd_lightning.correction.paired_forward import run_side_by_side
+from zssvd_lightning.correction.refit import REFIT_DAMPING, REFIT_PART, refitted_weight
 from zssvd_lightning.errors import CalibrationError, CheckpointError, ConfigError
-from zssvd_lightning.phase import Phase
-from zssvd_lightning.pipeline import gather
-from zssvd_lightning.side_by_side import Call, run_side_by_side, together
-from zssvd_lightning.spectrum import Spectrum
-from zssvd_lightning.steps import steps
-from zssvd_lightning.targets import find_targets
-from zssvd_lightning.whitening import METRICS, Whitening
+from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.whitening.cholesky import Whitening
+from zssvd_lightning.whitening.metrics import METRICS
+from zssvd_lightning.whitening.spectrum import Spectrum
 
 REFIT = {
     "metric": "two_sided",
@@ -33,8 +35,8 @@ REFIT = {
 
 
 def test_all_of_the_way_undamped_is_the_least_squares_solution(monkeypatch):
-    monkeypatch.setattr("zssvd_lightning.correction.REFIT_PART", 1.0)
-    monkeypatch.setattr("zssvd_lightning.correction.REFIT_DAMPING", 0.0)
+    monkeypatch.setattr("zssvd_lightning.correction.refit.REFIT_PART", 1.0)
+    monkeypatch.setattr("zssvd_lightning.correction.refit.REFIT_DAMPING", 0.0)
     X, there, W = torch.randn(50, 6).double(), torch.randn(50, 6).double(), weight(4, 6)
     found = refitted_weight(W, there.T @ there / 50, X.T @ there / 50)
     torch.testing.assert_close(found, torch.linalg.lstsq(there, X @ W.T).solution.T)

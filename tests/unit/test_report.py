@@ -3,8 +3,8 @@ import json
 import pytest
 from rich.console import Console
 
-from zssvd_lightning.picture import draw
-from zssvd_lightning.report import LayerReport, Report, Stopwatch, peak_rss_bytes
+from zssvd_lightning.app.pictures import draw
+from zssvd_lightning.compression.report import LayerReport, Report, Stopwatch, peak_rss_bytes
 
 LAYERS = {
     "net.layers.0.q": LayerReport(10, (64, 64), 1280),

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zssvd_lightning.budget import Budget
 from zssvd_lightning.errors import BudgetError, CalibrationError, ConfigError
-from zssvd_lightning.selection import CHOOSE_BITS, RULES, Components, abs_delta, curvature, effective_rank, zero_sum
-from zssvd_lightning.storage import STORAGES, UNITS, break_even_rank
+from zssvd_lightning.layers.storage import STORAGES, UNITS, break_even_rank
+from zssvd_lightning.selection.budget import Budget
+from zssvd_lightning.selection.components import Components
+from zssvd_lightning.selection.rules import CHOOSE_BITS, RULES, abs_delta, curvature, effective_rank, zero_sum
 
 GREEDY = ["zero_sum", "zero_sum_curvature", "abs_delta", "abs_delta_unordered", "most_negative", "sigma"]
 ONE_FORM = [name for name in RULES if name not in CHOOSE_BITS]

@@ -6,9 +6,9 @@ from support.models import tiny_bert, tiny_gpt2, token_batches
 from support.samplers import SHAPES, second_moment, weight
 from torch.nn.functional import cross_entropy
 
-from zssvd_lightning.spectrum import Spectrum, thin_svd
-from zssvd_lightning.targets import find_targets
-from zssvd_lightning.whitening import Root, Whitening, safe_cholesky
+from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.whitening.cholesky import Root, Whitening, safe_cholesky
+from zssvd_lightning.whitening.spectrum import Spectrum, thin_svd
 
 
 def whitening(A):

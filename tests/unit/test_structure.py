@@ -7,8 +7,9 @@ from torch import nn
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.forms import dense_like
-from zssvd_lightning.structure import match_structure, note, ranks_of
+from zssvd_lightning.layers.registry import dense_like
+from zssvd_lightning.serialization.specs import ranks_of
+from zssvd_lightning.serialization.state_dict import match_structure, note
 
 
 @pytest.mark.parametrize("family", FAMILIES)

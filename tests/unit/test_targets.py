@@ -5,7 +5,8 @@ from torch import nn
 
 from zssvd_lightning import LowRankLinear
 from zssvd_lightning.errors import TargetError
-from zssvd_lightning.targets import find_targets, replace_module
+from zssvd_lightning.model.replace import replace_module
+from zssvd_lightning.model.targets import find_targets
 
 
 @pytest.mark.parametrize("family", FAMILIES)

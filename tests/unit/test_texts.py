@@ -7,9 +7,10 @@ from datasets import Dataset
 from support.models import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from zssvd_lightning import texts
+from zssvd_lightning.app.run_config import CalibrationConfig
+from zssvd_lightning.app.workspace import calibration_windows
 from zssvd_lightning.errors import TextError
-from zssvd_lightning.run_config import CalibrationConfig
+from zssvd_lightning.sources import texts
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".raw"])
@@ -125,17 +126,17 @@ def test_samples_are_distinct_windows_fixed_by_the_seed():
 def test_two_calibration_texts_take_turns(samples):
     tokens = {"a": texts.Tokens(torch.arange(100)), "b": texts.Tokens(torch.arange(100, 200))}
     config = CalibrationConfig("a", second="b", samples=samples, length=10, batch_size=1, seed=1)
-    drawn = texts.calibration_windows(config, tokens.__getitem__)
+    drawn = calibration_windows(config, tokens.__getitem__)
     assert drawn.shape == (samples, 10)
     assert torch.equal(drawn[::2], texts.sampled_windows(tokens["a"], 10, (samples + 1) // 2, 1, "a"))
     assert torch.equal(drawn[1::2], texts.sampled_windows(tokens["b"], 10, samples // 2, 1, "b"))
-    alone = texts.calibration_windows(replace(config, second=None), tokens.__getitem__)
+    alone = calibration_windows(replace(config, second=None), tokens.__getitem__)
     assert torch.equal(alone, texts.sampled_windows(tokens["a"], 10, samples, 1, "a"))
-    more = texts.calibration_windows(replace(config, correction_samples=8), tokens.__getitem__)
+    more = calibration_windows(replace(config, correction_samples=8), tokens.__getitem__)
     assert len(more.unique()) == (samples + 8) * 10
     assert torch.equal(more[:samples], drawn)
     with pytest.raises(TextError, match="text 'b' has 10 tokens"):
-        texts.calibration_windows(config, {**tokens, "b": texts.Tokens(torch.arange(10))}.__getitem__)
+        calibration_windows(config, {**tokens, "b": texts.Tokens(torch.arange(10))}.__getitem__)
 
 
 def test_text_is_tokenised_whole_and_examples_predict_themselves():

@@ -13,17 +13,18 @@ from support.samplers import SHAPES, second_moment, weight
 from torch.nn.functional import cross_entropy
 
 from zssvd_lightning import CompressionConfig, compress
-from zssvd_lightning.compression import Compression
-from zssvd_lightning.correction import natural_lengths
+from zssvd_lightning.compression.course import steps
+from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.phase import Phase
+from zssvd_lightning.compression.pipeline import calibrate, gather, plan
+from zssvd_lightning.correction.steps import natural_lengths
 from zssvd_lightning.errors import CalibrationError, ConfigError, LogitsError, NonFiniteError, ZeroGradientError
-from zssvd_lightning.output_sides import OUTPUT_SIDES, TOP
-from zssvd_lightning.phase import Phase
-from zssvd_lightning.pipeline import calibrate, gather, plan
-from zssvd_lightning.spectrum import Spectrum
-from zssvd_lightning.statistics import Moments
-from zssvd_lightning.steps import steps
-from zssvd_lightning.targets import find_targets
-from zssvd_lightning.whitening import METRICS, OUTPUT_DAMPING, Root, Whitening, safe_cholesky
+from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.whitening.cholesky import Root, Whitening, safe_cholesky
+from zssvd_lightning.whitening.metrics import METRICS, OUTPUT_DAMPING
+from zssvd_lightning.whitening.moments import Moments
+from zssvd_lightning.whitening.output_gradients import OUTPUT_SIDES, TOP
+from zssvd_lightning.whitening.spectrum import Spectrum
 
 
 def two_sided(A, B):

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from zssvd_lightning.eight_bit import Int8Linear, Int8LowRankLinear
 from zssvd_lightning.errors import SavedModelError, UnsupportedServingError
-from zssvd_lightning.fused import FusedLinear, Part, names_of
-from zssvd_lightning.modules import CompressedLinear, LowRankLinear
-from zssvd_lightning.pivoted import PivotedLinear
+from zssvd_lightning.layers.base import CompressedLinear
+from zssvd_lightning.layers.int8 import Int8Linear, Int8LowRankLinear
+from zssvd_lightning.layers.low_rank import LowRankLinear
+from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.serving.fused_linear import FusedLinear, Part, names_of
 
 M, N, K = 12, 16, 5
 KINDS = ["dense", "low_rank", "pivoted", "int8", "int8_low_rank"]

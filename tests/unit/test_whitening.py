@@ -5,8 +5,8 @@ import torch
 from support.samplers import SHAPES, rows, second_moment, singular_moment, weight
 
 from zssvd_lightning.errors import NotPositiveDefiniteError, RankDeficientWarning
-from zssvd_lightning.spectrum import Spectrum
-from zssvd_lightning.whitening import FIRST_JITTER, Root, Whitening, safe_cholesky, warn_of_jitter
+from zssvd_lightning.whitening.cholesky import FIRST_JITTER, Root, Whitening, safe_cholesky, warn_of_jitter
+from zssvd_lightning.whitening.spectrum import Spectrum
 
 
 @pytest.mark.parametrize("n", [1, 4, 17])

@@ -12,7 +12,7 @@ from support.models import tiny_llama, tiny_tokenizer, token_batches
 
 from zssvd_lightning import CompressionConfig, compress
 from zssvd_lightning.errors import NonFiniteError, TaskError
-from zssvd_lightning.zero_shot import LOCAL, accuracy, load_tasks, side_by_side, table
+from zssvd_lightning.evaluation.zero_shot import LOCAL, accuracy, load_tasks, side_by_side, table
 
 ROWS = {
     "piqa": [

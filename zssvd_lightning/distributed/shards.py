@@ -12,13 +12,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from typing_extensions import override
 
+from zssvd_lightning._numerics import accumulated
 from zssvd_lightning.distributed.replicas import Several
 from zssvd_lightning.errors import CalibrationError
-from zssvd_lightning.statistics import Moments, accumulated, not_shared_alike
-from zssvd_lightning.targets import Target
+from zssvd_lightning.model.targets import Target
+from zssvd_lightning.whitening.moments import Moments, not_shared_alike
 
 # torch 2.13 has other names for them than the releases before
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 

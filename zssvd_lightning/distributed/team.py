@@ -7,8 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from zssvd_lightning.statistics import Moments
-from zssvd_lightning.targets import Target
+from zssvd_lightning.model.targets import Target
+from zssvd_lightning.whitening.moments import Moments
 
 T = TypeVar("T")
 

@@ -11,9 +11,10 @@ import lightning as L
 from zssvd_lightning.strategies.base import SingleDeviceAdapter, StrategyAdapter
 from zssvd_lightning.strategies.ddp import DDPAdapter
 from zssvd_lightning.strategies.fsdp2 import FSDP2Adapter
-from zssvd_lightning.strategies.refused import RefusedAdapter
+from zssvd_lightning.strategies.unsupported import RefusedAdapter
 
 __all__ = ["DDPAdapter", "FSDP2Adapter", "RefusedAdapter", "SingleDeviceAdapter", "StrategyAdapter", "adapter_for"]
+
 
 GROUP = "zssvd_lightning.strategies"
 

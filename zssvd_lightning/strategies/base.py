@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 
-from zssvd_lightning.config import CompressionConfig
-from zssvd_lightning.copying import copied
+from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.distributed import Team
-from zssvd_lightning.targets import Target, local_part, replace_module
+from zssvd_lightning.model.dense_copy import copied
+from zssvd_lightning.model.replace import replace_module
+from zssvd_lightning.model.targets import Target, local_part
 
 
 class StrategyAdapter:

@@ -4,9 +4,9 @@ from functools import cached_property
 
 from lightning.pytorch.strategies import DDPStrategy
 
-from zssvd_lightning.checkpoint import LowRankCheckpointMixin
 from zssvd_lightning.distributed import Replicas, Team
 from zssvd_lightning.errors import UnsupportedTrainingError
+from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixin
 from zssvd_lightning.strategies.base import StrategyAdapter
 
 

@@ -19,16 +19,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from zssvd_lightning.borrowing import overridden
-from zssvd_lightning.config import CompressionConfig
-from zssvd_lightning.copying import COMPILED, copied
+from zssvd_lightning._contexts import overridden
+from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.distributed import Shards, Team
 from zssvd_lightning.errors import CheckpointError, UnsupportedTrainingError
-from zssvd_lightning.quantization import EIGHT_BIT
-from zssvd_lightning.strategies import parts
+from zssvd_lightning.layers.storage import EIGHT_BIT
+from zssvd_lightning.model.dense_copy import COMPILED, copied
+from zssvd_lightning.model.replace import replace_module
+from zssvd_lightning.model.targets import Target, local_part
+from zssvd_lightning.strategies import sharded_checkpoints as parts
 from zssvd_lightning.strategies.base import StrategyAdapter
-from zssvd_lightning.strategies.units import Unit, let_go, refuse_unknown_torch
-from zssvd_lightning.targets import Target, local_part, replace_module
+from zssvd_lightning.strategies.fsdp2_units import Unit, let_go, refuse_unknown_torch
 
 
 class FSDP2Adapter(StrategyAdapter):

@@ -1,0 +1,56 @@
+"""Attributes of somebody else's object, replaced for a while."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@contextmanager
+def overridden(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Gives `owner` attributes of its own in place of those of its class; on any exit it has what it had before."""
+    own: dict[str, Any] = owner.__dict__
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            own.pop(name, None)
+        own.update(before)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Within the context compiled modules run as they are written, and with their hooks."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts the model into evaluation mode and, on any exit, each module back into its own."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+@contextmanager
+def no_cache(model: nn.Module) -> Iterator[None]:
+    """Has models of transformers keep no keys and values and, on any exit, each do as it did."""
+    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    cached = [config for config in {id(c): c for c in configs}.values() if "use_cache" in config.to_dict()]
+    before = [config.use_cache for config in cached]
+    try:
+        for config in cached:
+            config.use_cache = False
+        yield
+    finally:
+        for config, use_cache in zip(cached, before, strict=True):
+            config.use_cache = use_cache

@@ -1,0 +1,154 @@
+"""Writing files and folders so that an interrupted run loses nothing."""
+
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from zssvd_lightning.errors import OutputError
+
+MANIFEST = "zssvd.json"
+"""Lists what this package wrote into a folder; a folder that holds nothing else may be replaced."""
+
+
+CARD = "README.md"
+"""May be edited by hand, and is then no longer ours."""
+
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of Linux's renameat2."""
+
+
+def check_output(path: str | Path, source: str | Path | None = None) -> Path:
+    """The output folder, when it may be written: absent, empty, or holding nothing but what this package wrote.
+
+    Args:
+        path: the folder.
+        source: a folder that is read from, if it is one.
+
+    Raises:
+        OutputError: it is a file, the source, around the working directory, or holds something else.
+    """
+    path = Path(path).expanduser().resolve()
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"output {path} is a file; name a folder")
+    if source is not None and path == Path(source).expanduser().resolve():
+        raise OutputError(f"output {path} is what is read from; name another folder")
+    if Path.cwd().is_relative_to(path):
+        raise OutputError(f"output {path} is the working directory, or around it; name a folder in it")
+    if path.exists() and (foreign := sorted(_files(path) - _ours(path))):
+        raise OutputError(
+            f"output {path} holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}, which this package "
+            "did not write; name an empty or new folder"
+        )
+    return path
+
+
+def _files(folder: Path) -> set[str]:
+    """Names of files, links and empty folders within, relative to the folder."""
+    return {
+        str(entry.relative_to(folder))
+        for entry in folder.rglob("*")
+        if entry.is_symlink() or not entry.is_dir() or not any(entry.iterdir())
+    }
+
+
+def _ours(folder: Path) -> set[str]:
+    """Names in the manifest, but for a card that is not as it was."""
+    try:
+        told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        names, card = set(told["files"]), told["card"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return names if card == _card(folder) else names - {CARD}
+
+
+def _card(folder: Path) -> str | None:
+    path = folder / CARD
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _finish(folder: Path) -> None:
+    """Writes the manifest, and has everything on the disk."""
+    names = sorted(_files(folder) | {MANIFEST})
+    manifest = json.dumps({"files": names, "card": _card(folder)}, indent=2)
+    (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+    for name in names:
+        if (folder / name).is_file():
+            with (folder / name).open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, which takes its place when the block ends well and is dropped when it does not.
+
+    Raises:
+        OutputError: `path` may not be replaced, or writing failed (a full disk, missing rights).
+    """
+    path = check_output(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write beside {path}: {error}") from error
+    try:
+        yield temporary
+        _finish(temporary)
+        temporary.chmod(0o755)
+        _swap(temporary, path)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error}; what was there before is untouched") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside `path`, of the same ending, which takes its place when the block ends well.
+
+    Raises:
+        OutputError: writing failed; what was there before is untouched.
+    """
+    path = Path(path).expanduser().absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error}; what was there before is untouched") from error
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Puts `new` in the place of `path`, and removes what was there."""
+    if not path.exists():
+        new.rename(path)
+    elif _exchange(new, path):
+        shutil.rmtree(new, ignore_errors=True)
+    else:
+        old = path.with_name(f"{new.name}.old")
+        path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Has two folders change places in one step, so that neither is ever missing; False where the system cannot."""
+    with suppress(OSError, AttributeError):  # no C library, or one without the call
+        exchange = ctypes.CDLL(None).renameat2
+        failed: int = exchange(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
+        return failed == 0
+    return False

@@ -1,0 +1,1 @@
+"""Whole runs around the method: the command line, comparisons, pictures."""

@@ -1,0 +1,8 @@
+"""The process of one cell: reads its job from the standard input."""
+
+import sys
+
+from zssvd_lightning.app.compare.cell import perform, read_job
+
+if __name__ == "__main__":
+    perform(read_job(sys.stdin.read()))

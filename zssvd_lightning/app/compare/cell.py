@@ -1,0 +1,255 @@
+"""What the process of one cell does: it loads the model, compresses and measures it, and leaves a file behind."""
+
+import json
+import math
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from zssvd_lightning._files import replacing_file
+from zssvd_lightning.app.compare.arguments import Settings
+from zssvd_lightning.app.run_config import CalibrationConfig, EvaluateConfig, ModelConfig
+from zssvd_lightning.app.workspace import calibration_windows
+from zssvd_lightning.compression.course import steps
+from zssvd_lightning.compression.pipeline import calibrate, compress, loss_in
+from zssvd_lightning.compression.report import VERSIONS, Stopwatch, peak_rss_bytes
+from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.config.loading import load_config
+from zssvd_lightning.errors import NonFiniteError, SavedModelError
+from zssvd_lightning.evaluation import perplexity as evaluation
+from zssvd_lightning.evaluation import zero_shot
+from zssvd_lightning.serialization.integrity import digest
+from zssvd_lightning.sources import texts
+from zssvd_lightning.sources.models import load_model, place
+from zssvd_lightning.whitening.moments import Moments
+
+CALIBRATE = "calibrate"
+"""The step whose seconds cells may share."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process is to do."""
+
+    settings: Settings = field(default_factory=Settings)
+    result: str = "???"
+    """JSON file that it writes, whether it succeeds or not."""
+    statistics: str | None = None
+    """File with the statistics of the first calibration: written where nothing is evaluated, else read. When None
+    they are gathered."""
+
+
+def read_job(text: str) -> Job:
+    """The job of which `text` is the JSON."""
+    return load_config(Job, defaults=json.loads(text))
+
+
+def perform(job: Job) -> None:
+    """Does a job and writes its result, or the error that ended it.
+
+    Raises:
+        Exception: whatever ended it.
+    """
+    read = sources(job.settings)
+    try:
+        found = _found(job)
+    except Exception as error:
+        write_result(job, read, {"error": one_line(f"{type(error).__name__}: {error}")})
+        raise
+    write_result(job, read, found)
+
+
+def write_result(job: Job, read: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Writes what a job has found beside its settings and the `sources` it has read. Raises OutputError."""
+    told = {"settings": asdict(job.settings), "versions": versions(), "sources": read, **found}
+    with replacing_file(job.result) as file:
+        file.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """The file of a job; None where there is none that can be read."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return told if isinstance(told, dict) else None
+
+
+def versions() -> dict[str, str]:
+    """Of what results depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
+
+
+def sources(settings: Settings) -> dict[str, str | None]:
+    """What tells whether the model, texts and folders that settings name are still the same, by their names.
+
+    The version of a package, and of a file or folder a digest of all that is in it; None for what is on the hub.
+    """
+    calibration, evaluation = settings.calibration, settings.evaluation
+    texts_read = [text for part in (calibration, evaluation) if part is not None for text in (part.text, part.second)]
+    folders = [settings.model.source]
+    if evaluation is not None:
+        folders += [folder for folder in (evaluation.data, evaluation.include) if folder is not None]
+    return {source: _state(source.partition("#")[0]) for source in texts_read if source is not None} | {
+        source: _state(source) for source in folders
+    }
+
+
+def _state(source: str) -> str | None:
+    """See `sources`."""
+    if source.startswith("package:"):
+        with suppress(PackageNotFoundError):
+            return version(source.split(":")[1])
+        return None
+    try:
+        files = list(_files(Path(source).expanduser()))
+    except (OSError, SavedModelError):
+        return None
+    return sha256(json.dumps(files).encode()).hexdigest() if files else None
+
+
+def _files(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and digest of a file, or of all that is in a folder."""
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        told = file.stat()
+        yield str(file.relative_to(path)), _digest(file, told.st_size, told.st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, size: int, time: int) -> str:
+    """Of a file, read again only when its size or the time (ns) of its last change is another."""
+    return digest(path)
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks."""
+    return " ".join(text.split())
+
+
+class Material:
+    """A model with its tokenizer, and texts, each tokenised once."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.model, self.tokenizer = load_model(config.source, config.dtype)
+        place(self.model)
+        self._tokens: dict[str, texts.Tokens] = {}
+
+    def batches(self, config: CalibrationConfig) -> "DataLoader[dict[str, Tensor]]":
+        """The windows of calibration and corrections, always in the same order. Raises TextError."""
+        drawn = calibration_windows(config, self._tokenised)
+        return DataLoader(texts.TokenWindows(drawn), batch_size=config.batch_size)
+
+    def windows(self, config: EvaluateConfig) -> dict[str, Tensor]:
+        """Windows (N, length) of each evaluation text, by the name of its perplexity. Raises TextError."""
+        wanted = {"perplexity": config.text, "perplexity_second": config.second}
+        return {
+            key: texts.windows(self._tokenised(text), config.length, config.windows, text)
+            for key, text in wanted.items()
+            if text is not None
+        }
+
+    def measured(self, windows: Mapping[str, Tensor], config: EvaluateConfig) -> dict[str, Any]:
+        """Perplexity on the windows and accuracy on the tasks of the model as it now is, and the seconds it took."""
+        watch = Stopwatch()
+        found: dict[str, Any] = {}
+        place(self.model)
+        with watch("evaluate"):
+            for key, ids in windows.items():
+                found[key] = evaluation.perplexity(self.model, ids, progress=False).perplexity
+                if not math.isfinite(found[key]):
+                    raise NonFiniteError(f"{key} is not finite ({found[key]}); prune less, or measure in float32")
+            if config.tasks:
+                tasks = zero_shot.load_tasks(config.tasks, config.data, config.include)
+                scores = zero_shot.accuracy(self.model, self.tokenizer, tasks, config.batch_size, config.limit)
+                found["accuracy"] = scores
+        return {**found, "evaluate_seconds": watch.seconds["evaluate"]}
+
+    def _tokenised(self, source: str) -> texts.Tokens:
+        if source not in self._tokens:
+            self._tokens[source] = texts.tokenize(texts.load_text(source), self.tokenizer)
+        return self._tokens[source]
+
+
+def _found(job: Job) -> dict[str, Any]:
+    settings = job.settings
+    if settings.calibration is not None and settings.compression is not None:
+        if settings.evaluation is not None:
+            return _compressed(job, settings.calibration, settings.compression, settings.evaluation)
+        if job.statistics is not None:
+            return _gathered(job, settings.calibration, settings.compression, job.statistics)
+    elif settings.evaluation is not None:
+        material = Material(settings.model)
+        return material.measured(material.windows(settings.evaluation), settings.evaluation)
+    raise ValueError(f"a job that evaluates nothing must calibrate into a file: {job}")
+
+
+def _gathered(
+    job: Job, calibration: CalibrationConfig, compression: CompressionConfig, statistics: str
+) -> dict[str, Any]:
+    """Gathers the statistics of a first calibration and writes them to a file."""
+    torch.manual_seed(calibration.seed)
+    material = Material(job.settings.model)
+    batches, watch = material.batches(calibration), Stopwatch()
+    with watch(CALIBRATE):
+        moments = calibrate(
+            material.model,
+            batches,
+            compression,
+            calibration_batches=calibration.batches,
+            progress=False,
+            loss=loss_in(calibration.precision),
+        )
+    peak = peak_rss_bytes()
+    with replacing_file(statistics) as file:
+        torch.save(moments.state_dict(), file)
+    return {"seconds": watch.seconds, "peak_rss_bytes": peak}
+
+
+def _compressed(
+    job: Job, calibration: CalibrationConfig, compression: CompressionConfig, measure: EvaluateConfig
+) -> dict[str, Any]:
+    """Compresses the model, from statistics that are there or its own, and measures it."""
+    torch.manual_seed(calibration.seed)
+    material = Material(job.settings.model)
+    windows = material.windows(measure)
+    gathers_more = job.statistics is None or len(steps(compression)) > 1
+    report = compress(
+        material.model,
+        material.batches(calibration) if gathers_more else [],
+        compression,
+        statistics=_statistics(job.statistics),
+        calibration_batches=calibration.batches,
+        progress=False,
+        loss=loss_in(calibration.precision),
+    )
+    seconds, peak = dict(report.seconds), peak_rss_bytes()
+    if job.statistics is not None:
+        gathering = json.loads(gathering_result(job.statistics).read_text(encoding="utf-8"))
+        seconds = {CALIBRATE: 0.0} | seconds
+        seconds[CALIBRATE] += gathering["seconds"][CALIBRATE]
+        peak = max(peak, gathering["peak_rss_bytes"])
+    return {
+        "reached": report.reached,
+        "seconds": seconds,
+        "peak_rss_bytes": peak,
+        **material.measured(windows, measure),
+    }
+
+
+def gathering_result(statistics: str | Path) -> Path:
+    """The file with the result of the job that gathered these statistics."""
+    return Path(statistics).with_suffix(".json")
+
+
+def _statistics(path: str | None) -> Moments | None:
+    return None if path is None else Moments(**torch.load(path, map_location="cpu", weights_only=True))

@@ -1,0 +1,222 @@
+"""What a comparison has found: means over seeds, as JSON, Markdown and a table for a terminal."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from textwrap import shorten
+from typing import Any, NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from zssvd_lightning._files import replacing_file
+from zssvd_lightning.app.compare.arguments import Cell, Comparison
+from zssvd_lightning.app.compare.cell import versions
+from zssvd_lightning.app.compare.picture import Curve, draw
+from zssvd_lightning.evaluation.zero_shot import STDERR
+
+NAMES = JSON, MARKDOWN, PICTURE = "compare.json", "compare.md", "compare.png"
+
+
+TITLES = {"perplexity_second": "perplexity, second text", "peak_rss_bytes": "peak RSS (GB)"}
+"""Of the measures that have another title than their name."""
+
+
+LARGE = 1e6
+"""From here on a perplexity is shown with an exponent."""
+
+
+LONGEST = 40
+"""Characters of an entry in the table for a terminal."""
+
+
+TASK = "accuracy/"
+"""What the name of the accuracy on a task begins with."""
+
+
+class Spread(NamedTuple):
+    """A measure over seeds."""
+
+    mean: float
+    deviation: float | None
+    """Sample standard deviation; None of one seed."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of one value or more."""
+        return cls(mean(values), stdev(values) if len(values) > 1 else None)  # of fractions, which do not overflow
+
+
+class Row(NamedTuple):
+    """One preset at one prune ratio, over the seeds that did not fail."""
+
+    preset: str
+    prune_ratio: float
+    seeds: list[int]
+    measures: dict[str, Spread]
+    """By name; of the peak of memory the largest stands for the mean."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """All cells of a comparison."""
+
+    comparison: Comparison
+    dense: Mapping[str, Any]
+    """What was measured, or an `error`."""
+    cells: Mapping[Cell, Mapping[str, Any]]
+
+    @property
+    def errors(self) -> dict[str, str]:
+        """What ended the cells that failed, by their names."""
+        found = {"dense": self.dense, **{cell.name: result for cell, result in self.cells.items()}}
+        return {name: result["error"] for name, result in found.items() if "error" in result}
+
+    def rows(self) -> list[Row]:
+        """Means and spreads, in the order of the table; none where all seeds failed."""
+        groups: dict[tuple[str, float], dict[int, dict[str, float]]] = {}
+        for cell, result in self.cells.items():
+            if "error" not in result:
+                groups.setdefault(cell[:2], {})[cell.seed] = measures(result)
+        return [
+            Row(*key, list(found), {name: _over_seeds(name, found.values()) for name in next(iter(found.values()))})
+            for key, found in groups.items()
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types under the keys of `compare.json`, which says nothing of where it lies."""
+        settings = asdict(self.comparison.config)
+        del settings["output"]
+        return {
+            "settings": settings,
+            "versions": versions(),
+            "dense": self.dense,
+            "rows": [
+                row._asdict() | {"measures": {name: spread._asdict() for name, spread in row.measures.items()}}
+                for row in self.rows()
+            ],
+            "cells": [cell._asdict() | dict(result) for cell, result in self.cells.items()],
+        }
+
+    def markdown(self) -> str:
+        """A table, and under it what is in it."""
+        header, *lines = self._lines()
+        rule = ["---", "---:"] + ["---:"] * (len(header) - 2)
+        table = [
+            f"| {' | '.join(entry.replace('|', chr(92) + '|') for entry in line)} |" for line in (header, rule, *lines)
+        ]
+        return "\n".join([*table, "", self._caption(), ""])
+
+    def table(self) -> Table:
+        """The same, for a terminal, with errors cut short."""
+        header, *lines = self._lines()
+        table = Table(  # of Text, since brackets in a plain string are markup
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            title=Text(self.comparison.dense.model.source, style="table.title"),
+            caption=Text(self._caption(), style="table.caption"),
+        )
+        for number, title in enumerate(header):
+            table.add_column(Text(title), justify="left" if number == 0 else "right", overflow="fold")
+        for line in lines:
+            table.add_row(*(Text(shorten(entry, LONGEST, placeholder=" …")) for entry in line))
+        return table
+
+    def curves(self) -> dict[str, list[Curve]]:
+        """For each text, perplexity against the fraction kept, by preset; the dense model is at 1."""
+        found: dict[str, list[Curve]] = {}
+        for name in ("perplexity", "perplexity_second"):
+            rows = [row for row in self.rows() if name in row.measures]
+            if rows:
+                dense = self.dense.get(name)
+                found[TITLES.get(name, name)] = [
+                    Curve(
+                        preset,
+                        [1 - row.measures["reached"].mean for row in rows if row.preset == preset],
+                        [row.measures[name].mean for row in rows if row.preset == preset],
+                        [row.measures[name].deviation or 0.0 for row in rows if row.preset == preset],
+                        dense,
+                    )
+                    for preset in dict.fromkeys(row.preset for row in rows)
+                ]
+        return found
+
+    def _lines(self) -> Iterator[list[str]]:
+        """The entries of the table, from its header."""
+        rows = {(row.preset, row.prune_ratio): row for row in self.rows()}
+        dense = {name: Spread(value, None) for name, value in measures(self.dense).items()}
+        every = [dense, *(row.measures for row in rows.values())]
+        texts_and_tasks = [n for found in every for n in found if n.startswith((TASK, "perplexity"))]
+        names = list(dict.fromkeys([*texts_and_tasks, "reached", "seconds", "peak_rss_bytes"]))
+        yield ["preset", "pruned", *(TITLES.get(name, name.removeprefix(TASK)) for name in names)]
+        error = self.dense.get("error")
+        yield ["dense", "0", *([error] if error else _entries(dense, names)), *[""] * (len(names) - 1 if error else 0)]
+        for preset, prune_ratio in dict.fromkeys(cell[:2] for cell in self.cells):
+            if row := rows.get((preset, prune_ratio)):
+                yield [preset, f"{prune_ratio}", *_entries(row.measures, names)]
+            for cell, result in self.cells.items():
+                if cell[:2] == (preset, prune_ratio) and "error" in result:
+                    yield [preset, f"{prune_ratio}, seed {cell.seed}", result["error"], *[""] * (len(names) - 1)]
+
+    def _caption(self) -> str:
+        config, evaluation = self.comparison.config, self.comparison.dense.evaluation
+        seeds = ", ".join(map(str, config.seeds))
+        several = len(config.seeds) > 1
+        parts = [f"Mean ± sample standard deviation over calibration seeds {seeds}" if several else f"Seed {seeds}"]
+        if evaluation is not None and (evaluation.text or evaluation.second):
+            which = " and ".join(f"`{text}`" for text in (evaluation.text, evaluation.second) if text)
+            count = f"{evaluation.windows} windows" if evaluation.windows else "all windows"
+            parts.append(f"Perplexity on {which}, {count} of {evaluation.length} tokens")
+        if config.tasks:
+            which = "all rows" if config.limit is None else f"the first {config.limit} rows"
+            parts.append(f"Accuracy on {which} of each task")
+        parts.append("Seconds and peak RSS are of calibration and compression, without evaluation")
+        return ". ".join(parts) + "."
+
+
+def measures(result: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of one cell that the table shows, by name: accuracy is `acc`, or what else a task is measured by."""
+    found = {name: result[name] for name in ("perplexity", "perplexity_second") if name in result}
+    for task, scores in result.get("accuracy", {}).items():
+        metrics = [metric for metric in scores if metric != "rows" and not metric.endswith(STDERR)]
+        found[TASK + task] = scores["acc" if "acc" in metrics else metrics[0]]
+    if "seconds" in result:
+        found["reached"] = result["reached"]
+        found["seconds"] = sum(result["seconds"].values())
+        found["peak_rss_bytes"] = result["peak_rss_bytes"]
+    return found
+
+
+def write_results(folder: Path, results: Results) -> None:
+    """Writes `compare.json`, `compare.md` and, where matplotlib is installed, `compare.png`.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    with replacing_file(folder / JSON) as file:
+        file.write_text(json.dumps(results.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with replacing_file(folder / MARKDOWN) as file:
+        file.write_text(results.markdown(), encoding="utf-8")
+    if not draw(results.curves(), folder / PICTURE):
+        (folder / PICTURE).unlink(missing_ok=True)  # of other results
+
+
+def _over_seeds(name: str, found: Iterable[Mapping[str, float]]) -> Spread:
+    values = [each[name] for each in found]
+    return Spread(max(values), None) if name == "peak_rss_bytes" else Spread.of(values)
+
+
+def _entries(found: Mapping[str, Spread], names: Sequence[str]) -> list[str]:
+    return [_entry(name, found[name]) if name in found else "" for name in names]
+
+
+def _entry(name: str, spread: Spread) -> str:
+    if name == "peak_rss_bytes":
+        return f"{spread.mean / 1e9:.2f}"
+    digits = 0 if name == "seconds" else 2 if name.startswith("perplexity") else 3
+    form = f".{digits}{'e' if spread.mean >= LARGE else 'f'}"
+    shows_spread = spread.deviation is not None and name.startswith((TASK, "perplexity"))
+    return f"{spread.mean:{form}}" + (f" ± {spread.deviation:{form}}" if shows_spread else "")

@@ -1,0 +1,237 @@
+"""The course of a comparison: every cell in a process of its own, and only those that are not there yet.
+
+```
+OUTPUT/cells/dense.json                    the dense model
+OUTPUT/cells/PRESET-PRUNE_RATIO-SEED.json  each cell, written when it is done, and a .log of its process
+OUTPUT/calibration/                        statistics that cells share, while they are needed
+OUTPUT/compare.json, .md, .png             the table, when all cells are done
+```
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from zssvd_lightning.app.compare.arguments import Cell, Comparison, Settings, read_arguments
+from zssvd_lightning.app.compare.cell import Job, gathering_result, read_result, sources, versions, write_result
+from zssvd_lightning.app.compare.folder import CALIBRATION, CELLS, alone_in, check_folder, clear_unfinished, is_own
+from zssvd_lightning.app.compare.results import Results, write_results
+from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.evaluation import zero_shot
+
+PROGRAM = "zssvd_lightning.app.compare"
+
+
+ENDINGS = (".pt", ".json", ".log")
+"""Of the files with shared statistics, what is large first."""
+
+
+Runner = Callable[[Job], int]
+"""Has a job done, and returns the exit code of its process, below 0 for a signal, as `subprocess` does."""
+
+
+def in_a_process(job: Job) -> int:
+    """Does a job in a new process, whose output goes to a file beside the result."""
+    path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+    with Path(job.result).with_suffix(".log").open("wb") as log:
+        return subprocess.run(  # noqa: S603
+            [sys.executable, "-P", "-m", PROGRAM],
+            input=json.dumps(asdict(job)).encode(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": path},
+            check=False,
+        ).returncode
+
+
+def compare(arguments: Sequence[str], runner: Runner = in_a_process, progress: bool = True) -> Results:
+    """Measures the dense model once, and every preset at every prune ratio with every calibration seed.
+
+    Cells that are in the output folder already are taken from there, when settings, versions, model and texts are the
+    same. One that fails is told of in the results, and the others still run.
+
+    Args:
+        arguments: config files of `zssvd compress`, and settings; see `read_arguments`.
+        runner: how a job is done.
+        progress: whether to draw a progress bar.
+
+    Returns:
+        The results, which are also in the output folder.
+
+    Raises:
+        ConfigError: the arguments are not possible.
+        OutputError: the output folder holds something else, cannot be written, or another comparison writes to it.
+        TaskError: a task is unknown or does not load.
+    """
+    comparison = read_arguments(arguments)
+    config = comparison.config
+    output = check_folder(config.output)
+    if config.tasks:
+        zero_shot.load_tasks(config.tasks, config.data, config.include)
+    with alone_in(output), _ended_by_exit():
+        course = _Course(output, comparison, runner)
+        dense, cells = course.run(progress)
+        results = Results(comparison, dense, {cell: cells[cell] for cell in comparison.cells})
+        write_results(output, results)
+        course.clear()
+    return results
+
+
+@contextmanager
+def _ended_by_exit() -> Iterator[None]:
+    """Makes SystemExit of SIGTERM within the block, so that what this process has started ends with it."""
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone can be told of signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def gathering_settings(settings: Settings) -> Settings:
+    """What the statistics of a first calibration depend on, and the same for all cells that can share them."""
+    compression = settings.compression
+    if settings.calibration is None or compression is None:
+        raise ValueError("the dense model is not calibrated")
+    side = compression.watches_outputs
+    layers = CompressionConfig(
+        metric="input" if side is None else "two_sided",
+        output_side=side or CompressionConfig.output_side,
+        include=compression.include,
+        ignore=compression.ignore,
+    )
+    calibration = replace(settings.calibration, correction_samples=0)
+    return replace(settings, calibration=calibration, compression=layers, evaluation=None)
+
+
+def calibration_name(gathering: Settings) -> str:
+    """Of the files with the statistics that these settings lead to."""
+    seed = 0 if gathering.calibration is None else gathering.calibration.seed
+    return f"seed-{seed}-{sha256(json.dumps(asdict(gathering)).encode()).hexdigest()[:12]}"
+
+
+class _Course:
+    """One comparison on its way."""
+
+    def __init__(self, output: Path, comparison: Comparison, runner: Runner) -> None:
+        self.output = output
+        self.cells = output / CELLS
+        self.calibration = output / CALIBRATION
+        self.comparison = comparison
+        self.runner = runner
+        self._gathered: dict[str, dict[str, Any]] = {}
+        self._failed: set[str] = set()
+
+    def run(self, progress: bool) -> tuple[dict[str, Any], dict[Cell, dict[str, Any]]]:
+        """Results of the dense model and of each cell; cells that share statistics come one after the other."""
+        groups: dict[str, list[Cell]] = {}
+        seeds = self.comparison.config.seeds
+        for cell in sorted(self.comparison.cells, key=lambda cell: seeds.index(cell.seed)):
+            shared = calibration_name(gathering_settings(self.comparison.cells[cell]))
+            groups.setdefault(shared, []).append(cell)
+        found: dict[Cell, dict[str, Any]] = {}
+        with tqdm(total=1 + len(self.comparison.cells), unit="cell", disable=not progress) as bar:
+            bar.set_description("dense")
+            dense = self._result("dense", self.comparison.dense)
+            bar.update()
+            for shared, cells in groups.items():
+                for cell in cells:
+                    bar.set_description(f"{cell.preset}, {cell.prune_ratio} pruned, seed {cell.seed}")
+                    found[cell] = self._result(cell.name, self.comparison.cells[cell], shared)
+                    bar.update()
+                self._forget(shared)
+        return dense, found
+
+    def clear(self) -> None:
+        """Removes what interrupted comparisons left, and shared statistics, unless they are to be kept."""
+        clear_unfinished(self.output)
+        for file in list(self.calibration.glob("*")):
+            if is_own(file, CALIBRATION):
+                self._forget(file.stem)
+        with suppress(OSError):  # not empty
+            self.calibration.rmdir()
+
+    def _result(self, name: str, settings: Settings, shared: str | None = None) -> dict[str, Any]:
+        """What is there already, or what the runner makes of it."""
+        path = self.cells / f"{name}.json"
+        if (known := _finished(path, settings)) is not None:
+            return known
+        if shared is None or not self.comparison.config.share_calibration:
+            return self._done(Job(settings, str(path)))
+        gathered = self._statistics(shared, settings)
+        job = Job(settings, str(path), str(self._file(shared)))
+        if "error" in gathered:
+            return _failed(job, f"calibration: {gathered['error']}")
+        return self._done(job)
+
+    def _statistics(self, shared: str, settings: Settings) -> dict[str, Any]:
+        """The result of gathering the statistics of a group of cells, which is done for the first of them."""
+        if shared not in self._gathered:
+            file = self._file(shared)
+            gathering = gathering_settings(settings)
+            known = _finished(gathering_result(file), gathering) if file.is_file() else None
+            if known is None:
+                known = self._done(Job(gathering, str(gathering_result(file)), str(file)))
+            self._gathered[shared] = known
+        return self._gathered[shared]
+
+    def _file(self, shared: str) -> Path:
+        return self.calibration / f"{shared}.pt"
+
+    def _done(self, job: Job) -> dict[str, Any]:
+        """The result of a job that is now done, or how its process ended without one."""
+        path = Path(job.result)
+        path.unlink(missing_ok=True)
+        code = self.runner(job)
+        if (result := _told(path, job.settings)) is not None:
+            return result
+        how = f"ended with exit code {code}"
+        if code < 0:
+            how = f"was ended by signal {-code} ({signal.strsignal(-code) or 'of no name'})"
+        return _failed(job, f"the process {how}; see {path.with_suffix('.log')}")
+
+    def _forget(self, shared: str) -> None:
+        """Removes the statistics of a group of cells, unless they are to be kept; what tells of a failure stays."""
+        if "error" in self._gathered.pop(shared, {}):
+            self._failed.add(shared)
+        if self.comparison.config.keep:
+            return
+        for ending in ENDINGS[:1] if shared in self._failed else ENDINGS:
+            self._file(shared).with_suffix(ending).unlink(missing_ok=True)
+
+
+def _told(path: Path, settings: Settings) -> dict[str, Any] | None:
+    """The result of the job with these settings, or the error that ended it; None where that is not there."""
+    told = read_result(path)
+    return told if told is not None and told.get("settings") == json.loads(json.dumps(asdict(settings))) else None
+
+
+def _finished(path: Path, settings: Settings) -> dict[str, Any] | None:
+    """What a job has found, when it was done with the same settings and versions, and of the same model and texts."""
+    told = _told(path, settings)
+    if told is None or "error" in told or told.get("versions") != versions():
+        return None
+    return told if told.get("sources") == sources(settings) else None
+
+
+def _failed(job: Job, error: str) -> dict[str, Any]:
+    found = {"error": error}
+    write_result(job, sources(job.settings), found)
+    return found

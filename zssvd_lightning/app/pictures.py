@@ -1,0 +1,111 @@
+"""Pictures: what a compression left of each layer, and how a training run went through its phases. Need matplotlib."""
+
+import csv
+import math
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from zssvd_lightning._files import replacing_file
+from zssvd_lightning.compression.phase import Phase
+from zssvd_lightning.compression.report import Report
+from zssvd_lightning.errors import TextError
+
+COLOURS = {"wait": "#dddddd", "calibrate": "#b9d7ea", "correct": "#f6d6ad", "recover": "#c9e4c5"}
+
+
+def draw(report: Report, path: str | Path) -> None:
+    """Writes a PNG: kept fraction of every target by block and kind, perplexity, parameters and seconds.
+
+    Raises:
+        ImportError: matplotlib is not installed; `pip install zssvd-lightning[report]`.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    rows, columns, kept = _grid(report)
+    image = left.imshow(kept, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    left.set_yticks(range(len(rows)), rows)
+    left.set_xticks(range(0, len(columns), max(1, len(columns) // 15)), columns[:: max(1, len(columns) // 15)])
+    left.set_xlabel("block")
+    left.set_title("fraction of each layer's parameters kept (1 = left dense)")
+    figure.colorbar(image, ax=left, shrink=0.8)
+
+    steps = list(report.seconds)
+    right.barh(steps, [report.seconds[step] for step in steps])
+    right.invert_yaxis()
+    right.set_xlabel("seconds")
+    right.set_title("time by step")
+    figure.suptitle(_headline(report))
+    figure.savefig(path, dpi=120)
+
+
+def draw_phases(metrics: str | Path, path: str | Path, loss: str = "loss") -> None:
+    """Draws the training loss of a run over its steps, with the phases of the compression behind it.
+
+    Args:
+        metrics: the `metrics.csv` of a `CSVLogger`.
+        path: picture to write; its ending says which kind (`.png`, `.svg`, `.pdf`).
+        loss: the column with the training loss.
+
+    Raises:
+        OutputError: the picture cannot be written.
+        TextError: the file cannot be read, or is not of a run with a `ZSSVDCallback` that logs this loss.
+        ImportError: matplotlib is not installed; `pip install zssvd-lightning[report]`.
+    """
+    from matplotlib.figure import Figure
+
+    losses, logged = _column(metrics, loss), _column(metrics, "zssvd/phase")
+    phases = [logged[0], *(new for old, new in pairwise(logged) if new[1] != old[1])]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    last = max(step for step, _ in losses) + 1
+    for (start, number), (end, _) in zip(phases, [*phases[1:], (last, 0)], strict=True):
+        name = list(Phase)[int(number)].value
+        if end > start and name in COLOURS:
+            axes.axvspan(start, end, color=COLOURS[name], linewidth=0)
+            axes.text((start + end) / 2, 1.02, name, ha="center", transform=axes.get_xaxis_transform())
+    for step, _ in _column(metrics, "zssvd/predicted_drift"):
+        axes.axvline(step, color="#b03030", linestyle="--", linewidth=1)
+    axes.plot(*zip(*losses, strict=True), color="#303030", marker=".", linewidth=1)
+    axes.set_xlim(0, last)
+    axes.set_xlabel("step (dashed: truncation)")
+    axes.set_ylabel("training loss (nats)")
+    with replacing_file(path) as file:
+        figure.savefig(file, dpi=120)
+
+
+def _column(metrics: str | Path, name: str) -> list[tuple[int, float]]:
+    try:
+        with Path(metrics).open(encoding="utf-8") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+        found = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+    except (OSError, KeyError, ValueError) as error:
+        raise TextError(
+            f"{metrics} is no metrics.csv of a run with {name!r} in it: {error!r}; log with CSVLogger, and self.log "
+            "the training loss"
+        ) from error
+    if not found:
+        raise TextError(f"{metrics} has no value of {name!r}")
+    return found
+
+
+def _grid(report: Report) -> tuple[list[str], list[str], list[list[float]]]:
+    """Rows are names without their numbers, columns the first number in the name; NaN where there is no layer."""
+    cells: dict[tuple[str, str], float] = {}
+    for name, layer in report.layers.items():
+        number = re.search(r"\d+", name)
+        kind = re.sub(r"^.*?\.\d+\.", "", name)
+        cells[kind, number.group() if number else ""] = layer.kept / math.prod(layer.shape)
+    rows = list(dict.fromkeys(kind for kind, _ in cells))
+    columns = list(dict.fromkeys(number for _, number in cells))
+    return rows, columns, [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
+
+
+def _headline(report: Report) -> str:
+    parts = [f"{report.reached:.1%} of {report.parameters_before:,} target parameters removed"]
+    if report.perplexities:
+        parts.append("perplexity {:.1f} → {:.1f}".format(*report.perplexities))
+    return ", ".join(parts)

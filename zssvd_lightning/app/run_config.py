@@ -1,0 +1,186 @@
+"""A whole run: which model, on which text, for how long, and what is measured and written; settings with meanings."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from zssvd_lightning._numerics import DTYPES
+from zssvd_lightning._validation import require, require_one_of
+from zssvd_lightning.config.compression import CompressionConfig
+
+EXPORTS = ("dense", "self_contained", "onnx")
+
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model."""
+
+    source: str = "???"
+    """`package:NAME` (a package that ships a GGUF file), a local folder, or a hub id."""
+    dtype: str = "float32"
+    """Floating-point type of the weights while compressing."""
+    saved_dtype: str | None = None
+    """Floating-point type of the weights in the output; `dtype` when None."""
+
+    def __post_init__(self) -> None:
+        require_one_of("model.dtype", self.dtype, DTYPES)
+        require_one_of("model.saved_dtype", self.saved_dtype or self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Which batches the statistics are taken on."""
+
+    text: str = "???"
+    """A text source: `package:NAME[:SPLIT]`, a local `.txt/.raw/.jsonl/.parquet`, or `datasets:NAME[:CONFIG]:SPLIT`;
+    `#FIELD` behind it names the field to read."""
+    second: str | None = None
+    """Another text source, of which every other window is then drawn."""
+    samples: int = 64
+    """Number of windows drawn from the text, or half from each, without replacement."""
+    correction_samples: int = 0
+    """Number of windows drawn beside those, which gradient steps go by first; with 0 they go by the same again."""
+    length: int = 512
+    """Tokens in a window."""
+    batch_size: int = 4
+    """Windows in a batch."""
+    seed: int = 0
+    """Seed of the draw."""
+    precision: str = "32-true"
+    """Of the passes over the batches without a Trainer: `32-true` (that of the weights) or `bf16-mixed`, which is
+    faster on processors that multiply in bfloat16."""
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 1, "calibration.samples", self.samples, "1 or more")
+        require(
+            self.samples >= 2 or self.second is None, "calibration.samples", self.samples, "2 or more for two texts"
+        )
+        require(self.second != self.text, "calibration.second", self.second, "another text than calibration.text")
+        require(self.batch_size >= 1, "calibration.batch_size", self.batch_size, "1 or more")
+        require(self.correction_samples >= 0, "calibration.correction_samples", self.correction_samples, "0 or more")
+        require(
+            self.correction_samples == 0 or self.samples % self.batch_size == 0,
+            "calibration.samples",
+            self.samples,
+            f"whole batches of {self.batch_size} where others follow for corrections",
+        )
+        require(self.length >= 2, "calibration.length", self.length, "2 or more")
+        require_one_of("calibration.precision", self.precision, PRECISIONS)
+
+    @property
+    def batches(self) -> int:
+        """How many batches `samples` are, which come before those of `correction_samples`."""
+        return -(-self.samples // self.batch_size)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What the factors are trained on after compression, and for how long; see `RunConfig.recovery`."""
+
+    text: str | None = None
+    """A text source; `calibration.text` when None."""
+    steps: int = 100
+    """Optimizer steps."""
+    length: int = 256
+    """Tokens in a window."""
+    batch_size: int = 4
+    """Windows in a batch."""
+    precision: str = "32-true"
+    """Of the whole fit, calibration included, as Lightning names it, such as `bf16-mixed`."""
+    gradient_clip_val: float | None = 1.0
+    """Largest norm of all gradients together; no limit when None."""
+    dense_lr: float | None = None
+    """Highest learning rate of the dense model that is fine-tuned for comparison; that of the recovery when None."""
+    seed: int = 0
+    """Of the draw of windows."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "training.steps", self.steps, "1 or more")
+        require(self.length >= 2, "training.length", self.length, "2 or more")
+        require(self.batch_size >= 1, "training.batch_size", self.batch_size, "1 or more")
+        clip = self.gradient_clip_val
+        require(clip is None or clip > 0, "training.gradient_clip_val", clip, "above 0")
+        require(self.dense_lr is None or self.dense_lr > 0, "training.dense_lr", self.dense_lr, "above 0")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What perplexity is measured on. No text, no evaluation."""
+
+    text: str | None = None
+    """A text source, as in `calibration.text`; never one that anything was chosen on."""
+    second: str | None = None
+    """A text of another domain, reported beside the first."""
+    windows: int = 16
+    """How many windows from the start of the text; 0 means the whole text."""
+    length: int = 1024
+    """Tokens in a window; the first of each is not predicted."""
+
+    def __post_init__(self) -> None:
+        require(self.windows >= 0, "evaluation.windows", self.windows, "0 or more")
+        require(self.length >= 2, "evaluation.length", self.length, "2 or more")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(EvaluationConfig):
+    """What `zssvd evaluate` measures: perplexity where there is a text, accuracy where there are tasks."""
+
+    tasks: list[str] = field(default_factory=list)
+    """Zero-shot tasks of EleutherAI's lm-evaluation-harness (`[piqa,arc_easy,winogrande]`), which reads their rows from
+    the hub."""
+    data: str | None = None
+    """Folder with `piqa_val.jsonl`, `arc_easy_test.jsonl` or `winogrande_val.jsonl`, rows `{goal, choices, gold}`,
+    `{question, choices, gold}` and `{sentence, choices, gold}`. Those tasks are read from it, and none from the hub."""
+    include: str | None = None
+    """Folder with the harness's YAML files of more tasks."""
+    dense: str | None = None
+    """Model source to measure tasks on beside the one that is evaluated; for a folder of a run the model that was
+    compressed, unless this is null."""
+    limit: int | None = None
+    """Rows of each task, from the first; all when None."""
+    batch_size: int = 8
+    """Sequences of a task in a batch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What `zssvd export` writes."""
+
+    format: str = "dense"
+    """`dense` merges compressed layers, for tools that know no low rank; `self_contained` adds the code that
+    `trust_remote_code=True` needs to load the folder without this package; `onnx` is a graph for onnxruntime."""
+    dtype: str | None = None
+    """Floating-point type of the weights; as they were saved when None."""
+    max_shard_size: str = "5GB"
+    """Size of each file of weights, at most."""
+
+    def __post_init__(self) -> None:
+        require_one_of("format", self.format, EXPORTS)
+        if self.dtype is not None:
+            require_one_of("dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole `zssvd compress` run."""
+
+    preset: str | None = None
+    """A method of the field by name (`best`, `zs-svd`, `svd-llm`, ...; see `presets/`), whose settings stand in for
+    those that `compression` leaves out. `load_config` puts them there."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
+    recovery: dict[str, Any] | None = None
+    """How the factors are trained after compression: `method` (`lora`, `factors`, `singular_values`) and the fields of
+    its class in `ways.py`; only recipes that train take it."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output: str = "???"
+    """Folder that gets the compressed model, its tokenizer and `report.json`."""

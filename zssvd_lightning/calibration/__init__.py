@@ -1,0 +1,1 @@
+"""Batches to statistics: masks, hooks, recorded calls, and the collector."""

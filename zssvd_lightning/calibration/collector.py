@@ -1,0 +1,389 @@
+"""The statistics of the batches between two steps of a compression, over all processes that see batches.
+
+Shapes: W and G are (m, n), the second moments A (n, n) and B (m, m).
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zssvd_lightning._numerics import accumulated
+from zssvd_lightning.calibration.hooks import Observation, observing
+from zssvd_lightning.calibration.recorded_calls import Call
+from zssvd_lightning.distributed import Team
+from zssvd_lightning.errors import CalibrationError, CheckpointError, NonFiniteError, ZeroGradientError
+from zssvd_lightning.model.targets import Target
+from zssvd_lightning.whitening.moments import Moments
+from zssvd_lightning.whitening.output_gradients import OUTPUT_SIDES
+from zssvd_lightning.whitening.spectrum import Spectrum
+
+
+class Gathering:
+    """What the batches so far have given, and what those of an open accumulation window still owe.
+
+    Args:
+        model: the module the batches go through.
+        targets: the layers to watch.
+        team: the processes that compress the model together.
+        output_side: by its name in `output_sides`, of which gradients by outputs second moments are taken too; of none
+            when None.
+        keep: whether second moments outlast a step, for those that have none of their own.
+
+    Attributes:
+        moments: of the batches whose gradients have come.
+        to_note: of how many batches of each step the forward passes are noted, to be run again.
+        calls: those noted.
+        spectra: along whose components the curvature is watched; None where it is not.
+        may_discard: whether gradients may be discarded, which takes memory for a second set of second moments.
+        speaker: finds in the model that which batches are given to and whose logits the loss is of.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, Target],
+        team: Team,
+        output_side: str | None = None,
+        keep: bool = False,
+    ) -> None:
+        self.moments = Moments()
+        self.to_note = 0
+        self.calls: list[Call] = []
+        self.spectra: Mapping[str, Spectrum] | None = None
+        self.may_discard = False
+        self.speaker: Callable[[Any], nn.Module] = lambda model: model
+        self._model = model
+        self._targets = targets
+        self._team = team
+        self._output_side = output_side
+        self._draw = None if output_side is None else OUTPUT_SIDES[output_side]
+        self._keep = keep
+        self._kept: Moments | None = None
+        self._counts_shared = False
+        self._window = Moments()
+        self._pending: list[tuple[float, float]] = []
+        self._observation: Observation | None = None
+
+    @contextmanager
+    def observing(self, mask: Tensor | None, inputs: bool = True) -> Iterator[Observation]:
+        """One batch under observation; see `observation.observing`."""
+        into = self.moments
+        if self.may_discard:
+            into = self._window
+            into.leaders |= self.moments.leaders
+        outputs = into if inputs and self._output_side is not None else None
+        with (
+            self._team.inputs(into, self._targets) if inputs else nullcontext(into) as seen,
+            observing(self._model, self._targets, seen, mask, inputs, outputs) as observation,
+        ):
+            if self.spectra is not None:
+                observation.watch_components(self.spectra, into)
+            if outputs is not None and self._draw is not None:
+                observation.watch_logits(self.speaker(self._model), self._draw, self._generator())
+            if self._batch < self.to_note:
+                observation.note_calls(self.speaker(self._model), self.calls, mask)
+            self._observation = observation
+            yield observation
+
+    @property
+    def pending(self) -> bool:
+        """Whether losses wait for their gradients."""
+        return bool(self._pending)
+
+    def add_loss(self, loss: Tensor, terms: float, gradient_weight: float) -> None:
+        """Notes the mean loss of the batch under observation, until its gradient comes.
+
+        Args:
+            loss: with its graph.
+            terms: how many it is the mean of.
+            gradient_weight: by what the gradients that are about to come must be multiplied to be those of their sum.
+
+        Raises:
+            CalibrationError: there are no terms, or it is no loss.
+            NonFiniteError: it is NaN or infinite.
+            LogitsError: an output side is to be drawn from logits that the loss does not come from.
+        """
+        if not terms > 0:
+            raise CalibrationError(f"a calibration batch counts {terms} loss terms, but needs some; drop such batches")
+        self._team.inputs_seen()
+        self._pending.append((checked_loss(loss).item(), terms))
+        if self._observation is None:
+            return
+        self._observation.gradient_weight = gradient_weight
+        self._observation.send_back(loss)
+
+    def collect_gradients(self, weight: float) -> None:
+        """Adds the losses noted and `weight` times the gradients on the targets to the statistics, and clears both."""
+        self.moments.absorb_moments(self._window)
+        for loss, terms in self._pending:
+            self.moments.add_loss(loss, terms)
+        self._pending = []
+        collect_gradients(self._targets, self.moments, weight * self._team.gradients_divided_by)
+
+    def discard_gradients(self) -> None:
+        """Forgets the losses noted, the gradients on the targets and, with `may_discard`, the inputs seen with them."""
+        self._pending = []
+        self._window = Moments()
+        for target in self._targets.values():
+            target.module.weight.grad = None
+
+    def start_afresh(self) -> None:
+        """Forgets the statistics, but for second moments that are kept."""
+        if self._keep and self.moments.input_sums:
+            self._kept = self.moments.second_moments(counted=self._team.rank == 0)
+        self.moments, self.calls, self._counts_shared = Moments(), [], False
+
+    def component_curvature(self, name: str) -> Tensor:
+        """Of the loss along each component of unit size (r,), over all batches; after `complete`. Collective."""
+        if self.spectra is None:
+            raise RuntimeError("the curvature along components was not watched")
+        return self._team.over_batches(self._components(self.moments, name)) / self.moments.loss_terms
+
+    def forget(self) -> None:
+        """Forgets all statistics."""
+        self._kept, self.moments, self.calls, self._counts_shared = None, Moments(), [], False
+        self.spectra, self.to_note = None, 0
+
+    def complete(self) -> None:
+        """Recalls second moments that were kept, if these batches gave none, and has counts be those of all processes.
+
+        Is called once all batches are over, and does nothing when called again. Collective.
+
+        Raises:
+            CalibrationError: layers share an input on one process and not on another.
+        """
+        if self._counts_shared:
+            return
+        if self._kept is not None and not self.moments.leaders:
+            self.moments.absorb_moments(self._kept.second_moments())
+        self._counts_shared = True
+        self.moments.take_counts(self._team.gathered(self.moments.counts()))
+
+    def layer_at(self, owner: int, name: str, *, inputs: bool) -> tuple[Tensor, Moments] | None:
+        """A layer's whole weight and statistics at its owner, None at the others; after `complete`. Collective.
+
+        Args:
+            owner: rank of the process that needs it.
+            name: the layer.
+            inputs: whether the second moment comes along.
+        """
+        target, moments = self._targets[name], self.moments
+        leader = moments.leaders.get(name, name)
+        length, split = target.shape[target.split], target.split
+        A = G = B = None
+        if inputs and moments.tokens.get(leader):
+            A = self._team.sum_at(owner, self._inputs(moments, leader), target.shape[1], 0)
+        if name in moments.with_gradient:
+            G = self._team.sum_at(owner, self._gradient(moments.gradient_sums, name), length, split)
+        if name in moments.with_outputs:
+            B = self._team.total_at(owner, self._output_sum(moments, name))
+        weight = self._team.weight_at(owner, target.weight, length, split)
+        if weight is None:
+            return None
+        whole = Moments(
+            dict(moments.leaders),
+            tokens=moments.tokens,
+            output_terms=moments.output_terms,
+            loss_terms=moments.loss_terms,
+        )
+        whole.input_sums = {} if A is None else {leader: A}
+        whole.gradient_sums = {} if G is None else {name: G}
+        whole.output_sums = {} if B is None else {name: B}
+        return weight, whole
+
+    def second_moment(self, leader: str) -> Tensor:
+        """`A` (n, n) over all batches, at every process that has whole weights; after `complete`. Collective.
+
+        Raises:
+            CalibrationError: the layer never ran.
+            NonFiniteError: an activation was NaN or infinite.
+        """
+        total = Moments({leader: leader}, tokens=self.moments.tokens)
+        if self.moments.tokens.get(leader):
+            total.input_sums[leader] = self._team.over_batches(self._inputs(self.moments, leader))
+        return total.second_moment(leader)
+
+    def mean_gradient(self, name: str) -> Tensor:
+        """What this process holds of the mean gradient over all batches; after `complete`. Collective.
+
+        Raises:
+            ZeroGradientError: the loss does not depend on the layer.
+            NonFiniteError: the gradient is NaN or infinite.
+        """
+        total = Moments(loss_terms=self.moments.loss_terms)
+        if name in self.moments.with_gradient:
+            total.gradient_sums[name] = self._team.over_batches(self._gradient(self.moments.gradient_sums, name))
+        return total.mean_gradient(name, self._team.over_rows)
+
+    def state_dict(self, *, so_far: bool = True) -> dict[str, Any]:
+        """Plain types and tensors, as the team saves them. Collective.
+
+        Args:
+            so_far: whether to go on from the batches since the last step; without, they come anew.
+        """
+        kept = None if self._kept is None else self._of_all(self._kept, self._team.gathered(self._kept.counts()))
+        if not so_far:
+            empty = Moments().state_dict()
+            return {"moments": empty, "window": empty, "kept": kept, "pending": [], "gradients": {}, "calls": []}
+        counts = self._team.gathered(self.moments.counts() | {"window": self._window.counts()})
+        pending = self._team.gathered(self._pending)
+        losses = [_mean(entries) for entries in zip(*pending, strict=True)]
+        weights = {name: target.gradient for name, target in self._targets.items()} if losses else {}
+        open_gradients = {name: gradient for name, gradient in weights.items() if gradient is not None}
+        has_open = set().union(*self._team.gathered(set(open_gradients)))
+        return {
+            "moments": self._of_all(self.moments, counts),
+            "window": self._of_all(self._window, [each["window"] for each in counts]),
+            "kept": kept,
+            "pending": [list(entry) for entry in losses],
+            "gradients": self._gradients_to_save(open_gradients, has_open),
+            "calls": [call.to("cpu") for calls in self._team.gathered(self.calls) for call in calls],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict`; sums go to the first process, or in parts to all."""
+        self.moments = self._own(state["moments"])
+        self._window = self._own(state["window"])
+        self._kept = None if state.get("kept") is None else self._own(state["kept"])
+        self.calls = self._own_calls(state["calls"])
+        self._pending = [(loss, terms) if self._team.rank == 0 else (0.0, 0.0) for loss, terms in state["pending"]]
+        for name, gradient in state["gradients"].items():
+            if (part := self._team.share_of_sum(gradient, self._targets[name].split)) is not None:
+                self._targets[name].leave_gradient(part)
+
+    def _own_calls(self, saved: Sequence[Sequence[Any]]) -> list[Call]:
+        """Those that this process is to run again of the ones that all had. Raises CheckpointError if there is none."""
+        own = [Call(*call) for call in saved[self._team.rank :: self._team.size]]
+        if saved and not own:
+            raise CheckpointError(
+                f"the checkpoint was taken with {len(saved)} batches noted for a refit, which are too few for "
+                f"{self._team.size} processes; go on with fewer"
+            )
+        return [call.to(self._device) for call in own]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._targets.values())).weight.device
+
+    def _generator(self) -> torch.Generator:
+        """Other draws for each batch and process, and the same when a batch comes again after a restart."""
+        return torch.Generator(self._device).manual_seed(self._batch * self._team.size + self._team.rank)
+
+    @property
+    def _batch(self) -> int:
+        """How many batches of this step have given their loss."""
+        return self.moments.batches + len(self._pending)
+
+    def _inputs(self, moments: Moments, leader: str) -> Tensor:
+        """`X^T X` over the batches of this process."""
+        n, W = self._targets[leader].shape[1], self._targets[leader].weight
+        own = moments.input_sums.get(leader)
+        return torch.zeros(n, n, dtype=accumulated(W.dtype), device=W.device) if own is None else own
+
+    def _output_sum(self, moments: Moments, name: str) -> Tensor:
+        """`D^T D` over the batches of this process."""
+        m, W = self._targets[name].shape[0], self._targets[name].weight
+        own = moments.output_sums.get(name)
+        return torch.zeros(m, m, dtype=accumulated(W.dtype), device=W.device) if own is None else own
+
+    def _components(self, moments: Moments, name: str) -> Tensor:
+        """Squared derivatives by components over the batches of this process."""
+        own, sigma = moments.component_sums.get(name), (self.spectra or {})[name].sigma
+        return torch.zeros_like(sigma) if own is None else own
+
+    def _gradient(self, gradients: Mapping[str, Tensor], name: str) -> Tensor:
+        """The summed gradient over the batches of this process, none of which may have run through the layer."""
+        W, own = self._targets[name].weight, gradients.get(name)
+        return torch.zeros_like(W, dtype=accumulated(W.dtype)) if own is None else own
+
+    def _of_all(self, moments: Moments, counts: list[dict[str, Any]]) -> dict[str, Any]:
+        """The `state_dict` of the statistics over all processes."""
+        total = Moments(dict(moments.leaders), batches=moments.batches)
+        total.take_counts(counts)
+        for leader in [name for name in self._targets if name in total.tokens]:
+            inputs = self._inputs(moments, leader)
+            if (A := self._team.sum_to_save(inputs, self._targets[leader].shape[1])) is not None:
+                total.input_sums[leader] = A
+        total.gradient_sums = self._gradients_to_save(moments.gradient_sums, total.with_gradient)
+        for name in [name for name in self._targets if name in total.with_outputs]:
+            if (B := self._team.total_to_save(self._output_sum(moments, name))) is not None:
+                total.output_sums[name] = B
+        for name in self.spectra or ():
+            if (squares := self._team.total_to_save(self._components(moments, name))) is not None:
+                total.component_sums[name] = squares
+        return total.state_dict()
+
+    def _gradients_to_save(self, gradients: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+        to_save = {}
+        for name, target in self._targets.items():
+            if name in names:
+                gradient = self._gradient(gradients, name)
+                G = self._team.sum_to_save(gradient, target.shape[target.split], target.split)
+                if G is not None:
+                    to_save[name] = G
+        return to_save
+
+    def _own(self, state: Mapping[str, Any]) -> Moments:
+        """What this process holds of saved statistics: its part of each sum, and the counts if it is the first."""
+        empty: dict[str, Any] = {"input_sums": {}, "gradient_sums": {}, "output_sums": {}, "component_sums": {}}
+        moments = Moments(**{**state, **empty})
+        if self._team.rank != 0:
+            moments.tokens = dict.fromkeys(state["tokens"], 0)
+            moments.loss_sum = moments.loss_terms = moments.output_terms = 0.0
+        for kind, sums in (("input_sums", moments.input_sums), ("gradient_sums", moments.gradient_sums)):
+            for name, whole in state[kind].items():
+                split = self._targets[name].split if kind == "gradient_sums" else 0
+                if (part := self._team.share_of_sum(whole, split)) is not None:
+                    sums[name] = part.to(self._targets[name].weight.device, copy=True)
+        for kind, sums in (("output_sums", moments.output_sums), ("component_sums", moments.component_sums)):
+            for name, saved in state[kind].items():
+                if (own := self._team.own_total(saved)) is not None:
+                    sums[name] = own.to(self._targets[name].weight.device, copy=True)
+        return moments
+
+
+def _mean(entries: tuple[tuple[float, float], ...]) -> tuple[float, float]:
+    """(mean loss, terms) of the batches that several processes saw at the same time."""
+    terms = sum(entry[1] for entry in entries)
+    return sum(loss * weight for loss, weight in entries) / terms, terms
+
+
+def checked_loss(loss: Any) -> Tensor:
+    """The loss, when it is one: a finite scalar with a graph behind it.
+
+    Raises:
+        CalibrationError: it is not a scalar tensor that gradients flow from.
+        NonFiniteError: it is NaN or infinite.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise CalibrationError(
+            f"calibration needs a scalar loss that depends on the target layers, got {found}; return the mean loss"
+        )
+    if not torch.isfinite(loss):
+        raise NonFiniteError(
+            f"the loss of a calibration batch is {loss.item()}; check the batch, or calibrate in float32 or bfloat16"
+        )
+    return loss
+
+
+def collect_gradients(targets: Mapping[str, Target], moments: Moments, weight: float) -> None:
+    """Adds `weight` times the gradients autograd left on the targets, and clears them.
+
+    Raises:
+        ZeroGradientError: a layer has run, but no gradient has come to it.
+    """
+    for name, target in targets.items():
+        if (gradient := target.gradient) is not None:
+            moments.add_gradient(name, gradient, weight)
+        target.module.weight.grad = None
+    known = {*moments.gradient_sums, *moments.with_gradient}
+    if without := [name for name in moments.leaders if name not in known]:
+        raise ZeroGradientError(
+            f"the loss has no gradient at {', '.join(without[:3])} ({len(without)} layers), though they run in the "
+            "forward pass: it is under torch.no_grad or its output is detached, as a teacher's; or activations are "
+            "checkpointed with use_reentrant=True. Add them to ignore, or set use_reentrant=False"
+        )

@@ -1,0 +1,235 @@
+"""Watching a model while a batch goes through it, by hooks that are gone on any exit."""
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zssvd_lightning._contexts import evaluation_mode, no_cache, uncompiled
+from zssvd_lightning._numerics import accumulated, exact_products
+from zssvd_lightning.calibration.batches import input_of, rows_that_count
+from zssvd_lightning.calibration.contexts import gradients_from_embeddings_on, gradients_only_at
+from zssvd_lightning.calibration.recorded_calls import Call
+from zssvd_lightning.errors import CalibrationError, LogitsError
+from zssvd_lightning.model.logits import logits_of
+from zssvd_lightning.model.targets import Target
+from zssvd_lightning.whitening.moments import Moments
+from zssvd_lightning.whitening.output_gradients import Draw
+from zssvd_lightning.whitening.spectrum import Spectrum
+
+POSITIONS = 256
+"""Positions whose logits are in float32 at a time."""
+
+
+class Observation:
+    """One batch on its way through the model.
+
+    Attributes:
+        gradient_weight: by what gradients are to be multiplied to be those of the sum over the batch's loss terms.
+    """
+
+    def __init__(self, targets: Mapping[str, Target], moments: Moments, mask: Tensor | None) -> None:
+        self._targets = targets
+        self._moments = moments
+        if mask is not None and not mask.any():
+            raise CalibrationError("a calibration batch is all padding (its attention_mask is 0); drop such batches")
+        self._mask = None if mask is None or bool(mask.all()) else mask
+        self._latest: dict[str, weakref.ref[Tensor]] = {}
+        self._hooks = ExitStack()
+        self._output_hooks = ExitStack()
+        self._logits: Tensor | None = None
+        self._drawn: tuple[Draw, torch.Generator] | None = None
+        self._taking_outputs = True
+        self._has_graph: dict[str, bool] = {}
+        self.gradient_weight = 1.0
+
+    def watch_inputs(self) -> None:
+        """Adds each target's input to the second moments, until `forward_done`."""
+        for name, target in self._targets.items():
+            handle = target.module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            self._hooks.callback(handle.remove)
+
+    def watch_outputs(self, into: Moments) -> None:
+        """Adds the gradients that come to each target's output, times `gradient_weight`, to `into`, until `close`."""
+        for name, target in self._targets.items():
+            handle = target.module.register_forward_hook(self._output_hook(name, into))
+            self._output_hooks.callback(handle.remove)
+
+    def watch_components(self, spectra: Mapping[str, Spectrum], into: Moments) -> None:
+        """Adds the squared derivatives of the loss by each component at each token to `into`, until `close`."""
+        for name, target in self._targets.items():
+            handle = target.module.register_forward_hook(
+                self._component_hook(name, spectra[name], into), with_kwargs=True
+            )
+            self._output_hooks.callback(handle.remove)
+
+    def note_calls(self, model: nn.Module, calls: list[Call], mask: Tensor | None) -> None:
+        """Adds the forward passes of `model` to `calls`, with the mask (B, T) of the batch, until `forward_done`."""
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.is_grad_enabled():
+                calls.append(Call.of(args, kwargs, mask))
+
+        self._hooks.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
+
+    def watch_logits(self, model: nn.Module, draw: Draw, generator: torch.Generator) -> None:
+        """Has gradients at outputs be those that `draw` makes of the logits of `model`, sent back by `send_back`."""
+
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if torch.is_grad_enabled():
+                self._logits = logits_of(output)
+
+        self._taking_outputs, self._drawn = False, (draw, generator)
+        self._hooks.callback(model.register_forward_hook(note).remove)
+
+    def send_back(self, loss: Tensor) -> None:
+        """Sends what is drawn from the logits back to the outputs, at the positions the loss is of, if anything is.
+
+        Raises:
+            LogitsError: the loss does not depend on the logits that were seen.
+            CalibrationError: a layer has run without a graph, as under reentrant checkpointing.
+        """
+        if self._drawn is None:
+            return
+        (draw, generator), logits, found = self._drawn, self._logits, None
+        self._logits = None
+        if logits is not None and logits.requires_grad:
+            (found,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+        if found is None or logits is None:
+            raise LogitsError(
+                "the loss does not come from the logits that the model returned, so none can be drawn instead of it; "
+                "have output_side 'empirical', or override ZSSVDCallback.student to name the model that returns them"
+            )
+        drawn = found.flatten(0, -2)  # is written over
+        counting = drawn.any(-1)
+        with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+            parts = (torch.split(each, POSITIONS) for each in (drawn, logits.flatten(0, -2), counting))
+            for rows, z, counts in zip(*parts, strict=True):
+                rows[counts] = draw(z[counts].to(accumulated(z.dtype)), generator).to(rows)
+        if without := [name for name, has_graph in self._has_graph.items() if not has_graph]:
+            raise CalibrationError(
+                f"{without[0]} ran without a graph ({len(without)} layers), so drawn gradients cannot be sent back to "
+                "it; if activations are checkpointed, set use_reentrant=False, else have output_side 'empirical'"
+            )
+        weights = [target.module.weight for target in self._targets.values()]
+        before, self.gradient_weight, self._taking_outputs = self.gradient_weight, 1.0, True
+        torch.autograd.grad(logits, weights, drawn.view_as(logits), retain_graph=True, allow_unused=True)
+        self.gradient_weight, self._taking_outputs = before, False
+
+    def forward_done(self) -> None:
+        """Stops watching inputs, so that a forward pass run again by activation checkpointing is not counted."""
+        self._hooks.close()
+
+    def close(self) -> None:
+        """Stops watching anything."""
+        self._logits = None
+        self._hooks.close()
+        self._output_hooks.close()
+
+    def _output_hook(self, name: str, into: Moments) -> Any:
+        def see(gradient: Tensor) -> None:
+            if not self._taking_outputs:
+                return
+            into.add_outputs(name, rows_that_count(gradient, self._mask), self.gradient_weight)
+
+        def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self._has_graph[name] = self._has_graph.get(name, False) or output.requires_grad
+            if output.requires_grad:  # not in the first of two passes under reentrant checkpointing
+                output.register_hook(see)  # type: ignore[no-untyped-call]
+
+        return watch
+
+    def _component_hook(self, name: str, spectrum: Spectrum, into: Moments) -> Any:
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            X = input_of(args, kwargs).detach()
+
+            def see(gradient: Tensor) -> None:
+                with torch.autocast(gradient.device.type, enabled=False), exact_products():
+                    D, there = (rows_that_count(rows, self._mask).to(spectrum.left) for rows in (gradient, X))
+                    into.add_components(name, spectrum.squared_derivatives(there, D * self.gradient_weight))
+
+            if output.requires_grad:
+                output.register_hook(see)  # type: ignore[no-untyped-call]
+
+        return watch
+
+    def _hook(self, name: str) -> Any:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._see(name, input_of(args, kwargs))
+
+        return see
+
+    def _see(self, name: str, X: Tensor) -> None:
+        leaders = self._moments.leaders
+        if name not in leaders:
+            leaders[name] = next((leader for leader, seen in self._latest.items() if seen() is X), name)
+        leader = leaders[name]
+        if leader == name:
+            self._latest[name] = weakref.ref(X)
+            self._moments.add_inputs(name, rows_that_count(X, self._mask))
+        elif leader not in self._latest or self._latest[leader]() is not X:
+            raise CalibrationError(
+                f"{name} read the same input as {leader} in the first batch, but another one now; "
+                f"compress them in separate runs, or add {name} to ignore"
+            )
+
+
+@contextmanager
+def observing(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    moments: Moments,
+    mask: Tensor | None,
+    inputs: bool = True,
+    outputs: Moments | None = None,
+) -> Iterator[Observation]:
+    """Runs one batch with dropout off, the cache off and gradients flowing to the targets alone.
+
+    Training mode, `requires_grad` flags and the cache setting are as before on any exit, and no hook is left.
+
+    Args:
+        model: the module the batch goes through.
+        targets: the layers to watch.
+        moments: gets the second moments.
+        mask: positions (B, T) that are not padding, or None.
+        inputs: whether to take second moments; without, only gradients flow.
+        outputs: gets the second moments of the gradients by outputs; None to leave them out.
+
+    Raises:
+        CalibrationError: the batch is all padding, or layers stop sharing an input.
+    """
+    with ExitStack() as restored:
+        observation = Observation(targets, moments, mask)
+        restored.callback(observation.close)
+        restored.enter_context(evaluation_mode(model))
+        restored.enter_context(gradients_only_at(model, targets))
+        restored.enter_context(no_cache(model))
+        restored.enter_context(gradients_from_embeddings_on(model))
+        if inputs:
+            observation.watch_inputs()
+        if outputs is not None:
+            observation.watch_outputs(outputs)
+        yield observation
+
+
+@contextmanager
+def watching_inputs(targets: Mapping[str, Target], moments: Moments, mask: Tensor | None) -> Iterator[None]:
+    """Adds the inputs of the layers to the second moments, in whatever mode the model is in; leaves no hook.
+
+    Args:
+        targets: the layers to watch.
+        moments: gets the second moments.
+        mask: positions (B, T) that are not padding, or None.
+
+    Raises:
+        CalibrationError: the batch is all padding, or layers stop sharing an input.
+    """
+    observation = Observation(targets, moments, mask)
+    with ExitStack() as stack:
+        stack.callback(observation.forward_done)
+        stack.enter_context(uncompiled())
+        observation.watch_inputs()
+        yield

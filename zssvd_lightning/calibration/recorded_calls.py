@@ -1,0 +1,103 @@
+"""Calls of the model, recorded during calibration so that they can be run again."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+from torch.nn.functional import pad
+
+from zssvd_lightning.errors import CalibrationError
+
+PLAIN = (Tensor, bool, int, float, str, type(None))
+
+
+class Call(NamedTuple):
+    """A forward pass, to be run again."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mask: Tensor | None
+    """Positions (B, T) that are not padding, or None for all."""
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None) -> "Call":
+        """With tensors as they are now.
+
+        Raises:
+            CalibrationError: there are arguments that are no tensors, numbers or strings.
+        """
+        for key, value in [*enumerate(args), *kwargs.items()]:
+            if not isinstance(value, PLAIN):
+                raise CalibrationError(
+                    f"a refit runs batches again, but argument {key!r} of the model is a {type(value).__name__}, which "
+                    "may have changed by then; pass tensors, or use another correction_step"
+                )
+        kept = {key: _kept(value) for key, value in kwargs.items()}
+        return cls(tuple(map(_kept, args)), kept, mask)
+
+    def to(self, device: torch.device | str) -> "Call":
+        """The same on another device, as plain types and tensors."""
+        return Call(*move_data_to_device((self.args, self.kwargs, self.mask), device))
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """(B, T), of its first tensor of two dimensions or more."""
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, Tensor) and value.dim() >= 2:
+                return value.shape[0], value.shape[1]
+        raise CalibrationError(
+            "a refit takes batches apart by rows, but the model is called without a tensor of rows; use another "
+            "correction_step"
+        )
+
+
+def together(calls: Sequence[Call]) -> Call:
+    """All rows of all calls as one, shorter ones padded on the right.
+
+    Raises:
+        CalibrationError: they differ in more than rows, or in length without a mask for all.
+    """
+    rows = [call.rows for call in calls]
+    first, length = calls[0], max(T for _, T in rows)
+    if any(call.mask is None for call in calls) and len({T for _, T in rows}) > 1:
+        lengths = ", ".join(sorted({str(T) for _, T in rows}))
+        raise CalibrationError(
+            f"a refit puts batches together, but they are of lengths {lengths} and have no attention_mask; give them "
+            "one, or batches of one length"
+        )
+
+    def joined(key: int | str, values: Sequence[Any]) -> Any:
+        cut = [isinstance(v, Tensor) and v.dim() > 0 and len(v) == B for v, (B, _) in zip(values, rows, strict=True)]
+        if all(cut):
+            return torch.cat([_lengthened(v, T, length) for v, (_, T) in zip(values, rows, strict=True)])
+        same = [torch.equal(v, values[0]) if isinstance(v, Tensor) else v == values[0] for v in values]
+        if any(cut) or not all(same):
+            raise CalibrationError(
+                f"a refit puts batches together, but argument {key!r} of the model differs in them; leave it out, or "
+                "use another correction_step"
+            )
+        return values[0]
+
+    if any((len(call.args), call.kwargs.keys()) != (len(first.args), first.kwargs.keys()) for call in calls):
+        raise CalibrationError(
+            "a refit puts batches together, but the model is called with other arguments for some; give all the same, "
+            "or use another correction_step"
+        )
+    return Call(
+        tuple(joined(i, [call.args[i] for call in calls]) for i in range(len(first.args))),
+        {key: joined(key, [call.kwargs[key] for call in calls]) for key in first.kwargs},
+        joined("mask", [call.mask for call in calls]),
+    )
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _lengthened(value: Tensor, length: int, wanted: int) -> Tensor:
+    """Zeros are added where the second dimension is that of positions."""
+    if value.dim() < 2 or value.shape[1] != length:
+        return value
+    return pad(value, [0, 0] * (value.dim() - 2) + [0, wanted - length])

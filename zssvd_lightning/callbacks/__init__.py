@@ -1,0 +1,1 @@
+"""Everything that Lightning calls: the two callbacks and their parts."""

@@ -1,0 +1,348 @@
+"""How far a compression has come inside a training run, and everything a checkpoint must hold to go on from there.
+
+WAIT ends at the set point; CALIBRATE and CORRECT end when enough batches gave their statistics; what is then done
+with them takes place between two batches.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from zssvd_lightning._contexts import uncompiled
+from zssvd_lightning.calibration.hooks import Observation
+from zssvd_lightning.callbacks.guards import window_end
+from zssvd_lightning.compression.course import Step, steps, to_first_truncation
+from zssvd_lightning.compression.engine import Compression, refuse_other
+from zssvd_lightning.compression.phase import GATHERING, Phase, phase_is_after
+from zssvd_lightning.compression.report import Report
+from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.distributed import Team
+from zssvd_lightning.errors import CheckpointError
+from zssvd_lightning.recovery.run import Recovering, refuse_other_recovery
+from zssvd_lightning.recovery.settings import Recovery
+from zssvd_lightning.strategies import StrategyAdapter
+from zssvd_lightning.whitening.rounding import Importance
+
+Entered = TypeVar("Entered")
+
+
+VERSION = 3
+
+
+class Lifecycle:
+    """One compression between the hooks of a training loop.
+
+    Args:
+        config: what to remove and how.
+        calibration_batches: a calibration ends after so many batches, ...
+        calibration_epochs: ... or as many as so many passes over the training data hold, whichever is less.
+
+    Attributes:
+        phase: where it stands.
+        report: what was done, from FACTORISE on.
+        importances: of the low-rank layers, from FACTORISE on, for `quantize`; None unless they are needed.
+        batch: the batch under observation.
+        terms_unit: loss terms of the first batch of a gathering, in multiples of which gradients are weighted.
+        batches_into_epoch: batches of this epoch that have ended.
+        epoch_length: batches in an epoch, once one has been seen.
+        first_losses: losses of the batches after FACTORISE, until the first optimizer step; None at other times.
+        recovery: what the factors are trained by; None where it is what `configure_optimizers` returns.
+    """
+
+    def __init__(
+        self,
+        config: CompressionConfig,
+        calibration_batches: int,
+        calibration_epochs: int,
+        recovery: Recovery | None = None,
+    ) -> None:
+        self.config = config
+        self.recovery = None if recovery is None else Recovering(recovery)
+        self.phase = Phase.WAIT
+        self.report: Report | None = None
+        self.importances: dict[str, Importance] | None = None
+        self.batch: ObservedBatch | None = None
+        self.terms_unit: float | None = None
+        self.batches_into_epoch = 0
+        self.epoch_length = math.inf
+        self.first_losses: list[float] | None = None
+        self._calibration = (calibration_batches, calibration_epochs)
+        self._compression: Compression | None = None
+        self._steps: list[Step] = steps(config)
+        self._position = 0
+        self._restored: Mapping[str, Any] | None = None
+        self._changing = False
+
+    @property
+    def compression(self) -> Compression:
+        """The compression under way."""
+        if self._compression is None:
+            raise RuntimeError(f"no compression is under way in phase {self.phase!r}")
+        return self._compression
+
+    @property
+    def has_touched(self) -> bool:
+        """Whether there is something to put back."""
+        return self._compression is not None or self._restored is not None
+
+    @property
+    def gathering(self) -> bool:
+        """Whether batches give statistics now."""
+        return self.phase in GATHERING
+
+    @property
+    def batches(self) -> int:
+        """How many batches have given statistics to the step under way."""
+        return self._compression.gathering.moments.batches if self._compression is not None else 0
+
+    def batches_needed(self, batches_per_epoch: float, accumulate: int, first_only: bool = False) -> int:
+        """Training batches from the start of an epoch until all steps (or those to the first truncation) are taken."""
+        done = 0
+        for step in to_first_truncation(self._steps) if first_only else self._steps:
+            done = window_end(done + self.limit(step.gathers, batches_per_epoch), batches_per_epoch, accumulate)
+        return done
+
+    def limit(self, phase: Phase, batches_per_epoch: float) -> int:
+        """How many batches give statistics in `phase`."""
+        if phase is Phase.CORRECT:
+            return self.config.correction_batches
+        batches, epochs = self._calibration
+        return int(min(batches, epochs * batches_per_epoch))
+
+    def attach(self, model: nn.Module, progress: bool, adapter: StrategyAdapter) -> None:
+        """Begins on `model`, which the strategy of `adapter` runs, or goes on with it from a checkpoint.
+
+        Raises:
+            UnsupportedTrainingError: its layers are laid out over processes in a way that is not known.
+            CheckpointError: the checkpoint was of other layers or settings.
+            TargetError: there is nothing to compress.
+        """
+        if self.phase in (Phase.RECOVER, Phase.DONE):
+            return
+        compression = Compression(model, self.config, progress, adapter.team, adapter.replace)
+        adapter.refuse_layers(compression.targets)
+        saved = (self._restored or {}).get("compression")
+        if self.gathering and saved is not None:
+            compression.load_state_dict(saved)
+        elif saved is not None:
+            compression.put_back(saved)
+        self._compression, self._restored = compression, None
+
+    def start(self) -> None:
+        """The set point is reached."""
+        self.phase = self._steps[0].gathers
+
+    def open(self, mask: Tensor | None, terms: float) -> "ObservedBatch":
+        """Puts a batch under observation. Collective for the first batch of a gathering."""
+        self.close()
+        if self.terms_unit is None:
+            self.terms_unit = max(self.compression.team.gathered(terms))
+        self.batch = ObservedBatch(self.compression, self.phase, terms, mask)
+        return self.batch
+
+    def close(self) -> None:
+        """Ends the observation of a batch, also of one that was given up."""
+        batch, self.batch = self.batch, None
+        if batch is not None:
+            batch.close()
+
+    def enough(self, batches_per_epoch: float) -> bool:
+        """Whether the step under way has its statistics, all gradients included."""
+        limit = self.limit(self.phase, min(batches_per_epoch, self.epoch_length))
+        return self.gathering and self.batches >= limit and not self.compression.gathering.pending
+
+    @contextmanager
+    def changing_weights(self) -> Iterator[None]:
+        """Weights are not to be relied on until the block ends or the model is factorised."""
+        self._changing = True
+        try:
+            yield
+        finally:
+            self._changing = False
+
+    def advance(self) -> Step:
+        """Takes the step under way, which it returns, and enters the phase that follows; within `changing_weights`."""
+        step = self.step
+        self.phase = Phase.TRUNCATE if step.truncates else Phase.CORRECT
+        self.terms_unit = None
+        self.compression.take(step)
+        self._position += 1
+        following = self._steps[self._position :]
+        self.phase = following[0].gathers if following else Phase.FACTORISE
+        return step
+
+    @property
+    def step(self) -> Step:
+        """The step under way."""
+        return self._steps[self._position]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no truncation has taken place yet."""
+        return self.is_dense_at(self._position)
+
+    def is_dense_at(self, position: int) -> bool:
+        """The same of the first so many steps."""
+        return not any(step.truncates for step in self._steps[:position])
+
+    def factorise(self, step: int, set_up_optimizers: Callable[[], None]) -> None:
+        """Puts the low-rank layers in, has the optimizers set up for them, and reports; within `changing_weights`.
+
+        Args:
+            step: the global one.
+            set_up_optimizers: is called with the layers in place.
+        """
+        model, recovery = self.compression.model, self.recovery
+        if recovery is None:
+            self.compression.factorise()
+        else:
+            recovery.note_flags(model)
+            self.compression.factorise(recovery.dress)
+            recovery.begin(model, step)
+        with self.compression.stopwatch(Phase.FACTORISE.value):
+            set_up_optimizers()
+        self.report, self.importances = self.compression.report(), self.compression.importances
+        self.report.config = {"compression": asdict(self.config)}
+        if recovery is not None:
+            self.report.config |= {"recovery": recovery.settings.to_dict()}
+        self._compression, self.first_losses = None, []
+        self.phase = Phase.RECOVER
+
+    def abandon(self, model: nn.Module, adapter: StrategyAdapter) -> None:
+        """Puts the model back, also where a checkpoint was loaded into it but not gone on from, and starts over."""
+        self.close()
+        if self._compression is not None:
+            self._compression.restore()
+        elif self._restored is not None and self._restored["compression"] is not None:
+            compression = Compression(model, self.config, False, adapter.team, adapter.replace)
+            compression.put_back(self._restored["compression"])
+        if self.recovery is not None:
+            if self.recovery.active:
+                self.recovery.let_go(model)
+            self.recovery = Recovering(self.recovery.settings)
+        self._compression, self._restored, self.terms_unit, self._position = None, None, None, 0
+        self.phase = Phase.WAIT
+
+    def state_dict(self, batch_over: bool = True, team: Team | None = None) -> dict[str, Any]:
+        """Plain types and tensors, at whatever moment it is called.
+
+        In the middle of a batch the gathering under way is left out, so that it starts over and no batch counts
+        twice; while weights change the whole compression is, and the original weights are in it instead.
+
+        Args:
+            batch_over: whether the latest batch will not be run again, though it may still be under observation.
+            team: the processes of the run, which must all call it.
+        """
+        phase, position, terms_unit, compression = self.phase, self._position, self.terms_unit, None
+        changing = self._changing and self._compression is not None
+        whole_batches = self.batch is None or batch_over
+        if self._compression is not None and (self.gathering or changing):
+            compression = self._compression.state_dict(statistics=whole_batches or changing)
+        if changing:
+            phase, position, terms_unit = Phase.WAIT, 0, None
+        elif not whole_batches:
+            terms_unit = None
+        return {
+            "version": VERSION,
+            "phase": phase.value,
+            "position": position,
+            "calibration": list(self._calibration),
+            "terms_unit": terms_unit,
+            "batches_into_epoch": self.batches_into_epoch,
+            "epoch_length": self.epoch_length,
+            "first_losses": None if self.first_losses is None else list(self.first_losses),
+            "compression": compression,
+            "report": None if self.report is None else self.report.to_dict(),
+            "recovery": None if self.recovery is None else self.recovery.state_dict(team),
+            "importances": None if self.importances is None else {n: list(i) for n, i in self.importances.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a `state_dict`; the next `attach` goes on with its model.
+
+        Raises:
+            CheckpointError: see `check`.
+        """
+        self.check(state)
+        self.batch, self._compression = None, None
+        self.phase = Phase(state["phase"])
+        self._position = state["position"]
+        self.terms_unit = state["terms_unit"]
+        self.batches_into_epoch = state["batches_into_epoch"]
+        self.epoch_length = state["epoch_length"]
+        self.first_losses = state["first_losses"]
+        self.report = None if state["report"] is None else Report.from_dict(state["report"])
+        found = state["importances"]
+        self.importances = None if found is None else {name: Importance(*pair) for name, pair in found.items()}
+        if self.recovery is not None and phase_is_after(state):
+            self.recovery.load_state_dict(state["recovery"])
+        self._restored = None if phase_is_after(state) else state
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Whether `load_state_dict` would take a state.
+
+        Raises:
+            CheckpointError: it is none of this class, of another version, or of a compression under way with other
+                settings.
+        """
+        if not isinstance(state, Mapping) or "version" not in state:
+            raise CheckpointError("the checkpoint holds no state of a ZSSVDCallback of this release; start afresh")
+        if state["version"] != VERSION:
+            version = state["version"]
+            advice = "upgrade zssvd-lightning" if version > VERSION else "go on with the release that wrote it"
+            raise CheckpointError(
+                f"the checkpoint holds callback state of version {version}, this release reads {VERSION}; {advice}"
+            )
+        compressed = (state["report"] or {}).get("config", {}).get("compression")
+        if compressed is not None and phase_is_after(state):
+            refuse_other_recovery(state.get("recovery"), self.recovery)
+            mine = asdict(self.config)
+            for key in ("storage", "rows_in_16_bits"):
+                if compressed[key] != mine[key]:
+                    raise CheckpointError(
+                        f"the checkpoint is of a model compressed for {key} {compressed[key]!r}, and this callback has "
+                        f"{mine[key]!r}; go on with the same"
+                    )
+        if Phase(state["phase"]) in GATHERING and state["compression"] is not None:
+            refuse_other(state["compression"], self.config)
+            if tuple(state["calibration"]) != self._calibration:
+                raise CheckpointError(
+                    "the checkpoint was taken in the middle of a compression with other settings (calibration_batches "
+                    f"and calibration_epochs were {state['calibration']} and are {list(self._calibration)}); go on "
+                    "with the same, or start from a checkpoint of before it"
+                )
+
+
+class ObservedBatch:
+    """A training batch between its first and its last hook.
+
+    Attributes:
+        terms: how many terms its mean loss runs over.
+        observation: see `observation.observing`.
+        complete: whether its loss and its gradients have come.
+        stepped: whether it closed an accumulation window.
+    """
+
+    def __init__(self, compression: Compression, phase: Phase, terms: float, mask: Tensor | None) -> None:
+        self.terms = terms
+        self.complete = False
+        self.stepped = False
+        with ExitStack() as stack:
+            stack.enter_context(compression.stopwatch(phase.value))
+            stack.enter_context(uncompiled())
+            self.observation: Observation = stack.enter_context(
+                compression.gathering.observing(mask, inputs=phase is Phase.CALIBRATE)
+            )
+            self._stack = stack.pop_all()
+
+    def during(self, context: AbstractContextManager[Entered]) -> Entered:
+        """Enters a context that ends with the observation."""
+        return self._stack.enter_context(context)
+
+    def close(self) -> None:
+        """Puts mode, flags, cache and hooks back."""
+        self._stack.close()

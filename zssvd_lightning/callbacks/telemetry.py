@@ -1,0 +1,81 @@
+"""What loggers and the progress bar are told while a model is compressed inside a training run.
+
+| metric                             | when             | meaning                                                     |
+|------------------------------------|------------------|-------------------------------------------------------------|
+| zssvd/phase                        | every phase      | its number, in the order of `Phase`                         |
+| zssvd/gathered, zssvd/to_gather    | as Lightning logs | batches seen by a calibration or correction, of how many   |
+| zssvd/predicted_drift              | every truncation | first-order change of the loss (nats)                       |
+| zssvd/kept_parameters, zssvd/pruned | every truncation | of the target layers: how many stay, which part goes       |
+| zssvd/loss_before_truncation       | every truncation | mean loss of the calibration before it (nats)               |
+| zssvd/loss_after_truncation        | soon after each  | mean loss of the next batches at those weights (nats): of   |
+|                                    |                  | the correction, or those before recovery's first step       |
+| zssvd/step_fraction                | every correction | which part of the projected step was taken                  |
+| zssvd/prehab_weight                | as Lightning logs | lambda of `LowRankPrehab`                                   |
+| zssvd/stable_rank, zssvd/nuclear_norm | as Lightning logs | its mean of R over the layers                            |
+| zssvd/distillation                 | as Lightning logs | divergence from the dense model (nats)                      |
+| zssvd/recovery_stage               | every stage      | its number                                                  |
+| zssvd/rank/LAYER                   | every truncation | rank of a layer; its full rank where it stays dense         |
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import lightning as L
+
+from zssvd_lightning._contexts import overridden
+from zssvd_lightning.compression.course import Step
+from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.phase import Phase
+from zssvd_lightning.compression.report import Report
+
+PREFIX = "zssvd/"
+
+
+def log(trainer: L.Trainer, **metrics: float) -> None:
+    """Sends metrics to every logger, at the current step."""
+    for logger in trainer.loggers:
+        logger.log_metrics({f"{PREFIX}{name}": float(value) for name, value in metrics.items()}, trainer.global_step)
+
+
+def log_phase(trainer: L.Trainer, phase: Phase) -> None:
+    """Sends the number of a phase."""
+    log(trainer, phase=list(Phase).index(phase))
+
+
+def log_progress(trainer: L.Trainer, gathered: int, to_gather: int) -> None:
+    """Sends how many batches a gathering has seen, as often as Lightning logs."""
+    if gathered % trainer.log_every_n_steps == 0 or gathered == to_gather:  # type: ignore[attr-defined]
+        log(trainer, gathered=gathered, to_gather=to_gather)
+
+
+def log_step(trainer: L.Trainer, step: Step, compression: Compression) -> None:
+    """Sends what a step of the compression did."""
+    if step.acts[0] in (Compression.correct, Compression.descend, Compression.refit):
+        log(trainer, loss_after_truncation=compression.losses[-1])
+    if Compression.shorten_step in step.acts or (
+        Compression.correct in step.acts and not compression.config.line_search
+    ):
+        log(trainer, step_fraction=compression.fractions[-1])
+    if step.truncates:
+        _log_truncation(trainer, compression.report())
+
+
+def shown_on_bar(trainer: L.Trainer, text: Callable[[], str]) -> AbstractContextManager[None]:
+    """Adds `compression: text()` to what the progress bar, of whatever kind, shows within the context."""
+    bar = trainer.progress_bar_callback
+    if bar is None:
+        return nullcontext()
+    get_metrics = bar.get_metrics
+    return overridden(bar, get_metrics=lambda *args, **kwargs: {**get_metrics(*args, **kwargs), "compression": text()})
+
+
+def _log_truncation(trainer: L.Trainer, report: Report) -> None:
+    ranks = {n: min(layer.shape) if layer.rank is None else layer.rank for n, layer in report.layers.items()}
+    log(
+        trainer,
+        predicted_drift=report.predicted_drift,
+        kept_parameters=report.parameters_after,
+        pruned=report.reached,
+        loss_before_truncation=report.losses[-1],
+        **{f"rank/{name}": rank for name, rank in ranks.items()},
+    )

@@ -1,8 +1,0 @@
-"""The process of one cell: reads its job from the standard input."""
-
-import sys
-
-from zssvd_lightning.compare.work import perform, read_job
-
-if __name__ == "__main__":
-    perform(read_job(sys.stdin.read()))

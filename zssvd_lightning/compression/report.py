@@ -1,0 +1,229 @@
+"""What a compression did: as a table, as JSON, as a picture."""
+
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from zssvd_lightning.errors import SavedModelError
+
+REPORT = "report.json"
+
+
+VERSIONS = ("zssvd-lightning", "torch", "lightning", "transformers")
+
+
+class Stopwatch:
+    """Seconds by step; a step entered again adds up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        """Times the block as part of `step`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(step, time.perf_counter() - start)
+
+    def add(self, step: str, seconds: float) -> None:
+        """Adds seconds to `step`."""
+        self.seconds[step] = self.seconds.get(step, 0.0) + seconds
+
+
+class LayerReport(NamedTuple):
+    """One target after compression."""
+
+    rank: int | None
+    """Components kept; None where the layer stays dense."""
+    shape: tuple[int, int]
+    """(m, n) of the dense weight."""
+    kept: int
+    """Numbers it is kept in; two in 8 bits count as one."""
+    in_8_bits: bool = False
+    """Whether all or most of them are in 8 bits."""
+
+
+@dataclass
+class Report:
+    """What was asked, what was reached and what it cost.
+
+    Parameters are those of the target layers alone; after compression, two in 8 bits count as one.
+    """
+
+    asked: float
+    """Prune ratio asked for."""
+    parameters_before: int
+    parameters_after: int
+    model_parameters_before: int
+    """Parameters of the whole model, embeddings and what else is no target included."""
+    layers: Mapping[str, LayerReport]
+    predicted_drift: float
+    """First-order change of the calibration loss that the last truncation was predicted to bring (nats)."""
+    losses: list[float]
+    """Mean loss (nats) of each gathering, in their order: for calibration, for a correction, after its whole step."""
+    correction_fractions: list[float]
+    """Which part of each projected step was taken."""
+    seconds: dict[str, float]
+    """Wall-clock seconds by step."""
+    perplexity: dict[str, float] | None = None
+    """Of the `dense` and the `compressed` model, and of the `reloaded` one where it is kept in fewer bits; of a run
+    with recovery those `dense`, `dense_finetuned`, `truncated` and `recovered`."""
+    perplexity_second: dict[str, float] | None = None
+    """The same on a text of another domain."""
+    file_bytes: dict[str, int] | None = None
+    """Bytes on disk of the weights of the `compressed` model, `expected` ones of the numbers it keeps, and those of
+    the `dense` one in the same type."""
+    budget_in: str = "parameters"
+    """What the prune ratio is a fraction of: `parameters`, `bytes` or `flops` of the target layers."""
+    reached: float = math.nan
+    """Fraction of that which went; of the parameters, where it is not given."""
+    peak_rss_bytes: int = 0
+    """Largest resident memory of the process so far."""
+    seed: int | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.reached):
+            self.reached = (self.parameters_before - self.parameters_after) / self.parameters_before
+
+    @property
+    def model_parameters_after(self) -> int:
+        """Parameters of the whole model after compression."""
+        return self.model_parameters_before - self.parameters_before + self.parameters_after
+
+    @property
+    def perplexities(self) -> tuple[float, float] | None:
+        """Of the dense model and of what has become of it."""
+        found = self.perplexity
+        return (found["dense"], found.get("recovered", found.get("compressed", math.nan))) if found else None
+
+    def within(self, prefix: str) -> "Report":
+        """The same with layer names as the submodule `prefix` knows them. Raises KeyError when one is outside it."""
+        start = f"{prefix}."
+        if outside := [name for name in self.layers if not name.startswith(start)]:
+            raise KeyError(f"{outside[0]} is not within {prefix}")
+        return replace(self, layers={name.removeprefix(start): layer for name, layer in self.layers.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types under the keys of `report.json`."""
+        optional = {
+            "perplexity": self.perplexity,
+            "perplexity_second": self.perplexity_second,
+            "file_bytes": self.file_bytes,
+        }
+        return {
+            "prune_ratio": {"asked": self.asked, "reached": self.reached, "of": self.budget_in},
+            "parameters": {
+                "before": self.parameters_before,
+                "after": self.parameters_after,
+                "model": {"before": self.model_parameters_before, "after": self.model_parameters_after},
+            },
+            "predicted_drift": self.predicted_drift,
+            "losses": self.losses,
+            "correction_fractions": self.correction_fractions,
+            **{key: value for key, value in optional.items() if value is not None},
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "seed": self.seed,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
+            "config": dict(self.config),
+            "ranks": {n: layer._asdict() | {"shape": list(layer.shape)} for n, layer in self.layers.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Report":
+        """The report that `to_dict` wrote. Raises KeyError when an entry is missing."""
+        return cls(
+            asked=saved["prune_ratio"]["asked"],
+            parameters_before=saved["parameters"]["before"],
+            parameters_after=saved["parameters"]["after"],
+            model_parameters_before=saved["parameters"]["model"]["before"],
+            layers={
+                n: LayerReport(layer["rank"], tuple(layer["shape"]), layer["kept"], layer.get("in_8_bits", False))
+                for n, layer in saved["ranks"].items()
+            },
+            predicted_drift=saved["predicted_drift"],
+            losses=list(saved["losses"]),
+            correction_fractions=list(saved["correction_fractions"]),
+            seconds=dict(saved["seconds"]),
+            perplexity=saved.get("perplexity"),
+            perplexity_second=saved.get("perplexity_second"),
+            file_bytes=saved.get("file_bytes"),
+            budget_in=saved["prune_ratio"].get("of", "parameters"),
+            reached=saved["prune_ratio"]["reached"],
+            peak_rss_bytes=saved["peak_rss_bytes"],
+            seed=saved["seed"],
+            config=saved["config"],
+        )
+
+    def table(self) -> Table:
+        """Dense against compressed, for a terminal."""
+        table = Table(title=f"prune ratio {self.asked:g} of {self.budget_in} asked, {self.reached:.4f} reached")
+        for column, justify in (("", "left"), ("dense", "right"), ("compressed", "right")):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for title, pair in (("perplexity", self.perplexity), ("perplexity, second text", self.perplexity_second)):
+            if pair:
+                compressed = pair.get("compressed", pair.get("truncated", math.nan))
+                table.add_row(title, f"{pair['dense']:.2f}", f"{compressed:.2f}")
+                if "recovered" in pair:
+                    finetuned = pair.get("dense_finetuned", math.nan)
+                    table.add_row(f"{title}, trained", f"{finetuned:.2f}", f"{pair['recovered']:.2f}")
+                if "reloaded" in pair:
+                    table.add_row(f"{title}, as saved", "", f"{pair['reloaded']:.2f}")
+        table.add_row("target parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}")
+        table.add_row("all parameters", f"{self.model_parameters_before:,}", f"{self.model_parameters_after:,}")
+        if self.file_bytes:
+            table.add_row("file size", *(f"{self.file_bytes[k] / 1e6:.1f} MB" for k in ("dense", "compressed")))
+        low_rank = sum(layer.rank is not None for layer in self.layers.values())
+        table.add_row("low-rank layers", "0", f"{low_rank} of {len(self.layers)}")
+        table.add_section()
+        for step, seconds in self.seconds.items():
+            table.add_row(f"seconds: {step}", "", f"{seconds:.1f}")
+        if self.peak_rss_bytes:
+            table.add_row("peak memory", "", f"{self.peak_rss_bytes / 1e9:.2f} GB")
+        return table
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Writes `report.json` into a folder."""
+    (folder / REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def read_report(folder: Path) -> Report | None:
+    """The report in a folder; None where there is none. Raises SavedModelError when it cannot be read."""
+    path = folder / REPORT
+    if not path.is_file():
+        return None
+    try:
+        return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SavedModelError(f"{path} is no report of a compression: {error!r}; move it away") from error
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory (bytes) this process alone has had; 0 where the system does not tell.
+
+    What `getrusage` tells on Linux begins with the peak of the process that started this one.
+    """
+    if sys.platform == "win32":
+        return 0
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,86 @@
+"""Settings from YAML files and `key=value` overrides into dataclasses, and checks of what they hold."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
+
+from zssvd_lightning._validation import closest, require_one_of
+from zssvd_lightning.config.presets import PRESETS, settings_of
+from zssvd_lightning.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_config(
+    schema: type[T],
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> T:
+    """Reads a YAML file and `key=value` overrides into the dataclass `schema`.
+
+    Args:
+        schema: one of the dataclasses of `config` and `run_config`, or another.
+        path: YAML file, or None for the defaults alone.
+        defaults: values that win over those of the dataclass, and over nothing else.
+        overrides: dot-list entries such as `compression.prune_ratio=0.4`; later ones win.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown (the nearest valid one is named), a mandatory
+            key has no value, or a value is of the wrong type or out of range.
+    """
+    layers = [] if path is None else [_file(Path(path))]
+    try:
+        layers = [OmegaConf.create(dict(defaults or {})), *layers]
+        layers += [_override(entry) for entry in overrides]
+        merged = OmegaConf.merge(OmegaConf.structured(schema), *layers)
+        if (preset := OmegaConf.select(merged, "preset")) is not None:
+            require_one_of("preset", preset, PRESETS)
+            merged = OmegaConf.merge(OmegaConf.structured(schema), {"compression": settings_of(preset)}, *layers)
+        loaded = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise ConfigError(_unknown_key(str(error.full_key), schema)) from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value; give it in the YAML or as {error.full_key}=...") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {error.msg}") from error
+    if not isinstance(loaded, schema):
+        raise TypeError(f"{schema} gave {type(loaded)}")
+    return loaded
+
+
+def _file(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file {path} does not exist") from error
+    except (OSError, YAMLError) as error:
+        raise ConfigError(f"config file {path} is not readable YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"config file {path} must hold a mapping of settings")
+    return loaded
+
+
+def _override(entry: str) -> DictConfig:
+    if "=" not in entry:
+        raise ConfigError(f"override {entry!r} is not of the form key=value")
+    try:
+        return OmegaConf.from_dotlist([entry])
+    except YAMLError as error:
+        raise ConfigError(f"the value of override {entry!r} is not valid YAML: {error}") from error
+
+
+def _unknown_key(key: str, schema: type) -> str:
+    return f"unknown key {key!r}" + closest(key, _leaves(OmegaConf.to_container(OmegaConf.structured(schema))))
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterable[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"

@@ -1,0 +1,176 @@
+"""From spectra and a selection to truncated weights, and to the low-rank layers that are swapped in at the end.
+
+Shapes: up (m, k), down (k, n), W_k (m, n).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zssvd_lightning._numerics import accumulated, exact_products
+from zssvd_lightning.decomposition.decompose import Decomposition
+from zssvd_lightning.distributed import Team
+from zssvd_lightning.errors import NonFiniteError
+from zssvd_lightning.layers.base import Dense, carry_hooks
+from zssvd_lightning.layers.low_rank import LowRankLinear
+from zssvd_lightning.layers.pivoted import PivotedLinear, pivots_first
+from zssvd_lightning.layers.registry import Factored
+from zssvd_lightning.model.targets import Target, local_part
+
+
+class Factors(NamedTuple):
+    """`W_k = up @ down`."""
+
+    up: Tensor
+    down: Tensor
+
+    def to(self, like: Tensor) -> "Factors":
+        """The same on the device and in the type of `like`."""
+        return Factors(self.up.to(like), self.down.to(like))
+
+
+def truncated_weight(factors: Factors) -> Tensor:
+    """`W_k = (U_k sqrt(S_k)) (sqrt(S_k) V_k^T L^-1)` (m, n)."""
+    return factors.up @ factors.down
+
+
+def low_rank_layer(old: Dense, factors: Factors, bias: Tensor | None) -> LowRankLinear:
+    """The layer of two factors that takes the place of `old`.
+
+    Bias, `requires_grad` flags, training mode and forward and backward hooks carry over.
+    """
+    new = LowRankLinear.like(old, rank=len(factors.down)).to_empty(device=factors.up.device)
+    new.fill(*factors, bias)
+    carry_hooks(new, old)
+    return new
+
+
+def pivoted_layer(old: Dense, factors: Factors, bias: Tensor | None, rows: Tensor) -> PivotedLinear:
+    """The layer of pivot rows that takes the place of `old`, as `low_rank_layer`; `rows` are of `pivots_first`."""
+    new = PivotedLinear.like(old, rank=len(factors.down)).to_empty(device=factors.up.device)
+    new.fill(*factors, bias, rows)
+    carry_hooks(new, old)
+    return new
+
+
+class HeldFactors:
+    """The factors of all truncated layers, of which each process holds what its team says.
+
+    They are of the type of the weights, or wider where pivot rows and coefficients are to be made of them, so that
+    those are rounded once.
+
+    Args:
+        targets: the layers.
+        team: the processes that compress the model together.
+        storage: how the layers are kept; the 8-bit ones are made of factors later.
+
+    Attributes:
+        held: what this process holds, by layer.
+    """
+
+    def __init__(self, targets: Mapping[str, Target], team: Team, storage: str = "factors") -> None:
+        self._targets = targets
+        self._team = team
+        self._storage = storage
+        self.held: dict[str, Factors] = {}
+        self._known_finite = False
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the truncated layers."""
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        """How many layers are truncated."""
+        return len(self.held)
+
+    def take(self, found: Decomposition, name: str, kept: Tensor) -> None:
+        """Takes the components `kept` (k,) of a layer from the process that has decomposed it. Collective."""
+        owner = found.owners[name]
+        self.put(name, owner, len(kept), found.spectra[name].factors(kept) if owner == self._team.rank else None)
+
+    def put(self, name: str, owner: int, k: int, factors: tuple[Tensor, Tensor] | None) -> None:
+        """Takes factors of rank k that process `owner` has, and the others not. Collective."""
+        like, (m, n), (up, down) = self._like(name), self._targets[name].shape, factors or (None, None)
+        self.held[name] = Factors(
+            self._team.from_owner(owner, up, (m, k), like),
+            self._team.from_owner(owner, down, (k, n), like),
+        )
+        self._known_finite = False
+
+    def truncated(self, name: str) -> Tensor:
+        """What this process holds of a layer's truncated weight, in the type of the weight. Collective."""
+        target = self._targets[name]
+        with _exact_on(target.weight.device):
+            W = truncated_weight(self._whole(name)).to(target.weight.dtype)
+        return self._team.part(W, target.split)
+
+    def layer(self, name: str) -> Factored:
+        """The whole low-rank layer for the place of a truncated one. Collective.
+
+        Raises:
+            NonFiniteError: the factors of this layer or another hold NaN or infinite values.
+        """
+        self._refuse_non_finite()
+        old, factors = self._targets[name].module, self._whole(name)
+        bias = None if old.bias is None else self._team.whole(local_part(old.bias.detach()), len(old.bias))
+        with _exact_on(factors.up.device):
+            if self._storage != PivotedLinear.kind:
+                return low_rank_layer(old, factors, bias)
+            # processors may round differently, and then choose other rows
+            rows = self._team.decided(lambda: pivots_first(factors.up))
+            return pivoted_layer(old, factors, bias, rows)
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """Factors by layer, as the team saves them. Collective."""
+        to_save = {}
+        for name, (up, down) in self.held.items():
+            saved = (
+                self._team.weight_to_save(up, self._targets[name].shape[0]),
+                self._team.weight_to_save(down, up.shape[1]),
+            )
+            if saved[0] is not None and saved[1] is not None:
+                to_save[name] = [saved[0], saved[1]]
+        return to_save
+
+    def load_state_dict(self, state: Mapping[str, Sequence[Tensor]]) -> None:
+        """Takes what this process is to hold of a `state_dict`."""
+        for name, pair in state.items():
+            self.held[name] = Factors(*map(self._team.part, pair)).to(self._like(name))
+        self._known_finite = False
+
+    def _whole(self, name: str) -> Factors:
+        up, down = self.held[name]
+        return Factors(self._team.whole(up, self._targets[name].shape[0]), self._team.whole(down, up.shape[1]))
+
+    def _like(self, name: str) -> Tensor:
+        """An empty tensor on the device and in the type of a layer's factors."""
+        weight = self._targets[name].weight
+        wide = accumulated(weight.dtype)
+        return weight.new_empty(0, dtype=wide if self._storage == PivotedLinear.kind else weight.dtype)
+
+    def _refuse_non_finite(self) -> None:
+        """Raises NonFiniteError unless all factors are finite; of all layers, before the first is made. Collective."""
+        if self._known_finite:
+            return
+        device = next(iter(self.held.values())).up.device
+        counts = [((~up.isfinite()).sum() + (~down.isfinite()).sum()).to(device) for up, down in self.held.values()]
+        broken = self._team.over_rows(torch.stack(counts))
+        for name, count in zip(self.held, broken.tolist(), strict=True):
+            if count:
+                target = self._targets[name]
+                raise NonFiniteError(
+                    f"the factors of {name} {target.shape} hold NaN or infinite values in "
+                    f"{str(self.held[name].up.dtype).removeprefix('torch.')}; compress in float32 or bfloat16, "
+                    "calibrate on more tokens, or add it to ignore"
+                )
+        self._known_finite = True
+
+
+@contextmanager
+def _exact_on(device: torch.device) -> Iterator[None]:
+    """Products are made in the type of what is multiplied, whatever training does."""
+    with exact_products(), torch.autocast(device.type, enabled=False):
+        yield

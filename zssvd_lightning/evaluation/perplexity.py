@@ -1,0 +1,64 @@
+"""How good a language model is: perplexity on text it was not calibrated on, and a sample of what it writes."""
+
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from zssvd_lightning._contexts import evaluation_mode
+from zssvd_lightning.errors import NonFiniteError
+
+
+class Perplexity(NamedTuple):
+    """What `zssvd evaluate` prints."""
+
+    perplexity: float
+    tokens: int
+    """Predictions it was averaged over."""
+    seconds: float
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module, windows: Tensor, batch_size: int = 1, desc: str = "perplexity", progress: bool = True
+) -> Perplexity:
+    """Exponential of the mean negative log-likelihood (nats) of each window's tokens but the first.
+
+    Args:
+        model: causal language model that returns `logits` (B, T, V); they are scored in float32 or wider.
+        windows: token ids (N, T).
+        batch_size: windows in a batch.
+        desc: what the progress bar says.
+        progress: whether to draw one.
+
+    Raises:
+        NonFiniteError: the model's logits are NaN.
+    """
+    start = time.perf_counter()
+    device = next(model.parameters()).device
+    negative_log_likelihood = MeanMetric().set_dtype(torch.float64)
+    with evaluation_mode(model):
+        for batch in tqdm(torch.split(windows, batch_size), desc=desc, unit="batch", disable=not progress):
+            ids = batch.to(device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            mean = cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()).cpu()
+            if mean.isnan():
+                raise NonFiniteError("the logits are NaN on the evaluation text; evaluate in float32 or bfloat16")
+            negative_log_likelihood.update(mean, weight=ids[:, 1:].numel())
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    return Perplexity(float(negative_log_likelihood.compute().exp()), tokens, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 32) -> str:
+    """What the model writes behind `prompt`, always taking the likeliest token."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    with evaluation_mode(model):
+        ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[operator]
+    text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(text)

@@ -1,0 +1,1 @@
+"""Save, load and export compressed models, with model card and carried code."""

@@ -1,0 +1,142 @@
+"""Compressed models for tools that know nothing of low rank: merged to dense ones, or as ONNX graphs."""
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from zssvd_lightning._contexts import evaluation_mode
+from zssvd_lightning._files import replacing_folder
+from zssvd_lightning.errors import ExportError, SavedModelError
+from zssvd_lightning.hub.saving import SHARD, write_model
+from zssvd_lightning.layers.base import CompressedLinear, type_of
+from zssvd_lightning.layers.registry import dense_like
+from zssvd_lightning.model.adapters import merge_adapters
+from zssvd_lightning.model.replace import replace_module
+from zssvd_lightning.serialization.transformers_config import mark, tell
+
+OPSET = 18
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Replaces compressed layers, adapters on them included, by dense ones of the same function, in place.
+
+    The result is an ordinary model, of the size and speed it had before it was compressed; products are taken in
+    float32 or wider, and rounded once.
+
+    Args:
+        model: any module.
+
+    Raises:
+        ExportError: layers are offloaded to disk.
+    """
+    common = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    compressed = (module for module in model.modules() if isinstance(module, CompressedLinear))
+    if any(value.is_meta for layer in compressed for value in layer.state_dict().values()):
+        raise ExportError("layers are offloaded, and not there to be merged; load the model without device_map")
+    merge_adapters(model)
+    for old in [module for module in model.modules() if isinstance(module, CompressedLinear)]:
+        own = type_of(old) or common
+        W = nn.Module.to(old, torch.promote_types(own, torch.float32)).weight
+        new = dense_like(old).to(own).to_empty(device=W.device)
+        new.load_state_dict(
+            {"weight": W.T if isinstance(new, Conv1D) else W} | ({} if old.bias is None else {"bias": old.bias})
+        )
+        replace_module(model, old, new)
+    mark(model)
+
+
+def export_dense(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: str | int = SHARD,
+) -> None:
+    """Merges a model and writes it as an ordinary checkpoint, for tools that know no low rank, such as GGUF converters.
+
+    Args:
+        model: a compressed model, which is merged in place.
+        folder: to write.
+        tokenizer: saved with it.
+        max_shard_size: of each file of weights.
+
+    Raises:
+        OutputError: the folder holds something else, or cannot be written.
+        SavedModelError: the model is not one of transformers.
+    """
+    with replacing_folder(folder) as temporary:
+        merge(model)
+        write_model(model, temporary, tokenizer, max_shard_size)
+        _repeat_for_older_readers(temporary / "config.json")
+
+
+def _repeat_for_older_readers(path: Path) -> None:
+    """Has a config name the rotary embeddings as before transformers 5 too, where many converters still look."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rotary = config.get("rope_parameters") or {}
+    if "rope_theta" in rotary:
+        config["rope_theta"] = rotary["rope_theta"]
+        if rotary.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in rotary.items() if key != "rope_theta"}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def export_onnx(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Writes a language model as an ONNX graph, from `input_ids` and `attention_mask` (B, T) to `logits` (B, T, V).
+
+    Batch size and length stay free. Compressed layers stay compressed: factors are two products, codes stay in 8 bits.
+
+    Args:
+        model: a causal language model.
+        folder: to write; it gets `model.onnx`, its weights in `model.onnx.data`, config and tokenizer.
+        tokenizer: saved with it.
+
+    Raises:
+        ExportError: onnx and onnxscript are not installed, or torch cannot trace the model.
+        OutputError: the folder holds something else, or cannot be written.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise SavedModelError(f"{type(model).__name__} is no model of transformers; export the one it holds")
+    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
+        raise ExportError(f"{' and '.join(missing)} is not installed; pip install zssvd-lightning[onnx]")
+    ids = torch.zeros(2, 8, dtype=torch.long, device=model.device)
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with evaluation_mode(model), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                _Logits(model).train(model.training),
+                (ids, torch.ones_like(ids)),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["input_ids", "attention_mask"],
+                output_names=["logits"],
+                dynamic_shapes={"input_ids": free, "attention_mask": free},
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ExportError(f"torch cannot export {type(model).__name__} to ONNX: {error}") from error
+    if program is None:
+        raise ExportError(f"torch gave no ONNX program for {type(model).__name__}")
+    plain = copy.deepcopy(model.config)
+    tell(plain, {})
+    with replacing_folder(folder) as temporary:
+        program.save(temporary / "model.onnx", external_data=True)
+        plain.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits

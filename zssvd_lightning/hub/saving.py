@@ -1,0 +1,107 @@
+"""Compressed models to folders and back."""
+
+import json
+from pathlib import Path
+
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
+
+from zssvd_lightning._files import replacing_folder
+from zssvd_lightning.compression.report import Report, write_report
+from zssvd_lightning.errors import OutputError, SavedModelError
+from zssvd_lightning.hub.model_card import write_card
+from zssvd_lightning.hub.remote_code import carry_code
+from zssvd_lightning.model import adapters
+from zssvd_lightning.serialization.integrity import digest
+from zssvd_lightning.serialization.specs import specs_of
+from zssvd_lightning.serialization.transformers_config import mark
+
+SHARD = "5GB"
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    report: Report | None = None,
+    max_shard_size: str | int = SHARD,
+    self_contained: bool = False,
+) -> None:
+    """Writes a compressed (or dense) model as a folder that transformers reads, all or nothing.
+
+    Weights go into safetensors, the form and rank of every layer into `config.json`, what was done into a model card.
+    Adapters that a recovery has left on low-rank layers go into the folder `adapter`, as peft writes them:
+    `PeftModel.from_pretrained(from_pretrained(folder), f"{folder}/adapter")`.
+
+    Args:
+        model: a model of transformers.
+        folder: to write; what an earlier save left there is replaced.
+        tokenizer: saved beside the model.
+        report: of the compression, for the model card, and written as `report.json`.
+        max_shard_size: of each file of weights, such as `5GB`.
+        self_contained: whether to add the code that `from_pretrained(folder, trust_remote_code=True)` needs to load the
+            model where this package is not installed.
+
+    Raises:
+        OutputError: the folder holds something else, or cannot be written; what was there before is untouched.
+        SavedModelError: the model is not one of transformers.
+    """
+    with replacing_folder(folder) as temporary:
+        write_model(model, temporary, tokenizer, max_shard_size, self_contained=self_contained)
+        write_card(temporary, Path(folder).resolve().name, specs_of(model), report)
+        if report is not None:
+            write_report(temporary, report)
+
+
+def write_model(
+    model: nn.Module,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: str | int = SHARD,
+    *,
+    self_contained: bool = False,
+) -> None:
+    """Writes weights, config and tokenizer into a new folder; see `save_pretrained`."""
+    if adapters.on(model):
+        adapters.save_adapter(model, folder / adapters.FOLDER)
+        with adapters.taken_off(model):
+            write_model(model, folder, tokenizer, max_shard_size, self_contained=self_contained)
+        return
+    if not isinstance(model, PreTrainedModel):
+        raise SavedModelError(f"{type(model).__name__} is no model of transformers; save the one it holds")
+    specs = specs_of(model)
+    if specs and model.config.model_type not in CONFIG_MAPPING:
+        raise SavedModelError(
+            f"transformers does not know the model type {model.config.model_type!r}, so the folder would not "
+            "load; register it with AutoConfig and an automatic model class, or merge(model) first"
+        )
+    mark(model)
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if isinstance(error, SafetensorError) or "os error" in str(error):  # libraries in Rust have errors of their own
+            raise OutputError(f"cannot write {folder}: {error}; what was there before is untouched") from error
+        raise
+    if specs:
+        path = folder / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["architectures"] = [_architecture(model)]
+        config["quantization_config"]["files"] = {
+            file.name: digest(file) for file in sorted(folder.glob("*.safetensors"))
+        }
+        if self_contained:
+            config["auto_map"] = carry_code(model, folder)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    elif self_contained:
+        raise SavedModelError(f"{type(model).__name__} has no compressed layer, and needs no code to be loaded")
+
+
+def _architecture(model: PreTrainedModel) -> str:
+    """The class of transformers that the model's class is or extends; its own where there is none."""
+    classes = type(model).__mro__
+    return next((c.__name__ for c in classes if getattr(transformers, c.__name__, None) is c), type(model).__name__)

@@ -1,0 +1,300 @@
+"""Linear layers in 8 bits: integer codes and the scales they are multiplied by.
+
+Shapes: W (m, n), up (m, k), down (k, n). Needs nothing but torch and transformers, so that a saved folder can carry it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+
+from zssvd_lightning.layers.base import CompressedLinear, Dense
+from zssvd_lightning.layers.low_rank import LowRankLinear
+
+LARGEST_CODE = 127
+"""Codes are in [-127, 127]."""
+
+
+class EightBitLinear(CompressedLinear):
+    """A form whose buffers keep their types, whatever type the model is cast to.
+
+    Attributes:
+        dtype: floating-point type of the layer it stands for.
+        trainable: whether that layer's weights require gradients; its codes never do.
+    """
+
+    dtype: torch.dtype
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype | None) -> None:
+        super().__init__(in_features, out_features)
+        self.dtype = dtype or torch.get_default_dtype()
+        self.trainable = True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in before.items():
+            now = self._buffers[name]
+            if value is not None and now is not None and now.dtype != value.dtype:
+                self._buffers[name] = value.to(now.device)
+        return self
+
+
+class Int8Linear(EightBitLinear):
+    """A linear layer whose weight is kept in 8 bits: `W = diag(scale) codes`.
+
+    Args:
+        in_features: n, size of the input.
+        out_features: m, size of the output.
+        bias: whether there is a bias (m,).
+
+    Attributes:
+        codes: int8 (m, n).
+        scale: bfloat16 (m,).
+    """
+
+    kind = "int8"
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, dtype)
+        self.register_buffer("codes", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer("scale", torch.zeros(out_features, dtype=torch.bfloat16, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def found_in(cls, weights: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+        """See `CompressedLinear`."""
+        return {} if f"{name}.codes" in weights else None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, layer: Dense) -> "Int8Linear":
+        """The nearest 8-bit layer to a dense one: each row is scaled so that its largest entry is the largest code."""
+        W = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).float()
+        new = cls.like(layer).to_empty(device=W.device)
+        new.scale.copy_(bfloat16_scale(W.abs().amax(1)))
+        new.codes.copy_(rounded(W, new.scale[:, None]))
+        if new.bias is not None:
+            new.bias.copy_(layer.bias)
+        return new
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """See `CompressedLinear`."""
+        return {"kind": self.kind}
+
+    @property
+    def weight(self) -> Tensor:
+        """See `CompressedLinear`."""
+        return self.codes * self.scale.float()[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x (..., n) to (..., m)."""
+        return linear(x, self.weight.to(x.dtype), self.bias)
+
+
+class Int8LowRankLinear(EightBitLinear):
+    """A linear layer of rank k whose factors are kept in 8 bits, but for some rows of `up` and columns of `down`.
+
+    Each component has one scale, which both of its sides share: `up = [codes diag(scale); rest]` and
+    `down = [diag(scale) codes, rest]`, with their rows and columns in an order of their own.
+
+    Args:
+        in_features: n, size of the input.
+        out_features: m, size of the output.
+        rank: k.
+        rows: how many rows of `up` are kept in 16 bits.
+        columns: how many columns of `down` are kept in 16 bits.
+        ordered: whether those are others than the last ones.
+        bias: whether there is a bias (m,).
+
+    Attributes:
+        up_codes: int8 (m - rows, k).
+        up_rest: float16 (rows, k); None without rows.
+        down_codes: int8 (k, n - columns).
+        down_rest: float16 (k, columns); None without columns.
+        scale: bfloat16 (k,).
+        out_order: (m,), where each output stands among those of the codes and then of the rest; None unless ordered.
+        in_order: (n,), the inputs in the order that codes and then the rest take them in; None unless ordered.
+    """
+
+    kind = "int8_low_rank"
+    up_codes: Tensor
+    up_rest: Tensor | None
+    down_codes: Tensor
+    down_rest: Tensor | None
+    scale: Tensor
+    out_order: Tensor | None
+    in_order: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        rows: int = 0,
+        columns: int = 0,
+        ordered: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, dtype)
+        m, n, k = out_features, in_features, rank
+
+        def buffer(name: str, wanted: bool, dtype: torch.dtype, *shape: int) -> None:
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device) if wanted else None)
+
+        buffer("up_codes", True, torch.int8, m - rows, k)
+        buffer("up_rest", rows > 0, torch.float16, rows, k)
+        buffer("down_codes", True, torch.int8, k, n - columns)
+        buffer("down_rest", columns > 0, torch.float16, k, columns)
+        buffer("scale", True, torch.bfloat16, k)
+        buffer("out_order", ordered, torch.int32, m)
+        buffer("in_order", ordered, torch.int32, n)
+        self.bias = nn.Parameter(torch.zeros(m, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def found_in(cls, weights: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+        """See `CompressedLinear`."""
+        if f"{name}.up_codes" not in weights:
+            return None
+        up, down = weights.get(f"{name}.up_rest"), weights.get(f"{name}.down_rest")
+        return {
+            "rank": weights[f"{name}.up_codes"].shape[1],
+            "rows": 0 if up is None else len(up),
+            "columns": 0 if down is None else down.shape[1],
+            "ordered": f"{name}.out_order" in weights,
+        }
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, layer: LowRankLinear, rows: Tensor, columns: Tensor) -> "Int8LowRankLinear":
+        """The nearest 8-bit layer to a low-rank one.
+
+        The two sides of each component are scaled alike, so that the largest entry of both is the largest code.
+
+        Args:
+            layer: the low-rank layer.
+            rows: (m,), true for the rows of `up` to keep in 16 bits.
+            columns: (n,), true for the columns of `down` to keep in 16 bits.
+        """
+        up, down = layer.up.weight.float(), layer.down.weight.float()
+        rows, columns = rows.to(up.device), columns.to(up.device)
+        outputs, inputs = rows.argsort(stable=True), columns.argsort(stable=True)
+        ordered = bool(outputs.diff().ne(1).any() or inputs.diff().ne(1).any())
+        sizes = {"rank": layer.rank, "rows": int(rows.sum()), "columns": int(columns.sum()), "ordered": ordered}
+        new = cls.like(layer, **sizes).to_empty(device=up.device)
+
+        shift, largest = balance(up[~rows], down[:, ~columns])
+        up, down = up[outputs] * shift, down[:, inputs] / shift[:, None]
+        new.scale.copy_(bfloat16_scale(largest))
+        new.up_codes.copy_(rounded(up[: len(new.up_codes)], new.scale))
+        new.down_codes.copy_(rounded(down[:, : new.down_codes.shape[1]], new.scale[:, None]))
+        if new.up_rest is not None:
+            new.up_rest.copy_(up[len(new.up_codes) :])
+        if new.down_rest is not None:
+            new.down_rest.copy_(down[:, new.down_codes.shape[1] :])
+        if new.out_order is not None and new.in_order is not None:
+            new.out_order.copy_(outputs.argsort())
+            new.in_order.copy_(inputs)
+        if new.bias is not None and layer.bias is not None:
+            new.bias.copy_(layer.bias)
+        return new
+
+    @property
+    def rank(self) -> int:
+        """k, size of the space between the two factors."""
+        return len(self.scale)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """See `CompressedLinear`."""
+        return {
+            "kind": self.kind,
+            "rank": self.rank,
+            "rows": 0 if self.up_rest is None else len(self.up_rest),
+            "columns": 0 if self.down_rest is None else self.down_rest.shape[1],
+            "ordered": self.out_order is not None,
+        }
+
+    @property
+    def weight(self) -> Tensor:
+        """See `CompressedLinear`."""
+        up, down = self.factors()
+        return up @ down
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The factors up (m, k) and down (k, n) as they were stored, in float32."""
+        scale = self.scale.float()
+        up = _joined(self.up_codes * scale, self.up_rest, 0)
+        down = _joined(self.down_codes * scale[:, None], self.down_rest, 1)
+        if self.out_order is not None and self.in_order is not None:
+            up, down = up[self.out_order.long()], down[:, self.in_order.long().argsort()]
+        return up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x (..., n) to (..., m)."""
+        if self.in_order is not None:
+            x = x.index_select(-1, self.in_order)
+        scale, coded = self.scale.float(), self.down_codes.shape[1]
+        z = linear(x[..., :coded], (self.down_codes * scale[:, None]).to(x.dtype))
+        if self.down_rest is not None:
+            z = z + linear(x[..., coded:], self.down_rest.to(x.dtype))
+        y = linear(z, (self.up_codes * scale).to(z.dtype))
+        if self.up_rest is not None:
+            y = torch.cat([y, linear(z, self.up_rest.to(z.dtype))], -1)
+        if self.out_order is not None:
+            y = y.index_select(-1, self.out_order)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """By what to multiply the columns of `up`, and divide the rows of `down`, so that both are equally large.
+
+    Args:
+        up: (m, k), what is to be rounded of it.
+        down: (k, n), what is to be rounded of it.
+
+    Returns:
+        The factors (k,), and the largest entry of each component once both sides are scaled by them (k,).
+    """
+    largest_up, largest_down = _largest(up, 0), _largest(down, 1)
+    return (largest_down / largest_up).sqrt(), (largest_up * largest_down).sqrt()
+
+
+def bfloat16_scale(largest: Tensor) -> Tensor:
+    """Scales in bfloat16 at which no entry up to `largest` is beyond the largest code; 1 where all are 0."""
+    exact = largest.cpu().double() / LARGEST_CODE  # there is no float64 on MPS
+    scale = exact.bfloat16()
+    above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
+    scale = torch.where(scale.double() < exact, above, scale)
+    return torch.where(largest.cpu() > 0, scale, torch.ones_like(scale)).to(largest.device)
+
+
+def rounded(values: Tensor, scale: Tensor) -> Tensor:
+    """Nearest codes, as floats in [-127, 127]."""
+    return (values / scale.float()).round().clamp(-LARGEST_CODE, LARGEST_CODE)
+
+
+def _largest(values: Tensor, dim: int) -> Tensor:
+    """Largest entry of each component, 1 where there is none but 0."""
+    largest = values.abs().amax(dim) if values.shape[dim] else values.sum(dim)
+    return torch.where(largest > 0, largest, torch.ones_like(largest))
+
+
+def _joined(codes: Tensor, rest: Tensor | None, dim: int) -> Tensor:
+    return codes if rest is None else torch.cat([codes, rest.float()], dim)

@@ -1,0 +1,91 @@
+"""A linear layer of two factors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zssvd_lightning.layers.base import CompressedLinear
+
+
+class LowRankLinear(CompressedLinear):
+    """`y = up(down(x))`: a linear layer of rank k, as two thin ones.
+
+    Args:
+        in_features: n, size of the input.
+        out_features: m, size of the output.
+        rank: k, with `k (m + n) < m n` wherever it pays.
+        bias: whether `up` adds a bias (m,).
+
+    Attributes:
+        down: `nn.Linear`, weight (k, n), no bias.
+        up: `nn.Linear`, weight (m, k), and the bias of the layer it replaces.
+        adapter: what peft has put on the factors, as a note for saved weights; None without.
+        flags: whether factors and bias required gradients before that.
+    """
+
+    kind = "low_rank"
+    adapter: str | None = None
+    flags: tuple[bool, bool] = (True, True)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def from_factors(cls, up: Tensor, down: Tensor, bias: Tensor | None) -> "LowRankLinear":
+        """A layer of weight `up @ down`, from up (m, k), down (k, n) and bias (m,) or None."""
+        (m, k), n = up.shape, down.shape[1]
+        layer = cls(n, m, k, bias is not None, "meta", up.dtype).to_empty(device=up.device)
+        layer.fill(up, down, bias)
+        return layer
+
+    @classmethod
+    def found_in(cls, weights: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+        """See `CompressedLinear`."""
+        parts = (f"{name}.{part}" for part in ("up", "down"))  # those with an adapter are called base_layer
+        up, down = (weights.get(f"{p}.weight", weights.get(f"{p}.base_layer.weight")) for p in parts)
+        return None if up is None or down is None else {"rank": len(down)}
+
+    @torch.no_grad()
+    def fill(self, up: Tensor, down: Tensor, bias: Tensor | None) -> None:
+        """Overwrites the values, by up (m, k), down (k, n) and bias (m,) where there is one."""
+        self.up.weight.copy_(up)
+        self.down.weight.copy_(down)
+        if bias is not None:
+            self.up.bias.copy_(bias)
+
+    @property
+    def rank(self) -> int:
+        """k, size of the space between the two factors."""
+        return self.down.out_features
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """See `CompressedLinear`."""
+        return {"kind": self.kind, "rank": self.rank}
+
+    @property
+    def weight(self) -> Tensor:
+        """See `CompressedLinear`; an adapter is not in it."""
+        return self.up.weight @ self.down.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (m,), which `up` holds."""
+        return self.up.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x (..., n) to (..., m)."""
+        output: Tensor = self.up(self.down(x))
+        return output

@@ -1,0 +1,139 @@
+"""How a matrix of some rank is kept, and so what each rank costs, in each unit that a budget can have.
+
+Shapes: a matrix is (m, n), of rank k.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Optional
+
+
+class Kept(NamedTuple):
+    """What a matrix is kept in."""
+
+    wide: int = 0
+    """Numbers in 16 bits."""
+    codes: int = 0
+    """Numbers in 8 bits."""
+    beside: int = 0
+    """Bytes of what codes and rows need beside them: scales in bfloat16, an order in int32."""
+    products: int = 0
+    """Multiplications with an addition, a token."""
+
+
+UNITS: dict[str, Callable[[Kept], int]] = {
+    "parameters": lambda kept: kept.wide - -kept.codes // 2,
+    "bytes": lambda kept: 2 * kept.wide + kept.codes + kept.beside,
+    "flops": lambda kept: 2 * kept.products,
+}
+"""By name. `parameters`: numbers, two in 8 bits being one. `bytes`: of the weights as they are saved, what is not in 8
+bits being in 16. `flops`: floating-point operations of the forward, a token."""
+
+
+def dense_weight(m: int, n: int) -> Kept:
+    """The weight as it was, in 16 bits."""
+    return Kept(wide=m * n, products=m * n)
+
+
+def dense_codes(m: int, n: int) -> Kept:
+    """The weight in 8 bits, with a scale for each row: `Int8Linear`."""
+    return Kept(codes=m * n, beside=2 * m, products=m * n)
+
+
+def factors(m: int, n: int, k: int) -> Kept:
+    """Up (m, k) and down (k, n): `LowRankLinear`."""
+    return Kept(wide=k * (m + n), products=k * (m + n))
+
+
+def pivoted(m: int, n: int, k: int) -> Kept:
+    """Rows of the product (k, n), how they make the others (m - k, k), and the order of all: `PivotedLinear`."""
+    return Kept(wide=k * (m + n - k), beside=4 * m, products=k * (m + n - k))
+
+
+def remapped(m: int, n: int, k: int) -> Kept:
+    """Factors with the last rows or columns of the larger in 16 bits, the rest in 8: `Int8LowRankLinear`.
+
+    Where other rows and columns than the last stay in 16 bits, the orders of both come to it.
+    """
+    return Kept(wide=k * abs(m - n), codes=2 * k * min(m, n), beside=2 * k, products=k * (m + n))
+
+
+def factor_codes(m: int, n: int, k: int) -> Kept:
+    """Factors all in 8 bits, with a scale for each component: `Int8LowRankLinear`."""
+    return Kept(codes=k * (m + n), beside=2 * k, products=k * (m + n))
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One way to keep matrices. Costs are in a unit, by its name in `UNITS`."""
+
+    low_rank: Callable[[int, int, int], Kept]
+    """What (m, n) is kept in at rank k."""
+    dense: Callable[[int, int], Kept] = dense_weight
+    """What (m, n) is kept in where it stays dense."""
+    in_8_bits: Optional["Storage"] = None
+    """How it is kept in 8 bits, where that is a choice to be made for each matrix."""
+
+    def low_rank_cost(self, m: int, n: int, rank: int, unit: str = "parameters") -> int:
+        """Cost of (m, n) in its low-rank form."""
+        return UNITS[unit](self.low_rank(m, n, rank))
+
+    def dense_cost(self, m: int, n: int, unit: str = "parameters") -> int:
+        """Cost of (m, n) where it stays dense."""
+        return UNITS[unit](self.dense(m, n))
+
+    def costs(self, m: int, n: int, unit: str = "parameters") -> tuple[int, ...]:
+        """Cost of (m, n) by how many components are left, from 0 to all; above the highest rank it stays dense."""
+        return _costs(self, m, n, unit)
+
+    def highest_rank(self, m: int, n: int, unit: str = "parameters") -> int:
+        """The largest rank at which (m, n) costs less than it does dense; 0 where there is none.
+
+        Never the full one: then nothing is dropped, and the matrix stays dense.
+        """
+        ranks, dense = range(min(m, n)), self.dense_cost(m, n, unit)
+        return max(0, bisect_left(ranks, dense, key=lambda k: self.low_rank_cost(m, n, k, unit)) - 1)
+
+
+@lru_cache(maxsize=1024)
+def _costs(storage: Storage, m: int, n: int, unit: str) -> tuple[int, ...]:
+    highest = storage.highest_rank(m, n, unit)
+    low_rank = [storage.low_rank_cost(m, n, k, unit) for k in range(highest + 1)]
+    return (*low_rank, *[storage.dense_cost(m, n, unit)] * (min(m, n) - highest))
+
+
+def break_even_rank(m: int, n: int) -> int:
+    """The largest rank whose factors have fewer than `m n` numbers: `r* = (m n - 1) // (m + n)`."""
+    return (m * n - 1) // (m + n)
+
+
+HQ = Storage(factor_codes, dense_codes)
+
+
+STORAGES = {
+    "factors": Storage(factors),
+    "pivoted": Storage(pivoted),
+    "remap": Storage(remapped),
+    "hq": HQ,
+    "mixed": Storage(factors, in_8_bits=HQ),
+}
+"""By name. `factors`: up and down, in the model's type. `pivoted`: the same function in `k (m + n - k)` numbers, so
+that every rank but the full one is less than dense (PIFA, arXiv 2501.19090). `remap`: in 8 bits, but for as many rows
+or columns of the larger factor as it has more than the smaller (Dobi-SVD, arXiv 2502.02723). `hq`: everything in 8
+bits, which takes half of the budget alone (half-quantised, arXiv 2602.02848). `mixed`: each matrix as with `factors` or
+as with `hq`."""
+
+
+ROWS_IN_16_BITS = ("last", "loss_aware")
+"""How `remap` chooses what stays in 16 bits."""
+
+
+EIGHT_BIT = ("remap", "hq", "mixed")
+"""Storages with layers in 8 bits: the low-rank ones, all of them, or those that a rule has chosen."""
+
+
+def is_in_8_bits(storage: str, rank: int | None) -> bool:
+    """Whether a layer of that rank, None being dense, is in 8 bits with that storage, whatever a rule chooses."""
+    return storage == "hq" or (storage == "remap" and rank is not None)

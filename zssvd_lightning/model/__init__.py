@@ -1,0 +1,1 @@
+"""Find the layers of a model, replace them, adapt them with PEFT, and copy models."""

@@ -1,0 +1,177 @@
+"""Which layers are factorised: linears by type and name, and the reason for each that is left alone."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from zssvd_lightning._validation import closest
+from zssvd_lightning.errors import TargetError
+from zssvd_lightning.layers.base import shape_of
+from zssvd_lightning.layers.storage import break_even_rank
+from zssvd_lightning.model.replace import inside_compressed
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, as a plain one that shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer to factorise, seen as `y = W x + b` however it stores W."""
+
+    name: str
+    """Qualified name in the model."""
+    module: nn.Linear | Conv1D
+
+    @property
+    def weight(self) -> Tensor:
+        """W (m, n), or what this process holds of it; a view: writing into it writes into the model."""
+        return self._oriented(local_part(self.module.weight.detach()))
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """dL/dW as autograd left it, of what this process holds of W, or None."""
+        gradient = self.module.weight.grad
+        return None if gradient is None else self._oriented(local_part(gradient))
+
+    def leave_gradient(self, gradient: Tensor) -> None:
+        """Puts a copy of dL/dW, of what this process holds of W, where autograd leaves it."""
+        weight = self.module.weight
+        stored = self._oriented(gradient).to(weight.device, weight.dtype, copy=True).contiguous()
+        if isinstance(weight, DTensor):
+            stored = DTensor.from_local(
+                stored, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+            )
+        weight.grad = stored
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the whole W: outputs, inputs."""
+        return shape_of(self.module)
+
+    @property
+    def split(self) -> int:
+        """The dimension of W along which it is cut where several processes share it: the first of what is stored."""
+        return 1 if isinstance(self.module, Conv1D) else 0
+
+    def assign(self, W: Tensor) -> None:
+        """Overwrites the weight in place with W (m, n) or this process's part of it, cast to its type."""
+        self.weight.copy_(W)
+
+    def _oriented(self, stored: Tensor) -> Tensor:
+        return stored.T if isinstance(self.module, Conv1D) else stored
+
+
+def find_targets(
+    model: nn.Module, include: Sequence[str] | str | None = None, ignore: Sequence[str] | str | None = None
+) -> dict[str, Target]:
+    """The layers of `model` to factorise, by qualified name in module order.
+
+    Plain `nn.Linear` and transformers' `Conv1D` are candidates. Output embeddings, tied weights, subclasses that
+    compute differently, factors of an earlier compression and layers too thin to gain are left alone.
+
+    Args:
+        model: any module.
+        include: shell patterns over qualified names or their ends (`q_proj`, `model.layers.3.*`), or `re:` and a
+            regular expression over whole names; None takes all.
+        ignore: patterns of the same form; they win over `include`.
+
+    Raises:
+        TargetError: nothing is left, a pattern matches no module, or `include` matches nothing but layers that
+            cannot be factorised (the message says why not).
+    """
+    include = [include] if isinstance(include, str) else include
+    ignore = [ignore] if isinstance(ignore, str) else ignore
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in [*(include or ()), *(ignore or ())]:
+        if not any(matches(name, pattern) for name in names):
+            raise TargetError(f"pattern {pattern!r} matches no module{closest(pattern, names) if names else ''}")
+
+    refused = dict(_refusals(model))
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    allowed = {n: Target(n, m) for n, m in linears.items() if n not in refused}
+    for pattern in include or ():
+        _explain_if_refused(pattern, model, set(allowed), refused)
+    targets = {
+        name: target
+        for name, target in allowed.items()
+        if (include is None or any(matches(name, p) for p in include))
+        and not any(matches(name, p) for p in ignore or ())
+    }
+    if not targets:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
+        raise TargetError(
+            f"no layer to compress: {len(linears)} linear layers, of which {len(refused)} cannot be factorised"
+            + (f" ({reasons})" if reasons else "")
+            + f"; include={include}, ignore={ignore}"
+        )
+    return targets
+
+
+def _refusals(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(name, reason) of every linear layer that must be left alone."""
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    heads = {id(head) for head in _output_embeddings(model)}
+    factors = inside_compressed(model)
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if id(module) in factors:
+            yield name, "it is a factor of a layer that is low-rank already"
+        elif isinstance(module, FSDPModule):
+            yield name, "it was given to fully_shard on its own; give the block around it instead"
+        elif type(module) not in (nn.Linear, Conv1D) or weight is None:
+            yield name, f"{type(module).__name__} does not compute W x + b from a plain weight parameter"
+        elif not weight.is_floating_point():
+            yield name, f"its weight is {weight.dtype}, not floating point"
+        elif owners[id(weight)] > 1:
+            yield name, "its weight is tied to another module's, and factorising one would untie them"
+        elif id(module) in heads or name.rsplit(".", 1)[-1] == "lm_head":
+            yield name, "it is the output embedding, where every token's logit needs its own row at full rank"
+        elif break_even_rank(*Target(name, module).shape) < 1:
+            yield name, f"at shape {tuple(weight.shape)} even rank 1 would not save a parameter"
+
+
+def _output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+            if isinstance(head, nn.Module):
+                yield head
+
+
+def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refused: dict[str, str]) -> None:
+    """Raises when `pattern` asks for refused layers alone; a pattern that also matches others means those."""
+    matched = [(n, m) for n, m in model.named_modules() if n and matches(n, pattern)]
+    if any(name in allowed for name, _ in matched):
+        return
+    for name, _ in matched:
+        if name in refused:
+            raise TargetError(f"{name} cannot be factorised: {refused[name]}; take it out of include")
+    name, module = matched[0]
+    kind = (
+        "an embedding is a table lookup, not a product with W"
+        if isinstance(module, nn.Embedding)
+        else "only nn.Linear and transformers' Conv1D layers are"
+    )
+    raise TargetError(f"{name} ({type(module).__name__}) cannot be factorised: {kind}; take {pattern!r} out of include")
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a qualified name, or its end, is of a shell pattern, or the whole of a `re:` expression."""
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise TargetError(f"{pattern!r} is not a valid regular expression: {error}") from error
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")

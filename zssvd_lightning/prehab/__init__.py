@@ -1,0 +1,1 @@
+"""Train before compression, so that less is lost by it: regularizers and the run."""

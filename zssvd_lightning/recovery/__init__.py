@@ -1,0 +1,1 @@
+"""Train the factors afterwards: settings, methods, the run, teachers, and rollback."""

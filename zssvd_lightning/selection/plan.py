@@ -1,0 +1,166 @@
+"""A rank for every layer, written down: what a dry run proposes, a person reviews, and a compression then follows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zssvd_lightning._files import replacing_file
+from zssvd_lightning.errors import OutputError, PlanError
+from zssvd_lightning.layers.storage import STORAGES
+from zssvd_lightning.selection.budget import Budget, Shape
+from zssvd_lightning.selection.components import Components, Selection
+from zssvd_lightning.selection.rules import of_ranks
+
+VERSION = 1
+
+
+DENSE = "dense"
+
+
+HEADER = """\
+# The rank of every layer. Change any to a number up to break_even, or to {dense}, and compress with plan: this file.
+# reached and predicted_drift (the first-order change of the loss, nats) are those of the ranks as they were written.
+"""
+
+
+BITS_HEADER = "# A layer with bits: 8 is kept in 8 bits, any other in 16.\n"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks by layer."""
+
+    ranks: Mapping[str, int | None]
+    """Name -> components to keep; None where the layer stays dense."""
+    shapes: Mapping[str, Shape]
+    """Name -> (m, n)."""
+    reached: float
+    """Fraction of what the target layers cost that these ranks remove."""
+    highest: Mapping[str, int]
+    """Name -> largest rank at which the layer takes less than it does dense."""
+    storage: str = "factors"
+    """How matrices are to be kept, by its name in `storage.STORAGES`."""
+    drifts: Mapping[str, float] | None = None
+    """Name -> predicted change of the loss; None for a plan that was read."""
+    eight_bit: frozenset[str] = frozenset()
+    """Names of the layers to keep in 8 bits, where storage leaves that to be chosen."""
+    unit: str = "parameters"
+    """What costs are counted in, by its name in `storage.UNITS`."""
+
+    @classmethod
+    def of(cls, selection: Selection, budget: Budget) -> "Plan":
+        """The ranks of a selection."""
+        ranks = {name: selection.rank(name) for name in budget.shapes}
+        return cls._of_ranks(ranks, selection.eight_bit, budget, selection.drifts)
+
+    @classmethod
+    def read(cls, path: str | Path, budget: Budget) -> "Plan":
+        """The plan in a YAML file, for the layers of `budget`.
+
+        Raises:
+            PlanError: there is no such file, it is not a plan, or it is one for other layers; says which.
+        """
+        layers = _layers(Path(path), budget)
+        if others := sorted(layers.keys() ^ budget.shapes.keys()):
+            raise PlanError(
+                f"plan {path} is for other layers: {len(others)} are in one of plan and model only "
+                f"({', '.join(others[:3])}); plan with the same include and ignore, and give layers to leave alone "
+                f"rank: {DENSE}"
+            )
+        eight_bit = frozenset(name for name in budget.shapes if _in_8_bits(path, name, layers[name], budget))
+        ranks = {name: _rank(path, name, layers[name], budget, name in eight_bit) for name in budget.shapes}
+        return cls._of_ranks(ranks, eight_bit, budget)
+
+    @classmethod
+    def _of_ranks(
+        cls,
+        ranks: Mapping[str, int | None],
+        eight_bit: frozenset[str],
+        budget: Budget,
+        drifts: Mapping[str, float] | None = None,
+    ) -> "Plan":
+        reached = budget.reached(ranks, eight_bit)
+        highest = {name: budget.highest_rank(name, eight_bit=name in eight_bit) for name in budget.shapes}
+        return cls(ranks, budget.shapes, reached, highest, budget.storage, drifts, eight_bit, budget.unit)
+
+    def write(self, path: str | Path) -> None:
+        """Writes the plan as YAML. Raises OutputError when there is a file already, or it cannot be written."""
+        path = check_plan_output(path)
+        content = {
+            "version": VERSION,
+            "storage": self.storage,
+            "unit": self.unit,
+            "reached": round(self.reached, 6),
+            "predicted_drift": None if self.drifts is None else float(f"{sum(self.drifts.values()):.6g}"),
+            "layers": {name: self._entry(name) for name in self.ranks},
+        }
+        header = HEADER.format(dense=DENSE) + (BITS_HEADER if STORAGES[self.storage].in_8_bits else "")
+        text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
+        with replacing_file(path) as file:
+            file.write_text(header + text, encoding="utf-8")
+
+    def rule(self, matrices: Mapping[str, Components], budget: Budget) -> Selection:
+        """The selection that follows this plan; a `selection.Rule`."""
+        full = {name: len(components.sigma) for name, components in matrices.items()}
+        ranks = {name: full[name] if k is None else k for name, k in self.ranks.items()}
+        return of_ranks(matrices, budget, ranks, self.eight_bit)
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        rank, shape = self.ranks[name], self.shapes[name]
+        entry: dict[str, Any] = {"rank": DENSE if rank is None else rank, "break_even": self.highest[name]}
+        if name in self.eight_bit:
+            entry["bits"] = 8
+        if self.drifts is not None:
+            entry["predicted_drift"] = float(f"{self.drifts[name]:.3g}")
+        return entry | {"shape": list(shape)}
+
+
+def check_plan_output(path: str | Path) -> Path:
+    """The file a plan may be written to. Raises OutputError when it is there already, with somebody's review in it."""
+    path = Path(path).expanduser().absolute()
+    if path.exists():
+        raise OutputError(f"plan {path} exists, and a dry run would overwrite it; name another file, or remove it")
+    return path
+
+
+def _layers(path: Path, budget: Budget) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PlanError(f"plan {path} cannot be read: {error}; a dry run writes one") from error
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("layers"), dict):
+        raise PlanError(f"plan {path} has no mapping 'layers'; a dry run writes one")
+    if loaded.get("version") != VERSION:
+        raise PlanError(f"plan {path} is of version {loaded.get('version')!r}, this release reads {VERSION}")
+    for key, default, wanted in (("storage", "factors", budget.storage), ("unit", "parameters", budget.unit)):
+        if loaded.get(key, default) != wanted:
+            raise PlanError(f"plan {path} is for {key} {loaded.get(key, default)!r}, and it is to be {wanted!r}")
+    layers: dict[str, Any] = loaded["layers"]
+    return layers
+
+
+def _in_8_bits(path: str | Path, name: str, entry: Any, budget: Budget) -> bool:
+    if not isinstance(entry, dict) or "bits" not in entry:
+        return False
+    if not budget.chooses_bits or entry["bits"] not in (8, 16):
+        possible = "they must be 8 or 16" if budget.chooses_bits else f"storage {budget.storage!r} leaves no choice"
+        raise PlanError(f"plan {path} gives {name} bits {entry['bits']!r}; {possible}")
+    return bool(entry["bits"] == 8)
+
+
+def _rank(path: str | Path, name: str, entry: Any, budget: Budget, eight_bit: bool) -> int | None:
+    shape, highest = budget.shapes[name], budget.highest_rank(name, eight_bit=eight_bit)
+    rank = entry.get("rank") if isinstance(entry, dict) else None
+    if isinstance(entry, dict) and list(entry.get("shape", shape)) != list(shape):
+        raise PlanError(f"plan {path} has {name} as {entry['shape']}, but it is {list(shape)} in the model")
+    if rank == DENSE:
+        return None
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= highest:
+        raise PlanError(
+            f"plan {path} gives {name} {shape} rank {rank!r}; it must be 1 to {highest}, above which storage "
+            f"{budget.storage!r} takes more than the layer does, or {DENSE}"
+        )
+    return rank

@@ -1,0 +1,1 @@
+"""What saved weights and configs say of compressed layers, and checks of both."""

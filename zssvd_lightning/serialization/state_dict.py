@@ -1,0 +1,158 @@
+"""Which layers are compressed, in a model and in saved weights, and making the first agree with the second.
+
+Saved weights say it all: where a model has `layer.weight`, a low-rank layer has `layer.up.weight` and
+`layer.down.weight`, and other forms have names of their own.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from zssvd_lightning.errors import CheckpointError
+from zssvd_lightning.layers.base import ADAPTER_NOTE, LOADING_NOTE, CompressedLinear, Dense, shape_of
+from zssvd_lightning.layers.low_rank import LowRankLinear
+from zssvd_lightning.layers.registry import KINDS, dense_like, layer_like
+from zssvd_lightning.model import adapters
+from zssvd_lightning.model.adapters import Adapter
+from zssvd_lightning.model.replace import inside_compressed, replace_module
+from zssvd_lightning.serialization.specs import specs_of
+
+NAMED = 3
+"""How many parameters of a kind a message names."""
+
+
+def match_structure(
+    model: nn.Module,
+    weights: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
+) -> None:
+    """Makes layers of `model` compressed, of another form or rank, or dense again, as `weights` have them, in place.
+
+    New layers have no values yet. Nothing is changed when the weights would not load afterwards.
+
+    Args:
+        model: the module that is to load the weights.
+        weights: its state dict, with the names `model.state_dict()` has or would have.
+        strict: whether missing and unexpected names are errors, as in `load_state_dict`.
+        replace: puts a layer in the place of another, `replace(model, old, new)`.
+
+    Raises:
+        CheckpointError: the weights belong to another model; says which names and shapes do not fit.
+    """
+    replaced: dict[str, Dense | CompressedLinear] = {}
+    successors: dict[int, Dense | CompressedLinear] = {}
+    told = adapters.told_in(weights)
+    for name, layer in _layers(model):
+        if id(layer) not in successors and (successor := _successor(name, layer, weights, told)) is not None:
+            successors[id(layer)] = successor
+        if id(layer) in successors:
+            replaced[name] = successors[id(layer)]
+    _refuse_foreign(model, replaced, weights, strict)
+    olds = dict(_layers(model))
+    for name, new in replaced.items():
+        device = next(_tensors(olds[name])).device
+        replace(model, olds[name], new.to_empty(device=device) if next(_tensors(new)).is_meta else new)
+
+
+def note(model: nn.Module) -> dict[str, Tensor]:
+    """The entry that a plain load of this model's weights stumbles over and so reports; none for a dense model.
+
+    It goes behind all others, where a long list of names ends, and under a compressed layer, which knows to drop it.
+    Layers with adapters have a note of their own, which tells how to build them.
+    """
+    told = {f"{name}.{layer.adapter}": torch.empty(0) for name, layer in adapters.on(model).items()}
+    return told | {f"{name}.{LOADING_NOTE}": torch.empty(0) for name in list(specs_of(model))[-1:]}
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Dense | CompressedLinear]]:
+    """Layers that are or can be compressed, under every name they have; factors are part of theirs."""
+    parts = inside_compressed(model)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Linear, Conv1D, CompressedLinear)) and id(module) not in parts:
+            yield name, module
+
+
+def _successor(
+    name: str, layer: Dense | CompressedLinear, weights: Mapping[str, Any], told: Mapping[str, Adapter]
+) -> Dense | CompressedLinear | None:
+    """The layer without values that can take these weights, where `layer` cannot."""
+    if f"{name}.weight" in weights:
+        return dense_like(layer) if isinstance(layer, CompressedLinear) else None
+    for kind, form in KINDS.items():
+        if (sizes := form.found_in(weights, name)) is None:
+            continue
+        spec = {"kind": kind} | sizes
+        new, adapter = layer_like(layer, spec), told.get(name)
+        if adapter is not None and isinstance(new, LowRankLinear):
+            adapter.attach(name, new, empty=True)
+        for part, value in new.state_dict().items():
+            found = weights.get(f"{name}.{part}")
+            if found is not None and found.shape != value.shape:
+                raise CheckpointError(
+                    f"{name} is {shape_of(layer)} in the model, so that its {part} is {tuple(value.shape)}, but it is "
+                    f"{tuple(found.shape)} in the checkpoint; load it into the model it was saved from"
+                )
+        return None if isinstance(layer, CompressedLinear) and _form(layer) == _form(new) else new
+    return None
+
+
+def _form(layer: CompressedLinear) -> tuple[Any, ...]:
+    return layer.spec, layer.adapter if isinstance(layer, LowRankLinear) else None
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())
+
+
+def _refuse_foreign(
+    model: nn.Module, replaced: Mapping[str, nn.Module], weights: Mapping[str, Any], strict: bool
+) -> None:
+    """Raises CheckpointError when `model`, with layers replaced, would not load the weights."""
+    left_to_themselves = [
+        f"{name}." for name, module in model.named_modules() if name and _loads_in_its_own_way(module)
+    ]
+    expected = {
+        name: tuple(value.shape)
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor) and not name.startswith(tuple(f"{place}." for place in replaced))
+    }
+    for place, module in replaced.items():
+        expected |= {f"{place}.{name}": tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {
+        name: tuple(value.shape)
+        for name, value in weights.items()
+        if isinstance(value, Tensor) and LOADING_NOTE not in name and ADAPTER_NOTE not in name
+    }
+    checked = {name for name in expected.keys() | found.keys() if not name.startswith(tuple(left_to_themselves))}
+    complaints = []
+    if strict:
+        complaints += _complaint("missing", sorted(checked & (expected.keys() - found.keys())))
+        complaints += _complaint("unexpected", sorted(checked & (found.keys() - expected.keys())))
+    both = sorted(checked & expected.keys() & found.keys())
+    complaints += _complaint(
+        "of another shape", [f"{n} {found[n]} instead of {expected[n]}" for n in both if found[n] != expected[n]]
+    )
+    if complaints:
+        raise CheckpointError(
+            f"the weights do not belong to this {type(model).__name__}: {'; '.join(complaints)}. Load them into the "
+            "module they were saved from, built with the same arguments"
+        )
+
+
+def _complaint(kind: str, names: Iterable[str]) -> list[str]:
+    names = list(names)
+    return [f"{len(names)} {kind} ({', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''})"] if names else []
+
+
+def _loads_in_its_own_way(module: nn.Module) -> bool:
+    """Whether a module may rename or convert what it loads, so that only itself can tell what fits."""
+    if isinstance(module, CompressedLinear):
+        return False
+    overridden = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict  # noqa: SLF001
+    return overridden or bool(module._load_state_dict_pre_hooks)  # noqa: SLF001

@@ -1,0 +1,1 @@
+"""Serve compressed models in vLLM."""

@@ -1,0 +1,145 @@
+"""A linear layer of a serving engine, which stands for one saved layer or for several, each compressed in its own way.
+
+Engines multiply by the weights of queries, keys and values at once, and deal out rows or columns of a weight to
+processes. Shapes: W (m, n).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zssvd_lightning.errors import SavedModelError, UnsupportedServingError
+from zssvd_lightning.layers.int8 import Int8LowRankLinear
+from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.registry import KINDS
+
+Spec = Mapping[str, Any]
+"""Kind and sizes of a compressed layer, as saved configs tell them."""
+
+
+class Part(NamedTuple):
+    """A saved layer, and the share of it that this process holds."""
+
+    name: str
+    """As saved."""
+    spec: Spec | None
+    """None where the layer is dense."""
+    saved: tuple[int, int]
+    """(m, n) of the layer."""
+    held: tuple[int, int]
+    """(m, n) of the share: fewer rows, fewer columns, or all."""
+    turn: int = 0
+    """How many shares go before this one."""
+
+
+class FusedLinear(nn.Module):
+    """`y = [W1; W2; ...] x`: the outputs of the parts, one behind the other. Biases are left to the engine.
+
+    Args:
+        parts: the saved layers, in the order of their outputs.
+        dtype: floating-point type of what is not in 8 bits.
+
+    Raises:
+        UnsupportedServingError: a part is of a kind that has no such shares.
+    """
+
+    def __init__(self, parts: Sequence[Part], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.parts = parts
+        for name, spec, saved, held, _ in parts:
+            if spec and not _has_share(spec["kind"], saved, held):
+                raise UnsupportedServingError(
+                    f"{name} is of kind {spec['kind']}, which cannot be dealt out to processes; serve it on one"
+                )
+        self.shapes = [_shapes(_layer(part.spec, part.saved, dtype, bias=True)) for part in parts]
+        layers = [_layer(part.spec, part.held, dtype, bias=False) for part in parts]
+        self._turned: set[int] = set()
+        self._square: list[tuple[int, str, Tensor]] = []
+        self.missing = {(index, name) for index, layer in enumerate(layers) for name in _shapes(layer)}
+        self.layers = nn.ModuleList(layer.to_empty(device=torch.get_default_device()) for layer in layers)
+        self.requires_grad_(requires_grad=False)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the saved tensors of the parts, biases included, each once."""
+        return list(dict.fromkeys(name for shapes in self.shapes for name in shapes))
+
+    @torch.no_grad()
+    def load(self, index: int, name: str, saved: Tensor) -> None:
+        """Takes the share of the saved tensor `name` of a part.
+
+        Engines transpose the weights of `Conv1D`, and with them its factors. Those are never square, but coefficients
+        of pivot rows may be: they wait for `check`, when the pivot rows have told.
+
+        Raises:
+            SavedModelError: the part has no such tensor, or one of another shape.
+        """
+        part, shape = self.parts[index], self.shapes[index].get(name)
+        turned = saved.shape != shape and saved.ndim == 2
+        whole = saved.t() if turned else saved
+        if shape is None or whole.shape != shape:
+            raise SavedModelError(
+                f"{part.name}.{name} is {tuple(saved.shape)} in the folder and {shape} by its config; save it again"
+            )
+        if turned:
+            self._turned.add(index)
+        if part.spec and part.spec["kind"] == PivotedLinear.kind and shape[:1] == shape[1:]:
+            self._square.append((index, name, saved.clone()))
+        else:
+            self._place(index, name, whole)
+
+    def check(self) -> None:
+        """Raises SavedModelError when tensors have not been loaded."""
+        while self._square:
+            index, name, saved = self._square.pop()
+            self._place(index, name, saved.t() if index in self._turned else saved)
+        if self.missing:
+            names = sorted(f"{self.parts[index].name}.{name}" for index, name in self.missing)
+            raise SavedModelError(f"{len(names)} tensors are not in the folder, {names[0]} among them; save it again")
+
+    @torch.no_grad()
+    def _place(self, index: int, name: str, whole: Tensor) -> None:
+        part, place = self.parts[index], self.layers[index].state_dict()[name]
+        for dim, size in enumerate(place.shape):
+            if size < whole.shape[dim]:
+                whole = whole.narrow(dim, part.turn * size, size)
+        place.copy_(whole)
+        self.missing.discard((index, name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x (..., n) to (..., m), m over all parts."""
+        outputs = [layer(x) for layer in self.layers]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def names_of(layer: str, specs: Mapping[str, Spec], packed: Mapping[str, Sequence[str]]) -> list[str]:
+    """Names of the saved layers that a layer of an engine stands for.
+
+    Args:
+        layer: its name.
+        specs: of all compressed layers, by name.
+        packed: last step of the names of fused layers -> those of the layers they fuse.
+    """
+    parent, dot, leaf = layer.rpartition(".")
+    return [layer] if layer in specs else [f"{parent}{dot}{name}" for name in packed.get(leaf, [leaf])]
+
+
+def _has_share(kind: str, saved: tuple[int, int], held: tuple[int, int]) -> bool:
+    """Whether a layer of this kind has a share of this shape: others than all are of few kinds."""
+    if kind == Int8LowRankLinear.kind:
+        return saved == held
+    return kind != PivotedLinear.kind or saved[0] == held[0]  # other rows need all pivots
+
+
+def _layer(spec: Spec | None, shape: tuple[int, int], dtype: torch.dtype, *, bias: bool) -> nn.Module:
+    """Without values."""
+    (m, n), sizes = shape, dict(spec or {})
+    kind: Any = KINDS[sizes.pop("kind")] if sizes else nn.Linear
+    layer: nn.Module = kind(n, m, bias=bias, device="meta", dtype=dtype, **sizes)
+    return layer
+
+
+def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in layer.state_dict().items()}

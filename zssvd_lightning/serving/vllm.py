@@ -1,0 +1,161 @@
+"""Compressed folders in vLLM, which finds `register` as an entry point of `vllm.general_plugins`. Experimental.
+
+vLLM builds a model of its own for the architecture in the config, fills it from the folder, and asks for each linear
+layer how it is quantized; the compressed ones then keep and use their factors. Nothing else here imports vLLM.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from zssvd_lightning.errors import SavedModelError, UnsupportedServingError
+from zssvd_lightning.layers.registry import KINDS
+from zssvd_lightning.serialization.transformers_config import FORMAT_VERSION, METHOD
+from zssvd_lightning.serving.fused_linear import FusedLinear, Part, Spec, names_of
+
+PLACES = {None: 0, "q": 0, "k": 1, "v": 2}
+"""What vLLM calls the parts of attention; those of other fused layers have numbers."""
+
+
+def register() -> None:
+    """Makes the format known to vLLM; transformers knows it since this package was imported."""
+    register_quantization_config(METHOD)(ServedLayers)
+
+
+class ServedLayers(QuantizationConfig):  # type: ignore[misc]
+    """The `quantization_config` of a compressed folder.
+
+    Args:
+        layers: kind and sizes of every compressed layer, by name.
+    """
+
+    def __init__(self, layers: Mapping[str, Spec]) -> None:
+        super().__init__()
+        self.layers = dict(layers)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ServedLayers":
+        """From the entry in config.json. Raises SavedModelError when this release cannot read it."""
+        version, layers = config.get("version"), config.get("layers") or {}
+        kinds = {str(spec.get("kind")) for spec in layers.values()}
+        if version != FORMAT_VERSION or kinds - KINDS.keys():
+            raise SavedModelError(
+                f"the folder is of format {version} with layers of kind {', '.join(sorted(kinds))}, this release reads "
+                f"{FORMAT_VERSION} with {', '.join(KINDS)}; upgrade zssvd-lightning"
+            )
+        return cls(layers)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        """How a layer of vLLM keeps and uses its weights; None where that is no matter of ours.
+
+        Raises:
+            UnsupportedServingError: there are compressed layers in it, and it is not a linear one.
+        """
+        if isinstance(layer, LinearBase):
+            specs = {name: self.layers.get(name) for name in names_of(prefix, self.layers, self.packed_modules_mapping)}
+            return ServedLinear(specs) if any(specs.values()) else UnquantizedLinearMethod()
+        if inside := [name for name in self.layers if prefix and f"{name}.".startswith(f"{prefix}.")]:
+            raise UnsupportedServingError(
+                f"{inside[0]} is compressed, but vLLM has a {type(layer).__name__} there, which takes dense weights "
+                "only; leave such layers out by ignore patterns"
+            )
+        return None
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Goes over to the names that layers have in vLLM."""
+        self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+
+    def get_name(self) -> str:
+        """As in config.json."""
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """All that vLLM has."""
+        return [torch.float16, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Every device will do."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """There is config.json only."""
+        return []
+
+
+class ServedLinear(LinearMethodBase):  # type: ignore[misc]
+    """What a linear layer of vLLM does when some of the layers it stands for are compressed.
+
+    Args:
+        specs: of all those layers, by name; None for a dense one.
+    """
+
+    def __init__(self, specs: Mapping[str, Spec | None]) -> None:
+        self.specs = specs
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: Sequence[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **_: Any,
+    ) -> None:
+        """Makes room for the factors, and lets vLLM in under every name it will bring a tensor for.
+
+        Raises:
+            UnsupportedServingError: vLLM cuts the layer where its factors cannot be cut.
+        """
+        processes = output_size // sum(output_partition_sizes)
+        outputs = [output_size] if len(self.specs) == 1 and processes == 1 else output_partition_sizes
+        if len(outputs) != len(self.specs):
+            raise UnsupportedServingError(
+                f"{', '.join(self.specs)}: vLLM cuts the outputs into {len(outputs)} on each of {processes} processes, "
+                f"and there are factors for {len(self.specs)}; serve on one process, or leave such layers out by "
+                "ignore patterns"
+            )
+        parts = []
+        for index, ((name, spec), m) in enumerate(zip(self.specs.items(), outputs, strict=True)):
+            copies = getattr(layer, "num_kv_head_replicas", 1) if index else 1
+            saved = (m * processes // copies, input_size)
+            parts.append(Part(name, spec, saved, (m, input_size_per_partition), layer.tp_rank // copies))
+        layer.fused = FusedLinear(parts, params_dtype)
+        for name in layer.fused.names:
+            _let_in(layer, name)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Raises SavedModelError when vLLM did not bring all."""
+        layer.fused.check()
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Maps x (..., n) to (..., m)."""
+        y: Tensor = layer.fused(x)
+        return y if bias is None else y + bias
+
+
+def _let_in(layer: Any, name: str) -> None:
+    """Gives `layer` an empty parameter of this name, for vLLM to find; what is loaded into it is passed on."""
+
+    def pass_on(_: Tensor, saved: Tensor, shard: Any = None) -> None:
+        if name.endswith("bias"):
+            layer.bias.weight_loader(layer.bias, saved, *([] if shard is None else [shard]))
+        else:
+            layer.fused.load(PLACES.get(shard, shard), name, saved)
+
+    entrance = nn.Parameter(torch.empty(0), requires_grad=False)
+    entrance.weight_loader = pass_on  # type: ignore[attr-defined]
+    *path, leaf = name.split(".")
+    owner = layer
+    for step in path:
+        if not hasattr(owner, step):
+            owner.add_module(step, nn.Module())
+        owner = owner.get_submodule(step)
+    owner.register_parameter(leaf, entrance)

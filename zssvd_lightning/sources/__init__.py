@@ -1,0 +1,1 @@
+"""Models and texts from packages, files and the hub."""

@@ -1,0 +1,1 @@
+"""The mathematics of one layer: second moments, metrics, whitening, spectrum and scores, rounding."""
