@@ -139,14 +139,14 @@ def moved(model: Llama, strategy: str, size: int, factors: float, low_rank: floa
             "truncation": others * (1 + 1 / size) * (A + G) + others * factors,
             "correction": 2 * others * G,
             "line search": 0,
-            "factorisation": others * low_rank,
+            "factorization": others * low_rank,
         }
     return {
         "a batch": others * A,
         "truncation": others / size * (A + G + W + factors) + others * factors,
         "correction": 0,
         "line search": others * factors,
-        "factorisation": others * factors,
+        "factorization": others * factors,
     }
 
 
@@ -228,18 +228,18 @@ def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: 
     watch(Compression, "correct", "correction")
     watch(Shards, "_absorb", "a batch")
     watch(Compression, "shorten_step", "line search")
-    factorise = Lifecycle.factorise
+    factorize = Lifecycle.factorize
 
     def look(life: Lifecycle, step: int, set_up_optimizers: Any) -> None:
         self = life.compression
         found["originals and factors"] = _bytes(self.originals) + _bytes(self._factors.held)
         ranks = {name: layer.rank or 0 for name, layer in self.report().layers.items()}
         found["factors"] = shapes.weight * sum(ranks[name] * sum(t.shape) for name, t in self.targets.items())
-        with measured("factorisation", found):
-            factorise(life, step, set_up_optimizers)
+        with measured("factorization", found):
+            factorize(life, step, set_up_optimizers)
         found["low-rank model"] = _bytes([*self.model.parameters(), *self.model.buffers()])
 
-    Lifecycle.factorise = look  # type: ignore[method-assign, assignment]
+    Lifecycle.factorize = look  # type: ignore[method-assign, assignment]
     decompose = Compression._select
 
     def count(self: Compression, *args: Any) -> Any:
@@ -327,7 +327,7 @@ def check() -> None:
 
 def project(rate: float) -> None:
     """Prints what the formulas say of large models."""
-    columns = ("a batch", "truncation", "correction", "line search", "factorisation")
+    columns = ("a batch", "truncation", "correction", "line search", "factorization")
     print(f"| model | strategy | ranks | {' | '.join(columns)} | statistics | originals, factors | spectra |")
     print("|---" * (len(columns) + 6) + "|")
     for model in LARGE:

@@ -10,7 +10,7 @@ class ConfigError(ZSSVDError, ValueError):
 
 
 class TargetError(ZSSVDError, ValueError):
-    """The layers asked for cannot be factorised, or there are none."""
+    """The layers asked for cannot be factorized, or there are none."""
 
 
 class BudgetError(ZSSVDError, ValueError):
@@ -50,7 +50,7 @@ class ProcessFailedError(ZSSVDError, RuntimeError):
 
 
 class UnfinishedError(ZSSVDError, RuntimeError):
-    """Training ended before the model was factorised."""
+    """Training ended before the model was factorized."""
 
 
 class CheckpointError(ZSSVDError, RuntimeError):
@@ -82,7 +82,7 @@ class LogitsError(ZSSVDError, RuntimeError):
 
 
 class TeacherError(RecoveryError):
-    """There is no model, or there are no predictions, to distil from."""
+    """There is no model, or there are no predictions, to distill from."""
 
 
 class RankDeficientWarning(UserWarning):

@@ -50,7 +50,7 @@ def is_low_rank(path):
     return any(".down." in name for name in torch.load(path)["state_dict"])
 
 
-# Epochs: 0 waits, 1 calibrates and truncates, 2 corrects, 3 calibrates, truncates and factorises, 4 and 5 recover.
+# Epochs: 0 waits, 1 calibrates and truncates, 2 corrects, 3 calibrates, truncates and factorizes, 4 and 5 recover.
 SCORES = [1.0, 1.0, 9.0, 8.0, 7.0, 7.5]
 
 

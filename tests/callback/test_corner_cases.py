@@ -365,7 +365,7 @@ def test_a_batch_that_will_run_again_is_not_counted_twice(tmp_path, hook, accumu
         assert (G - H).norm() < 1e-5 * G.norm()
 
 
-def test_a_checkpoint_from_between_truncation_and_factorisation_starts_over(tmp_path):
+def test_a_checkpoint_from_between_truncation_and_factorization_starts_over(tmp_path):
     class Logs(L.pytorch.loggers.CSVLogger):
         def log_metrics(self, metrics, step=None):
             if "zssvd/predicted_drift" in metrics:
@@ -423,7 +423,7 @@ def test_a_resumed_run_with_no_batch_left_is_unfinished_and_put_back(tmp_path):
     assert all(torch.equal(p, before[n]) for n, p in again.named_parameters())
 
 
-# Neighbours
+# Neighbors
 
 
 class Copies(L.Callback):

@@ -80,7 +80,7 @@ def test_done_with_a_report_at_the_end():
     assert callback.phase == "done"
     assert callback.phase is Phase.DONE
     assert callback.report.reached >= 0.3
-    assert {"calibrate", "spectrum", "select", "truncate", "factorise"} <= callback.report.seconds.keys()
+    assert {"calibrate", "spectrum", "select", "truncate", "factorize"} <= callback.report.seconds.keys()
     ranks = {n: m.rank for n, m in module.named_modules() if isinstance(m, LowRankLinear)}
     assert ranks == {n: layer.rank for n, layer in callback.report.layers.items() if layer.rank is not None}
 

@@ -113,7 +113,7 @@ def test_what_cannot_be_done_is_a_named_error_and_nothing_is_lost(case):
 
 
 @pytest.mark.parametrize("step", range(10))
-def test_an_exception_before_factorisation_puts_everything_back(step):
+def test_an_exception_before_factorization_puts_everything_back(step):
     module = CausalLM().train()
     before = state_of(module)
     callback = ZSSVDCallback(0.3, correction_batches=2, progress=False)
@@ -124,7 +124,7 @@ def test_an_exception_before_factorisation_puts_everything_back(step):
     assert callback.phase is Phase.WAIT
 
 
-def test_an_exception_after_factorisation_leaves_the_low_rank_model():
+def test_an_exception_after_factorization_leaves_the_low_rank_model():
     module, callback = CausalLM(), ZSSVDCallback(0.3, correction_batches=2, progress=False)
     with pytest.raises(ConnectionError):
         trainer(callback, Interrupt(12), max_epochs=6).fit(module, loader(token_batches()))

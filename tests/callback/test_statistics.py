@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from zssvd_lightning import LowRankLinear, Phase, ZSSVDCallback
 from zssvd_lightning.errors import CalibrationError, LogitsError, ZeroGradientError
 from zssvd_lightning.serialization.specs import ranks_of
-from zssvd_lightning.whitening.output_gradients import OUTPUT_SIDES
+from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 
 
 def keeps(**settings):
@@ -99,7 +99,7 @@ def test_checkpointed_activations_of_transformers_make_no_difference():
 @pytest.mark.parametrize("name", ["accumulation", "bf16-mixed", "loss scale, accumulation"])
 def test_settings_of_the_trainer_do_not_change_what_is_drawn_from_logits(name, monkeypatch):
     """With a draw that depends on the logits alone, since a label drawn at random may change with the last bit."""
-    monkeypatch.setitem(OUTPUT_SIDES, "sampled", lambda logits, generator: logits.sin())
+    monkeypatch.setitem(OUTPUT_GRADIENTS, "sampled", lambda logits, generator: logits.sin())
     settings, tolerance = SETTINGS[name]
     model = tiny_llama()
     plain, other = (

@@ -45,7 +45,7 @@ def test_uneven_batches_of_several_processes_give_what_one_process_makes_of_them
     assert ranks[0]["ranks"] == expected["ranks"]
     torch.testing.assert_close(ranks[0]["losses"], expected["losses"], rtol=1e-9, atol=0)
     assert ranks[0]["drift"] == pytest.approx(expected["drift"], rel=1e-6)
-    found, wanted = (multiplied_out(r["at_factorisation"]) for r in (ranks[0], expected))
+    found, wanted = (multiplied_out(r["at_factorization"]) for r in (ranks[0], expected))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
     assert sum(r["svds"] for r in ranks) == expected["svds"]
     assert min(r["svds"] for r in ranks) > 0
@@ -60,7 +60,7 @@ def test_corrections_go_by_gradients_at_outputs_and_inputs_of_all_processes(tmp_
     assert_replicas_equal(ranks)
     assert ranks[0]["ranks"] == expected["ranks"]
     torch.testing.assert_close(ranks[0]["losses"], expected["losses"], rtol=1e-9, atol=0)
-    found, wanted = (multiplied_out(r["at_factorisation"]) for r in (ranks[0], expected))
+    found, wanted = (multiplied_out(r["at_factorization"]) for r in (ranks[0], expected))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 
@@ -81,7 +81,7 @@ def test_replicas_are_equal_to_the_bit_after_50_more_steps(tmp_path, settings):
     ranks = run(tmp_path, 2, Run(count=2 * (NEEDED + 50), settings=settings))
     assert_replicas_equal(ranks)
     assert len(ranks[0]["seen"]) == NEEDED + 50
-    assert any(not torch.equal(t, ranks[0]["weights"][n]) for n, t in ranks[0]["at_factorisation"].items())
+    assert any(not torch.equal(t, ranks[0]["weights"][n]) for n, t in ranks[0]["at_factorization"].items())
 
 
 def test_storage_in_8_bits_is_the_same_on_every_process(tmp_path):

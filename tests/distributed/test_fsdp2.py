@@ -49,7 +49,7 @@ def test_sharded_parameters_give_what_one_process_makes_of_the_same_batches(tmp_
     expected = alone(Run(family=family, module=ReplicatedInDouble), size)
     assert all(other["ranks"] == ranks[0]["ranks"] == expected["ranks"] for other in ranks)
     torch.testing.assert_close(ranks[0]["losses"], expected["losses"], rtol=1e-9, atol=0)
-    found, wanted = (multiplied_out(r["at_factorisation"]) for r in (ranks[0], expected))
+    found, wanted = (multiplied_out(r["at_factorization"]) for r in (ranks[0], expected))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
     assert sum(r["svds"] for r in ranks) == expected["svds"]
     assert min(r["svds"] for r in ranks) > 0
@@ -78,7 +78,7 @@ def test_natural_steps_are_those_of_ddp_and_gone_on_with(tmp_path, distributed):
     rows = run(folders["killed"], 2, sharded)
     assert rows[0]["ranks"] == whole[0]["ranks"]
     torch.testing.assert_close(rows[0]["losses"], whole[0]["losses"], rtol=1e-9, atol=0)
-    found, wanted = (multiplied_out(r[0]["at_factorisation"]) for r in (rows, whole))
+    found, wanted = (multiplied_out(r[0]["at_factorization"]) for r in (rows, whole))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 

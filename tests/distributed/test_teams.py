@@ -67,7 +67,7 @@ def shards(rank: int, size: int, folder: Path) -> None:
 def everyone(team: Team, rank: int, size: int) -> None:
     assert (team.rank, team.size) == (rank, size)
     assert team.gathered(rank * 10) == [10 * r for r in range(size)]
-    assert team.decided(lambda: f"by {rank}") == "by 0"
+    assert team.decide_on_first(lambda: f"by {rank}") == "by 0"
     with team.together():
         pass
     failing = size - 1
@@ -81,7 +81,7 @@ def everyone(team: Team, rank: int, size: int) -> None:
         if rank == failing:
             raise KeyError("gone")
     with pytest.raises(ValueError if rank == 0 else ProcessFailedError):
-        team.decided(lambda: int("none"))
+        team.decide_on_first(lambda: int("none"))
     dist.destroy_process_group()
 
 

@@ -174,7 +174,7 @@ class Witness(L.Callback):
     def statement(self, module: L.LightningModule, compression: ZSSVDCallback) -> dict[str, Any]:
         report = compression.report
         return {
-            "at_factorisation": self.weights,
+            "at_factorization": self.weights,
             "weights": whole_weights(module),
             "ranks": {name: layer.rank for name, layer in report.layers.items()},
             "losses": report.losses,

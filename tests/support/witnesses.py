@@ -7,9 +7,9 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from zssvd_lightning.calibration.collector import Gathering
+from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.decomposition import factors as factorization
-from zssvd_lightning.decomposition.factors import HeldFactors
+from zssvd_lightning.decomposition.factors import TruncatedWeights
 from zssvd_lightning.distributed import Shards
 
 
@@ -22,8 +22,8 @@ class WholeWeights(L.Callback):
         self.seen: Counter[str] = Counter()
         self.together: set[frozenset[str]] = set()
         for owner, name, layer_of in (
-            (Gathering, "layer_at", lambda self, owner, name, **_: name),
-            (HeldFactors, "_whole", lambda self, name: name),
+            (StatisticsCollector, "layer_at", lambda self, owner, name, **_: name),
+            (TruncatedWeights, "_whole", lambda self, name: name),
         ):
             setattr(owner, name, self._entering(getattr(owner, name), layer_of))
         for owner, name in ((Shards, "weight_at"), (Shards, "whole"), (factorization, "truncated_weight")):

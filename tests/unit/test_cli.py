@@ -69,7 +69,7 @@ def test_compress_then_evaluate(workshop, zssvd):
     whole = report["parameters"]["model"]
     assert whole["before"] - whole["after"] == before - after
     assert whole["before"] > before
-    assert {"calibrate", "spectrum", "select", "truncate", "correct", "factorise", "evaluate"} <= report[
+    assert {"calibrate", "spectrum", "select", "truncate", "correct", "factorize", "evaluate"} <= report[
         "seconds"
     ].keys()
     assert report["peak_rss_bytes"] > 1e8

@@ -111,7 +111,7 @@ def test_every_metric_with_every_selection(metric, selection):
     assert model(**token_batches(1)[0]).loss.isfinite()
 
 
-def test_factorised_model_computes_what_the_truncated_weights_would():
+def test_factorized_model_computes_what_the_truncated_weights_would():
     model = tiny_gpt2().eval()
     dense = copy.deepcopy(model)
     run(model)

@@ -9,7 +9,7 @@ from zssvd_lightning.callbacks.prehab import LowRankPrehab
 from zssvd_lightning.errors import CheckpointError, ConfigError, NonFiniteError
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.prehab.regularizers import REGULARIZERS, SCHEDULES, Term, nuclear_norm, stable_rank
-from zssvd_lightning.prehab.run import Preparation
+from zssvd_lightning.prehab.run import PrehabRun
 
 SHAPES = [(7, 5), (5, 7), (6, 6)]
 
@@ -126,11 +126,11 @@ def test_the_start_is_the_same_in_every_run():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def preparation(name, A, *modules) -> Preparation:
+def preparation(name, A, *modules) -> PrehabRun:
     """Of layers that share an input."""
     targets = {f"layers.{k}": Target(f"layers.{k}", module) for k, module in enumerate(modules)}
     kept = {"layers.0": REGULARIZERS[name].kept(A, "layers.0")[0].to(A)}
-    return Preparation(targets, begins_at=0, leaders=dict.fromkeys(targets, "layers.0"), kept=kept)
+    return PrehabRun(targets, begins_at=0, leaders=dict.fromkeys(targets, "layers.0"), kept=kept)
 
 
 @pytest.mark.parametrize("name", REGULARIZERS)

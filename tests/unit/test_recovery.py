@@ -253,7 +253,7 @@ def test_the_adapter_is_saved_beside_the_compressed_model_and_peft_loads_it_on_t
     assert not on(model)
 
 
-def test_what_is_on_the_factors_is_merged_and_quantised_with_them():
+def test_what_is_on_the_factors_is_merged_and_quantized_with_them():
     model = dressed_llama(LoRARecovery(rank=2, clip_rank=True))
     perturb(model)
     plain, dense, small, expected = *(copy.deepcopy(model) for _ in range(3)), logits(model)

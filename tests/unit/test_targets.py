@@ -60,7 +60,7 @@ def test_patterns(include, ignore, count):
         (lambda: nn.MultiheadAttention(8, 2), "out_proj", "plain weight"),
     ],
 )
-def test_asking_for_what_cannot_be_factorised_says_why(build, include, reason):
+def test_asking_for_what_cannot_be_factorized_says_why(build, include, reason):
     with pytest.raises(TargetError, match=reason):
         find_targets(build(), [include])
 

@@ -139,7 +139,7 @@ def test_two_calibration_texts_take_turns(samples):
         calibration_windows(config, {**tokens, "b": texts.Tokens(torch.arange(10))}.__getitem__)
 
 
-def test_text_is_tokenised_whole_and_examples_predict_themselves():
+def test_text_is_tokenized_whole_and_examples_predict_themselves():
     tokens = texts.tokenize("ab\nab", tiny_tokenizer())
     assert tokens.ids.tolist() == [67, 68, 1, 67, 68]
     assert tokens.bos is None

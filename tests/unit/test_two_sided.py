@@ -23,7 +23,7 @@ from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.whitening.cholesky import Root, Whitening, safe_cholesky
 from zssvd_lightning.whitening.metrics import METRICS, OUTPUT_DAMPING
 from zssvd_lightning.whitening.moments import Moments
-from zssvd_lightning.whitening.output_gradients import OUTPUT_SIDES, TOP
+from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS, TOP
 from zssvd_lightning.whitening.spectrum import Spectrum
 
 
@@ -90,7 +90,7 @@ def test_draws_have_the_curvature_of_the_loss_as_their_second_moment(side, vocab
     seen = logits if side == "sampled" else torch.full_like(logits, -torch.inf).scatter(0, top.indices, top.values)
     p = seen.softmax(-1)
     count = 40_000
-    draws = OUTPUT_SIDES[side](logits.expand(count, -1).clone(), torch.Generator().manual_seed(0))
+    draws = OUTPUT_GRADIENTS[side](logits.expand(count, -1).clone(), torch.Generator().manual_seed(0))
     found, expected = draws.T @ draws / count, torch.diag(p) - torch.outer(p, p)
     assert (found - expected).norm() < 0.03
     assert draws.sum(-1).abs().max() < 1e-9
@@ -103,7 +103,7 @@ def test_draws_have_the_curvature_of_the_loss_as_their_second_moment(side, vocab
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
 def test_drawn_output_moments_are_those_of_what_is_sent_back_from_the_logits_that_count(build, side, monkeypatch):
     """With a draw of known v in place of the random one, against autograd; nothing else changes."""
-    monkeypatch.setitem(OUTPUT_SIDES, side, lambda logits, generator: logits.sin())
+    monkeypatch.setitem(OUTPUT_GRADIENTS, side, lambda logits, generator: logits.sin())
     model, batches = build().eval(), padded_batches()
     compression, without = (gathered(copy.deepcopy(model), batches, output_side=s) for s in (side, "empirical"))
     expected, terms = dict.fromkeys(compression.targets, 0), 0
@@ -290,7 +290,7 @@ def test_kept_second_moments_are_those_of_the_first_calibration():
         torch.testing.assert_close(seen.output_moment(name), B)
         compression.take(step)
     assert len(compression.losses) == 4
-    compression.factorise()
+    compression.factorize()
     assert compression.gathering.moments.input_sums == {}
 
 

@@ -127,7 +127,7 @@ def test_accuracy_is_that_of_log_likelihoods_taken_by_hand(data, kind, monkeypat
         assert scores[name] == pytest.approx(expected)
 
 
-def test_plain_and_normalised_accuracy_differ_by_the_length_of_choices(tmp_path):
+def test_plain_and_normalized_accuracy_differ_by_the_length_of_choices(tmp_path):
     rows = [{"goal": "go", "choices": ["a", "a" * 20], "gold": 1}] * 3
     model = model_of()
     for p in model.parameters():

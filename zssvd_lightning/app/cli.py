@@ -53,7 +53,7 @@ def _main() -> None:
 def compress(
     config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")], overrides: Overrides = None
 ) -> None:
-    """Compress a model: calibrate, truncate, factorise, evaluate, and write model and report.json to `output`."""
+    """Compress a model: calibrate, truncate, factorize, evaluate, and write model and report.json to `output`."""
     settings = load_config(RunConfig, config, overrides or ())
     if settings.recovery is not None:
         raise ConfigError(

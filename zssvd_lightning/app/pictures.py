@@ -12,7 +12,7 @@ from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.errors import TextError
 
-COLOURS = {"wait": "#dddddd", "calibrate": "#b9d7ea", "correct": "#f6d6ad", "recover": "#c9e4c5"}
+COLORS = {"wait": "#dddddd", "calibrate": "#b9d7ea", "correct": "#f6d6ad", "recover": "#c9e4c5"}
 
 
 def draw(report: Report, path: str | Path) -> None:
@@ -64,8 +64,8 @@ def draw_phases(metrics: str | Path, path: str | Path, loss: str = "loss") -> No
     last = max(step for step, _ in losses) + 1
     for (start, number), (end, _) in zip(phases, [*phases[1:], (last, 0)], strict=True):
         name = list(Phase)[int(number)].value
-        if end > start and name in COLOURS:
-            axes.axvspan(start, end, color=COLOURS[name], linewidth=0)
+        if end > start and name in COLORS:
+            axes.axvspan(start, end, color=COLORS[name], linewidth=0)
             axes.text((start + end) / 2, 1.02, name, ha="center", transform=axes.get_xaxis_transform())
     for step, _ in _column(metrics, "zssvd/predicted_drift"):
         axes.axvline(step, color="#b03030", linestyle="--", linewidth=1)

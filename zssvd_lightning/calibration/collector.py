@@ -17,11 +17,11 @@ from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CalibrationError, CheckpointError, NonFiniteError, ZeroGradientError
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.whitening.moments import Moments
-from zssvd_lightning.whitening.output_gradients import OUTPUT_SIDES
+from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 from zssvd_lightning.whitening.spectrum import Spectrum
 
 
-class Gathering:
+class StatisticsCollector:
     """What the batches so far have given, and what those of an open accumulation window still owe.
 
     Args:
@@ -34,11 +34,11 @@ class Gathering:
 
     Attributes:
         moments: of the batches whose gradients have come.
-        to_note: of how many batches of each step the forward passes are noted, to be run again.
+        calls_to_record: of how many batches of each step the forward passes are noted, to be run again.
         calls: those noted.
         spectra: along whose components the curvature is watched; None where it is not.
-        may_discard: whether gradients may be discarded, which takes memory for a second set of second moments.
-        speaker: finds in the model that which batches are given to and whose logits the loss is of.
+        can_overflow: whether gradients may be discarded, which takes memory for a second set of second moments.
+        logits_model: finds in the model that which batches are given to and whose logits the loss is of.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class Gathering:
         keep: bool = False,
     ) -> None:
         self.moments = Moments()
-        self.to_note = 0
+        self.calls_to_record = 0
         self.calls: list[Call] = []
         self.spectra: Mapping[str, Spectrum] | None = None
-        self.may_discard = False
-        self.speaker: Callable[[Any], nn.Module] = lambda model: model
+        self.can_overflow = False
+        self.logits_model: Callable[[Any], nn.Module] = lambda model: model
         self._model = model
         self._targets = targets
         self._team = team
         self._output_side = output_side
-        self._draw = None if output_side is None else OUTPUT_SIDES[output_side]
+        self._draw = None if output_side is None else OUTPUT_GRADIENTS[output_side]
         self._keep = keep
         self._kept: Moments | None = None
         self._counts_shared = False
@@ -71,7 +71,7 @@ class Gathering:
     def observing(self, mask: Tensor | None, inputs: bool = True) -> Iterator[Observation]:
         """One batch under observation; see `observation.observing`."""
         into = self.moments
-        if self.may_discard:
+        if self.can_overflow:
             into = self._window
             into.leaders |= self.moments.leaders
         outputs = into if inputs and self._output_side is not None else None
@@ -82,9 +82,9 @@ class Gathering:
             if self.spectra is not None:
                 observation.watch_components(self.spectra, into)
             if outputs is not None and self._draw is not None:
-                observation.watch_logits(self.speaker(self._model), self._draw, self._generator())
-            if self._batch < self.to_note:
-                observation.note_calls(self.speaker(self._model), self.calls, mask)
+                observation.watch_logits(self.logits_model(self._model), self._draw, self._generator())
+            if self._batch < self.calls_to_record:
+                observation.note_calls(self.logits_model(self._model), self.calls, mask)
             self._observation = observation
             yield observation
 
@@ -124,7 +124,7 @@ class Gathering:
         collect_gradients(self._targets, self.moments, weight * self._team.gradients_divided_by)
 
     def discard_gradients(self) -> None:
-        """Forgets the losses noted, the gradients on the targets and, with `may_discard`, the inputs seen with them."""
+        """Forget the losses noted, the gradients on the targets and, with `can_overflow`, the inputs seen with them."""
         self._pending = []
         self._window = Moments()
         for target in self._targets.values():
@@ -145,7 +145,7 @@ class Gathering:
     def forget(self) -> None:
         """Forgets all statistics."""
         self._kept, self.moments, self.calls, self._counts_shared = None, Moments(), [], False
-        self.spectra, self.to_note = None, 0
+        self.spectra, self.calls_to_record = None, 0
 
     def complete(self) -> None:
         """Recalls second moments that were kept, if these batches gave none, and has counts be those of all processes.

@@ -13,7 +13,7 @@ import lightning as L
 
 from zssvd_lightning.callbacks.checkpoint_hooks import borrowed_checkpoint_hooks
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
-from zssvd_lightning.callbacks.limits import Allowance, batch_is_over
+from zssvd_lightning.callbacks.limits import ExtendedLimits, batch_is_over
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.errors import CheckpointError
@@ -36,7 +36,7 @@ class ResumableCallback(L.Callback):
         self.recovers_from: int | None = None
         self._begin = begin
         self._lifecycle = begin()
-        self._allowance = Allowance()
+        self._limits = ExtendedLimits()
         self._borrowed = ExitStack()
         self._trainer: weakref.ref[L.Trainer] | None = None
         self._adapter: StrategyAdapter | None = None
@@ -57,7 +57,7 @@ class ResumableCallback(L.Callback):
 
     @property
     def report(self) -> Report | None:
-        """What was done, from FACTORISE on."""
+        """What was done, from FACTORIZE on."""
         return self._lifecycle.report
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -74,7 +74,7 @@ class ResumableCallback(L.Callback):
         hooks = borrowed_checkpoint_hooks(pl_module, self._check, self._adapter.replace, prepared)
         loaded = self._borrowed.enter_context(hooks)
         self._borrowed.enter_context(self._adapter.checkpoints(loaded, self.state_key))
-        self._borrowed.callback(lambda: self._allowance.take_back(trainer))
+        self._borrowed.callback(lambda: self._limits.take_back(trainer))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Gives back what was borrowed."""
@@ -86,7 +86,7 @@ class ResumableCallback(L.Callback):
         uncounted = self.extend_training and over and batch is not None
         team = None if self._adapter is None else self._adapter.team
         return self._lifecycle.state_dict(over, team) | {
-            "allowance": self._allowance.state_dict(uncounted, batch is not None and batch.stepped),
+            "allowance": self._limits.state_dict(uncounted, batch is not None and batch.stepped),
             "recovers_from": self.recovers_from,
         }
 
@@ -116,9 +116,9 @@ class ResumableCallback(L.Callback):
 
     def _take_up_allowance(self, trainer: L.Trainer, state: Mapping[str, Any]) -> None:
         """Raises the Trainer's limits as they were when the state was taken; once more makes no difference."""
-        self._allowance.take_back(trainer)
-        self._allowance = Allowance(**state["allowance"])
-        self._allowance.grant(trainer)
+        self._limits.take_back(trainer)
+        self._limits = ExtendedLimits(**state["allowance"])
+        self._limits.grant(trainer)
 
     def _prepared(self, pl_module: L.LightningModule, checkpoint: Mapping[str, Any], had_adapters: bool) -> None:
         """Is called when the module has the structure of a checkpoint that is about to be loaded."""
@@ -142,21 +142,21 @@ class ResumableCallback(L.Callback):
         return ranks.items() <= ranks_of(pl_module).items()
 
     def _start_over(self) -> None:
-        self._lifecycle, self._allowance, self.recovers_from = self._begin(), Allowance(), None
+        self._lifecycle, self._limits, self.recovers_from = self._begin(), ExtendedLimits(), None
 
     def _abandon(self, pl_module: L.LightningModule) -> None:
         """Puts the module and the Trainer's limits back, and starts over."""
         if self._adapter is not None:  # else the run went on in other processes than this one
             touched = self._lifecycle.has_touched
             if touched:
-                self._adapter.show_weights()
+                self._adapter.unwrap_parameters()
             self._lifecycle.abandon(pl_module, self._adapter)
             if touched:
-                self._adapter.note_flags()
-                self._adapter.settle()
+                self._adapter.sync_requires_grad()
+                self._adapter.discard_replaced()
         if self._trainer is not None and (trainer := self._trainer()) is not None:
-            self._allowance.take_back(trainer)
-        self._allowance, self.recovers_from = Allowance(), None
+            self._limits.take_back(trainer)
+        self._limits, self.recovers_from = ExtendedLimits(), None
 
     def _batch_is_over(self) -> bool:
         """Whether Lightning would not run the latest batch again."""

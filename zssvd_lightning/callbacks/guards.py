@@ -109,13 +109,13 @@ def refuse_uneven(batches: Sequence[float]) -> None:
 
 
 def refuse_too_short(trainer: L.Trainer, start_epoch: int, start_step: int, batches_needed: int) -> None:
-    """Raises UnsupportedTrainingError when the fit ends before the model would be factorised.
+    """Raises UnsupportedTrainingError when the fit ends before the model would be factorized.
 
     Args:
         trainer: at the start of training.
         start_epoch: compression starts no earlier than this epoch.
         start_step: compression starts no earlier than this global step.
-        batches_needed: from the start of compression to factorisation.
+        batches_needed: from the start of compression to factorization.
     """
     accumulate, per_epoch = most_accumulated(trainer), trainer.num_training_batches
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - trainer.current_epoch

@@ -22,7 +22,7 @@ from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.recovery.run import Recovering, refuse_other_recovery
+from zssvd_lightning.recovery.run import RecoveryRun, refuse_other_recovery
 from zssvd_lightning.recovery.settings import Recovery
 from zssvd_lightning.strategies import StrategyAdapter
 from zssvd_lightning.whitening.rounding import Importance
@@ -43,13 +43,13 @@ class Lifecycle:
 
     Attributes:
         phase: where it stands.
-        report: what was done, from FACTORISE on.
-        importances: of the low-rank layers, from FACTORISE on, for `quantize`; None unless they are needed.
+        report: what was done, from FACTORIZE on.
+        importances: of the low-rank layers, from FACTORIZE on, for `quantize`; None unless they are needed.
         batch: the batch under observation.
-        terms_unit: loss terms of the first batch of a gathering, in multiples of which gradients are weighted.
+        reference_terms: loss terms of the first batch of a gathering, in multiples of which gradients are weighted.
         batches_into_epoch: batches of this epoch that have ended.
         epoch_length: batches in an epoch, once one has been seen.
-        first_losses: losses of the batches after FACTORISE, until the first optimizer step; None at other times.
+        first_losses: losses of the batches after FACTORIZE, until the first optimizer step; None at other times.
         recovery: what the factors are trained by; None where it is what `configure_optimizers` returns.
     """
 
@@ -61,12 +61,12 @@ class Lifecycle:
         recovery: Recovery | None = None,
     ) -> None:
         self.config = config
-        self.recovery = None if recovery is None else Recovering(recovery)
+        self.recovery = None if recovery is None else RecoveryRun(recovery)
         self.phase = Phase.WAIT
         self.report: Report | None = None
         self.importances: dict[str, Importance] | None = None
         self.batch: ObservedBatch | None = None
-        self.terms_unit: float | None = None
+        self.reference_terms: float | None = None
         self.batches_into_epoch = 0
         self.epoch_length = math.inf
         self.first_losses: list[float] | None = None
@@ -139,8 +139,8 @@ class Lifecycle:
     def open(self, mask: Tensor | None, terms: float) -> "ObservedBatch":
         """Puts a batch under observation. Collective for the first batch of a gathering."""
         self.close()
-        if self.terms_unit is None:
-            self.terms_unit = max(self.compression.team.gathered(terms))
+        if self.reference_terms is None:
+            self.reference_terms = max(self.compression.team.gathered(terms))
         self.batch = ObservedBatch(self.compression, self.phase, terms, mask)
         return self.batch
 
@@ -157,7 +157,7 @@ class Lifecycle:
 
     @contextmanager
     def changing_weights(self) -> Iterator[None]:
-        """Weights are not to be relied on until the block ends or the model is factorised."""
+        """Weights are not to be relied on until the block ends or the model is factorized."""
         self._changing = True
         try:
             yield
@@ -168,11 +168,11 @@ class Lifecycle:
         """Takes the step under way, which it returns, and enters the phase that follows; within `changing_weights`."""
         step = self.step
         self.phase = Phase.TRUNCATE if step.truncates else Phase.CORRECT
-        self.terms_unit = None
+        self.reference_terms = None
         self.compression.take(step)
         self._position += 1
         following = self._steps[self._position :]
-        self.phase = following[0].gathers if following else Phase.FACTORISE
+        self.phase = following[0].gathers if following else Phase.FACTORIZE
         return step
 
     @property
@@ -189,7 +189,7 @@ class Lifecycle:
         """The same of the first so many steps."""
         return not any(step.truncates for step in self._steps[:position])
 
-    def factorise(self, step: int, set_up_optimizers: Callable[[], None]) -> None:
+    def factorize(self, step: int, set_up_optimizers: Callable[[], None]) -> None:
         """Puts the low-rank layers in, has the optimizers set up for them, and reports; within `changing_weights`.
 
         Args:
@@ -198,12 +198,12 @@ class Lifecycle:
         """
         model, recovery = self.compression.model, self.recovery
         if recovery is None:
-            self.compression.factorise()
+            self.compression.factorize()
         else:
-            recovery.note_flags(model)
-            self.compression.factorise(recovery.dress)
+            recovery.sync_requires_grad(model)
+            self.compression.factorize(recovery.dress)
             recovery.begin(model, step)
-        with self.compression.stopwatch(Phase.FACTORISE.value):
+        with self.compression.stopwatch(Phase.FACTORIZE.value):
             set_up_optimizers()
         self.report, self.importances = self.compression.report(), self.compression.importances
         self.report.config = {"compression": asdict(self.config)}
@@ -223,8 +223,8 @@ class Lifecycle:
         if self.recovery is not None:
             if self.recovery.active:
                 self.recovery.let_go(model)
-            self.recovery = Recovering(self.recovery.settings)
-        self._compression, self._restored, self.terms_unit, self._position = None, None, None, 0
+            self.recovery = RecoveryRun(self.recovery.settings)
+        self._compression, self._restored, self.reference_terms, self._position = None, None, None, 0
         self.phase = Phase.WAIT
 
     def state_dict(self, batch_over: bool = True, team: Team | None = None) -> dict[str, Any]:
@@ -237,21 +237,21 @@ class Lifecycle:
             batch_over: whether the latest batch will not be run again, though it may still be under observation.
             team: the processes of the run, which must all call it.
         """
-        phase, position, terms_unit, compression = self.phase, self._position, self.terms_unit, None
+        phase, position, reference_terms, compression = self.phase, self._position, self.reference_terms, None
         changing = self._changing and self._compression is not None
         whole_batches = self.batch is None or batch_over
         if self._compression is not None and (self.gathering or changing):
             compression = self._compression.state_dict(statistics=whole_batches or changing)
         if changing:
-            phase, position, terms_unit = Phase.WAIT, 0, None
+            phase, position, reference_terms = Phase.WAIT, 0, None
         elif not whole_batches:
-            terms_unit = None
+            reference_terms = None
         return {
             "version": VERSION,
             "phase": phase.value,
             "position": position,
             "calibration": list(self._calibration),
-            "terms_unit": terms_unit,
+            "reference_terms": reference_terms,
             "batches_into_epoch": self.batches_into_epoch,
             "epoch_length": self.epoch_length,
             "first_losses": None if self.first_losses is None else list(self.first_losses),
@@ -271,7 +271,7 @@ class Lifecycle:
         self.batch, self._compression = None, None
         self.phase = Phase(state["phase"])
         self._position = state["position"]
-        self.terms_unit = state["terms_unit"]
+        self.reference_terms = state["reference_terms"]
         self.batches_into_epoch = state["batches_into_epoch"]
         self.epoch_length = state["epoch_length"]
         self.first_losses = state["first_losses"]

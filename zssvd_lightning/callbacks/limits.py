@@ -10,7 +10,7 @@ import lightning as L
 
 
 @dataclass
-class Allowance:
+class ExtendedLimits:
     """Steps and epochs on top of `max_steps` and `max_epochs`; limits that are not set stay so."""
 
     steps: int = 0
@@ -83,7 +83,7 @@ def batches_run(trainer: L.Trainer) -> int:
 def scheduled_steps(trainer: L.Trainer) -> float:
     """How many optimizer steps a learning-rate schedule made now will see: ask it in `configure_optimizers`.
 
-    That is all the training at first, and the recovery when `configure_optimizers` runs again after factorisation, or
+    That is all the training at first, and the recovery when `configure_optimizers` runs again after factorization, or
     in a run that was resumed from there.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

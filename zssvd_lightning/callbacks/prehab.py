@@ -1,6 +1,6 @@
 """Low-Rank Prehab (arXiv 2512.01980): training towards weights that lose less when they are truncated.
 
-What is minimised is `loss + lambda(t) mean_l R(W_l L_l)`, where R is a differentiable stand-in for the rank of a
+What is minimized is `loss + lambda(t) mean_l R(W_l L_l)`, where R is a differentiable stand-in for the rank of a
 whitened weight; R is in `regularizers.py`, what is kept of a run in `preparing.py`.
 
 | hook                     | what is done there                                                                 |
@@ -39,7 +39,7 @@ from zssvd_lightning.distributed import Shards
 from zssvd_lightning.errors import CheckpointError, UnsupportedTrainingError
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.prehab.regularizers import REGULARIZERS, SCHEDULES
-from zssvd_lightning.prehab.run import Preparation
+from zssvd_lightning.prehab.run import PrehabRun
 from zssvd_lightning.strategies import RefusedAdapter, StrategyAdapter, adapter_for
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class LowRankPrehab(L.Callback):
         self._watching = ExitStack()
         self._fitting = True
         self._trainer: weakref.ref[L.Trainer] | None = None
-        self._run = Preparation()
+        self._run = PrehabRun()
         self._run_before = 0
 
     def token_mask(self, batch: Any) -> Tensor | None:
@@ -129,7 +129,7 @@ class LowRankPrehab(L.Callback):
         """Starts afresh, in a fit."""
         self._fitting = stage == "fit"
         if self._fitting:
-            self._trainer, self._run, self._run_before = weakref.ref(trainer), Preparation(), 0
+            self._trainer, self._run, self._run_before = weakref.ref(trainer), PrehabRun(), 0
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leaves no hook on the layers."""
@@ -238,7 +238,7 @@ class LowRankPrehab(L.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """What goes along with a copy, or to another process: nothing of the run under way."""
-        return self.__dict__ | {"_trainer": None, "_run": Preparation(), "_watching": ExitStack()}
+        return self.__dict__ | {"_trainer": None, "_run": PrehabRun(), "_watching": ExitStack()}
 
     def _settings(self) -> dict[str, Any]:
         names = ("steps", "weight", "schedule", "regularizer", "moment_batches")

@@ -3,7 +3,7 @@
 | hook                       | what is done there                                                                |
 |----------------------------|-----------------------------------------------------------------------------------|
 | configure_optimizers       | answered for the module, once its factors are trained                             |
-| training_step              | its loss is replaced, or added to, where the recovery distils                     |
+| training_step              | its loss is replaced, or added to, where the recovery distills                     |
 | on_before_optimizer_step   | weights whose loss and gradients are finite are kept, others given up             |
 | on_train_batch_end         | the next stage begins; how far the model is from its teacher is logged            |
 | on_fit_end                 | adapters are merged, and flags are what they were                                 |
@@ -33,19 +33,19 @@ from zssvd_lightning.errors import TeacherError
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.dense_copy import COMPILED
 from zssvd_lightning.model.logits import model_with_logits
-from zssvd_lightning.recovery.run import Recovering
+from zssvd_lightning.recovery.run import RecoveryRun
 
 logger = logging.getLogger(__name__)
 
 
-class RecoveringCallback(ResumableCallback):
+class RecoveryHooks(ResumableCallback):
     """The part of the callback that trains the factors, where it is told how."""
 
     _dressed_by_load = False
     _began: float | None = None
 
     @property
-    def _recovering(self) -> Recovering | None:
+    def _recovery_run(self) -> RecoveryRun | None:
         """The recovery under way."""
         recovery = self._lifecycle.recovery
         return recovery if recovery is not None and recovery.active else None
@@ -83,17 +83,17 @@ class RecoveringCallback(ResumableCallback):
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Notes that there was a loss, and whether it is finite, where gradients need not be."""
-        if (recovery := self._recovering) is not None:
-            recovery.last_good.note_loss(finite=not scales(trainer) or bool(loss.isfinite()))
+        if (recovery := self._recovery_run) is not None:
+            recovery.rollback.note_loss(finite=not scales(trainer) or bool(loss.isfinite()))
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Keeps weights that are good, or brings them back. Raises DivergedError then."""
-        if self._recovering is not None:
-            self.adapter.show_weights()
+        if self._recovery_run is not None:
+            self.adapter.unwrap_parameters()
             scale = loss_scale(trainer) if scales(trainer) else None
-            self._recovering.last_good.check_gradients(pl_module, self.adapter.team, scale)
+            self._recovery_run.rollback.check_gradients(pl_module, self.adapter.team, scale)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
@@ -102,25 +102,25 @@ class RecoveringCallback(ResumableCallback):
         if self._began is not None and self.report is not None:
             seconds = self.report.seconds
             seconds["recover"] = seconds.get("recover", 0.0) + time.perf_counter() - self._began
-        if (recovery := self._recovering) is None:
+        if (recovery := self._recovery_run) is None:
             return
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if recovery.divergence is not None and batches % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             telemetry.log(trainer, distillation=float(recovery.divergence))
         if recovery.stage_is_over(trainer.global_step, _steps(recovery, trainer)):
-            self.adapter.show_weights()
+            self.adapter.unwrap_parameters()
             recovery.next_stage(pl_module, self.adapter, trainer.global_step)
-            self.adapter.rewire()
-            self.adapter.settle()
+            self.adapter.rebuild_optimizers()
+            self.adapter.discard_replaced()
             refuse_stale_groups(trainer, pl_module)
-            recovery.last_good.keep(pl_module)
+            recovery.rollback.keep(pl_module)
             telemetry.log(trainer, recovery_stage=recovery.stage)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves a plain low-rank model, unless adapters are to stay."""
-        if (recovery := self._recovering) is not None:
-            self.adapter.show_weights()
-            recovery.last_good.check_weights(pl_module, self.adapter.team)
+        if (recovery := self._recovery_run) is not None:
+            self.adapter.unwrap_parameters()
+            recovery.rollback.check_weights(pl_module, self.adapter.team)
             recovery.finish(pl_module, self.adapter, merge=recovery.settings.merges)
 
     def _refuse_recovery(self, pl_module: L.LightningModule) -> None:
@@ -148,14 +148,14 @@ class RecoveringCallback(ResumableCallback):
 
     def _go_on_recovering(self, pl_module: L.LightningModule) -> None:
         """Goes on from a checkpoint of the recovery."""
-        if (recovery := self._recovering) is None:
+        if (recovery := self._recovery_run) is None:
             if self._lifecycle.recovery is not None:
                 logger.warning("the recovery is over; configure_optimizers trains the low-rank model from now on")
                 self._lifecycle.recovery.over = False
             return
         self._lifecycle.phase = Phase.RECOVER
         recovery.resume(self.adapter, self.student(pl_module) if recovery.settings.distills else None)
-        recovery.last_good.keep(pl_module)
+        recovery.rollback.keep(pl_module)
         self._watch(pl_module)
 
     def _watch(self, pl_module: L.LightningModule) -> None:
@@ -175,7 +175,7 @@ class RecoveringCallback(ResumableCallback):
 
     def _leave_after(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves a plain low-rank model once all callbacks have dealt with an exception, and may have saved it."""
-        recovery, own = self._recovering, trainer.strategy.on_exception
+        recovery, own = self._recovery_run, trainer.strategy.on_exception
         if recovery is None:
             return
 
@@ -188,7 +188,7 @@ class RecoveringCallback(ResumableCallback):
         trainer.strategy.__dict__["on_exception"] = leave
 
     def _optimizers(self, trainer: L.Trainer, pl_module: L.LightningModule, own: Callable[[], Any]) -> Any:
-        recovery = self._recovering
+        recovery = self._recovery_run
         if recovery is None or recovery.settings.lr is None:
             return own()
         return recovery.optimizer(pl_module, _steps(recovery, trainer))
@@ -198,7 +198,7 @@ class RecoveringCallback(ResumableCallback):
         return loss if recovery is None else recovery.loss(loss, self.token_mask(batch))
 
 
-def _steps(recovery: Recovering, trainer: L.Trainer) -> float:
+def _steps(recovery: RecoveryRun, trainer: L.Trainer) -> float:
     """Optimizer steps of the whole recovery, as they were found to be when it began, unless limits have changed.
 
     A resumed run does not ask the Trainer, which would load the data for it and forget how far they were gone through.

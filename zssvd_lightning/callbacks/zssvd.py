@@ -9,7 +9,7 @@
 | on_before_optimizer_step | gradients are taken away, so the user's optimizer has nothing to step on         |
 | on_train_batch_end       | observation ends; when enough was seen, the next phase is entered                |
 | on_train_epoch_end       | the same, for loaders that do not tell their length                              |
-| on_exception             | everything is put back, unless the model was factorised already                  |
+| on_exception             | everything is put back, unless the model was factorized already                  |
 """
 
 import logging
@@ -38,7 +38,7 @@ from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.limits import stopping_now
 from zssvd_lightning.callbacks.other_callbacks import hold_early_stopping, start_ranking_afresh
 from zssvd_lightning.callbacks.precision import ScalerAtRest, loss_scale, nothing_to_clip, scales, unscale
-from zssvd_lightning.callbacks.recovery import RecoveringCallback
+from zssvd_lightning.callbacks.recovery import RecoveryHooks
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.quantization import in_8_bits_already, quantize_layers
 from zssvd_lightning.config.compression import CompressionConfig
@@ -56,12 +56,12 @@ logger = logging.getLogger(__name__)
 PLAN_FILE = "zssvd_plan.yaml"
 
 
-class ZSSVDCallback(RecoveringCallback):
+class ZSSVDCallback(RecoveryHooks):
     """Compresses the model in the middle of `trainer.fit` by Zero Sum SVD (arXiv 2602.02848).
 
     Works on any `LightningModule` with automatic optimization and one optimizer whose `training_step` returns a loss
     that is a mean. During calibration dropout is off, no weight changes and the optimizer keeps its state, but the
-    batches count as steps for `max_steps` and schedulers. After factorisation `configure_optimizers` runs again, or
+    batches count as steps for `max_steps` and schedulers. After factorization `configure_optimizers` runs again, or
     with `recovery` its optimizer is set up, so the learning-rate schedule starts with the training of the factors.
     Checkpoints can be resumed from at any point.
 
@@ -107,7 +107,7 @@ class ZSSVDCallback(RecoveringCallback):
 
     Attributes:
         phase: where the compression stands, a `Phase`.
-        report: what was done, from FACTORISE on; None before.
+        report: what was done, from FACTORIZE on; None before.
         recovers_from: the global step of this fit at which the factors began to train; None before.
 
     Raises:
@@ -121,12 +121,12 @@ class ZSSVDCallback(RecoveringCallback):
             model, or of a compression with other settings. The model is then as it was.
         LogitsError: at the start of `fit`, when drawn output sides, refits or distillation need the one model whose
             logits the loss is of, and it is not known; override `student`.
-        RecoveryError: at the start of `fit` or at factorisation, when nothing can be trained as `recovery` says, and
-            TeacherError, when there is nothing to distil from. The model is then put back.
+        RecoveryError: at the start of `fit` or at factorization, when nothing can be trained as `recovery` says, and
+            TeacherError, when there is nothing to distill from. The model is then put back.
         DivergedError: during the recovery, when a loss or gradient is not finite; the low-rank model has its last
             good weights.
         CalibrationError: during `fit`, when batches do not give the statistics needed. The model is then put back.
-        UnfinishedError: at the end of `fit`, when training stopped before the model was factorised.
+        UnfinishedError: at the end of `fit`, when training stopped before the model was factorized.
 
     Example:
         >>> trainer = L.Trainer(max_epochs=3, callbacks=[ZSSVDCallback(prune_ratio=0.4)])  # doctest: +SKIP
@@ -215,7 +215,7 @@ class ZSSVDCallback(RecoveringCallback):
         return loss_terms(batch)
 
     def batches_needed(self, batches_per_epoch: float = math.inf, accumulate: int = 1) -> int:
-        """Training batches from the start of an epoch until the model is factorised."""
+        """Training batches from the start of an epoch until the model is factorized."""
         return self._begin().batches_needed(batches_per_epoch, accumulate, first_only=self.dry_run)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -244,7 +244,7 @@ class ZSSVDCallback(RecoveringCallback):
         refuse_unsupported(trainer, pl_module)
         self.adapter.refuse_unsupported()
         self.adapter.refuse_settings(self.config)
-        self.adapter.show_weights()
+        self.adapter.unwrap_parameters()
         refuse_uneven(self.adapter.team.gathered(trainer.num_training_batches))
         plan_path = self._plan_path(trainer) if self.dry_run else None
         with self.adapter.team.together():
@@ -261,7 +261,7 @@ class ZSSVDCallback(RecoveringCallback):
             self._lifecycle.attach(pl_module, self.progress, self.adapter)
             self._refuse_recovery(pl_module)
         gathering = self._lifecycle.compression.gathering
-        gathering.may_discard, gathering.speaker = scales(trainer), self.student
+        gathering.can_overflow, gathering.logits_model = scales(trainer), self.student
         telemetry.log_phase(trainer, self.phase)
         self._go_on_if_enough(trainer, pl_module)
 
@@ -275,10 +275,10 @@ class ZSSVDCallback(RecoveringCallback):
             self._lifecycle.start()
             telemetry.log_phase(trainer, self.phase)
         if self._lifecycle.gathering:
-            self.adapter.show_weights()
+            self.adapter.unwrap_parameters()
             self.adapter.before_batch()
             observed = self._lifecycle.open(self.token_mask(batch), self.loss_terms(batch))
-            self.adapter.note_flags()
+            self.adapter.sync_requires_grad()
             observed.during(nothing_to_clip(pl_module))
             self._scaler = observed.during(ScalerAtRest(trainer).resting())
 
@@ -292,13 +292,13 @@ class ZSSVDCallback(RecoveringCallback):
         life, accumulate = self._lifecycle, trainer.accumulate_grad_batches
         if life.first_losses is not None:
             life.first_losses.append(float(loss.detach()) * accumulate / loss_scale(trainer))
-        if life.batch is None or life.terms_unit is None:
+        if life.batch is None or life.reference_terms is None:
             return
         life.batch.observation.forward_done()
         scale = loss_scale(trainer)
         mean = loss * (accumulate / scale)
-        life.compression.gathering.add_loss(mean, life.batch.terms, life.terms_unit / scale)
-        weight = life.batch.terms * accumulate / life.terms_unit
+        life.compression.gathering.add_loss(mean, life.batch.terms, life.reference_terms / scale)
+        weight = life.batch.terms * accumulate / life.reference_terms
         if weight != 1.0:
             loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
 
@@ -346,7 +346,7 @@ class ZSSVDCallback(RecoveringCallback):
             )
         hold_early_stopping(trainer)
         if self.extend_training:
-            self._allowance.add(trainer, observed.stepped, self._batches_per_epoch(trainer))
+            self._limits.add(trainer, observed.stepped, self._batches_per_epoch(trainer))
         to_gather = self._lifecycle.limit(self.phase, self._batches_per_epoch(trainer))
         telemetry.log_progress(trainer, self._lifecycle.batches, to_gather)
         self._go_on_if_enough(trainer, pl_module)
@@ -356,7 +356,7 @@ class ZSSVDCallback(RecoveringCallback):
         self._lifecycle.close()
         self._lifecycle.epoch_length = self._lifecycle.batches_into_epoch
         if self.extend_training:
-            self._allowance.recount(trainer, self._batches_per_epoch(trainer))
+            self._limits.recount(trainer, self._batches_per_epoch(trainer))
         self._go_on_if_enough(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -379,7 +379,7 @@ class ZSSVDCallback(RecoveringCallback):
             quantize_layers(pl_module, layers, self.config.storage, self._lifecycle.importances)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Puts everything back, unless the model was factorised already."""
+        """Puts everything back, unless the model was factorized already."""
         if self._lifecycle.gathering:
             for parameter in pl_module.parameters():
                 parameter.grad = None
@@ -402,15 +402,15 @@ class ZSSVDCallback(RecoveringCallback):
         phase, seen = self.phase, self._lifecycle.batches
         self._abandon(pl_module)
         raise UnfinishedError(
-            f"training ended in phase '{phase}' after {seen} of its batches, before the model was factorised, and "
+            f"training ended in phase '{phase}' after {seen} of its batches, before the model was factorized, and "
             "the model was put back; train longer, start earlier, or lower calibration_batches, truncations or "
             "corrections"
         )
 
     def _collect(self, trainer: L.Trainer, optimizer: torch.optim.Optimizer | None) -> None:
         """Takes the gradients there are, before a step of `optimizer` if Lightning is about to take one."""
-        compression, unit = self._lifecycle.compression, self._lifecycle.terms_unit
-        self.adapter.show_weights()
+        compression, unit = self._lifecycle.compression, self._lifecycle.reference_terms
+        self.adapter.unwrap_parameters()
         finite = unscale(trainer, optimizer, compression.targets.values())
         if scales(trainer):
             finite = all(compression.team.gathered(finite))
@@ -441,7 +441,7 @@ class ZSSVDCallback(RecoveringCallback):
         life = self._lifecycle
         if not life.enough(trainer.num_training_batches):
             return
-        self.adapter.show_weights()
+        self.adapter.unwrap_parameters()
         if self.dry_run and life.step.truncates:
             self._write_plan(trainer, pl_module)
             return
@@ -450,8 +450,8 @@ class ZSSVDCallback(RecoveringCallback):
             telemetry.log_step(trainer, life.advance(), life.compression)
             if was_dense:
                 start_ranking_afresh(trainer, "dense")
-            if life.phase is Phase.FACTORISE:
-                self._factorise(trainer, pl_module)
+            if life.phase is Phase.FACTORIZE:
+                self._factorize(trainer, pl_module)
         telemetry.log_phase(trainer, life.phase)
 
     def _write_plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -464,17 +464,17 @@ class ZSSVDCallback(RecoveringCallback):
         self._borrowed.enter_context(stopping_now(trainer))
         logger.info("dry run: the ranks are in %s; compress with plan=%s", path, path)
 
-    def _factorise(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _factorize(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         def set_up_optimizers() -> None:
-            self.adapter.rewire()
+            self.adapter.rebuild_optimizers()
             refuse_stale_groups(trainer, pl_module)
 
         self.recovers_from = trainer.global_step
         self._take_teacher(pl_module)
-        self._lifecycle.factorise(trainer.global_step, set_up_optimizers)
-        self.adapter.settle()
-        if self._recovering is not None:
-            self._recovering.last_good.keep(pl_module)
+        self._lifecycle.factorize(trainer.global_step, set_up_optimizers)
+        self.adapter.discard_replaced()
+        if self._recovery_run is not None:
+            self._recovery_run.rollback.keep(pl_module)
         start_ranking_afresh(trainer, "truncated")
         self._compressed = weakref.ref(pl_module)
         if not isinstance(pl_module, LowRankCheckpointMixin):

@@ -24,7 +24,7 @@ class Step(NamedTuple):
 
 
 def steps(config: CompressionConfig) -> list[Step]:
-    """The course of a compression, up to its factorisation: a truncation, and rounds that end in another."""
+    """The course of a compression, up to its factorization: a truncation, and rounds that end in another."""
     truncation = Step(Phase.CALIBRATE, (Compression.truncate,))
     first = [truncation]
     if config.reestimate:

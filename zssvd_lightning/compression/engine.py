@@ -1,6 +1,6 @@
 """The steps of the method on one model, each callable on its own: what the callback and the pipeline share.
 
-Weights are edited in place by `truncate` and `correct`; modules are replaced once, by `factorise`.
+Weights are edited in place by `truncate` and `correct`; modules are replaced once, by `factorize`.
 """
 
 import logging
@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 from zssvd_lightning._numerics import accumulated, exact_products
-from zssvd_lightning.calibration.collector import Gathering
+from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.recorded_calls import together
 from zssvd_lightning.compression.quantization import in_8_bits
 from zssvd_lightning.compression.report import LayerReport, Report, Stopwatch
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.correction.paired_forward import run_side_by_side
 from zssvd_lightning.correction.refit import Refit
-from zssvd_lightning.correction.steps import best_fraction, falling, natural_lengths, projected_step
+from zssvd_lightning.correction.steps import best_fraction, linear_decay, natural_lengths, projected_step
 from zssvd_lightning.decomposition.decompose import Decomposition, decompose, gradient_squares
-from zssvd_lightning.decomposition.factors import HeldFactors
+from zssvd_lightning.decomposition.factors import TruncatedWeights
 from zssvd_lightning.decomposition.originals import Originals
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
@@ -86,7 +86,7 @@ class Compression:
             unit=config.budget_in,
         )
         self._plan = None if config.plan is None else Plan.read(config.plan, self.budget)
-        self.gathering = Gathering(
+        self.gathering = StatisticsCollector(
             model,
             self.targets,
             self.team,
@@ -104,7 +104,7 @@ class Compression:
         self._truncations = 0
         self._found: Decomposition | None = None
         self._selection: Selection | None = None
-        self._factors = HeldFactors(self.targets, self.team, config.storage)
+        self._factors = TruncatedWeights(self.targets, self.team, config.storage)
         self._installed: dict[str, nn.Module] = {}
         self.importances: dict[str, Importance] | None = None
 
@@ -141,7 +141,7 @@ class Compression:
         """One projected step per matrix along the natural gradient at the truncated weights, and `truncate`.
 
         Gradient and projection are those of the metric, in whose coordinates both happen at once. How far each weight
-        goes is settled at the first step of a course, by `natural_lengths`, and falls on a line to zero; see `falling`.
+        goes is fixed at the first step, by `natural_lengths`, and then falls on a line to zero; see `linear_decay`.
 
         Raises:
             CalibrationError: see `truncate`.
@@ -153,7 +153,7 @@ class Compression:
                 reaches = self._reaches()
                 squares = gradient_squares(self.targets, self.gathering, self.config.metric, self.team, self.progress)
                 self._lengths = natural_lengths(reaches, squares, self.config.step_radius)
-        part = falling(self.rounds, self.config.corrections)
+        part = linear_decay(self.rounds, self.config.corrections)
         self._truncate({name: part * length for name, length in self._lengths.items()})
 
     def _reaches(self) -> dict[str, float]:
@@ -182,7 +182,7 @@ class Compression:
             calls, self.gathering.calls = self.gathering.calls, []
             with self.team.together():
                 call = together(calls)
-            model = self.gathering.speaker(self.model)
+            model = self.gathering.logits_model(self.model)
             refit = Refit(self.targets, self.originals, self.gathering, self._factors, self.config.metric, self.team)
             run_side_by_side(model, call, layers, self.originals, refit.meet)
         self._truncations += 1
@@ -192,7 +192,7 @@ class Compression:
         found, selection = self._select(self._budget_so_far(), lengths)
         with self.stopwatch("truncate"):
             self.originals.keep()
-            self._factors = HeldFactors(self.targets, self.team, self.config.storage)
+            self._factors = TruncatedWeights(self.targets, self.team, self.config.storage)
             for name, target in self.targets.items():
                 kept = selection.kept[name]
                 if kept is None:
@@ -202,7 +202,7 @@ class Compression:
                     target.assign(self._factors.truncated(name))
         self._selection, self._found, self.gathering.spectra = selection, None, None
         self._truncations += 1
-        self.gathering.to_note = self._batches_to_note
+        self.gathering.calls_to_record = self._calls_to_record
         if self.config.weighs_rows:
             self.importances = {name: found.importances[name] for name in self._factors}
         if self.team.rank == 0:
@@ -250,7 +250,7 @@ class Compression:
             self.fractions[-1] = fraction
 
     @property
-    def _batches_to_note(self) -> int:
+    def _calls_to_record(self) -> int:
         return self.config.correction_batches if self.config.refits else 0
 
     @property
@@ -267,14 +267,14 @@ class Compression:
         _, selection = self._select(self.budget)
         return Plan.of(selection, self.budget)
 
-    def factorise(self, dress: Callable[[str, Factored], None] | None = None) -> None:
+    def factorize(self, dress: Callable[[str, Factored], None] | None = None) -> None:
         """Replaces every truncated layer by a low-rank one, in the form its storage has.
 
         Args:
             dress: is given each new layer, by name, while it is whole, before it is put in.
         """
         self.gathering.forget()
-        with self.stopwatch("factorise"):
+        with self.stopwatch("factorize"):
             for name in self._factors:
                 layer = self._factors.layer(name)
                 if dress is not None:
@@ -284,7 +284,7 @@ class Compression:
             mark(self.model)
 
     def store(self) -> None:
-        """Puts factors, and with `hq` dense layers, into the 8 bits that the storage is to have; after `factorise`."""
+        """Puts factors, and with `hq` dense layers, into the 8 bits that the storage is to have; after `factorize`."""
         if self.config.storage not in EIGHT_BIT:
             return
         with self.stopwatch("store"):
@@ -307,7 +307,7 @@ class Compression:
         mark(self.model)
         self._found, self._selection, self._installed, self._truncations = None, None, {}, 0
         self._lengths = None
-        self._factors = HeldFactors(self.targets, self.team, self.config.storage)
+        self._factors = TruncatedWeights(self.targets, self.team, self.config.storage)
         self.gathering.forget()
 
     def report(self) -> Report:
@@ -386,7 +386,7 @@ class Compression:
         self._lengths = None if state["lengths"] is None else dict(state["lengths"])
         self._model_parameters = state["model_parameters"]
         self._truncations = state["truncations"]
-        self.gathering.to_note = self._batches_to_note if self._truncations else 0
+        self.gathering.calls_to_record = self._calls_to_record if self._truncations else 0
         self.losses, self.fractions = list(state["losses"]), list(state["fractions"])
         self.stopwatch.seconds = dict(state["seconds"])
 
@@ -425,7 +425,7 @@ class Compression:
         found = self._decomposed(lengths) if self._found is None else self._with_curvature(self._found)
         with self.stopwatch("select"):
             rule = RULES[self.config.selection] if self._plan is None else self._plan.rule
-            return found, self.team.decided(lambda: rule(found.components, budget))
+            return found, self.team.decide_on_first(lambda: rule(found.components, budget))
 
     def _budget_so_far(self) -> Budget:
         """What the next of several truncations is to reach: its share of what has to go beyond what storage does."""

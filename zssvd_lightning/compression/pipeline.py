@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from zssvd_lightning.calibration.batches import loss_terms, token_mask
-from zssvd_lightning.calibration.collector import Gathering
+from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.compression.course import steps, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
@@ -69,7 +69,7 @@ def compress(
     progress: bool = True,
     **reading: Unpack[Reading],
 ) -> Report:
-    """Compresses `model` in place: calibrate, truncate, correct and truncate again, factorise, store.
+    """Compresses `model` in place: calibrate, truncate, correct and truncate again, factorize, store.
 
     Args:
         model: any module of `nn.Linear` or transformers' `Conv1D` layers.
@@ -98,7 +98,7 @@ def compress(
             else:  # let go of here, so that the truncation can free them
                 compression.gathering.moments, statistics = _fitting(compression, statistics), None
             compression.take(step)
-        compression.factorise()
+        compression.factorize()
         compression.store()
     return compression.report()
 
@@ -119,7 +119,7 @@ def calibrate(
     """
     config = config or CompressionConfig()
     targets = find_targets(model, config.include, config.ignore)
-    gathering = Gathering(model, targets, Team(), config.watches_outputs)
+    gathering = StatisticsCollector(model, targets, Team(), config.watches_outputs)
     with _gradients_set_aside(model):
         every = _checked(batches, 0, _so_many(batches, calibration_batches), Phase.CALIBRATE, progress=progress)
         _observe(model, gathering, every, Phase.CALIBRATE, **reading)
@@ -178,7 +178,7 @@ def gather(
 
 def _observe(
     model: nn.Module,
-    gathering: Gathering,
+    gathering: StatisticsCollector,
     batches: Iterable[Any],
     phase: Phase,
     *,

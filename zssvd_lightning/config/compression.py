@@ -9,7 +9,7 @@ from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, STORAGES, UNITS
 from zssvd_lightning.selection.rules import BY_CURVATURE, CHOOSE_BITS, RULES
 from zssvd_lightning.whitening.metrics import METRICS
-from zssvd_lightning.whitening.output_gradients import OUTPUT_SIDES
+from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 
 CORRECTION_STEPS = ("projected", "natural", "refit")
 
@@ -89,7 +89,7 @@ class CompressionConfig:
         require(self.correction_batches >= 1, "correction_batches", self.correction_batches, "1 or more")
         require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
         require_one_of("metric", self.metric, METRICS)
-        require_one_of("output_side", self.output_side, OUTPUT_SIDES)
+        require_one_of("output_side", self.output_side, OUTPUT_GRADIENTS)
         require_one_of("selection", self.selection, RULES)
         require_one_of("budget_in", self.budget_in, UNITS)
         require_one_of("correction_step", self.correction_step, CORRECTION_STEPS)

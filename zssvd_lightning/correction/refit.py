@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from zssvd_lightning._numerics import accumulated
-from zssvd_lightning.calibration.collector import Gathering
+from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.decomposition.decompose import spectrum_of
-from zssvd_lightning.decomposition.factors import HeldFactors
+from zssvd_lightning.decomposition.factors import TruncatedWeights
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.whitening.cholesky import Whitening
@@ -32,8 +32,8 @@ class Refit:
         self,
         targets: Mapping[str, Target],
         originals: Mapping[str, Tensor],
-        gathering: Gathering,
-        factors: HeldFactors,
+        gathering: StatisticsCollector,
+        factors: TruncatedWeights,
         metric: str,
         team: Team,
     ) -> None:

@@ -53,7 +53,7 @@ def natural_lengths(reaches: Mapping[str, float], squares: Mapping[str, float], 
     return {name: scale * t for name, t in projections.items()}
 
 
-def falling(done: int, steps: int) -> float:
+def linear_decay(done: int, steps: int) -> float:
     """`1 - done / steps`: the step after `done` ones of `steps`, relative to the first, on a line that ends at zero."""
     return 1.0 - done / steps
 

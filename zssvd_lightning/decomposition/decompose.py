@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from zssvd_lightning._numerics import accumulated
-from zssvd_lightning.calibration.collector import Gathering
+from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.decomposition.work_sharing import share_out
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CalibrationError
@@ -75,7 +75,7 @@ class Decomposition:
 
 def decompose(
     targets: Mapping[str, Target],
-    gathering: Gathering,
+    gathering: StatisticsCollector,
     metric: str,
     team: Team,
     progress: bool,
@@ -115,7 +115,7 @@ def decompose(
 
 
 def gradient_squares(
-    targets: Mapping[str, Target], gathering: Gathering, metric: str, team: Team, progress: bool
+    targets: Mapping[str, Target], gathering: StatisticsCollector, metric: str, team: Team, progress: bool
 ) -> dict[str, float]:
     """`<H, H>` of all layers, H being the whitened gradient `R^-1 G L^-T`. Collective.
 
@@ -129,7 +129,7 @@ def gradient_squares(
 class _Worker(ABC):
     """One process at its share of the layers."""
 
-    def __init__(self, targets: Mapping[str, Target], gathering: Gathering, metric: str, team: Team) -> None:
+    def __init__(self, targets: Mapping[str, Target], gathering: StatisticsCollector, metric: str, team: Team) -> None:
         self.jitters: dict[str, float] = {}
         self._targets = targets
         self._gathering = gathering
@@ -185,7 +185,7 @@ class _Worker(ABC):
 class _Measurer(_Worker):
     """Finds the squares of whitened gradients."""
 
-    def __init__(self, targets: Mapping[str, Target], gathering: Gathering, metric: str, team: Team) -> None:
+    def __init__(self, targets: Mapping[str, Target], gathering: StatisticsCollector, metric: str, team: Team) -> None:
         super().__init__(targets, gathering, metric, team)
         self.squares: dict[str, float] = {}
 
@@ -200,7 +200,7 @@ class _Decomposer(_Worker):
     def __init__(
         self,
         targets: Mapping[str, Target],
-        gathering: Gathering,
+        gathering: StatisticsCollector,
         metric: str,
         team: Team,
         *,

@@ -56,7 +56,7 @@ def pivoted_layer(old: Dense, factors: Factors, bias: Tensor | None, rows: Tenso
     return new
 
 
-class HeldFactors:
+class TruncatedWeights:
     """The factors of all truncated layers, of which each process holds what its team says.
 
     They are of the type of the weights, or wider where pivot rows and coefficients are to be made of them, so that
@@ -120,7 +120,7 @@ class HeldFactors:
             if self._storage != PivotedLinear.kind:
                 return low_rank_layer(old, factors, bias)
             # processors may round differently, and then choose other rows
-            rows = self._team.decided(lambda: pivots_first(factors.up))
+            rows = self._team.decide_on_first(lambda: pivots_first(factors.up))
             return pivoted_layer(old, factors, bias, rows)
 
     def state_dict(self) -> dict[str, list[Tensor]]:

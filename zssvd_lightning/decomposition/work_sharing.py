@@ -12,7 +12,7 @@ def svd_work(m: int, n: int) -> float:
 
 
 def whitening_work(n: int) -> float:
-    """Floating-point operations of the Cholesky factorisation of (n, n), on either side."""
+    """Floating-point operations of the Cholesky factorization of (n, n), on either side."""
     return n**3 / 3
 
 
@@ -22,7 +22,7 @@ def share_out(
     """Layers of each of `size` processes, so that all have about as much to do.
 
     Layers that share an input stay together. The costliest group goes first, to the process with the least so far.
-    With `outputs` there is a Cholesky factorisation for the output of each too.
+    With `outputs` there is a Cholesky factorization for the output of each too.
     """
     groups: dict[str, list[str]] = {}
     for name in targets:

@@ -36,7 +36,7 @@ class Several(Team):
         return everyone  # type: ignore[return-value]
 
     @override
-    def decided(self, choose: Callable[[], T]) -> T:
+    def decide_on_first(self, choose: Callable[[], T]) -> T:
         choice: list[T | None] = [None]
         with self.together():
             if self.rank == 0:

@@ -37,7 +37,7 @@ class Team:
         """What each process has, by rank. Collective."""
         return [mine]
 
-    def decided(self, choose: Callable[[], T]) -> T:
+    def decide_on_first(self, choose: Callable[[], T]) -> T:
         """What the first process chooses. Collective."""
         return choose()
 

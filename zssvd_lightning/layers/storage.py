@@ -122,7 +122,7 @@ STORAGES = {
 """By name. `factors`: up and down, in the model's type. `pivoted`: the same function in `k (m + n - k)` numbers, so
 that every rank but the full one is less than dense (PIFA, arXiv 2501.19090). `remap`: in 8 bits, but for as many rows
 or columns of the larger factor as it has more than the smaller (Dobi-SVD, arXiv 2502.02723). `hq`: everything in 8
-bits, which takes half of the budget alone (half-quantised, arXiv 2602.02848). `mixed`: each matrix as with `factors` or
+bits, which takes half of the budget alone (half-quantized, arXiv 2602.02848). `mixed`: each matrix as with `factors` or
 as with `hq`."""
 
 

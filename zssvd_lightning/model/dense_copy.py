@@ -96,7 +96,7 @@ def free_bytes(device: torch.device) -> int:
 
 def _frozen(name: str, value: nn.Parameter, parameter: Callable[[nn.Parameter], Tensor]) -> nn.Parameter:
     if not value.is_floating_point():
-        raise TeacherError(f"{name} is {value.dtype}: quantised models are not copied; {INSTEAD}")
+        raise TeacherError(f"{name} is {value.dtype}: quantized models are not copied; {INSTEAD}")
     return nn.Parameter(parameter(value).detach(), requires_grad=False)
 
 

@@ -1,4 +1,4 @@
-"""Which layers are factorised: linears by type and name, and the reason for each that is left alone."""
+"""Which layers are factorized: linears by type and name, and the reason for each that is left alone."""
 
 import re
 from collections import Counter
@@ -26,7 +26,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer to factorise, seen as `y = W x + b` however it stores W."""
+    """A linear layer to factorize, seen as `y = W x + b` however it stores W."""
 
     name: str
     """Qualified name in the model."""
@@ -74,7 +74,7 @@ class Target:
 def find_targets(
     model: nn.Module, include: Sequence[str] | str | None = None, ignore: Sequence[str] | str | None = None
 ) -> dict[str, Target]:
-    """The layers of `model` to factorise, by qualified name in module order.
+    """The layers of `model` to factorize, by qualified name in module order.
 
     Plain `nn.Linear` and transformers' `Conv1D` are candidates. Output embeddings, tied weights, subclasses that
     compute differently, factors of an earlier compression and layers too thin to gain are left alone.
@@ -87,7 +87,7 @@ def find_targets(
 
     Raises:
         TargetError: nothing is left, a pattern matches no module, or `include` matches nothing but layers that
-            cannot be factorised (the message says why not).
+            cannot be factorized (the message says why not).
     """
     include = [include] if isinstance(include, str) else include
     ignore = [ignore] if isinstance(ignore, str) else ignore
@@ -110,7 +110,7 @@ def find_targets(
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
         raise TargetError(
-            f"no layer to compress: {len(linears)} linear layers, of which {len(refused)} cannot be factorised"
+            f"no layer to compress: {len(linears)} linear layers, of which {len(refused)} cannot be factorized"
             + (f" ({reasons})" if reasons else "")
             + f"; include={include}, ignore={ignore}"
         )
@@ -135,7 +135,7 @@ def _refusals(model: nn.Module) -> Iterator[tuple[str, str]]:
         elif not weight.is_floating_point():
             yield name, f"its weight is {weight.dtype}, not floating point"
         elif owners[id(weight)] > 1:
-            yield name, "its weight is tied to another module's, and factorising one would untie them"
+            yield name, "its weight is tied to another module's, and factorizing one would untie them"
         elif id(module) in heads or name.rsplit(".", 1)[-1] == "lm_head":
             yield name, "it is the output embedding, where every token's logit needs its own row at full rank"
         elif break_even_rank(*Target(name, module).shape) < 1:
@@ -157,14 +157,14 @@ def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refus
         return
     for name, _ in matched:
         if name in refused:
-            raise TargetError(f"{name} cannot be factorised: {refused[name]}; take it out of include")
+            raise TargetError(f"{name} cannot be factorized: {refused[name]}; take it out of include")
     name, module = matched[0]
     kind = (
         "an embedding is a table lookup, not a product with W"
         if isinstance(module, nn.Embedding)
         else "only nn.Linear and transformers' Conv1D layers are"
     )
-    raise TargetError(f"{name} ({type(module).__name__}) cannot be factorised: {kind}; take {pattern!r} out of include")
+    raise TargetError(f"{name} ({type(module).__name__}) cannot be factorized: {kind}; take {pattern!r} out of include")
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning._numerics import accumulated, exact_products
-from zssvd_lightning.calibration.collector import Gathering
+from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.hooks import watching_inputs
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError, NonFiniteError
@@ -24,12 +24,12 @@ from zssvd_lightning.whitening.moments import Moments
 
 
 @dataclass
-class Preparation:
+class PrehabRun:
     """What one fit goes by."""
 
     targets: dict[str, Target] = field(default_factory=dict)
     """The layers; none before training, after it, and once a compression has begun."""
-    gathering: Gathering | None = None
+    gathering: StatisticsCollector | None = None
     """Second moments, until enough batches were seen."""
     saved_gathering: dict[str, Any] | None = None
     """Its `state_dict`, before training and after it."""
@@ -70,7 +70,7 @@ class Preparation:
             )
         self.targets = targets
         if self.begins_at is None:
-            self.gathering = Gathering(model, targets, team)
+            self.gathering = StatisticsCollector(model, targets, team)
             if self.saved_gathering is not None:
                 self.gathering.load_state_dict(self.saved_gathering)
                 self.saved_gathering = None

@@ -1,4 +1,4 @@
-"""The ways to train a low-rank model after factorisation: by what, and of which parameters.
+"""The ways to train a low-rank model after factorization: by what, and of which parameters.
 
 Each is a class of settings; `METHODS` has them by name, for YAML.
 """
@@ -40,7 +40,7 @@ ELSEWHERE = {
 
 
 NEED_BATCHES = ("eva", "corda", "lora_ga", "loftq")
-"""Initialisations that peft takes from batches, gradients or a quantised model, none of which it is given here."""
+"""Initializations that peft takes from batches, gradients or a quantized model, none of which it is given here."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class LoRARecovery(Recovery):
         init = self.peft.get("init_lora_weights")
         if init in NEED_BATCHES:
             raise ConfigError(
-                f"recovery.peft.init_lora_weights is {init!r}, which takes batches, gradients or a quantised model of "
+                f"recovery.peft.init_lora_weights is {init!r}, which takes batches, gradients or a quantized model of "
                 "its own, while factors are in the basis of their inputs already; there are true, gaussian, pissa, "
                 "pissa_niter_N, olora and orthogonal"
             )

@@ -11,7 +11,7 @@ LEAST_SCALE = 1e-3
 """A loss scale that has fallen below it has met nothing but gradients that are not finite."""
 
 
-class LastGood:
+class Rollback:
     """What this process holds of the parameters that require gradients, as they were when all was last finite.
 
     Args:

@@ -18,7 +18,7 @@ from zssvd_lightning.model import adapters
 from zssvd_lightning.model.dense_copy import copied, refuse_too_large
 from zssvd_lightning.model.logits import logits_of
 from zssvd_lightning.model.targets import Target, local_part, matches
-from zssvd_lightning.recovery.rollback import LastGood
+from zssvd_lightning.recovery.rollback import Rollback
 from zssvd_lightning.recovery.settings import Recovery
 from zssvd_lightning.recovery.teachers import Call, DenseTeacher, SavedPredictions, Teacher, has_encoder
 from zssvd_lightning.serialization.specs import ranks_of
@@ -26,8 +26,8 @@ from zssvd_lightning.serialization.transformers_config import mark
 from zssvd_lightning.strategies import StrategyAdapter
 
 
-class Recovering:
-    """One recovery, from FACTORISE to the end of the fit.
+class RecoveryRun:
+    """One recovery, from FACTORIZE to the end of the fit.
 
     Args:
         settings: how to recover.
@@ -36,7 +36,7 @@ class Recovering:
         active: whether the module is trained by it.
         began: the global step at which its stage began.
         divergence: from the teacher at the latest batch (nats).
-        last_good: the weights that gave finite gradients, for when others do not.
+        rollback: the weights that gave finite gradients, for when others do not.
         horizon: its optimizer steps, and the `max_steps` and `max_epochs` they follow from.
         over: whether it ended, and the Trainer's optimizers are still those it was trained by.
     """
@@ -47,7 +47,7 @@ class Recovering:
         self.stage = 0
         self.began = 0
         self.divergence: Tensor | None = None
-        self.last_good = LastGood(settings.lr)
+        self.rollback = Rollback(settings.lr)
         self.over = False
         self.horizon: tuple[float, int, int | None] | None = None
         self._were_trainable: list[str] = []
@@ -116,7 +116,7 @@ class Recovering:
                 Target(name, layer).assign(W)
         self._teacher = DenseTeacher(teacher)
 
-    def note_flags(self, module: nn.Module) -> None:
+    def sync_requires_grad(self, module: nn.Module) -> None:
         """Notes what was trained of a module that is dense still."""
         self._were_trainable = [name for name, p in module.named_parameters() if p.requires_grad]
 
@@ -185,9 +185,9 @@ class Recovering:
         Raises:
             DivergedError: it is not finite.
         """
-        self.last_good.check_weights(module, adapter.team)
+        self.rollback.check_weights(module, adapter.team)
         self.stage += 1
-        self.last_good.forget()
+        self.rollback.forget()
         for name, layer in adapters.on(module).items():
             new = adapters.merged(layer, adapter.whole)
             self.dress(name, new)
@@ -200,11 +200,11 @@ class Recovering:
         try:
             if merge:
                 adapters.merge_adapters(module, adapter.replace, adapter.whole)
-                adapter.settle()
+                adapter.discard_replaced()
                 mark(module)
         finally:
             self.let_go(module)
-            adapter.note_flags()
+            adapter.sync_requires_grad()
 
     def let_go(self, module: nn.Module) -> None:
         """Has flags be what they were, and those of adapters that stay be set."""
@@ -218,7 +218,7 @@ class Recovering:
             parameter.requires_grad_(dense_name.get(name, name) in before)
         self.active, self.over = False, True
         self._teacher, self._call = None, None
-        self.last_good.forget()
+        self.rollback.forget()
 
     def watch(self, student: nn.Module) -> Callable[[], None]:
         """Notes the forward passes of a model in training; returns what ends that."""
@@ -328,7 +328,7 @@ class Recovering:
         return found
 
 
-def refuse_other_recovery(state: Mapping[str, Any] | None, mine: Recovering | None) -> None:
+def refuse_other_recovery(state: Mapping[str, Any] | None, mine: RecoveryRun | None) -> None:
     """Raises CheckpointError for a checkpoint of the recovery, or of after it, by another one.
 
     Args:

@@ -1,4 +1,4 @@
-"""How a low-rank model is trained after factorisation: what all `ways` have in common."""
+"""How a low-rank model is trained after factorization: what all `ways` have in common."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -170,7 +170,7 @@ class SavedPredictions:
 def save_predictions(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], folder: str | Path, top: int = 64, progress: bool = True
 ) -> None:
-    """Writes a dense model's likeliest tokens at every position of all batches, to distil from without the model.
+    """Writes a dense model's likeliest tokens at every position of all batches, to distill from without the model.
 
     Takes `top * 6` bytes a token.
 

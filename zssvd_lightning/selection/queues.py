@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 
-class Offer(NamedTuple):
+class Candidate(NamedTuple):
     """The component that a matrix would drop next."""
 
     matrix: int
@@ -20,13 +20,13 @@ class Offer(NamedTuple):
     """Of a component of this matrix, on average."""
 
 
-Key = Callable[[Offer], float]
+Key = Callable[[Candidate], float]
 
 
 class Queue(Protocol):
     """Holds one offer a matrix and says which to take next; ties go to the earlier matrix."""
 
-    def offer(self, offer: Offer) -> None:
+    def offer(self, offer: Candidate) -> None:
         """Adds an offer."""
 
     def take(self) -> int:
@@ -40,7 +40,7 @@ class SmallestFirst:
         self._key = key
         self._heap: list[tuple[float, int]] = []
 
-    def offer(self, offer: Offer) -> None:
+    def offer(self, offer: Candidate) -> None:
         """See `Queue`."""
         heapq.heappush(self._heap, (self._key(offer), offer.matrix))
 
@@ -58,7 +58,7 @@ class ZeroSum:
         self._falling: list[tuple[float, int, float]] = []
         self._drift = 0.0
 
-    def offer(self, offer: Offer) -> None:
+    def offer(self, offer: Candidate) -> None:
         """See `Queue`."""
         side = self._rising if offer.delta >= 0 else self._falling
         heapq.heappush(side, (self._size(offer), offer.matrix, offer.delta))

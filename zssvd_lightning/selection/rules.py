@@ -20,7 +20,7 @@ from zssvd_lightning.selection.candidates import Options, of_dropping, of_roundi
 from zssvd_lightning.selection.components import Components, Selection
 from zssvd_lightning.selection.knapsack import least_loss
 from zssvd_lightning.selection.proportional import effective_rank_of, proportional_ranks
-from zssvd_lightning.selection.queues import Offer, Queue, SmallestFirst, ZeroSum
+from zssvd_lightning.selection.queues import Candidate, Queue, SmallestFirst, ZeroSum
 
 CHOOSE_BITS = ("curvature", "curvature_first_order")
 """The rules that can choose for each matrix between 8 and 16 bits, as storage `mixed` asks."""
@@ -188,7 +188,9 @@ def _drop_until_met(
     def offer(i: int) -> None:
         if ranks[i] > floors[i]:
             component = orders[i][len(orders[i]) - ranks[i]]
-            queue.offer(Offer(i, sigmas[i][component], deltas[i][component], second_orders[i][component], averages[i]))
+            queue.offer(
+                Candidate(i, sigmas[i][component], deltas[i][component], second_orders[i][component], averages[i])
+            )
 
     for i in range(len(names)):
         offer(i)

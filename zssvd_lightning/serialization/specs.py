@@ -25,7 +25,7 @@ def ranks_of(model: nn.Module) -> dict[str, int]:
 
 
 def rebuild(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replaces the dense layers named in `specs` by uninitialised compressed ones, in place.
+    """Replaces the dense layers named in `specs` by uninitialized compressed ones, in place.
 
     Raises:
         SavedModelError: a name is not a linear layer of the model, or there is no such kind of layer.

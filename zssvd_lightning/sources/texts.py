@@ -46,7 +46,7 @@ def load_text(source: str) -> str:
 
 
 class Tokens(NamedTuple):
-    """A whole text, tokenised once."""
+    """A whole text, tokenized once."""
 
     ids: Tensor
     """(T,), without special tokens."""
@@ -99,7 +99,7 @@ def _enough_windows(tokens: Tokens, length: int, count: int, source: str) -> Ten
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):
-    """Windows (N, length) as causal language modelling examples, whose labels are their inputs."""
+    """Windows (N, length) as causal language modeling examples, whose labels are their inputs."""
 
     def __init__(self, input_ids: Tensor) -> None:
         self.input_ids = input_ids

@@ -46,13 +46,13 @@ class StrategyAdapter:
     def refuse_layers(self, targets: Mapping[str, Target]) -> None:
         """Raises UnsupportedTrainingError when layers are laid out over the processes in a way that is not known."""
 
-    def show_weights(self) -> None:
+    def unwrap_parameters(self) -> None:
         """Makes the module's parameters those that optimizers and `team` know, at whatever moment."""
 
     def before_batch(self) -> None:
         """Has the gradients of the next batch become what `team` expects them to be."""
 
-    def note_flags(self) -> None:
+    def sync_requires_grad(self) -> None:
         """Is called when parameters have begun to require gradients, or not to any more."""
 
     def replace(self, model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -80,11 +80,11 @@ class StrategyAdapter:
         """How many processes share a `dense_copy`."""
         return 1
 
-    def rewire(self) -> None:
+    def rebuild_optimizers(self) -> None:
         """Makes the strategy and new optimizers go by the layers that the module has now. Collective."""
         self.trainer.strategy.setup_optimizers(self.trainer)
 
-    def settle(self) -> None:
+    def discard_replaced(self) -> None:
         """Replaced layers will not be put back."""
 
     def checkpoints(self, prepare: Callable[[Mapping[str, Any]], None], key: str) -> AbstractContextManager[None]:

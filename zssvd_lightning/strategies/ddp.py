@@ -43,8 +43,8 @@ class DDPAdapter(StrategyAdapter):
         """Takes the wrapper off."""
         self.trainer.strategy.model = self.module
 
-    def rewire(self) -> None:
+    def rebuild_optimizers(self) -> None:
         """Wraps the module, which sends the weights of the first process to all, and sets up optimizers."""
         self.before_batch()
         self.trainer.strategy.configure_ddp()  # type: ignore[attr-defined]
-        super().rewire()
+        super().rebuild_optimizers()

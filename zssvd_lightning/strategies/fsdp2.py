@@ -103,12 +103,12 @@ class FSDP2Adapter(StrategyAdapter):
                     "an offload_policy, or compress first, as recipes/two_fits.py does"
                 )
 
-    def show_weights(self) -> None:
+    def unwrap_parameters(self) -> None:
         """Makes the parameters of all modules the sharded ones, which they are not in or after a forward pass alone."""
         for unit in self._units():
             unit.shard()
 
-    def note_flags(self) -> None:
+    def sync_requires_grad(self) -> None:
         """Lets units take note, since they reduce gradients in the type of the parameters that require some."""
         for unit in self._units():
             unit.begin()
@@ -149,12 +149,12 @@ class FSDP2Adapter(StrategyAdapter):
         """All of them."""
         return self.team.size
 
-    def rewire(self) -> None:
+    def rebuild_optimizers(self) -> None:
         """Lets units take note of types and flags as they are now, and sets up optimizers."""
-        self.note_flags()
-        super().rewire()
+        self.sync_requires_grad()
+        super().rebuild_optimizers()
 
-    def settle(self) -> None:
+    def discard_replaced(self) -> None:
         """Lets go of the rows of replaced layers."""
         for parameters in self._set_aside.values():
             let_go(parameters)
@@ -181,9 +181,9 @@ class FSDP2Adapter(StrategyAdapter):
             if fitting:
                 _refuse_empty_optimizers(outline, path)
             prepare(outline)
-            self.settle()
+            self.discard_replaced()
             if _trained_of(self.module) != before and fitting:
-                self.rewire()
+                self.rebuild_optimizers()
             loaded: dict[str, Any] = load(checkpoint_path, weights_only)
             if key in loaded.get("callbacks", {}):
                 mesh = strategy.device_mesh["data_parallel"]

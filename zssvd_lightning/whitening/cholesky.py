@@ -96,7 +96,7 @@ class Whitening:
 def safe_cholesky(moment: Tensor, name: str, damping: float = 0.0, of: str = "input") -> tuple[Tensor, float]:
     """Lower triangular root (n, n), float64, of a second moment with eps on its diagonal, and eps beyond the damping.
 
-    eps is relative to the mean diagonal. It starts at `damping` and grows tenfold until the factorisation succeeds.
+    eps is relative to the mean diagonal. It starts at `damping` and grows tenfold until the factorization succeeds.
 
     Args:
         moment: (n, n), symmetric, finite.

@@ -37,5 +37,5 @@ def top_k(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.zeros_like(logits).scatter_(-1, tokens, noise - q * noise.sum(-1, keepdim=True))
 
 
-OUTPUT_SIDES: dict[str, Draw | None] = {"empirical": None, "sampled": sampled, "top_k": top_k}
+OUTPUT_GRADIENTS: dict[str, Draw | None] = {"empirical": None, "sampled": sampled, "top_k": top_k}
 """By name; None for the labels of the batch, whose gradients come back with the loss itself."""

@@ -137,7 +137,7 @@ def one_line(text: str) -> str:
 
 
 class Material:
-    """A model with its tokenizer, and texts, each tokenised once."""
+    """A model with its tokenizer, and texts, each tokenized once."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.model, self.tokenizer = load_model(config.source, config.dtype)
@@ -146,14 +146,14 @@ class Material:
 
     def batches(self, config: CalibrationConfig) -> "DataLoader[dict[str, Tensor]]":
         """The windows of calibration and corrections, always in the same order. Raises TextError."""
-        drawn = calibration_windows(config, self._tokenised)
+        drawn = calibration_windows(config, self._tokenized)
         return DataLoader(texts.TokenWindows(drawn), batch_size=config.batch_size)
 
     def windows(self, config: EvaluateConfig) -> dict[str, Tensor]:
         """Windows (N, length) of each evaluation text, by the name of its perplexity. Raises TextError."""
         wanted = {"perplexity": config.text, "perplexity_second": config.second}
         return {
-            key: texts.windows(self._tokenised(text), config.length, config.windows, text)
+            key: texts.windows(self._tokenized(text), config.length, config.windows, text)
             for key, text in wanted.items()
             if text is not None
         }
@@ -174,7 +174,7 @@ class Material:
                 found["accuracy"] = scores
         return {**found, "evaluate_seconds": watch.seconds["evaluate"]}
 
-    def _tokenised(self, source: str) -> texts.Tokens:
+    def _tokenized(self, source: str) -> texts.Tokens:
         if source not in self._tokens:
             self._tokens[source] = texts.tokenize(texts.load_text(source), self.tokenizer)
         return self._tokens[source]

@@ -18,12 +18,12 @@ HIGHEST = 100.0
 """Times the lowest perplexity of a panel's curves, that it shows at most: broken models leave room for the others."""
 
 
-COLOURS = 10
+COLORS = 10
 """In matplotlib's cycle."""
 
 
 MARKERS = "osD^v"
-"""Each for as many curves as there are colours."""
+"""Each for as many curves as there are colors."""
 
 
 class Curve(NamedTuple):
@@ -68,7 +68,7 @@ def draw(panels: Mapping[str, Sequence[Curve]], path: Path) -> bool:
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for number, curve in enumerate(curves):
             label = curve.preset if curve.preset in seen else f"{curve.preset} (higher)"
-            marker = MARKERS[number // COLOURS % len(MARKERS)]
+            marker = MARKERS[number // COLORS % len(MARKERS)]
             axes.errorbar(
                 curve.kept, curve.perplexity, curve.deviation, label=label, marker=marker, capsize=3, linewidth=1
             )
