@@ -4,6 +4,7 @@ WAIT -> CALIBRATE -> TRUNCATE -> (CORRECT -> CALIBRATE -> TRUNCATE) x correction
 """
 
 import warnings
+from collections.abc import Mapping
 from enum import EnumType, StrEnum
 from typing import Any, Self
 
@@ -36,6 +37,11 @@ class Phase(StrEnum, metaclass=_WithOldName):
     DONE = "done"
     """The fit has ended."""
 
+    @classmethod
+    def _missing_(cls, value: object) -> Self | None:
+        """Read the British spelling, as checkpoints of version 0.1 have it."""
+        return cls("factorize") if value == "factorise" else None
+
 
 GATHERING = (Phase.CALIBRATE, Phase.CORRECT)
 
@@ -43,8 +49,3 @@ GATHERING = (Phase.CALIBRATE, Phase.CORRECT)
 def phase_is_after(state: Mapping[str, Any]) -> bool:
     """Whether the model of a state is low-rank."""
     return Phase(state["phase"]) in (Phase.RECOVER, Phase.DONE)
-
-    @classmethod
-    def _missing_(cls, value: object) -> Self | None:
-        """Read the British spelling, as checkpoints of version 0.1 have it."""
-        return cls("factorize") if value == "factorise" else None
