@@ -23,30 +23,39 @@ The packages, in the order in which data flows through them; imports run up this
     sources         models and texts from packages, files, the hub
     app             command line, whole runs, comparisons, pictures
 
-Beside them: `errors` (every refusal by name), `_validation`, `_contexts`, `_numerics` and `_files`.
+Beside them: `errors` (every refusal by name), `_validation`, `_contexts`, `_numerics`, `_files` and `_registration`.
+
+The public names are loaded when they are first used, so that `import zssvd_lightning` alone stays fast. It does make
+transformers read compressed folders; see `_registration`.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from zssvd_lightning import errors
-from zssvd_lightning.app.run import Run
-from zssvd_lightning.app.run_config import RunConfig
-from zssvd_lightning.callbacks.limits import scheduled_steps
-from zssvd_lightning.callbacks.prehab import LowRankPrehab
-from zssvd_lightning.callbacks.zssvd import ZSSVDCallback
-from zssvd_lightning.compression.phase import Phase
-from zssvd_lightning.compression.pipeline import compress
-from zssvd_lightning.compression.quantization import quantize
-from zssvd_lightning.compression.report import Report
-from zssvd_lightning.config.compression import CompressionConfig
-from zssvd_lightning.config.loading import load_config
-from zssvd_lightning.evaluation.perplexity import perplexity
-from zssvd_lightning.hub.export import export_onnx, merge
-from zssvd_lightning.hub.loading import from_pretrained
-from zssvd_lightning.hub.saving import save_pretrained
-from zssvd_lightning.layers.low_rank import LowRankLinear
-from zssvd_lightning.model.adapters import merge_adapters
-from zssvd_lightning.recovery.methods import FactorRecovery, LoRARecovery, SingularValueRecovery
-from zssvd_lightning.recovery.teachers import save_predictions
-from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixin
+from zssvd_lightning._registration import register_with_transformers
+
+if TYPE_CHECKING:
+    from zssvd_lightning.app.run import Run
+    from zssvd_lightning.app.run_config import RunConfig
+    from zssvd_lightning.callbacks.limits import scheduled_steps
+    from zssvd_lightning.callbacks.prehab import LowRankPrehab
+    from zssvd_lightning.callbacks.zssvd import ZSSVDCallback
+    from zssvd_lightning.compression.phase import Phase
+    from zssvd_lightning.compression.pipeline import compress
+    from zssvd_lightning.compression.quantization import quantize
+    from zssvd_lightning.compression.report import Report
+    from zssvd_lightning.config.compression import CompressionConfig
+    from zssvd_lightning.config.loading import load_config
+    from zssvd_lightning.evaluation.perplexity import perplexity
+    from zssvd_lightning.hub.export import export_onnx, merge
+    from zssvd_lightning.hub.loading import from_pretrained
+    from zssvd_lightning.hub.saving import save_pretrained
+    from zssvd_lightning.layers.low_rank import LowRankLinear
+    from zssvd_lightning.model.adapters import merge_adapters
+    from zssvd_lightning.recovery.methods import FactorRecovery, LoRARecovery, SingularValueRecovery
+    from zssvd_lightning.recovery.teachers import save_predictions
+    from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixin
 
 __all__ = [
     "CompressionConfig",
@@ -61,6 +70,7 @@ __all__ = [
     "RunConfig",
     "SingularValueRecovery",
     "ZSSVDCallback",
+    "__version__",
     "compress",
     "errors",
     "export_onnx",
@@ -74,3 +84,48 @@ __all__ = [
     "save_pretrained",
     "scheduled_steps",
 ]
+
+_MODULES = {
+    "CompressionConfig": "config.compression",
+    "FactorRecovery": "recovery.methods",
+    "LoRARecovery": "recovery.methods",
+    "LowRankCheckpointMixin": "serialization.checkpoint_mixin",
+    "LowRankLinear": "layers.low_rank",
+    "LowRankPrehab": "callbacks.prehab",
+    "Phase": "compression.phase",
+    "Report": "compression.report",
+    "Run": "app.run",
+    "RunConfig": "app.run_config",
+    "SingularValueRecovery": "recovery.methods",
+    "ZSSVDCallback": "callbacks.zssvd",
+    "compress": "compression.pipeline",
+    "export_onnx": "hub.export",
+    "from_pretrained": "hub.loading",
+    "load_config": "config.loading",
+    "merge": "hub.export",
+    "merge_adapters": "model.adapters",
+    "perplexity": "evaluation.perplexity",
+    "quantize": "compression.quantization",
+    "save_predictions": "recovery.teachers",
+    "save_pretrained": "hub.saving",
+    "scheduled_steps": "callbacks.limits",
+}
+"""Where each public name is defined."""
+
+register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use."""
+    if name == "__version__":
+        value: Any = import_module("importlib.metadata").version("zssvd-lightning")
+    elif name in _MODULES:
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

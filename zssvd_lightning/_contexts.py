@@ -1,4 +1,4 @@
-"""Attributes of somebody else's object, replaced for a while."""
+"""Context managers that change the state of an object and restore it on exit."""
 
 import sys
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def overridden(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Gives `owner` attributes of its own in place of those of its class; on any exit it has what it had before."""
+    """Set instance attributes of `owner`, shadowing those of its class. Restore the previous state on any exit."""
     own: dict[str, Any] = owner.__dict__
     before = {name: own[name] for name in attributes if name in own}
     own.update(attributes)
@@ -25,13 +25,13 @@ def overridden(owner: Any, **attributes: Any) -> Iterator[None]:
 
 
 def uncompiled() -> AbstractContextManager[None]:
-    """Within the context compiled modules run as they are written, and with their hooks."""
+    """Return a context in which compiled modules run eagerly, including their hooks."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts the model into evaluation mode and, on any exit, each module back into its own."""
+    """Put the model into evaluation mode. Restore the mode of each module on any exit."""
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -43,7 +43,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def no_cache(model: nn.Module) -> Iterator[None]:
-    """Has models of transformers keep no keys and values and, on any exit, each do as it did."""
+    """Disable the key-value cache of transformers models. Restore each setting on any exit."""
     configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     cached = [config for config in {id(c): c for c in configs}.values() if "use_cache" in config.to_dict()]
     before = [config.use_cache for config in cached]

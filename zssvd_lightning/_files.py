@@ -1,4 +1,4 @@
-"""Writing files and folders so that an interrupted run loses nothing."""
+"""Atomic writing of files and folders, so that an interrupted run loses nothing."""
 
 import ctypes
 import hashlib
@@ -13,26 +13,26 @@ from pathlib import Path
 from zssvd_lightning.errors import OutputError
 
 MANIFEST = "zssvd.json"
-"""Lists what this package wrote into a folder; a folder that holds nothing else may be replaced."""
+"""File that lists what this package wrote into a folder. A folder that contains nothing else may be replaced."""
 
 
 CARD = "README.md"
-"""May be edited by hand, and is then no longer ours."""
+"""Model card. If edited by hand, it no longer counts as written by this package."""
 
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-"""Of Linux's renameat2."""
+"""Constants for Linux's `renameat2`."""
 
 
 def check_output(path: str | Path, source: str | Path | None = None) -> Path:
-    """The output folder, when it may be written: absent, empty, or holding nothing but what this package wrote.
+    """Return the resolved output folder if it may be written: missing, empty, or with only files of this package.
 
     Args:
-        path: the folder.
-        source: a folder that is read from, if it is one.
+        path: output folder.
+        source: input folder, if the input is a folder.
 
     Raises:
-        OutputError: it is a file, the source, around the working directory, or holds something else.
+        OutputError: the path is a file, is the source, is or contains the working directory, or contains other files.
     """
     path = Path(path).expanduser().resolve()
     if path.exists() and not path.is_dir():
@@ -50,7 +50,7 @@ def check_output(path: str | Path, source: str | Path | None = None) -> Path:
 
 
 def _files(folder: Path) -> set[str]:
-    """Names of files, links and empty folders within, relative to the folder."""
+    """Return the names of files, links and empty folders inside, relative to the folder."""
     return {
         str(entry.relative_to(folder))
         for entry in folder.rglob("*")
@@ -59,7 +59,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def _ours(folder: Path) -> set[str]:
-    """Names in the manifest, but for a card that is not as it was."""
+    """Return the names in the manifest, except a model card that was changed since."""
     try:
         told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         names, card = set(told["files"]), told["card"]
@@ -74,7 +74,7 @@ def _card(folder: Path) -> str | None:
 
 
 def _finish(folder: Path) -> None:
-    """Writes the manifest, and has everything on the disk."""
+    """Write the manifest and flush all files to disk."""
     names = sorted(_files(folder) | {MANIFEST})
     manifest = json.dumps({"files": names, "card": _card(folder)}, indent=2)
     (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
@@ -86,10 +86,10 @@ def _finish(folder: Path) -> None:
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, which takes its place when the block ends well and is dropped when it does not.
+    """Yield a temporary folder next to `path`. It replaces `path` if the block succeeds, and is deleted if it fails.
 
     Raises:
-        OutputError: `path` may not be replaced, or writing failed (a full disk, missing rights).
+        OutputError: `path` may not be replaced, or writing failed (for example a full disk or missing permissions).
     """
     path = check_output(path)
     try:
@@ -112,10 +112,10 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside `path`, of the same ending, which takes its place when the block ends well.
+    """Yield the path of a temporary file with the same name, which replaces `path` if the block succeeds.
 
     Raises:
-        OutputError: writing failed; what was there before is untouched.
+        OutputError: writing failed. An existing file is untouched.
     """
     path = Path(path).expanduser().absolute()
     try:
@@ -129,7 +129,7 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Puts `new` in the place of `path`, and removes what was there."""
+    """Replace the folder `path` by `new`, and delete the previous one."""
     if not path.exists():
         new.rename(path)
     elif _exchange(new, path):
@@ -146,8 +146,8 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Has two folders change places in one step, so that neither is ever missing; False where the system cannot."""
-    with suppress(OSError, AttributeError):  # no C library, or one without the call
+    """Exchange two folders atomically, so that neither is ever missing. Return False if the system cannot."""
+    with suppress(OSError, AttributeError):  # no C library, or renameat2 is missing
         exchange = ctypes.CDLL(None).renameat2
         failed: int = exchange(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
         return failed == 0

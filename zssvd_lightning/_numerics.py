@@ -1,4 +1,4 @@
-"""Accumulate in a type that is wide enough: float32 sums, exact products, float64 decompositions."""
+"""Numerical precision: sums in float32 or wider, exact products and float64 decompositions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,23 +7,24 @@ import torch
 from torch import Tensor
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Names of floating-point types that settings accept."""
 
 
 SMALL_SQUARE = 256
-"""Width up to which a product of a matrix with itself is made at once."""
+"""Width up to which `add_square` computes `X^T X` as one product."""
 
 
 SMALL_SQUARE_BFLOAT16 = 640
-"""The same of numbers that came in bfloat16, of which products are faster."""
+"""Same limit for bfloat16 inputs, whose products are faster."""
 
 
 @contextmanager
 def exact_products(of: torch.dtype = torch.float32) -> Iterator[None]:
-    """Keeps float32 products exact, whatever `torch.set_float32_matmul_precision` allows elsewhere.
+    """Compute float32 products exactly within the context, regardless of `torch.set_float32_matmul_precision`.
 
     Args:
-        of: the type that the numbers came in. Units that multiply bfloat16 lose nothing of numbers that were bfloat16,
-            add up in float32 and are faster.
+        of: original type of the numbers. For numbers that were bfloat16, bfloat16 hardware units lose nothing, sum in
+            float32 and are faster, so they are allowed.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if of == torch.bfloat16 else "highest")
@@ -34,14 +35,15 @@ def exact_products(of: torch.dtype = torch.float32) -> Iterator[None]:
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
-    """The type in which numbers of `dtype` are added up: float32 or wider."""
+    """Return the type in which to sum numbers of `dtype`: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def add_square(total: Tensor, X: Tensor, weight: float = 1.0) -> None:
-    """Adds `weight X^T X` of X (T, n) to the symmetric `total` (n, n), in little more than half of its operations.
+    """Add `weight * X^T X` for X (T, n) to the symmetric `total` (n, n), with little more than half the operations.
 
-    Halves of X make the blocks on the diagonal, in the same way, and one of the two beside it; the other mirrors that.
+    The columns of X are split into halves. The diagonal blocks are computed recursively and one off-diagonal block
+    directly; the other is its transpose.
     """
     small = SMALL_SQUARE_BFLOAT16 if X.dtype == torch.bfloat16 else SMALL_SQUARE
     with torch.autocast(X.device.type, enabled=False), exact_products(X.dtype):
@@ -61,5 +63,5 @@ def _add_square(total: Tensor, X: Tensor, weight: float, small: int) -> None:
 
 
 def in_float64(M: Tensor) -> Tensor:
-    """The same in float64; on the CPU where the device has none."""
+    """Return M in float64, on the CPU if the device (MPS) has no float64."""
     return (M.cpu() if M.device.type == "mps" else M).double()

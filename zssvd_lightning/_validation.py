@@ -1,16 +1,17 @@
-"""Checks of settings, with errors that name the setting and what it takes."""
+"""Checks of settings, with errors that name the setting and its valid values."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-from zssvd_lightning.errors import ConfigError
+from zssvd_lightning.errors import ConfigError, MissingExtraError
 
 MOST_NAMED = 30
-"""Names a message lists at most."""
+"""Maximum number of names listed in a message."""
 
 
 def closest(name: str, valid: Iterable[str]) -> str:
-    """`"; did you mean ...?"` for the nearest valid dotted name, or a list of what there is."""
+    """Return `"; did you mean ...?"` for the closest valid dotted name, or a list of the valid names."""
     valid = list(valid)
     by_end = {option.rsplit(".", 1)[-1]: option for option in reversed(valid)}
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
@@ -21,12 +22,28 @@ def closest(name: str, valid: Iterable[str]) -> str:
 
 
 def require(holds: bool, name: str, value: object, range_: str) -> None:
-    """Raises ConfigError, naming the setting and its range, unless `holds`."""
+    """Raise ConfigError, naming the setting and its range, unless `holds`."""
     if not holds:
         raise ConfigError(f"{name} is {value!r}, but must be {range_}")
 
 
 def require_one_of(name: str, value: str, valid: Iterable[str]) -> None:
-    """Raises ConfigError, naming the nearest valid value, unless `value` is one of them."""
+    """Raise ConfigError, naming the closest valid value, unless `value` is valid."""
     if value not in valid:
         raise ConfigError(f"{name} is {value!r}{closest(value, valid)}")
+
+
+@contextmanager
+def needs_extra(extra: str, purpose: str) -> Iterator[None]:
+    """Turn an ImportError within the block into a MissingExtraError that names the extra to install.
+
+    Args:
+        extra: name under `[project.optional-dependencies]`.
+        purpose: subject of the message, in the plural, such as "LoRA adapters".
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{purpose} need a package that is not installed ({error}); pip install 'zssvd-lightning[{extra}]'"
+        ) from error

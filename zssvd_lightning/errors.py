@@ -1,105 +1,109 @@
-"""Every way a run can be refused, by name. Each message says which module or key, what was found and what to do."""
+"""Errors and warnings of this package. Each message names the module or key, the actual value and the remedy."""
 
 
 class ZSSVDError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class ConfigError(ZSSVDError, ValueError):
-    """A setting is unknown, of the wrong type or outside its range."""
+    """Setting that is unknown, of the wrong type or out of range."""
 
 
 class TargetError(ZSSVDError, ValueError):
-    """The layers asked for cannot be factorized, or there are none."""
+    """Requested layers that cannot be factorized or do not exist."""
 
 
 class BudgetError(ZSSVDError, ValueError):
-    """The prune ratio cannot be reached with the rank floor that was asked for."""
+    """Prune ratio or ranks that conflict with the rank floor or the storage."""
 
 
 class TextError(ZSSVDError, ValueError):
-    """A text source is unknown, unreadable, empty or too short."""
+    """Text source that is unknown, unreadable, empty or too short."""
 
 
 class ModelSourceError(ZSSVDError, ValueError):
-    """A model source is unknown or does not hold what it should."""
+    """Model source that is unknown or lacks the expected content."""
 
 
 class CalibrationError(ZSSVDError, RuntimeError):
-    """The calibration batches do not give the statistics the method needs."""
+    """Calibration batches that do not provide the statistics the method needs."""
 
 
 class NonFiniteError(CalibrationError):
-    """A loss, an activation or a gradient is NaN or infinite."""
+    """Loss, activation or gradient that is NaN or infinite."""
 
 
 class ZeroGradientError(CalibrationError):
-    """The loss does not depend on a target layer, so its components cannot be scored."""
+    """Target layer on which the loss does not depend, so that its components cannot be scored."""
 
 
 class NotPositiveDefiniteError(CalibrationError):
-    """A second moment stays indefinite however much jitter is added."""
+    """Second moment that is not positive definite even with the largest jitter."""
 
 
 class UnsupportedTrainingError(ZSSVDError, RuntimeError):
-    """The training run is of a kind the callback cannot compress in."""
+    """Training run of a kind in which the callback cannot compress."""
 
 
 class ProcessFailedError(ZSSVDError, RuntimeError):
-    """Another process of the run failed; the message says which, and how."""
+    """Failure of another process of the run. The message says which process and why."""
 
 
 class UnfinishedError(ZSSVDError, RuntimeError):
-    """Training ended before the model was factorized."""
+    """Training that ended before the model was factorized."""
 
 
 class CheckpointError(ZSSVDError, RuntimeError):
-    """A checkpoint does not fit the module or the callback that is to go on from it."""
+    """Checkpoint that does not match the module or the callback that resumes from it."""
 
 
 class PlanError(ZSSVDError, ValueError):
-    """A rank plan cannot be read, or does not fit the model."""
+    """Rank plan that cannot be read or does not match the model."""
 
 
 class OutputError(ZSSVDError, OSError):
-    """An output folder cannot be written without losing something."""
+    """Output that cannot be written, or not without overwriting other files."""
 
 
 class SavedModelError(ZSSVDError, RuntimeError):
-    """A saved model does not hold what its config says."""
+    """Saved model whose content does not match its config."""
 
 
 class RecoveryError(ZSSVDError, RuntimeError):
-    """A low-rank model cannot be trained as its recovery says."""
+    """Low-rank model that cannot be trained as the recovery settings require."""
 
 
 class DivergedError(RecoveryError):
-    """A loss or a gradient of the recovery is NaN or infinite; the model has the last weights that gave none."""
+    """Recovery loss or gradient that is NaN or infinite. The model has the last weights for which both were finite."""
 
 
 class LogitsError(ZSSVDError, RuntimeError):
-    """It is not known which logits a loss is of, or there are none."""
+    """Logits of the loss that are missing or ambiguous."""
 
 
 class TeacherError(RecoveryError):
-    """There is no model, or there are no predictions, to distill from."""
+    """Missing model or predictions to distill from."""
 
 
 class RankDeficientWarning(UserWarning):
-    """A second moment was singular; names the layer and the jitter that made it positive definite."""
+    """Warning about a singular second moment. Names the layer and the jitter that made it positive definite."""
 
 
 class TaskError(ZSSVDError, ValueError):
-    """A task to evaluate on is unknown, does not load, or its rows are missing or malformed."""
+    """Evaluation task that is unknown, does not load, or has missing or malformed rows."""
 
 
 class UnsupportedServingError(ZSSVDError, RuntimeError):
-    """A serving engine needs a layer in a way that its compressed form does not allow."""
+    """Serving engine that uses a layer in a way its compressed form does not support."""
 
 
 class ExportError(ZSSVDError, RuntimeError):
-    """A model cannot be written in the format asked for."""
+    """Model that cannot be written in the requested format."""
 
 
 class QuantizationError(ZSSVDError, ValueError):
-    """A model cannot be kept in 8 bits as asked."""
+    """Model that cannot be stored in 8 bits as requested."""
+
+
+class MissingExtraError(ZSSVDError, ImportError):
+    """Missing package that only part of the library needs. The message names the extra to install."""

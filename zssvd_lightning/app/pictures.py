@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zssvd_lightning._files import replacing_file
+from zssvd_lightning._validation import needs_extra
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.errors import TextError
@@ -19,9 +20,10 @@ def draw(report: Report, path: str | Path) -> None:
     """Writes a PNG: kept fraction of every target by block and kind, perplexity, parameters and seconds.
 
     Raises:
-        ImportError: matplotlib is not installed; `pip install zssvd-lightning[report]`.
+        MissingExtraError: matplotlib is not installed; `pip install 'zssvd-lightning[report]'`.
     """
-    from matplotlib.figure import Figure
+    with needs_extra("report", "pictures"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
@@ -53,9 +55,10 @@ def draw_phases(metrics: str | Path, path: str | Path, loss: str = "loss") -> No
     Raises:
         OutputError: the picture cannot be written.
         TextError: the file cannot be read, or is not of a run with a `ZSSVDCallback` that logs this loss.
-        ImportError: matplotlib is not installed; `pip install zssvd-lightning[report]`.
+        MissingExtraError: matplotlib is not installed; `pip install 'zssvd-lightning[report]'`.
     """
-    from matplotlib.figure import Figure
+    with needs_extra("report", "pictures"):
+        from matplotlib.figure import Figure
 
     losses, logged = _column(metrics, loss), _column(metrics, "zssvd/phase")
     phases = [logged[0], *(new for old, new in pairwise(logged) if new[1] != old[1])]

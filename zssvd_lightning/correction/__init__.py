@@ -1,1 +1,1 @@
-"""Steps between truncations: gradient steps and closed-form refits."""
+"""Corrections between truncations: gradient steps and closed-form refits."""

@@ -1,9 +1,10 @@
-"""One forward pass of the dense model and the truncated one together, each on half of the rows.
+"""One forward pass that runs the dense model and the truncated model together, each on half of the rows.
 
-Where a layer is reached, its inputs in both are known, and its weight may still be changed, so that the layers behind
-it see what comes of that. Nothing of the pass is kept but for the rows between two layers.
+When the pass reaches a layer, the inputs of that layer in both models are known. Its weight may still change, and the
+later layers then see the effect. Nothing of the pass is stored except the activations between two layers.
 
-Shapes: a call has B rows of T positions; X is (2 B, T, n) or (2 B T, n), the first half of it dense.
+Shapes: a call has B rows of T positions; X is (2 B, T, n) or (2 B T, n). The first half of it belongs to the dense
+model.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,26 +22,28 @@ from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.model.targets import Target
 
 Meet = Callable[[str, Tensor, Tensor], None]
+"""Function that receives a layer name and the layer's inputs (N, n) in the dense and in the truncated model."""
 
 
 @torch.no_grad()
 def run_side_by_side(
     model: nn.Module, call: Call, layers: Mapping[str, Target], originals: Mapping[str, Tensor], meet: Meet
 ) -> None:
-    """Runs the rows of `call` through the model with original weights and through the one there is now, in one pass.
+    """Run the rows of `call` through the model with the original weights and with the current ones, in one pass.
 
-    It ends with the last of `layers`. Mode and cache setting are as before on any exit, and no hook is left.
+    The pass stops after the last of `layers`. On any exit, training mode and cache setting are restored and all hooks
+    are removed.
 
     Args:
-        model: what is called.
-        call: with which rows.
-        layers: those that have an original weight of their own.
-        originals: name -> it (m, n).
-        meet: is given the name of a layer and its inputs (N, n) at the N positions that count, first in the model with
-            original weights, before it runs.
+        model: model to run.
+        call: recorded call with the rows.
+        layers: layers that use their original weight in the dense half.
+        originals: name -> original weight (m, n).
+        meet: function called before a layer runs, with its name, its inputs (N, n) in the dense model and those in the
+            truncated model, at the N unmasked positions.
 
     Raises:
-        CalibrationError: a layer reads rows that cannot be told apart.
+        CalibrationError: the input of a layer cannot be split into the rows of both models.
     """
     (B, T), left = call.rows, set(layers)
 
@@ -83,5 +86,5 @@ def run_side_by_side(
             return
 
 
-class _Over(Exception):  # noqa: N818  (nothing has gone wrong)
-    """The last layer has run."""
+class _Over(Exception):  # noqa: N818  (not an error)
+    """Signal that the last layer has run."""

@@ -1,4 +1,4 @@
-"""The closed-form refit: what is done at each truncated layer on the way through the model."""
+"""Closed-form refit of each truncated layer during a forward pass through the model."""
 
 from collections.abc import Mapping
 
@@ -17,15 +17,15 @@ from zssvd_lightning.whitening.moments import Moments
 
 
 class Refit:
-    """Fits truncated weights one after the other, each at the rank it has.
+    """Refit of the truncated weights one after the other, each at its current rank.
 
     Args:
-        targets: the layers.
-        originals: their weights (m, n) before any truncation.
-        gathering: statistics, complete, that the metric goes by.
-        factors: whole ones of the truncated layers; get the new ones.
-        metric: by its name in `whitening.METRICS`, in which fitted weights are truncated again.
-        team: the processes that compress the model together, of which the first fits.
+        targets: layers by name.
+        originals: name -> weight (m, n) before any truncation.
+        gathering: complete statistics, from which the metric is built.
+        factors: unsharded factors of the truncated layers, which the refit overwrites.
+        metric: key of `whitening.metrics.METRICS`; the metric in which fitted weights are truncated again.
+        team: processes that compress the model together. The first one fits.
     """
 
     def __init__(
@@ -46,15 +46,16 @@ class Refit:
         self._inputs: tuple[str, Tensor, Tensor] | None = None
 
     def meet(self, name: str, dense: Tensor, truncated: Tensor) -> None:
-        """Gives a layer its new weight. Collective.
+        """Refit the weight of a layer. Collective.
 
         Args:
-            name: the layer.
-            dense: its inputs (N, n) in the dense model.
-            truncated: the same in the truncated one, as it is now.
+            name: layer name.
+            dense: inputs (N, n) of the layer in the dense model.
+            truncated: inputs (N, n) of the layer in the truncated model, as refitted so far.
 
         Raises:
-            CalibrationError: second moments are not finite or degenerate, or an SVD failed; names the layer.
+            CalibrationError: second moments are not finite or degenerate, or an SVD failed. The message names the
+                layer.
         """
         leader = self._gathering.moments.leaders.get(name, name)
         if self._inputs is None or self._inputs[0] != leader:
@@ -68,7 +69,7 @@ class Refit:
         self._targets[name].assign(self._factors.truncated(name))
 
     def _products(self, dense: Tensor, truncated: Tensor) -> tuple[Tensor, Tensor]:
-        """`mean x' x'^T` and `mean x x'^T` over all tokens of all processes."""
+        """Return `mean x' x'^T` and `mean x x'^T` (n, n) over all tokens of all processes."""
         wide = accumulated(truncated.dtype)
         X, there = dense.to(wide), truncated.to(wide)
         tokens = sum(self._team.gathered(len(there)))
@@ -82,20 +83,20 @@ class Refit:
 
 
 REFIT_PART = 0.5
-"""Of the way to the least-squares solution, that a refit goes."""
+"""Fraction of the step to the least-squares solution that a refit takes."""
 
 
 REFIT_DAMPING = 0.2
-"""Relative to the mean of the diagonal of the input's second moment."""
+"""Damping eps, relative to the mean of the diagonal of A."""
 
 
 def refitted_weight(original: Tensor, A: Tensor, C: Tensor) -> Tensor:
-    """`W + 1/2 W (C - A) (A + eps I)^-1`: half of the way to where outputs are nearest to those of the dense model.
+    """Return `W + 1/2 W (C - A) (A + eps I)^-1`, half a step toward the outputs of the dense model.
 
-    All of it would be the least-squares solution of `W x = W* x'` over the tokens, eps apart, with x the input in the
-    dense model and x' in the truncated one (error compensation, as in the update of SVD-LLM, arXiv 2403.07378, and in
-    arXiv 2501.19090). What the layers behind make good again is then made good twice, and few tokens are fitted too
-    well; half of it and eps of a fifth of the mean of A's diagonal are what does best.
+    Apart from eps, the full step is the least-squares solution W* of `W x = W* x'` over the tokens, where x is the
+    input in the dense model and x' that in the truncated model (error compensation, as in the update of SVD-LLM,
+    arXiv 2403.07378, and in arXiv 2501.19090). The full step corrects errors that later layers correct again, and
+    overfits when tokens are few. Half a step, with eps a fifth of the mean of A's diagonal, works best.
 
     Args:
         original: W (m, n), before any truncation.

@@ -1,6 +1,6 @@
-"""Steps between two truncations: along the gradient, and how much of it to take, or to a closed-form solution.
+"""Gradient steps between two truncations, and their lengths.
 
-Shapes: the kept original W, the truncated W' and the gradient g at W' are all (m, n).
+Shapes: the original W, the truncated W' and the gradient g at W' are all (m, n).
 """
 
 import math
@@ -16,15 +16,15 @@ def projected_step(
     gradient: Tensor,
     over_rows: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Tensor:
-    """`W' + (<g, D> / <g, g>) g` with `D = W - W'`: the part of what truncation took that the loss sees.
+    """Return `W' + (<g, D> / <g, g>) g` with `D = W - W'`, the truncated weight plus the projection of D onto g.
 
-    Of all steps along g it is the one that ends nearest to the original weight (arXiv 2602.02848).
+    Of all steps along g, this one ends nearest to the original weight (arXiv 2602.02848).
 
     Args:
-        truncated: W', where the gradient was taken.
+        truncated: W', at which the gradient was computed.
         original: W, before any truncation.
-        gradient: g = dL/dW', not zero.
-        over_rows: makes sums over a matrix of those over its parts, where processes hold parts of it.
+        gradient: nonzero g = dL/dW'.
+        over_rows: function that turns sums over this process's part of a matrix into sums over the full matrix.
     """
     g = gradient.to(truncated.dtype)
     D = original.to(truncated.dtype) - truncated
@@ -34,18 +34,22 @@ def projected_step(
 
 
 def natural_lengths(reaches: Mapping[str, float], squares: Mapping[str, float], radius: float) -> dict[str, float]:
-    """Factors t of steps `t H` along the whitened gradients H, all of them together as long as `radius`.
+    """Return the factors t of steps `t H` along the whitened gradients H, with a total length of `radius`.
 
-    They are to each other as the projections `<G, D> / <H, H>`, which end, of all steps along the natural gradient
-    `R^-T H L^-1`, nearest to the whitened original weight, since `<H, R^T D L> = <G, D>` with `D = W - W'`. Where that
-    is against the descent, as noise can have it, t is 0. How far they are to go noise leaves open: it makes gradients
-    long, and projections find little along them. `radius^2 / 2` is what the metric takes for the divergence between
-    predictions before and after (nats a token), as a trust region has it (arXiv 1503.05671).
+    The factors are proportional to the projections `<G, D> / <H, H>`. Of all steps along the natural gradient
+    `R^-T H L^-1`, the projected one ends nearest to the whitened original weight, since `<H, R^T D L> = <G, D>` with
+    `D = W - W'`. If the projection points uphill, which noise can cause, t is 0. The total length is a parameter
+    because noise makes the projections unreliable: it makes gradients long and their projections short. `radius^2 / 2`
+    is the metric's estimate of the divergence between the predictions before and after the step, in nats per token, as
+    in a trust region (arXiv 1503.05671).
 
     Args:
         reaches: `<G, D>` of each matrix.
-        squares: `<H, H>` of each.
-        radius: square root of `sum t^2 <H, H>`.
+        squares: `<H, H>` of each matrix.
+        radius: total length `sqrt(sum t^2 <H, H>)`.
+
+    Returns:
+        Name -> t, at most 0. All t are 0 if every projection points uphill.
     """
     projections = {name: min(0.0, reach) / squares[name] for name, reach in reaches.items()}
     together = math.sqrt(sum(t * t * squares[name] for name, t in projections.items()))
@@ -54,20 +58,29 @@ def natural_lengths(reaches: Mapping[str, float], squares: Mapping[str, float], 
 
 
 def linear_decay(done: int, steps: int) -> float:
-    """`1 - done / steps`: the step after `done` ones of `steps`, relative to the first, on a line that ends at zero."""
+    """Return `1 - done / steps`, the relative length of the next step after `done` of `steps` steps.
+
+    Example:
+        >>> linear_decay(1, 4)
+        0.75
+    """
     return 1.0 - done / steps
 
 
 def best_fraction(before: float, slope: float, after: float) -> float:
-    """The part t in [0, 1] of a step at which the loss is least, on the parabola through what is known of it.
+    """Return the fraction t in [0, 1] of a step that minimizes a parabola through the loss.
 
-    All matrices step at once, each by the length of its own projection, and together they may go far past the minimum.
-    The parabola has the loss at t = 0, its slope there, and the loss at t = 1.
+    All matrices step at once, each by its projection, and together they may overshoot the minimum. The parabola matches
+    the loss and its slope at t = 0, and the loss at t = 1.
 
     Args:
         before: loss at the truncated weights.
-        slope: `sum <g, step>` over all matrices, the first-order change of the loss for the whole step.
-        after: loss after the whole step.
+        slope: `sum <g, step>` over all matrices, the first-order change of the loss for the full step.
+        after: loss after the full step.
+
+    Example:
+        >>> best_fraction(before=1.0, slope=-1.0, after=1.0)
+        0.5
     """
     curvature = after - before - slope
     if curvature <= 0:

@@ -1,17 +1,18 @@
-"""All that the processes of a compression say to each other, but for checkpoints: the only place with collectives.
+"""Communication between the processes of a compression, except for checkpoints; the only place with collectives.
 
-A `Team` is the processes that compress one model together. What a process holds of a layer depends on how it trains:
+A `Team` is the group of processes that compress one model together. The part of a layer that each process holds
+depends on the type of team:
 
-|            | weights and factors | second moments, gradients | batches          |
-|------------|---------------------|---------------------------|------------------|
-| `Team`     | whole               | whole                     | all              |
-| `Replicas` | whole, all the same | sums over its own batches | its own          |
-| `Shards`   | some rows           | the same rows of the sums | its own          |
+|            | weights and factors | second moments, gradients    | batches            |
+|------------|---------------------|------------------------------|--------------------|
+| `Team`     | whole               | whole                        | all                |
+| `Replicas` | whole, identical    | whole sums over its batches  | a different subset |
+| `Shards`   | some rows           | the same rows of total sums  | a different subset |
 
-Second moments of the gradients by outputs are whole sums over its own batches at every process of either.
+Second moments of the output gradients are whole sums over the batches of one process, in `Replicas` and in `Shards`.
 
-Every layer has an owner, the process that brings its weight and statistics together, decomposes it and hands out the
-factors. Methods marked as collective must be called by all processes of the team, in the same order.
+Every layer has an owner: the process that gathers its weight and statistics, decomposes the weight and sends out the
+factors. All processes of the team must call the methods marked "Collective", in the same order.
 """
 
 from zssvd_lightning.distributed.replicas import Replicas

@@ -1,4 +1,4 @@
-"""Several processes, and those of them that each have all of every weight."""
+"""Teams of several processes, and the team whose processes each hold every weight whole."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Several(Team):
-    """More than one process, in the default process group."""
+    """Team of several processes, in the default process group."""
 
     def __init__(self, device: torch.device) -> None:
         self.rank = dist.get_rank()
@@ -61,7 +61,7 @@ class Several(Team):
         own: Exception | None = None
         try:
             yield
-        except Exception as error:  # noqa: BLE001  (it is raised again, after the others know)
+        except Exception as error:  # noqa: BLE001  (raised again once the other processes know)
             own = error
         messages = self.gathered(None if own is None else f"{type(own).__name__}: {own}")
         if own is not None:
@@ -72,7 +72,7 @@ class Several(Team):
 
 
 class Replicas(Several):
-    """Processes with a whole model each, as under DDP."""
+    """Team whose processes each hold the whole model, as under DDP."""
 
     @override
     def weight_at(self, owner: int, part: Tensor, length: int, split: int) -> Tensor | None:

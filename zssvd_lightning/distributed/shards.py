@@ -1,4 +1,4 @@
-"""Processes that each have some rows of every weight."""
+"""Team whose processes each hold some rows of every weight."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.whitening.moments import Moments, not_shared_alike
 
-# torch 2.13 has other names for them than the releases before
+# torch 2.13 renamed these functions
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -26,16 +26,17 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class Shards(Several):
-    """Processes with some rows of every weight each, as under FSDP.
+    """Team whose processes each hold some rows of every weight, as under FSDP.
 
-    Rows are dealt out as `torch.chunk` does: equally many each, fewer or none to the last. Gradients come summed over
-    the processes, in rows. Second moments are summed and cut into rows whenever a unit of the model has run, so that
-    no process holds those of more than one unit and the ones around it.
+    Rows are split as in `torch.chunk`: equal shares, with fewer or no rows for the last processes. Each process
+    receives its rows of the gradients, summed over the processes. Second moments are summed and split into rows each
+    time a unit of the model has run. No process therefore holds the second moments of more than one unit and the
+    units around it.
 
     Args:
-        device: of the weights.
-        units: modules whose weights come together for a forward pass, outer ones before those within.
-        mesh: of the processes, when checkpoints are saved in parts; otherwise the first process saves everything.
+        device: device of the weights.
+        units: modules whose weights are gathered together for a forward pass, outer modules before inner ones.
+        mesh: mesh of the processes if checkpoints are saved in parts; None if the first process saves everything.
     """
 
     whole_everywhere = False
@@ -153,7 +154,7 @@ class Shards(Several):
         return rows[: max(0, min(len(rows), length - self.rank * len(rows)))]
 
     def _absorb(self, target: Target, seen: Moments, into: Moments) -> None:
-        """Sums the second moment of one input over all processes, and keeps this one's rows of it."""
+        """Sum the second moment of one input over all processes, and add this process's rows of it to `into`."""
         leader, width = target.name, target.shape[1]
         own = seen.input_sums.pop(leader, None)
         dtype = accumulated(target.module.weight.dtype)
@@ -167,7 +168,7 @@ class Shards(Several):
         into.tokens[leader] = into.tokens.get(leader, 0) + seen.tokens.pop(leader, 0)
 
     def _agree_on_leaders(self, inside: Mapping[str, int], numbers: Mapping[str, int], leaders: dict[str, str]) -> None:
-        """Tells every process of layers that have run on another only, and whose input they read."""
+        """Share the leaders of layers with processes on which those layers have not run."""
         names, unknown = list(numbers), -len(numbers)
         mine = [numbers[leaders[name]] if name in leaders else unknown for name in inside]
         others = [-number if number != unknown else unknown for number in mine]
@@ -181,5 +182,5 @@ class Shards(Several):
 
 
 def _turned(matrix: Tensor, split: int) -> Tensor:
-    """The same with the dimension that is cut in front, and back."""
+    """Move the dimension that is split to the front, or back from there."""
     return matrix if split == 0 else matrix.T

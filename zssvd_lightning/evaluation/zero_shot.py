@@ -10,12 +10,11 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from zssvd_lightning._contexts import evaluation_mode
-from zssvd_lightning._validation import closest
+from zssvd_lightning._validation import closest, needs_extra
 from zssvd_lightning.errors import NonFiniteError, TaskError
 
 BLANK = "_"
@@ -194,6 +193,8 @@ def _load(manager: Any, name: str, data: str | Path | None) -> Tasks:
 def _config(name: str, folder: Path) -> dict[str, Any]:
     """A task of `LOCAL` as the harness takes it. The rows are held in memory, so that no cache can be stale."""
     task = LOCAL[name]
+    with needs_extra("data", "tasks on local rows"):
+        from datasets import Dataset
     rows = Dataset.from_list(_read(folder / task.file, task))
     return {
         "task": name,

@@ -1,1 +1,1 @@
-"""The forms a compressed linear layer can have, and what each costs. Imports nothing else of this package."""
+"""Forms of a compressed linear layer, and the cost of each. Imports nothing else from this package."""

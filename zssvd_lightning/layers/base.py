@@ -1,6 +1,6 @@
-"""What linear layers become: what all forms have in common, and the plainest of them, two thin layers.
+"""Base class of all compressed linear layers, and helpers that replace one layer by another.
 
-Shapes: W (m, n), up (m, k), down (k, n). Needs nothing but torch and transformers, so that a saved folder can carry it.
+Shapes: W (m, n). Imports only torch and transformers, so that a saved folder can contain a copy of this file.
 """
 
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 LOADING_NOTE = "low-rank: inherit zssvd_lightning.LowRankCheckpointMixin, or give the Trainer a ZSSVDCallback, to load"
-"""Stands in for a parameter name in checkpoints, so that a load that knows nothing of low-rank layers says it."""
+"""Entry name in checkpoints. It appears in the error of a load that does not support low-rank layers."""
 
 
 ADAPTER_NOTE = "adapter: "
-"""Begins the name of the entry by which saved weights tell of the adapter on a layer."""
+"""Prefix of the entry name that describes the adapter of a layer in saved weights."""
 
 
 HOOKS = (
@@ -28,25 +28,25 @@ HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
-"""Where `nn.Module` keeps them."""
+"""Attributes in which `nn.Module` stores its hooks."""
 
 
 Dense = nn.Linear | Conv1D
-"""The layers that can be compressed."""
+"""Layer types that can be compressed."""
 
 
 class CompressedLinear(nn.Module):
-    """A linear layer `y = W x + b` that keeps W in another form.
+    """Linear layer `y = W x + b` that stores W in another form.
 
     Args:
         in_features: n, size of the input.
         out_features: m, size of the output.
 
     Attributes:
-        kind: what saved configs call the form.
-        transposed: whether the layer it replaces stored its weight as (n, m), the way `Conv1D` of transformers does.
-        dtype: floating-point type of the layer it stands for, where that is not the type of its parameters.
-        trainable: whether that layer's weights require gradients, where no parameter of its own could.
+        kind: name of the form in saved configs.
+        transposed: True if the replaced layer stored its weight as (n, m), as transformers' `Conv1D` does.
+        dtype: floating-point type of the replaced layer. None if it is the type of the parameters.
+        trainable: True if the weights of the replaced layer require gradients. None if the parameters show this.
     """
 
     kind: ClassVar[str]
@@ -62,11 +62,11 @@ class CompressedLinear(nn.Module):
 
     @classmethod
     def like(cls, old: "Dense | CompressedLinear", **sizes: Any) -> Self:
-        """A layer on the meta device for the place of `old`: its type, `requires_grad` and mode.
+        """Create a layer on the meta device to replace `old`, with its type, `requires_grad` and training mode.
 
         Args:
-            old: the layer to replace, dense or compressed.
-            sizes: what else the form has to know; the rest of `spec`.
+            old: layer to replace, dense or compressed.
+            sizes: further sizes that the form needs: the entries of `spec` other than `kind`.
         """
         m, n = shape_of(old)
         new = cls(n, m, bias=old.bias is not None, device="meta", dtype=type_of(old), **sizes)  # type: ignore[call-arg]
@@ -76,27 +76,27 @@ class CompressedLinear(nn.Module):
 
     @classmethod
     def found_in(cls, weights: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-        """The sizes `like` needs, when `weights` hold a layer of this form under `name`; else None."""
+        """Return the sizes for `like` if `weights` contain a layer of this form under `name`, else None."""
         raise NotImplementedError
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Kind and sizes, as saved configs tell them."""
+        """Kind and sizes, as stored in saved configs."""
         raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight (m, n) it stands for, computed at each access: for code that asks for it."""
+        """Equivalent dense weight (m, n), computed at each access. For code that reads `layer.weight`."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """Shape and sizes, as `print(model)` shows them."""
+        """Return the shape and sizes for `print(model)`."""
         told = {"in_features": self.in_features, "out_features": self.out_features} | self.spec
         return ", ".join(f"{key}={value}" for key, value in told.items() if key != "kind")
 
 
 def shape_of(layer: Dense | CompressedLinear) -> tuple[int, int]:
-    """(m, n): outputs, inputs."""
+    """Return (m, n): outputs, inputs."""
     if isinstance(layer, Conv1D):
         n, m = layer.weight.shape
         return m, n
@@ -104,14 +104,14 @@ def shape_of(layer: Dense | CompressedLinear) -> tuple[int, int]:
 
 
 def type_of(layer: Dense | CompressedLinear) -> torch.dtype | None:
-    """Floating-point type of its weights; None where it has none."""
+    """Return the floating-point type of the weights, or None if there are no parameters."""
     if isinstance(layer, CompressedLinear) and layer.dtype is not None:
         return layer.dtype
     return next((parameter.dtype for parameter in layer.parameters()), None)
 
 
 def take_after(new: nn.Module, old: Dense | CompressedLinear) -> None:
-    """Gives `new` the mode of `old`, and to its weights and bias the `requires_grad` of those of `old`."""
+    """Copy the training mode of `old`, and the `requires_grad` of its weights and bias, to `new`."""
     new.train(old.training)
     weights = [p.requires_grad for n, p in old.named_parameters() if not n.endswith("bias")]
     if isinstance(old, CompressedLinear) and old.trainable is not None:
@@ -126,7 +126,7 @@ def take_after(new: nn.Module, old: Dense | CompressedLinear) -> None:
 
 
 def carry_hooks(new: nn.Module, old: nn.Module) -> None:
-    """Gives `new` the forward and backward hooks of `old`: the same, so that their handles go on working."""
+    """Share the forward and backward hooks of `old` with `new`. They are not copied, so their handles still work."""
     new.__dict__.update({kind: old.__dict__[kind] for kind in HOOKS})
 
 

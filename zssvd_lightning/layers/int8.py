@@ -1,6 +1,7 @@
-"""Linear layers in 8 bits: integer codes and the scales they are multiplied by.
+"""Linear layers in 8 bits: integer codes and their scales.
 
-Shapes: W (m, n), up (m, k), down (k, n). Needs nothing but torch and transformers, so that a saved folder can carry it.
+Shapes: W (m, n), up (m, k), down (k, n). Imports only torch and transformers, so that a saved folder can contain a copy
+of this file.
 """
 
 from collections.abc import Mapping
@@ -15,15 +16,15 @@ from zssvd_lightning.layers.base import CompressedLinear, Dense
 from zssvd_lightning.layers.low_rank import LowRankLinear
 
 LARGEST_CODE = 127
-"""Codes are in [-127, 127]."""
+"""Largest code: codes are in [-127, 127]."""
 
 
 class EightBitLinear(CompressedLinear):
-    """A form whose buffers keep their types, whatever type the model is cast to.
+    """Base class of 8-bit layers, whose buffers do not change type when the model is cast.
 
     Attributes:
-        dtype: floating-point type of the layer it stands for.
-        trainable: whether that layer's weights require gradients; its codes never do.
+        dtype: floating-point type of the replaced layer.
+        trainable: True if the weights of the replaced layer require gradients. The codes never do.
     """
 
     dtype: torch.dtype
@@ -45,16 +46,16 @@ class EightBitLinear(CompressedLinear):
 
 
 class Int8Linear(EightBitLinear):
-    """A linear layer whose weight is kept in 8 bits: `W = diag(scale) codes`.
+    """Linear layer whose weight is stored in 8 bits: `W = diag(scale) codes`.
 
     Args:
         in_features: n, size of the input.
         out_features: m, size of the output.
-        bias: whether there is a bias (m,).
+        bias: True to add a bias (m,).
 
     Attributes:
         codes: int8 (m, n).
-        scale: bfloat16 (m,).
+        scale: bfloat16 (m,), one scale per row.
     """
 
     kind = "int8"
@@ -82,7 +83,7 @@ class Int8Linear(EightBitLinear):
     @classmethod
     @torch.no_grad()
     def of(cls, layer: Dense) -> "Int8Linear":
-        """The nearest 8-bit layer to a dense one: each row is scaled so that its largest entry is the largest code."""
+        """Round a dense layer to 8 bits. Each row is scaled so that its largest entry becomes the largest code."""
         W = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).float()
         new = cls.like(layer).to_empty(device=W.device)
         new.scale.copy_(bfloat16_scale(W.abs().amax(1)))
@@ -102,33 +103,33 @@ class Int8Linear(EightBitLinear):
         return self.codes * self.scale.float()[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps x (..., n) to (..., m)."""
+        """Map x (..., n) to (..., m)."""
         return linear(x, self.weight.to(x.dtype), self.bias)
 
 
 class Int8LowRankLinear(EightBitLinear):
-    """A linear layer of rank k whose factors are kept in 8 bits, but for some rows of `up` and columns of `down`.
+    """Linear layer of rank k whose factors are stored in 8 bits, except some rows of `up` and columns of `down`.
 
-    Each component has one scale, which both of its sides share: `up = [codes diag(scale); rest]` and
-    `down = [diag(scale) codes, rest]`, with their rows and columns in an order of their own.
+    Both sides of a component share one scale: `up = [codes diag(scale); rest]` and `down = [diag(scale) codes, rest]`,
+    up to a permutation of the rows of `up` and of the columns of `down`.
 
     Args:
         in_features: n, size of the input.
         out_features: m, size of the output.
         rank: k.
-        rows: how many rows of `up` are kept in 16 bits.
-        columns: how many columns of `down` are kept in 16 bits.
-        ordered: whether those are others than the last ones.
-        bias: whether there is a bias (m,).
+        rows: number of rows of `up` in 16 bits.
+        columns: number of columns of `down` in 16 bits.
+        ordered: True if the rows or columns in 16 bits are not the last ones, so that permutations are stored.
+        bias: True to add a bias (m,).
 
     Attributes:
         up_codes: int8 (m - rows, k).
-        up_rest: float16 (rows, k); None without rows.
+        up_rest: float16 (rows, k), or None if `rows` is 0.
         down_codes: int8 (k, n - columns).
-        down_rest: float16 (k, columns); None without columns.
-        scale: bfloat16 (k,).
-        out_order: (m,), where each output stands among those of the codes and then of the rest; None unless ordered.
-        in_order: (n,), the inputs in the order that codes and then the rest take them in; None unless ordered.
+        down_rest: float16 (k, columns), or None if `columns` is 0.
+        scale: bfloat16 (k,), one scale per component.
+        out_order: int32 (m,), position of each output in the rows of `[codes; rest]`. None unless `ordered`.
+        in_order: int32 (n,), index of the input at each column of `[codes, rest]`. None unless `ordered`.
     """
 
     kind = "int8_low_rank"
@@ -183,14 +184,14 @@ class Int8LowRankLinear(EightBitLinear):
     @classmethod
     @torch.no_grad()
     def of(cls, layer: LowRankLinear, rows: Tensor, columns: Tensor) -> "Int8LowRankLinear":
-        """The nearest 8-bit layer to a low-rank one.
+        """Round a low-rank layer to 8 bits.
 
-        The two sides of each component are scaled alike, so that the largest entry of both is the largest code.
+        The two sides of each component are balanced, so that the largest entry of each becomes the largest code.
 
         Args:
-            layer: the low-rank layer.
-            rows: (m,), true for the rows of `up` to keep in 16 bits.
-            columns: (n,), true for the columns of `down` to keep in 16 bits.
+            layer: low-rank layer.
+            rows: boolean (m,), true for the rows of `up` to store in 16 bits.
+            columns: boolean (n,), true for the columns of `down` to store in 16 bits.
         """
         up, down = layer.up.weight.float(), layer.down.weight.float()
         rows, columns = rows.to(up.device), columns.to(up.device)
@@ -217,7 +218,7 @@ class Int8LowRankLinear(EightBitLinear):
 
     @property
     def rank(self) -> int:
-        """k, size of the space between the two factors."""
+        """Rank k, the size of the space between the two factors."""
         return len(self.scale)
 
     @property
@@ -238,7 +239,7 @@ class Int8LowRankLinear(EightBitLinear):
         return up @ down
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The factors up (m, k) and down (k, n) as they were stored, in float32."""
+        """Return the factors up (m, k) and down (k, n) in float32, in the original order of outputs and inputs."""
         scale = self.scale.float()
         up = _joined(self.up_codes * scale, self.up_rest, 0)
         down = _joined(self.down_codes * scale[:, None], self.down_rest, 1)
@@ -247,7 +248,7 @@ class Int8LowRankLinear(EightBitLinear):
         return up, down
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps x (..., n) to (..., m)."""
+        """Map x (..., n) to (..., m)."""
         if self.in_order is not None:
             x = x.index_select(-1, self.in_order)
         scale, coded = self.scale.float(), self.down_codes.shape[1]
@@ -263,22 +264,23 @@ class Int8LowRankLinear(EightBitLinear):
 
 
 def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """By what to multiply the columns of `up`, and divide the rows of `down`, so that both are equally large.
+    """Balance the two sides of each component, so that their largest entries are equal.
 
     Args:
-        up: (m, k), what is to be rounded of it.
-        down: (k, n), what is to be rounded of it.
+        up: rows of `up` to be rounded (any number, k).
+        down: columns of `down` to be rounded (k, any number).
 
     Returns:
-        The factors (k,), and the largest entry of each component once both sides are scaled by them (k,).
+        Factors (k,) that multiply the columns of `up` and divide the rows of `down`, and the largest entry (k,) of each
+        component after this scaling.
     """
     largest_up, largest_down = _largest(up, 0), _largest(down, 1)
     return (largest_down / largest_up).sqrt(), (largest_up * largest_down).sqrt()
 
 
 def bfloat16_scale(largest: Tensor) -> Tensor:
-    """Scales in bfloat16 at which no entry up to `largest` is beyond the largest code; 1 where all are 0."""
-    exact = largest.cpu().double() / LARGEST_CODE  # there is no float64 on MPS
+    """Return bfloat16 scales at which no entry up to `largest` exceeds the largest code; 1 where `largest` is 0."""
+    exact = largest.cpu().double() / LARGEST_CODE  # MPS has no float64
     scale = exact.bfloat16()
     above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
     scale = torch.where(scale.double() < exact, above, scale)
@@ -286,12 +288,12 @@ def bfloat16_scale(largest: Tensor) -> Tensor:
 
 
 def rounded(values: Tensor, scale: Tensor) -> Tensor:
-    """Nearest codes, as floats in [-127, 127]."""
+    """Return the nearest codes, as floats in [-127, 127]."""
     return (values / scale.float()).round().clamp(-LARGEST_CODE, LARGEST_CODE)
 
 
 def _largest(values: Tensor, dim: int) -> Tensor:
-    """Largest entry of each component, 1 where there is none but 0."""
+    """Return the largest absolute entry of each component (k,), or 1 where all entries are 0."""
     largest = values.abs().amax(dim) if values.shape[dim] else values.sum(dim)
     return torch.where(largest > 0, largest, torch.ones_like(largest))
 

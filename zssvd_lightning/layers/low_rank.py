@@ -1,4 +1,4 @@
-"""A linear layer of two factors."""
+"""Linear layer of two factors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,19 +10,19 @@ from zssvd_lightning.layers.base import CompressedLinear
 
 
 class LowRankLinear(CompressedLinear):
-    """`y = up(down(x))`: a linear layer of rank k, as two thin ones.
+    """Linear layer of rank k, as two thin layers: `y = up(down(x))`.
 
     Args:
         in_features: n, size of the input.
         out_features: m, size of the output.
-        rank: k, with `k (m + n) < m n` wherever it pays.
-        bias: whether `up` adds a bias (m,).
+        rank: k. It saves parameters if `k (m + n) < m n`.
+        bias: True if `up` adds a bias (m,).
 
     Attributes:
-        down: `nn.Linear`, weight (k, n), no bias.
-        up: `nn.Linear`, weight (m, k), and the bias of the layer it replaces.
-        adapter: what peft has put on the factors, as a note for saved weights; None without.
-        flags: whether factors and bias required gradients before that.
+        down: `nn.Linear` with weight (k, n), without bias.
+        up: `nn.Linear` with weight (m, k) and the bias of the replaced layer.
+        adapter: note in saved weights that describes the peft adapter on the factors, or None without an adapter.
+        flags: `requires_grad` of the factors and of the bias before the adapter was attached.
     """
 
     kind = "low_rank"
@@ -44,7 +44,7 @@ class LowRankLinear(CompressedLinear):
 
     @classmethod
     def from_factors(cls, up: Tensor, down: Tensor, bias: Tensor | None) -> "LowRankLinear":
-        """A layer of weight `up @ down`, from up (m, k), down (k, n) and bias (m,) or None."""
+        """Create a layer with weight `up @ down`, from up (m, k), down (k, n) and an optional bias (m,)."""
         (m, k), n = up.shape, down.shape[1]
         layer = cls(n, m, k, bias is not None, "meta", up.dtype).to_empty(device=up.device)
         layer.fill(up, down, bias)
@@ -53,13 +53,13 @@ class LowRankLinear(CompressedLinear):
     @classmethod
     def found_in(cls, weights: Mapping[str, Any], name: str) -> dict[str, Any] | None:
         """See `CompressedLinear`."""
-        parts = (f"{name}.{part}" for part in ("up", "down"))  # those with an adapter are called base_layer
+        parts = (f"{name}.{part}" for part in ("up", "down"))  # peft renames adapted ones to base_layer
         up, down = (weights.get(f"{p}.weight", weights.get(f"{p}.base_layer.weight")) for p in parts)
         return None if up is None or down is None else {"rank": len(down)}
 
     @torch.no_grad()
     def fill(self, up: Tensor, down: Tensor, bias: Tensor | None) -> None:
-        """Overwrites the values, by up (m, k), down (k, n) and bias (m,) where there is one."""
+        """Overwrite the values with up (m, k), down (k, n) and, unless None, bias (m,)."""
         self.up.weight.copy_(up)
         self.down.weight.copy_(down)
         if bias is not None:
@@ -67,7 +67,7 @@ class LowRankLinear(CompressedLinear):
 
     @property
     def rank(self) -> int:
-        """k, size of the space between the two factors."""
+        """Rank k, the size of the space between the two factors."""
         return self.down.out_features
 
     @property
@@ -77,15 +77,15 @@ class LowRankLinear(CompressedLinear):
 
     @property
     def weight(self) -> Tensor:
-        """See `CompressedLinear`; an adapter is not in it."""
+        """See `CompressedLinear`. Excludes an adapter."""
         return self.up.weight @ self.down.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias (m,), which `up` holds."""
+        """Bias (m,) of `up`, or None."""
         return self.up.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps x (..., n) to (..., m)."""
+        """Map x (..., n) to (..., m)."""
         output: Tensor = self.up(self.down(x))
         return output

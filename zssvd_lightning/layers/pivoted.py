@@ -1,7 +1,7 @@
-"""Pivoting Factorization (PIFA, arXiv 2501.19090): a matrix of rank k as k of its rows, and how they make the others.
+"""Pivoting Factorization (PIFA, arXiv 2501.19090): k rows of a rank-k matrix, and coefficients for the other rows.
 
-Shapes: W (m, n) of rank k, up (m, k), down (k, n), pivot rows P (k, n), coefficients C (m - k, k). Needs nothing but
-torch and transformers, so that a saved folder can carry it; scipy only to make a layer from factors.
+Shapes: W (m, n) of rank k, up (m, k), down (k, n), pivot rows P (k, n), coefficients C (m - k, k). Imports only torch
+and transformers, so that a saved folder can contain a copy of this file. Making a layer from factors also needs scipy.
 """
 
 from collections.abc import Mapping
@@ -14,20 +14,20 @@ from zssvd_lightning.layers.base import CompressedLinear
 
 
 class PivotedLinear(CompressedLinear):
-    """`y = [z; C z] in its order + b` with `z = P x`: a linear layer of rank k in `k (m + n - k)` numbers.
+    """Linear layer of rank k in `k (m + n - k)` numbers: `y = [z; C z][order] + b` with `z = P x`.
 
-    Two factors of the same W have `k (m + n)`, of which k^2 are spent on a choice of basis that changes nothing.
+    Two factors of the same W take `k (m + n)` numbers, k^2 of which encode a choice of basis that has no effect on W.
 
     Args:
         in_features: n, size of the input.
         out_features: m, size of the output.
         rank: k, at most m.
-        bias: whether there is a bias (m,).
+        bias: True to add a bias (m,).
 
     Attributes:
-        pivots: `nn.Linear`, weight P (k, n), no bias.
-        others: `nn.Linear`, weight C (m - k, k), no bias; None where all rows are pivots.
-        order: int32 (m,), where each output stands among those of the pivots and then of the others.
+        pivots: `nn.Linear` with weight P (k, n), without bias.
+        others: `nn.Linear` with weight C (m - k, k), without bias. None if all rows are pivots.
+        order: int32 (m,), position of each output in `[z; C z]`.
     """
 
     kind = "pivoted"
@@ -51,7 +51,7 @@ class PivotedLinear(CompressedLinear):
 
     @classmethod
     def from_factors(cls, up: Tensor, down: Tensor, bias: Tensor | None) -> "PivotedLinear":
-        """A layer of weight `up @ down`, from up (m, k), down (k, n) and bias (m,) or None."""
+        """Create a layer with weight `up @ down`, from up (m, k), down (k, n) and an optional bias (m,)."""
         (m, k), n = up.shape, down.shape[1]
         layer = cls(n, m, k, bias is not None, "meta", up.dtype).to_empty(device=up.device)
         layer.fill(up, down, bias)
@@ -66,13 +66,13 @@ class PivotedLinear(CompressedLinear):
 
     @torch.no_grad()
     def fill(self, up: Tensor, down: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> None:
-        """Overwrites the values.
+        """Overwrite the values.
 
         Args:
-            up: (m, k).
-            down: (k, n).
-            bias: (m,), where there is one.
-            rows: (m,), a choice of `pivots_first`; made here when None.
+            up: factor (m, k).
+            down: factor (k, n).
+            bias: bias (m,), or None.
+            rows: result of `pivots_first` (m,). Computed from `up` if None.
         """
         rows = (pivots_first(up) if rows is None else rows).to(up.device)
         wide = torch.promote_types(up.dtype, torch.float32)
@@ -85,7 +85,7 @@ class PivotedLinear(CompressedLinear):
 
     @property
     def rank(self) -> int:
-        """k, how many rows are pivots."""
+        """Rank k, the number of pivot rows."""
         return self.pivots.out_features
 
     @property
@@ -101,7 +101,7 @@ class PivotedLinear(CompressedLinear):
         return rows.index_select(0, self.order)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps x (..., n) to (..., m)."""
+        """Map x (..., n) to (..., m)."""
         z = self.pivots(x)
         y: Tensor = z if self.others is None else torch.cat([z, self.others(z)], -1)
         y = y.index_select(-1, self.order)
@@ -109,18 +109,21 @@ class PivotedLinear(CompressedLinear):
 
 
 def pivots_first(up: Tensor) -> Tensor:
-    """The rows of W in an order that begins with k from which the others follow with small coefficients.
+    """Return an order of the rows of W that starts with k pivots, such that C has small entries.
 
-    Rows of `W = up down` depend on each other as those of `up` do. QR with column pivoting of `up^T` takes as the next
-    pivot the row that is farthest from the span of those before, as the PIFA paper does.
+    The rows of `W = up down` have the same linear dependencies as the rows of `up`. QR of `up^T` with column pivoting
+    chooses as the next pivot the row farthest from the span of the earlier ones, as in the PIFA paper.
 
     Args:
-        up: (m, k).
+        up: factor (m, k).
 
     Returns:
-        (m,), int64, on the CPU.
+        Row indices (m,), int64, on the CPU.
+
+    Raises:
+        ImportError: scipy is not installed.
     """
-    try:  # within a try, since transformers takes any other import of a carried file for one that loading needs
+    try:  # in a try, since transformers treats any other import in a copied file as required for loading
         from scipy.linalg import qr  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError("pivot rows are chosen by scipy; pip install scipy") from error
@@ -129,22 +132,22 @@ def pivots_first(up: Tensor) -> Tensor:
 
 
 def coefficients(up: Tensor, rows: Tensor) -> Tensor:
-    """C (m - k, k), by which the other rows of W are those of the pivots: `up_others = C up_pivots`.
+    """Return the coefficients C (m - k, k) that express the other rows by the pivots: `up_others = C up_pivots`.
 
-    With `up_pivots^T = Q R`, they solve `R C^T = Q^T up_others^T`. Where the rank of `up` is below k, as many pivots as
-    it has make all rows, and the coefficients of the rest are 0.
+    With `up_pivots^T = Q R`, C solves `R C^T = Q^T up_others^T`. If the rank r of `up` is below k, the first r pivots
+    span all rows, and the coefficients of the remaining pivots are 0.
 
     Args:
-        up: (m, k).
-        rows: (m,), from `pivots_first`.
+        up: factor (m, k).
+        rows: result of `pivots_first` (m,).
 
     Returns:
-        In float64, on the CPU.
+        C in float64, on the CPU.
     """
     ordered = up.detach().cpu().double()[rows.cpu()]
     k = up.shape[1]
     Q, R = torch.linalg.qr(ordered[:k].T)
-    sizes = R.diagonal().abs()  # falling, by the choice of rows
+    sizes = R.diagonal().abs()  # descending, by the choice of pivots
     r = int((sizes > sizes.max() * len(up) * torch.finfo(R.dtype).eps).sum())
     C = ordered.new_zeros(len(up) - k, k)
     C[:, :r] = torch.linalg.solve_triangular(R[:r, :r], Q[:, :r].T @ ordered[k:].T, upper=True).T

@@ -1,1 +1,1 @@
-"""Find the layers of a model, replace them, adapt them with PEFT, and copy models."""
+"""Operations on a model: find and replace layers, attach PEFT adapters, and copy the model."""

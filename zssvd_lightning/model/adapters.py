@@ -1,7 +1,8 @@
-"""Adapters of peft on the factors of low-rank layers: put on, told of in saved weights, merged, and saved.
+"""PEFT adapters on the factors of low-rank layers: attach, record in saved weights, merge and save.
 
-An adapter on `layer.up` makes `layer.up.weight` of the checkpoint `layer.up.base_layer.weight`, with its own weights
-beside it. What it is stands in the name of one more entry, so that weights alone tell how to build what they are of.
+An adapter on `layer.up` renames `layer.up.weight` in the checkpoint to `layer.up.base_layer.weight` and adds the
+adapter's weights next to it. The name of one more entry, the note, describes the adapter, so that the layers can be
+rebuilt from the weights alone.
 """
 
 import copy
@@ -19,35 +20,35 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from zssvd_lightning._validation import closest
+from zssvd_lightning._validation import closest, needs_extra
 from zssvd_lightning.errors import ConfigError, RecoveryError
 from zssvd_lightning.layers.base import ADAPTER_NOTE, HOOKS, carry_hooks, type_of
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.model.replace import replace_module
 
 NAME = "default"
-"""What peft calls the adapter."""
+"""Name of the adapter in peft."""
 
 
 PARTS = ("down", "up")
-"""The factors of a low-rank layer."""
+"""Names of the factors of a low-rank layer."""
 
 
 FOLDER = "adapter"
-"""Folder, beside the weights of a saved model, of the adapter on it."""
+"""Folder of the adapter, next to the weights of a saved model."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What peft is told to put on factors.
+    """Description of a peft adapter for factors.
 
     Args:
         kind: a `peft.PeftType`, such as `LORA`.
-        options: of the config class of that kind; plain types.
-        seed: of the initial values, which also depend on the layer's name alone.
+        options: options of that kind's config class, as plain types.
+        seed: seed of the initial values. Apart from it, they depend only on the name of the layer.
 
     Raises:
-        ConfigError: an option is unknown, or peft refuses its value.
+        ConfigError: an option is unknown, peft refuses its value, or the value is not of a plain type.
     """
 
     kind: str
@@ -65,8 +66,9 @@ class Adapter:
 
     @cached_property
     def config(self) -> Any:
-        """The `PeftConfig` of it."""
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        """`PeftConfig` of the adapter."""
+        with needs_extra("peft", "adapters"):
+            from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         schema = PEFT_TYPE_TO_CONFIG_MAPPING[self.kind]  # type: ignore[index]
         known = schema.__dataclass_fields__
@@ -79,31 +81,31 @@ class Adapter:
 
     @cached_property
     def note(self) -> str:
-        """It as a name of an entry in saved weights."""
+        """Entry name that describes the adapter in saved weights."""
         told = {"kind": self.kind, "options": dict(self.options), "seed": self.seed}
         return ADAPTER_NOTE + json.dumps(told, sort_keys=True)
 
     @classmethod
     def of(cls, note: str) -> "Adapter":
-        """The one that a note tells of."""
+        """Create the adapter that a note describes."""
         return cls(**json.loads(note.removeprefix(ADAPTER_NOTE)))
 
     def parts_of(self, name: str) -> list[str]:
-        """The factors of the layer `name` that it goes on."""
+        """Return the factors of the layer `name` that the adapter applies to."""
         from peft.tuners.tuners_utils import check_target_module_exists
 
         return [part for part in PARTS if check_target_module_exists(self.config, f"{name}.{part}")]
 
     def attach(self, name: str, layer: LowRankLinear, *, empty: bool = False) -> None:
-        """Puts it on the factors of a layer, in place; only what it adds requires gradients.
+        """Attach the adapter to the factors of a layer, in place. Only the added weights require gradients.
 
         Args:
-            name: of the layer in its model, by which peft's patterns go.
-            layer: whole, without an adapter.
-            empty: whether to leave its weights without values, on the meta device, for a load.
+            name: name of the layer in its model, which peft's patterns match.
+            layer: unsharded layer without an adapter.
+            empty: True to leave the adapter's weights on the meta device, for a load.
 
         Raises:
-            RecoveryError: peft cannot put it there.
+            RecoveryError: peft cannot attach the adapter.
         """
         from peft import inject_adapter_in_model
 
@@ -120,27 +122,27 @@ class Adapter:
 
 
 def on(model: nn.Module) -> dict[str, LowRankLinear]:
-    """The layers of a model with an adapter on them, by name."""
+    """Return the layers of a model that have an adapter, by name."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear))
     return {name: layer for name, layer in layers if layer.adapter is not None}
 
 
 def told_in(weights: Mapping[str, Any]) -> dict[str, Adapter]:
-    """The adapters that saved weights tell of, by the name of their layer."""
+    """Return the adapters that saved weights describe, by layer name."""
     found = (key.partition(f".{ADAPTER_NOTE}") for key in weights if ADAPTER_NOTE in key)
     return {name: Adapter.of(told) for name, _, told in found}
 
 
 @torch.no_grad()
 def merged(layer: LowRankLinear, whole: Callable[[Tensor], Tensor]) -> LowRankLinear:
-    """A plain layer that computes what `layer` and its adapter do, of the same rank, with the same hooks.
+    """Return a plain layer with the adapter of `layer` merged into its factors. Rank and hooks are the same.
 
     Args:
-        layer: with an adapter.
-        whole: makes of a parameter of it, as this process holds it, the whole one.
+        layer: layer with an adapter.
+        whole: function that returns the full parameter for this process's part of it.
 
     Raises:
-        RecoveryError: peft cannot merge it.
+        RecoveryError: peft cannot merge the adapter.
     """
     memo: dict[int, Any] = {id(layer.__dict__[kind]): OrderedDict() for kind in HOOKS if layer.__dict__[kind]}
     memo |= {id(p): nn.Parameter(whole(p).clone(), requires_grad=False) for p in layer.parameters()}
@@ -165,12 +167,15 @@ def merge_adapters(
     replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
     whole: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> None:
-    """Merges every adapter into the factors it is on, in place; ranks and all that is computed stay the same.
+    """Merge every adapter into its factors, in place. Ranks and outputs do not change.
 
     Args:
-        model: with adapters on its low-rank layers, or without.
-        replace: puts a layer in the place of another, `replace(model, old, new)`.
+        model: model with or without adapters on its low-rank layers.
+        replace: function that replaces one layer by another, called as `replace(model, old, new)`.
         whole: see `merged`.
+
+    Raises:
+        RecoveryError: peft cannot merge an adapter.
     """
     for layer in on(model).values():
         replace(model, layer, merged(layer, whole))
@@ -178,7 +183,7 @@ def merge_adapters(
 
 @contextmanager
 def taken_off(model: nn.Module) -> Iterator[None]:
-    """Within the context the model is as if its adapters had never been put on it, with the names of a plain one."""
+    """Detach all adapters within the context, which restores the parameter names of the plain model."""
     before = [(layer, layer.adapter, dict(layer._modules)) for layer in on(model).values()]  # noqa: SLF001
     for layer, _, parts in before:
         layer.adapter = None
@@ -194,17 +199,17 @@ def taken_off(model: nn.Module) -> Iterator[None]:
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Writes the adapter on a model the way peft does, for `PeftModel.from_pretrained(compressed_model, folder)`.
+    """Write the adapter of a model in peft's format, for `PeftModel.from_pretrained(compressed_model, folder)`.
 
-    The compressed model has to be the one that `save_pretrained` writes of this model: some ways to begin (PiSSA,
-    OLoRA) take a part of the factors out of them.
+    The compressed model must be the one that `save_pretrained` writes for this model, since some initializations
+    (PiSSA, OLoRA) subtract a part from the factors.
 
     Args:
-        model: with an adapter on its low-rank layers, each whole.
-        folder: is created.
+        model: model with an adapter on its low-rank layers, unsharded.
+        folder: output folder, created if missing.
 
     Raises:
-        RecoveryError: there is no adapter on the model, or there are several.
+        RecoveryError: the model has no adapter.
     """
     layers = on(model)
     if not layers:
@@ -218,7 +223,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     factors = {name: factor for name, factor in parts.items() if not isinstance(factor, nn.Linear)}
     kept = {"target_modules": list(factors), "inference_mode": True}
     if adapter.kind == "LORA":
-        kept["init_lora_weights"] = True  # other ways to begin would change the factors it is loaded on once more
+        kept["init_lora_weights"] = True  # other initializations would change the factors again on loading
         kept["rank_pattern"] = {name: factor.r[NAME] for name, factor in factors.items()}
         kept["alpha_pattern"] = {name: factor.lora_alpha[NAME] for name, factor in factors.items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -233,12 +238,12 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _in_peft(key: str) -> str:
-    """What peft's files call a weight of an adapter."""
+    """Return the name of an adapter weight in peft's files."""
     return key.replace(f".{NAME}", "").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
 def _holding(name: str, layer: nn.Module) -> nn.Module:
-    """A module in which `layer` has the name it has in its model."""
+    """Return a module in which `layer` has the same qualified name as in its model."""
     *parents, last = name.split(".")
     root = at = nn.Module()
     for parent in parents:

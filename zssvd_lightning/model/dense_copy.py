@@ -1,4 +1,4 @@
-"""A second model like a first one, which nothing is to be trained of: without its hooks, graphs and wrappers."""
+"""Frozen copy of a model, without its hooks, graphs and wrappers."""
 
 import copy
 from collections import OrderedDict
@@ -21,31 +21,33 @@ STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+"""Attributes in which `nn.Module` stores its state-dict hooks."""
 
 
 OF_WRAPPERS = ("__composable_api", "_compiled_call_impl")
-"""Begin the names of attributes by which torch's wrappers find what they know of a module."""
+"""Prefixes of the attributes in which torch's wrappers store their state of a module."""
 
 
 COMPILED = "_orig_mod."
-"""What `torch.compile` puts into the names of what it wraps."""
+"""Prefix that `torch.compile` adds to the names in a module it wraps."""
 
 
 INSTEAD = "write its predictions with save_predictions and give the folder as recovery.teacher"
+"""Alternative to a copy, for error messages."""
 
 
 def copied(model: nn.Module, dtype: torch.dtype, parameter: Callable[[nn.Parameter], Tensor]) -> nn.Module:
-    """A model of the same structure, in evaluation mode, whose parameters require no gradients.
+    """Return a copy of the model in evaluation mode, whose parameters require no gradients.
 
-    Compressed layers become dense ones on the meta device, compiled modules what they were compiled from.
+    Compressed layers become dense layers on the meta device. Compiled modules become the original modules.
 
     Args:
-        model: any module; one that was given to `fully_shard` gives a plain one.
-        dtype: of the copy's parameters.
-        parameter: makes the values of the copy's parameter from those of the model's.
+        model: any module. A module that was given to `fully_shard` becomes a plain one.
+        dtype: type of the dense layers that replace compressed ones.
+        parameter: function that returns the copy's value for a parameter of the model.
 
     Raises:
-        TeacherError: a module or parameter cannot be copied; names it.
+        TeacherError: a module or parameter cannot be copied. The message names it.
     """
     memo: dict[int, Any] = {}
     kept = dict(_kept(model))
@@ -67,12 +69,15 @@ def copied(model: nn.Module, dtype: torch.dtype, parameter: Callable[[nn.Paramet
 
 
 def refuse_too_large(model: nn.Module, dtype: torch.dtype, processes: int = 1) -> None:
-    """Raises TeacherError when the memory there is cannot hold a copy of the model's parameters.
+    """Raise TeacherError if a copy of the model's parameters does not fit into the free memory.
 
     Args:
-        model: that would be copied.
-        dtype: of the copy.
-        processes: that share it.
+        model: model to copy.
+        dtype: type of the copy's parameters.
+        processes: number of processes that share the copy.
+
+    Raises:
+        TeacherError: the copy does not fit.
     """
     needed = sum({id(p): p.numel() for p in model.parameters()}.values()) * dtype.itemsize // processes
     device = next(model.parameters()).device
@@ -85,7 +90,7 @@ def refuse_too_large(model: nn.Module, dtype: torch.dtype, processes: int = 1) -
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on a device."""
+    """Return the free memory of a device, in bytes, including the unused part of the CUDA cache."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
@@ -111,7 +116,7 @@ def _use_no_cache(model: nn.Module) -> None:
 
 
 def _kept(model: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """Every module, by name, that the copy has one of its own kind for."""
+    """Yield the name and module of all modules copied as their own type: no compressed layers or compile wrappers."""
     seen = set() if seen is None else seen
     if id(model) in seen or isinstance(model, CompressedLinear):
         return

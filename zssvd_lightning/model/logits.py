@@ -1,4 +1,4 @@
-"""The logits of a model inside a module."""
+"""Logits of a transformers model inside a module."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,11 @@ from zssvd_lightning.errors import LogitsError
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model of transformers returns. Raises LogitsError where there are none."""
+    """Return the logits in the output of a transformers model.
+
+    Raises:
+        LogitsError: the output has no logits.
+    """
     logits = getattr(output, "logits", None)
     if logits is None and isinstance(output, Mapping):
         logits = output.get("logits")
@@ -23,7 +27,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def model_with_logits(module: nn.Module) -> nn.Module:
-    """The model of transformers that a module holds.
+    """Return the only outermost transformers model inside a module.
 
     Raises:
         LogitsError: there is none, or more than one.

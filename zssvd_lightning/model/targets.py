@@ -1,4 +1,4 @@
-"""Which layers are factorized: linears by type and name, and the reason for each that is left alone."""
+"""Selection of the layers to factorize: linear layers by type and name, with a reason for each one excluded."""
 
 import re
 from collections import Counter
@@ -20,13 +20,13 @@ from zssvd_lightning.model.replace import inside_compressed
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, as a plain one that shares its memory."""
+    """Return this process's part of a tensor, as a plain tensor that shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer to factorize, seen as `y = W x + b` however it stores W."""
+    """Linear layer to factorize, as `y = W x + b` regardless of how it stores W."""
 
     name: str
     """Qualified name in the model."""
@@ -34,17 +34,17 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """W (m, n), or what this process holds of it; a view: writing into it writes into the model."""
+        """W (m, n), or this process's part of it. A view: writing to it writes to the model."""
         return self._oriented(local_part(self.module.weight.detach()))
 
     @property
     def gradient(self) -> Tensor | None:
-        """dL/dW as autograd left it, of what this process holds of W, or None."""
+        """Gradient dL/dW of this process's part of W, as set by autograd, or None."""
         gradient = self.module.weight.grad
         return None if gradient is None else self._oriented(local_part(gradient))
 
     def leave_gradient(self, gradient: Tensor) -> None:
-        """Puts a copy of dL/dW, of what this process holds of W, where autograd leaves it."""
+        """Store a copy of dL/dW for this process's part of W in the `grad` attribute of the weight."""
         weight = self.module.weight
         stored = self._oriented(gradient).to(weight.device, weight.dtype, copy=True).contiguous()
         if isinstance(weight, DTensor):
@@ -55,16 +55,16 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, n) of the whole W: outputs, inputs."""
+        """Shape (m, n) of the full W: outputs, inputs."""
         return shape_of(self.module)
 
     @property
     def split(self) -> int:
-        """The dimension of W along which it is cut where several processes share it: the first of what is stored."""
+        """Dimension of W along which processes shard it: the first dimension of the stored weight."""
         return 1 if isinstance(self.module, Conv1D) else 0
 
     def assign(self, W: Tensor) -> None:
-        """Overwrites the weight in place with W (m, n) or this process's part of it, cast to its type."""
+        """Overwrite the weight in place with W (m, n) or this process's part of it, cast to the weight's type."""
         self.weight.copy_(W)
 
     def _oriented(self, stored: Tensor) -> Tensor:
@@ -74,20 +74,21 @@ class Target:
 def find_targets(
     model: nn.Module, include: Sequence[str] | str | None = None, ignore: Sequence[str] | str | None = None
 ) -> dict[str, Target]:
-    """The layers of `model` to factorize, by qualified name in module order.
+    """Return the layers of `model` to factorize, by qualified name in module order.
 
-    Plain `nn.Linear` and transformers' `Conv1D` are candidates. Output embeddings, tied weights, subclasses that
-    compute differently, factors of an earlier compression and layers too thin to gain are left alone.
+    Plain `nn.Linear` and transformers' `Conv1D` are candidates. Excluded are output embeddings, tied weights,
+    subclasses, weights that are not floating point, layers given to `fully_shard` on their own, factors of an earlier
+    compression, and layers where even rank 1 saves no parameter.
 
     Args:
         model: any module.
-        include: shell patterns over qualified names or their ends (`q_proj`, `model.layers.3.*`), or `re:` and a
-            regular expression over whole names; None takes all.
-        ignore: patterns of the same form; they win over `include`.
+        include: shell patterns that match qualified names or their ends (`q_proj`, `model.layers.3.*`), or `re:`
+            followed by a regular expression that matches full names. None includes all.
+        ignore: patterns of the same form. They take precedence over `include`.
 
     Raises:
-        TargetError: nothing is left, a pattern matches no module, or `include` matches nothing but layers that
-            cannot be factorized (the message says why not).
+        TargetError: no layer is left, a pattern matches no module, or a pattern of `include` matches only layers that
+            cannot be factorized (the message says why).
     """
     include = [include] if isinstance(include, str) else include
     ignore = [ignore] if isinstance(ignore, str) else ignore
@@ -118,7 +119,7 @@ def find_targets(
 
 
 def _refusals(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """(name, reason) of every linear layer that must be left alone."""
+    """Yield the name of every linear layer that cannot be factorized, with the reason."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     heads = {id(head) for head in _output_embeddings(model)}
     factors = inside_compressed(model)
@@ -151,7 +152,7 @@ def _output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refused: dict[str, str]) -> None:
-    """Raises when `pattern` asks for refused layers alone; a pattern that also matches others means those."""
+    """Raise TargetError if `pattern` matches no allowed layer."""
     matched = [(n, m) for n, m in model.named_modules() if n and matches(n, pattern)]
     if any(name in allowed for name, _ in matched):
         return
@@ -168,7 +169,15 @@ def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refus
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a qualified name, or its end, is of a shell pattern, or the whole of a `re:` expression."""
+    """Return whether a qualified name or its end matches a shell pattern, or the full name a `re:` expression.
+
+    Raises:
+        TargetError: the regular expression is invalid.
+
+    Example:
+        >>> matches("model.layers.3.q_proj", "q_proj"), matches("model.layers.3.q_proj", "layers")
+        (True, False)
+    """
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], name) is not None

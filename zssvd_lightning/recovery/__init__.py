@@ -1,1 +1,1 @@
-"""Train the factors afterwards: settings, methods, the run, teachers, and rollback."""
+"""Training of the factors after compression: settings, methods, the run, teachers and rollback."""

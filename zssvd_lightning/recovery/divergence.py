@@ -12,13 +12,21 @@ from zssvd_lightning._numerics import accumulated
 from zssvd_lightning.errors import TeacherError
 
 POSITIONS = 256
-"""Positions that are compared at a time."""
+"""Number of positions compared at a time."""
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """`T^2 KL(softmax(teacher / T) || softmax(student / T))`, the mean over rows of logits (N, V), in nats.
+    """Return `T^2 KL(softmax(teacher / T) || softmax(student / T))`, averaged over rows, in nats.
 
-    Hinton, Vinyals and Dean, arXiv 1503.02531. It is computed in float32 or wider, some rows at a time.
+    From Hinton, Vinyals and Dean, arXiv 1503.02531. Computed in float32 or wider, `POSITIONS` rows at a time.
+
+    Args:
+        student: logits (N, V).
+        teacher: logits (N, V).
+        temperature: T.
+
+    Raises:
+        TeacherError: there are no rows.
     """
     refuse_nothing(student)
     found: Tensor = _Divergence.apply(student, teacher, temperature)  # type: ignore[no-untyped-call]
@@ -26,13 +34,18 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def divergence_from_top(student: Tensor, indices: Tensor, log_probabilities: Tensor, temperature: float) -> Tensor:
-    """The same, of distributions in which all tokens but some are one; a temperature is applied to those.
+    """Return the divergence with all tokens outside the teacher's top k merged into one.
+
+    See `divergence`; the temperature is applied to the merged distributions.
 
     Args:
         student: logits (N, V).
-        indices: (N, k), the tokens kept.
-        log_probabilities: (N, k), the teacher's at temperature 1.
-        temperature: see `divergence`.
+        indices: (N, k), the top k tokens.
+        log_probabilities: (N, k), the teacher's log-probabilities of these tokens at temperature 1.
+        temperature: T, as in `divergence`.
+
+    Raises:
+        TeacherError: there are no rows.
     """
     refuse_nothing(student)
 
@@ -47,23 +60,24 @@ def divergence_from_top(student: Tensor, indices: Tensor, log_probabilities: Ten
 
 
 def counted(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows (N, ...) of values (B, T, ...) where `mask` (B, T) is true; all without a mask of that shape."""
+    """Return the rows (N, ...) of values (B, T, ...) where `mask` (B, T) is True; all rows without such a mask."""
     if mask is not None and values.dim() == 3 and mask.shape == values.shape[:2] and not mask.all():
         return values[mask]
     return values.flatten(0, -2)
 
 
 def refuse_nothing(student: Tensor) -> None:
-    """Raises TeacherError for logits (N, V) at no position."""
+    """Raise TeacherError if logits (N, V) have no rows."""
     if not len(student):
         raise TeacherError("a training batch is all padding, so there are no predictions to compare; drop such batches")
 
 
 class _Divergence(torch.autograd.Function):
-    """`divergence` and its gradient `T (softmax(student / T) - softmax(teacher / T)) / N` in one go.
+    """`divergence` and its gradient `T (softmax(student / T) - softmax(teacher / T)) / N`, computed together.
 
-    Autograd would keep several matrices (N, V) of float32. This keeps the difference of probabilities, in the type of
-    the student's logits unless that is float16, in which small ones vanish before a loss scale can save them.
+    Autograd would store several float32 matrices (N, V). This stores one: the difference of probabilities, in the type
+    of the student's logits. For float16 logits it is stored in float32, because small differences would become 0 in
+    float16 before the loss scale is applied.
     """
 
     @staticmethod
@@ -91,6 +105,6 @@ class _Divergence(torch.autograd.Function):
 
 
 def _with_rest(log_probabilities: Tensor) -> Tensor:
-    """Log-probabilities (N, k + 1), the last of everything else."""
+    """Return log-probabilities (N, k + 1); the last is that of all other tokens together."""
     rest = (1 - log_probabilities.exp().sum(-1, keepdim=True)).clamp(min=1e-6)
     return torch.cat([log_probabilities, rest.log()], -1)

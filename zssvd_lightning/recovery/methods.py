@@ -1,6 +1,6 @@
-"""The ways to train a low-rank model after factorization: by what, and of which parameters.
+"""Methods for training a low-rank model after factorization.
 
-Each is a class of settings; `METHODS` has them by name, for YAML.
+Each method is a class of settings; `METHODS` maps method names to classes, for YAML.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,14 @@ from zssvd_lightning.model.adapters import NAME, Adapter, merged
 from zssvd_lightning.recovery.settings import BOTH_AT_ONCE, Recovery
 
 ONE_BY_ONE = [("up",), ("down",)]
-"""SVD-LLM's order (arXiv 2403.07378)."""
+"""Training order of SVD-LLM (arXiv 2403.07378): first `up`, then `down`."""
 
 
 INSIDE = {"down": ("down", "pivots"), "up": ("up", "others", "bias")}
-"""What a layer has for a factor: pivot rows read the input as `down` does, and the rest makes the output."""
+"""Parameters of a layer that belong to each factor.
+
+Pivot rows read the input, as `down` does; all other parameters produce the output.
+"""
 
 
 ELSEWHERE = {
@@ -36,35 +39,36 @@ ELSEWHERE = {
     "trainable_token_indices": "also_train",
     "target_parameters": "targets",
 }
-"""Options of `peft.LoraConfig` that are settings of their own here."""
+"""Options of `peft.LoraConfig` that are set by a recovery setting instead, with the name of that setting."""
 
 
 NEED_BATCHES = ("eva", "corda", "lora_ga", "loftq")
-"""Initializations that peft takes from batches, gradients or a quantized model, none of which it is given here."""
+"""Unsupported initializations: peft needs batches, gradients or a quantized model for them."""
 
 
 @dataclass(frozen=True)
 class FactorRecovery(Recovery):
-    """Trains the factors themselves, or pivot rows and coefficients, and the biases of their layers.
+    """Recovery that trains the factors, or pivot rows and coefficients, and the biases of their layers.
 
-    The two sides of each component begin with equal norms: Adam takes steps of one size, and `L^-1` has made rows of
-    `down` that are much larger than the columns of `up` they meet. Pivot rows and coefficients are taken as they are.
+    The factors are first rescaled so that both sides of each component have equal norms. This suits Adam, whose steps
+    have one size: `L^-1` makes the rows of `down` much larger than the matching columns of `up`. Pivot rows and
+    coefficients are not rescaled.
     """
 
     method = "factors"
     rescales = True
 
     two_step: bool = False
-    """Train `up` for the first half of the recovery, and then `down`; of pivoted layers, coefficients and then rows."""
+    """True to train `up` for the first half of the recovery, then `down`; in pivoted layers coefficients, then rows."""
 
     @property
     def stages(self) -> Sequence[tuple[str, ...]]:
-        """See `Recovery`."""
+        """Groups of factors that are trained at the same time, stage by stage."""
         return ONE_BY_ONE if self.two_step else BOTH_AT_ONCE
 
     @torch.no_grad()
     def prepare(self, layer: Factored) -> None:
-        """See `Recovery`."""
+        """Rescale the factors of a chosen layer so that both sides of each component have equal norms."""
         if isinstance(layer, PivotedLinear):
             return
         up, down = layer.up.weight, layer.down.weight
@@ -74,31 +78,31 @@ class FactorRecovery(Recovery):
         down.div_(shift.to(down.dtype)[:, None])
 
     def trains(self, parameter: str, parts: Sequence[str]) -> bool:
-        """See `Recovery`."""
+        """Return True if a parameter of a chosen layer, named within the layer, belongs to one of the factors."""
         return any(parameter.split(".", maxsplit=1)[0] in INSIDE[part] for part in parts)
 
 
 @dataclass(frozen=True)
 class LoRARecovery(Recovery):
-    """Trains LoRA (arXiv 2106.09685) on the factors, through peft.
+    """Recovery that trains LoRA (arXiv 2106.09685) on the factors, through peft.
 
-    Merged, a factor is of the same shape as before, so that the layer has the same rank.
+    Merging LoRA into a factor does not change its shape, so the layer keeps its rank.
     """
 
     method = "lora"
 
     rank: int = 8
-    """r of LoRA, below the rank of every layer it goes on."""
+    """Rank r of LoRA; must be below the rank of every layer to which LoRA is added."""
     alpha: float | None = None
-    """What the product of LoRA's two matrices is scaled by, over `rank`; twice the rank when None."""
+    """Scale of LoRA: the product of its two matrices is multiplied by `alpha / rank`; twice the rank when None."""
     clip_rank: bool = False
-    """Whether LoRA gets a lower rank where that of a layer is not above it, instead of an error."""
+    """True to lower LoRA's rank on layers whose rank is not above it; False to raise an error for them."""
     dropout: float = 0.0
-    """Of LoRA's inputs."""
+    """Dropout probability on LoRA's inputs, in [0, 1)."""
     two_step: bool = False
-    """SVD-LLM's order: LoRA on `up` for the first half of the recovery, merged, and then on `down`."""
+    """True for SVD-LLM's order: LoRA on `up` for the first half of the recovery, merged, then LoRA on `down`."""
     merge: bool = True
-    """Whether LoRA is merged at the end of the fit; else it stays, to be saved beside the compressed model."""
+    """True to merge LoRA at the end of the fit; otherwise it stays and is saved beside the compressed model."""
     peft: dict[str, Any] = field(default_factory=dict)
     """Other options of `peft.LoraConfig`: `use_dora`, `use_rslora`, `init_lora_weights` (`pissa`, `olora`,
     `orthogonal`, ...), `rank_pattern`, `alpha_pattern`, `exclude_modules`, `layers_to_transform`, ..."""
@@ -123,16 +127,16 @@ class LoRARecovery(Recovery):
 
     @property
     def stages(self) -> Sequence[tuple[str, ...]]:
-        """See `Recovery`."""
+        """Groups of factors that are trained at the same time, stage by stage."""
         return ONE_BY_ONE if self.two_step else BOTH_AT_ONCE
 
     @property
     def merges(self) -> bool:
-        """See `Recovery`."""
+        """True if LoRA is merged into the factors at the end."""
         return self.merge
 
     def adapter(self, parts: Sequence[str], rank: int | None = None) -> Adapter | None:
-        """See `Recovery`."""
+        """Return LoRA for these factors of a layer; None if no rank is left for it. See `Recovery.adapter`."""
         r = self.rank if rank is None or not self.clip_rank else min(self.rank, rank - 1)
         if r < 1:
             return None
@@ -145,11 +149,11 @@ class LoRARecovery(Recovery):
         return Adapter("LORA", own | dict(self.peft), self.seed)
 
     def trains(self, parameter: str, parts: Sequence[str]) -> bool:
-        """See `Recovery`."""
+        """Return True if a parameter of a chosen layer belongs to LoRA."""
         return "lora_" in parameter
 
     def _try(self, parts: Sequence[str]) -> None:
-        """Raises ConfigError for options that peft cannot put on a layer, or cannot merge."""
+        """Raise ConfigError if peft cannot apply these options to a layer or cannot merge the result."""
         adapter, name = self.adapter(parts), "model.layers.0.q_proj"
         if adapter is None or not adapter.parts_of(name):
             return
@@ -162,7 +166,7 @@ class LoRARecovery(Recovery):
             raise ConfigError(f"recovery.peft is {self.peft}: {error}") from error
 
     def refuse_rank(self, name: str, layer: LowRankLinear) -> None:
-        """Raises RecoveryError where LoRA would have as many dimensions as the layer, or more."""
+        """Raise RecoveryError if LoRA's rank is not below the rank of the layer."""
         for part, factor in (("down", layer.down), ("up", layer.up)):
             rank = getattr(factor, "r", {}).get(NAME, 0)
             if rank >= layer.rank:
@@ -175,27 +179,27 @@ class LoRARecovery(Recovery):
 
 @dataclass(frozen=True)
 class SingularValueRecovery(Recovery):
-    """Trains one number a component, by which its singular value is multiplied (after SVFit, arXiv 2409.05926).
+    """Recovery that trains one multiplier for each singular value (after SVFit, arXiv 2409.05926).
 
-    That is what (IA)^3 of peft does to the output of `down`; singular vectors stand still.
+    This is peft's (IA)^3 on the output of `down`. Singular vectors are not trained.
     """
 
     method = "singular_values"
 
     merge: bool = True
-    """Whether the numbers are merged at the end of the fit; else they stay, to be saved beside the compressed model."""
+    """True to merge the multipliers at the end of the fit; otherwise they are saved beside the compressed model."""
 
     @property
     def merges(self) -> bool:
-        """See `Recovery`."""
+        """True if the multipliers are merged into the factors at the end."""
         return self.merge
 
     def adapter(self, parts: Sequence[str], rank: int | None = None) -> Adapter | None:
-        """See `Recovery`."""
+        """Return the (IA)^3 adapter for `down`; see `Recovery.adapter`."""
         return Adapter("IA3", {"target_modules": ["down"], "feedforward_modules": []}, self.seed)
 
     def trains(self, parameter: str, parts: Sequence[str]) -> bool:
-        """See `Recovery`."""
+        """Return True if a parameter of a chosen layer belongs to the (IA)^3 adapter."""
         return "ia3_" in parameter
 
 
@@ -205,13 +209,13 @@ METHODS: dict[str, type[Recovery]] = {
 
 
 def recovery_of(settings: Recovery | Mapping[str, Any] | None) -> Recovery | None:
-    """The recovery that settings describe.
+    """Return the recovery that settings describe; None for None.
 
     Args:
-        settings: one of the classes of this file, or a mapping with its `method` and its fields, as YAML has it.
+        settings: a `Recovery`, or a mapping with `method` and the fields of that method, as read from YAML.
 
     Raises:
-        ConfigError: there is no such method, a key is unknown, or a value is out of range.
+        ConfigError: the method or a key is unknown, or a value is out of range.
     """
     if settings is None or isinstance(settings, Recovery):
         return settings

@@ -1,4 +1,4 @@
-"""The last weights that gave finite losses and gradients, which a training that diverges is given back."""
+"""Rollback of a diverging training to the last weights that gave finite losses and gradients."""
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +8,14 @@ from zssvd_lightning.errors import DivergedError, RecoveryError
 from zssvd_lightning.model.targets import local_part
 
 LEAST_SCALE = 1e-3
-"""A loss scale that has fallen below it has met nothing but gradients that are not finite."""
+"""Lowest valid loss scale; a lower one means that gradients were never finite while the scale fell."""
 
 
 class Rollback:
-    """What this process holds of the parameters that require gradients, as they were when all was last finite.
+    """Copy of this process's part of the trained parameters, from when everything was last finite.
 
     Args:
-        lr: the learning rate, for the message; None when the module's own optimizer has it.
+        lr: learning rate, for the error message; None if the module's optimizer sets it.
     """
 
     def __init__(self, lr: float | None) -> None:
@@ -24,33 +24,37 @@ class Rollback:
         self._losses, self._finite = 0, True
 
     def note_loss(self, *, finite: bool) -> None:
-        """Notes that there was a loss, and whether it is finite, where that is looked at."""
+        """Record that there was a loss.
+
+        Args:
+            finite: False if the loss was checked and is not finite.
+        """
         self._losses += 1
         self._finite &= finite
 
     @torch.no_grad()
     def keep(self, module: nn.Module) -> None:
-        """Keeps what is trained as it is now."""
+        """Copy the current values of the parameters that require gradients."""
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 now = local_part(parameter.detach())
                 self._held.setdefault(name, torch.empty_like(now)).copy_(now)
 
     def forget(self) -> None:
-        """Keeps nothing any longer."""
+        """Delete the copy."""
         self._held = {}
 
     def check_gradients(self, module: nn.Module, team: Team, scale: float | None) -> None:
-        """Keeps the weights that gave finite gradients, before they change. Collective.
+        """Copy the weights before they change, if they gave finite gradients. Collective.
 
         Args:
-            module: that is trained.
+            module: the module in training.
             team: the processes of the run.
-            scale: by which losses are multiplied, so that gradients may overflow though all is well; None without.
+            scale: loss scale, under which gradients may overflow in a healthy training; None without one.
 
         Raises:
-            DivergedError: they did not; those that last did are back.
-            RecoveryError: losses gave no gradients.
+            DivergedError: a loss or gradient is not finite; the last weights that gave finite ones are restored.
+            RecoveryError: there were losses but no gradients.
         """
         trained = [p for p in module.parameters() if p.requires_grad]
         gradients = [local_part(p.grad) for p in trained if p.grad is not None]
@@ -69,7 +73,7 @@ class Rollback:
             self._give_up(module)
 
     def check_weights(self, module: nn.Module, team: Team) -> None:
-        """Raises DivergedError when what was trained is not finite; the last that was is back then. Collective."""
+        """Raise DivergedError if a trained weight is not finite, after restoring the copied weights. Collective."""
         if not _are_finite([local_part(p.detach()) for p in module.parameters() if p.requires_grad], team):
             self._give_up(module)
 
@@ -86,7 +90,7 @@ class Rollback:
 
 
 def _are_finite(values: list[Tensor], team: Team) -> bool:
-    """Whether these are, on all processes. Collective."""
+    """Return True if all values are finite on all processes. Collective."""
     squares = [value.float().square().sum() for value in values]
     total = torch.stack(squares).sum() if squares else torch.zeros((), device=team.device)
     return bool(team.over_rows(total).isfinite())

@@ -1,6 +1,6 @@
-"""A recovery inside a training run: what becomes trainable, by which optimizer, towards what, and what is left of it.
+"""Recovery within a training run: the trained parameters, their optimizer, the loss and the final model.
 
-Shapes: see `distillation`.
+Shapes: see `teachers`.
 """
 
 import math
@@ -30,15 +30,15 @@ class RecoveryRun:
     """One recovery, from FACTORIZE to the end of the fit.
 
     Args:
-        settings: how to recover.
+        settings: method of recovery and its settings.
 
     Attributes:
-        active: whether the module is trained by it.
-        began: the global step at which its stage began.
-        divergence: from the teacher at the latest batch (nats).
-        rollback: the weights that gave finite gradients, for when others do not.
-        horizon: its optimizer steps, and the `max_steps` and `max_epochs` they follow from.
-        over: whether it ended, and the Trainer's optimizers are still those it was trained by.
+        active: whether the recovery is training the module.
+        began: global step at which the current stage began.
+        divergence: divergence from the teacher at the latest batch (nats).
+        rollback: copy of the last weights that gave finite gradients.
+        horizon: number of optimizer steps of the recovery, and the `max_steps` and `max_epochs` it follows from.
+        over: whether the recovery has ended while the Trainer still has its optimizers.
     """
 
     def __init__(self, settings: Recovery) -> None:
@@ -57,22 +57,22 @@ class RecoveryRun:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The factors trained now."""
+        """Factors trained in the current stage."""
         return self.settings.stages[self.stage]
 
     def refuse(self, names: list[str], module: nn.Module, student: nn.Module | None, processes: int) -> None:
-        """Raises what can be told before calibration is spent.
+        """Raise the errors that can be detected before calibration.
 
         Args:
-            names: of the layers that are to be compressed.
-            module: that will be trained.
-            student: whose logits will be compared; None without distillation.
-            processes: that would share a copy of it.
+            names: names of the layers to compress.
+            module: the module to train.
+            student: the model whose logits will be compared; None without distillation.
+            processes: number of processes that would share a copy of the student.
 
         Raises:
-            TargetError: patterns of layers match nothing.
-            RecoveryError: patterns of parameters match nothing that is trained now.
-            TeacherError: the teacher does not fit, cannot be copied or read, or is of another model.
+            TargetError: a pattern of layers matches nothing.
+            RecoveryError: a pattern of parameters matches no parameter that now requires gradients.
+            TeacherError: the teacher does not fit into memory, cannot be copied or read, or is another model.
         """
         self.settings.refuse_layers(names)
         also = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
@@ -94,12 +94,12 @@ class RecoveryRun:
             SavedPredictions(self.settings.teacher).refuse_other(student)
 
     def take_teacher(self, adapter: StrategyAdapter, student: nn.Module, originals: Mapping[str, Tensor]) -> None:
-        """Keeps the dense model, or opens the folder of its predictions. Collective.
+        """Copy the dense model as teacher, or open the folder with its saved predictions. Collective.
 
         Args:
-            adapter: the strategy of the run.
-            student: dense still, but with truncated weights.
-            originals: the weights (m, n) of before, by the name of their layer in `student`.
+            adapter: adapter of the run's strategy.
+            student: the model, whose layers are still dense but have truncated weights.
+            originals: original weights (m, n), by the name of their layer in `student`.
 
         Raises:
             TeacherError: see `refuse`.
@@ -117,15 +117,19 @@ class RecoveryRun:
         self._teacher = DenseTeacher(teacher)
 
     def sync_requires_grad(self, module: nn.Module) -> None:
-        """Notes what was trained of a module that is dense still."""
+        """Record which parameters of the module require gradients, while its layers are still dense."""
         self._were_trainable = [name for name, p in module.named_parameters() if p.requires_grad]
 
     def dress(self, name: str, layer: Factored) -> None:
-        """Puts on a new layer what is trained of it, while it is whole.
+        """Prepare a new layer for training and add its adapter, while the layer is still whole.
+
+        Args:
+            name: qualified name of the layer.
+            layer: the layer.
 
         Raises:
-            RecoveryError: the layer is of too low a rank, for this stage or for a later one.
-            ConfigError: it has no factors, on which something is to be put.
+            RecoveryError: the rank of the layer is too low for the adapter of this stage or a later one.
+            ConfigError: the method needs an adapter, but the layer has no factors to add it to.
         """
         if not self.settings.chooses(name):
             return
@@ -136,7 +140,11 @@ class RecoveryRun:
         self._attach(name, layer, self.parts)
 
     def begin(self, module: nn.Module, step: int) -> None:
-        """Freezes all that is not trained. Raises RecoveryError when nothing is left."""
+        """Start the recovery, or a stage of it, at this global step: freeze all parameters that are not trained.
+
+        Raises:
+            RecoveryError: no parameter is left to train, or a pattern of `also_train` matches only low-rank layers.
+        """
         self.active, self.began, self.over, self.horizon = True, step, False, None
         self.freeze(module)
         for pattern in self.settings.also_train:
@@ -144,7 +152,11 @@ class RecoveryRun:
                 raise RecoveryError(f"recovery.also_train has {pattern!r}, which matches low-rank layers alone")
 
     def freeze(self, module: nn.Module) -> None:
-        """Has gradients come to what is trained, and to nothing else."""
+        """Set `requires_grad` on the trained parameters and on no others.
+
+        Raises:
+            RecoveryError: there are no trained parameters.
+        """
         trained = set(self._trained(module))
         if not trained:
             raise RecoveryError(
@@ -155,14 +167,14 @@ class RecoveryRun:
             parameter.requires_grad_(name in trained)
 
     def optimizer(self, module: nn.Module, steps: float) -> Any:
-        """What `configure_optimizers` returns in its place.
+        """Return the optimizer and schedule in the form of `configure_optimizers`, which they replace.
 
         Args:
-            module: that is trained.
-            steps: optimizer steps of the whole recovery.
+            module: the module in training.
+            steps: number of optimizer steps of the whole recovery; infinite if unknown.
 
         Raises:
-            RecoveryError: nobody knows how many they are, but schedule or stages go by it.
+            RecoveryError: the number of steps is unknown, but the schedule or the stages need it.
         """
         if math.isinf(steps) and len(self.settings.stages) > 1:
             raise RecoveryError("two_step has to know when training ends; set max_steps or max_epochs")
@@ -170,20 +182,20 @@ class RecoveryRun:
         return self.settings.optimizer(parameters, self._steps_of_stage(steps))
 
     def stage_is_over(self, step: int, steps: float) -> bool:
-        """Whether the next stage begins.
+        """Return True if the next stage begins at this step.
 
         Args:
-            step: the global one.
-            steps: of the whole recovery.
+            step: global step.
+            steps: number of optimizer steps of the whole recovery.
         """
         more = self.stage + 1 < len(self.settings.stages)
         return self.active and more and step - self.began >= self._steps_of_stage(steps)
 
     def next_stage(self, module: nn.Module, adapter: StrategyAdapter, step: int) -> None:
-        """Merges what was trained, and begins with the next factors. Collective.
+        """Merge the adapters and start to train the factors of the next stage. Collective.
 
         Raises:
-            DivergedError: it is not finite.
+            DivergedError: a trained weight is not finite.
         """
         self.rollback.check_weights(module, adapter.team)
         self.stage += 1
@@ -196,7 +208,7 @@ class RecoveryRun:
         self.freeze(module)
 
     def finish(self, module: nn.Module, adapter: StrategyAdapter, *, merge: bool) -> None:
-        """Leaves a plain low-rank model, with flags as they were. Collective with `merge`."""
+        """Merge adapters if `merge` is True, and restore the `requires_grad` flags. Collective if `merge` is True."""
         try:
             if merge:
                 adapters.merge_adapters(module, adapter.replace, adapter.whole)
@@ -207,7 +219,10 @@ class RecoveryRun:
             adapter.sync_requires_grad()
 
     def let_go(self, module: nn.Module) -> None:
-        """Has flags be what they were, and those of adapters that stay be set."""
+        """Restore the `requires_grad` flags and release the teacher and the rollback copy.
+
+        Parameters of low-rank layers, including adapters that stay, get the flag of the dense weight or bias.
+        """
         before = set(self._were_trainable)
         dense_name = {
             f"{name}.{part}": f"{name}.{'bias' if part.endswith('bias') else 'weight'}"
@@ -221,7 +236,7 @@ class RecoveryRun:
         self.rollback.forget()
 
     def watch(self, student: nn.Module) -> Callable[[], None]:
-        """Notes the forward passes of a model in training; returns what ends that."""
+        """Record the forward passes of a model in training; return a function that stops the recording."""
 
         def note(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
             if self.active and module.training and torch.is_grad_enabled():
@@ -230,10 +245,14 @@ class RecoveryRun:
         return student.register_forward_hook(note, with_kwargs=True).remove
 
     def loss(self, own: Tensor, mask: Tensor | None) -> Tensor:
-        """The loss to train on, from that of `training_step` and its latest forward pass.
+        """Return the loss to train on, given the loss of `training_step` and the latest recorded forward pass.
+
+        Args:
+            own: loss that `training_step` returned.
+            mask: positions (B, T) of the inputs that are not padding; None for all.
 
         Raises:
-            RecoveryError: the model did not run.
+            RecoveryError: no forward pass was recorded.
         """
         call, self._call = self._call, None
         if not self.active or not self.settings.distills:
@@ -248,7 +267,7 @@ class RecoveryRun:
         return (1 - share) * own + share * loss
 
     def state_dict(self, team: Team | None) -> dict[str, Any]:
-        """Plain types and tensors. Collective where a teacher is in memory."""
+        """Return the state as plain types and tensors. Collective if the teacher is in memory."""
         return {
             "settings": self.settings.to_dict(),
             "active": self.active,
@@ -261,14 +280,14 @@ class RecoveryRun:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up a state; `resume` goes on with its module."""
+        """Restore a state, except for the teacher, which `resume` restores."""
         self.active, self.stage, self.began = state["active"], state["stage"], state["began"]
         self.horizon = None if state["horizon"] is None else tuple(state["horizon"])
         self._were_trainable = list(state["were_trainable"])
         self._of_teacher = dict(state["teacher"])
 
     def resume(self, adapter: StrategyAdapter, student: nn.Module | None) -> None:
-        """Makes the teacher anew, from the model and the weights saved. Collective.
+        """Rebuild the teacher from the model and the saved weights. Collective.
 
         Raises:
             TeacherError: see `refuse`.
@@ -329,11 +348,11 @@ class RecoveryRun:
 
 
 def refuse_other_recovery(state: Mapping[str, Any] | None, mine: RecoveryRun | None) -> None:
-    """Raises CheckpointError for a checkpoint of the recovery, or of after it, by another one.
+    """Raise CheckpointError if a checkpoint was saved during another recovery, or after its recovery had ended.
 
     Args:
-        state: of the recovery it was taken in; None when the factors were trained by the module's own optimizer.
-        mine: the recovery that is to go on.
+        state: state of the recovery in the checkpoint; None if the module's optimizer trained the factors.
+        mine: the recovery that would continue.
     """
     if state is not None and state["over"]:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""How a low-rank model is trained after factorization: what all `ways` have in common."""
+"""Settings for training a low-rank model after factorization, common to all methods."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import get_scheduler
 
 from zssvd_lightning._validation import closest, require, require_one_of
 from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError
@@ -33,40 +32,40 @@ SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
     *(ENDLESS_SCHEDULES := ("constant", "constant_with_warmup")),
 )
-"""Those of transformers that need to know no more than how long they and their warmup are."""
+"""Learning-rate schedules of transformers that need only their length and the length of their warmup."""
 
 
 @dataclass(frozen=True)
 class Recovery(ABC):
-    """What the ways to recover have in common. Everything else of the model stands still meanwhile."""
+    """Settings common to all methods of recovery. Parameters that the method does not train are frozen."""
 
     method: ClassVar[str]
 
     lr: float | None = 1e-3
-    """Highest learning rate, of AdamW; None keeps the optimizer and schedule of `configure_optimizers`."""
+    """Peak learning rate of AdamW; None keeps the optimizer and schedule of `configure_optimizers`."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     schedule: str = "cosine"
-    """Of the learning rate over the recovery, by its name in transformers (`linear`, `cosine`, `constant`, ...)."""
+    """Learning-rate schedule, by its name in transformers (`linear`, `cosine`, `constant`, ...)."""
     warmup: float = 0.05
-    """Fraction of the recovery over which the rate rises to its highest, in [0, 1)."""
+    """Fraction of the recovery during which the learning rate rises to its peak, in [0, 1)."""
     loss: str = "own"
-    """`own` is what `training_step` returns; `distill` is the divergence from the dense model's predictions in its
-    place; `both` adds them, weighted."""
+    """Training loss: `own` is the loss of `training_step`; `distill` is the divergence from the dense model's
+    predictions; `both` is the weighted sum of the two."""
     distill_weight: float = 0.5
-    """Share of the divergence in `both`, in (0, 1)."""
+    """Weight of the divergence in `both`, in (0, 1); the other loss gets the rest."""
     temperature: float = 1.0
-    """By which logits are divided before they are compared; the divergence is multiplied by its square."""
+    """Temperature by which logits are divided before they are compared; its square multiplies the divergence."""
     teacher: str = IN_MEMORY
-    """`memory` keeps a dense copy of the model; else a folder of its likeliest tokens, as `save_predictions` writes."""
+    """Teacher for distillation: `memory` for a dense copy of the model, or a folder that `save_predictions` wrote."""
     teacher_dtype: str = "bfloat16"
     """Floating-point type of the copy in memory."""
     targets: list[str] | None = None
-    """Name patterns of the low-rank layers to train, in the form of `include`; all when None."""
+    """Name patterns of the low-rank layers to train, in the form of `include`; every layer when None."""
     also_train: list[str] = field(default_factory=list)
-    """Name patterns of other parameters to train as they are, such as `*norm.weight` or those of dense layers."""
+    """Name patterns of other parameters to train, such as `*norm.weight` or the weights of dense layers."""
     seed: int = 0
-    """Of initial values."""
+    """Seed for initial values."""
 
     def __post_init__(self) -> None:
         for patterns in ("targets", "also_train"):
@@ -83,30 +82,30 @@ class Recovery(ABC):
 
     @property
     def distills(self) -> bool:
-        """Whether predictions of the dense model are needed."""
+        """True if predictions of the dense model are needed."""
         return self.loss != "own"
 
     @property
     def keeps_teacher(self) -> bool:
-        """Whether a dense copy of the model is."""
+        """True if a dense copy of the model in memory is needed."""
         return self.distills and self.teacher == IN_MEMORY
 
     @property
     def stages(self) -> Sequence[tuple[str, ...]]:
-        """The factors trained at the same time, stage by stage."""
+        """Groups of factors that are trained at the same time, stage by stage."""
         return BOTH_AT_ONCE
 
     @property
     def merges(self) -> bool:
-        """Whether what is added is merged into the factors at the end."""
+        """True if adapters are merged into the factors at the end."""
         return True
 
     def adapter(self, parts: Sequence[str], rank: int | None = None) -> Adapter | None:
-        """What is put on these factors of a layer; None where they are trained themselves.
+        """Return the adapter for these factors of a layer; None if the factors themselves are trained.
 
         Args:
-            parts: of `adapters.PARTS`.
-            rank: of the layer; any when None.
+            parts: names of factors, from `adapters.PARTS`.
+            rank: rank of the layer; None for any rank.
 
         Raises:
             ConfigError: peft refuses an option.
@@ -115,20 +114,25 @@ class Recovery(ABC):
 
     @abstractmethod
     def trains(self, parameter: str, parts: Sequence[str]) -> bool:
-        """Whether a parameter of a chosen layer, by its name in there, is trained."""
+        """Return True if a parameter of a chosen layer is trained.
+
+        Args:
+            parameter: name of the parameter within the layer.
+            parts: names of the factors trained in the current stage.
+        """
 
     rescales: ClassVar[bool] = False
-    """Whether `prepare` changes the scale of components, by which `loss_aware` rounding weighs them."""
+    """True if `prepare` changes the scale of components, which `loss_aware` rounding uses as weights."""
 
-    def prepare(self, layer: Factored) -> None:  # noqa: B027  (most ways train what they add)
-        """Brings a chosen layer into the form it is trained best in; what it computes stays the same."""
+    def prepare(self, layer: Factored) -> None:  # noqa: B027  (most methods train an adapter)
+        """Bring a chosen layer into the form best suited for training, without changing its function."""
 
     def chooses(self, name: str) -> bool:
-        """Whether a layer is one of `targets`."""
+        """Return True if the name of a layer matches `targets`."""
         return self.targets is None or any(matches(name, pattern) for pattern in self.targets)
 
     def refuse_storage(self, storage: str) -> None:
-        """Raises ConfigError for a storage that has no two factors, where something is to be put on them."""
+        """Raise ConfigError if the method adds adapters to factors and the storage has no two factors."""
         if storage == PivotedLinear.kind and self.adapter(PARTS) is not None:
             raise ConfigError(
                 f"recovery by {self.method!r} is put on the two factors of a layer, and storage {storage!r} has none; "
@@ -136,7 +140,7 @@ class Recovery(ABC):
             )
 
     def refuse_layers(self, names: Sequence[str]) -> None:
-        """Raises TargetError when a pattern of `targets` is of none of the layers, and so nothing would be trained."""
+        """Raise TargetError if a pattern of `targets` matches none of the layers."""
         for pattern in self.targets or ():
             if not any(matches(name, pattern) for name in names):
                 raise TargetError(
@@ -144,18 +148,18 @@ class Recovery(ABC):
                     + closest(pattern, names)
                 )
 
-    def refuse_rank(self, name: str, layer: LowRankLinear) -> None:  # noqa: B027  (most ways suit every rank)
-        """Raises RecoveryError for a layer of too low a rank."""
+    def refuse_rank(self, name: str, layer: LowRankLinear) -> None:  # noqa: B027  (most methods suit every rank)
+        """Raise RecoveryError if the rank of a layer is too low for the method."""
 
     def optimizer(self, parameters: Sequence[nn.Parameter], steps: float) -> dict[str, Any]:
-        """AdamW and its schedule, in the form `configure_optimizers` returns.
+        """Return AdamW and its schedule, in the form that `configure_optimizers` returns.
 
         Args:
-            parameters: what is trained.
-            steps: optimizer steps until the schedule ends.
+            parameters: the trained parameters.
+            steps: number of optimizer steps until the schedule ends; infinite if unknown.
 
         Raises:
-            RecoveryError: the training has no end that the schedule could go by.
+            RecoveryError: no steps are left, or the schedule needs to know their number and it is unknown.
         """
         if self.lr is None:
             raise RuntimeError("without a learning rate the module's own optimizer is used")
@@ -168,9 +172,11 @@ class Recovery(ABC):
             )
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
         length = 0 if steps == float("inf") else int(steps)
+        from transformers import get_scheduler  # loads peft where it is installed
+
         schedule = get_scheduler(self.schedule, optimizer, int(self.warmup * length), length)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, from which `recovery_of` makes the same."""
+        """Return the settings as plain types, from which `recovery_of` rebuilds them."""
         return {"method": self.method} | asdict(self)

@@ -1,1 +1,1 @@
-"""Choose the ranks of all layers under one budget: rules, candidates, the knapsack, and plans to review."""
+"""Selection of the ranks of all layers under one budget: rules, candidates, the knapsack solver and plans."""

@@ -1,6 +1,6 @@
-"""All that a matrix can be kept as: which ranks, or dense, and in how many bits.
+"""Options for storing a matrix: at which rank, or dense, and in how many bits.
 
-Shapes: a matrix has r components; ranks go from 0 to r, the last being that of the dense matrix.
+Shapes: a matrix has r components. Ranks run from 0 to r, where r stands for the dense matrix.
 """
 
 from collections.abc import Sequence
@@ -13,25 +13,27 @@ from zssvd_lightning.selection.budget import Budget
 
 
 class Options(NamedTuple):
-    """Of one matrix, from the cheapest on."""
+    """Options of one matrix, by ascending cost."""
 
     costs: Tensor
-    """float64 (O,)."""
+    """Cost of each option, float64 (O,)."""
     losses: Tensor
-    """float64 (O,)."""
+    """Predicted loss increase of each option, float64 (O,)."""
     ranks: Sequence[int]
-    """r for the dense matrix."""
+    """Rank of each option; r for the dense matrix."""
     eight_bit: Sequence[bool]
+    """True for each option in 8 bits."""
 
     @classmethod
     def of(cls, name: str, dropped: Tensor, rounded: Tensor | None, budget: Budget) -> "Options":
-        """Those that `budget` leaves.
+        """Build the options that `budget` allows.
 
         Args:
-            name: the matrix.
-            dropped: what is lost with the components above each rank (r + 1,).
-            rounded: what is lost by keeping the rest in 8 bits (r + 1,); needed where there is a choice of bits.
-            budget: tells floors and costs.
+            name: name of the matrix.
+            dropped: loss increase (r + 1,) from dropping the components above each rank.
+            rounded: loss increase (r + 1,) from storing the remaining components in 8 bits. Needed if selection chooses
+                the bits.
+            budget: source of floors and costs.
         """
         found: list[tuple[int, float, int, bool]] = []
         for eight_bit in budget.bit_choices:
@@ -50,11 +52,16 @@ class Options(NamedTuple):
 
 
 def of_dropping(losses: Tensor) -> Tensor:
-    """What is lost at each rank (r + 1,), by what each component loses that is dropped (r,)."""
+    """Return the loss increase from dropping at each rank (r + 1,), given that of each dropped component (r,)."""
     return torch.cat([losses.flip(0).cumsum(0).flip(0), losses.new_zeros(1)])
 
 
 def of_rounding(losses: Tensor, dense: float) -> Tensor:
-    """What is lost at each rank (r + 1,), by what each component loses that is kept (r,), and the dense matrix."""
+    """Return the loss increase from rounding at each rank (r + 1,).
+
+    Args:
+        losses: loss increase (r,) from storing each component in 8 bits.
+        dense: loss increase from storing the dense matrix in 8 bits.
+    """
     kept = losses.cumsum(0)
     return torch.cat([kept.new_zeros(1), kept[:-1], kept.new_tensor([dense])])

@@ -1,4 +1,4 @@
-"""What a selection rule is given of a layer, and what it returns."""
+"""Input and output of a selection rule: the components of each layer, and the selection."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,49 +10,49 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Components:
-    """One matrix, as selection sees it."""
+    """Components of one matrix, as input to selection."""
 
     sigma: Tensor
     """Singular values (r,), descending."""
     delta: Tensor
-    """Predicted change of the loss (r,) when a component is dropped."""
+    """Predicted first-order change of the loss (r,) from dropping each component."""
     rounding: Tensor | None = None
-    """Predicted change of the loss (r,) when a component is kept in 8 bits instead of 16."""
+    """Predicted change of the loss (r,) from storing each component in 8 bits instead of 16."""
     rounding_dense: float | None = None
-    """Predicted change of the loss when the dense weight is kept in 8 bits instead of 16."""
+    """Predicted change of the loss from storing the dense weight in 8 bits instead of 16."""
     curvature: Tensor | None = None
-    """Of the loss along each component of unit size (r,), where it was estimated; 1 elsewhere."""
+    """Curvature of the loss along each unit-size component (r,). None if not estimated, which counts as 1."""
 
     @property
     def second_order(self) -> Tensor:
-        """Second-order change of the loss (r,) when a component is dropped, `1/2 sigma^2` times the curvature."""
+        """Second-order change of the loss (r,) from dropping each component: `1/2 sigma^2` times the curvature."""
         loss = self.sigma.double().square() / 2
         return loss if self.curvature is None else loss * self.curvature.double()
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What stays."""
+    """Components that remain in each matrix."""
 
     kept: Mapping[str, Tensor | None]
-    """Name -> ascending indices (k,) of the components that stay; None where the matrix stays dense."""
+    """Name -> ascending indices (k,) of the remaining components. None if the matrix stays dense."""
     drifts: Mapping[str, float]
-    """Name -> sum of delta over what is dropped of it."""
+    """Name -> sum of delta over the dropped components."""
     eight_bit: frozenset[str] = frozenset()
-    """Names of the matrices to keep in 8 bits, where storage leaves that to be chosen."""
+    """Names of the matrices to store in 8 bits, if selection chooses the bits."""
 
     @property
     def predicted_drift(self) -> float:
-        """Sum of delta over everything dropped."""
+        """Sum of delta over all dropped components."""
         return sum(self.drifts.values())
 
     def rank(self, name: str) -> int | None:
-        """How many components of `name` stay, or None where it stays dense."""
+        """Return the number of remaining components of `name`, or None if it stays dense."""
         kept = self.kept[name]
         return None if kept is None else len(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types, from which `of_state` makes the same."""
+        """Return the selection as plain types, for `of_state`."""
         return {
             "kept": {name: None if kept is None else kept.tolist() for name, kept in self.kept.items()},
             "drifts": dict(self.drifts),
@@ -61,6 +61,6 @@ class Selection:
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> Self:
-        """From a `state_dict`."""
+        """Restore a selection from its `state_dict`."""
         kept = {name: None if kept is None else torch.tensor(kept) for name, kept in state["kept"].items()}
         return cls(kept, dict(state["drifts"]), frozenset(state["eight_bit"]))

@@ -1,7 +1,7 @@
-"""What to give each of many matrices, so that all together cost no more than they may.
+"""Multiple-choice knapsack: one option per matrix, with the least total loss within a total cost.
 
-Shapes: N matrices of at most O options each; costs and losses (N, O). A matrix with fewer options has infinite losses
-in the places behind them.
+Shapes: N matrices with at most O options each; costs and losses (N, O). For a matrix with fewer options, the remaining
+entries of its row have infinite loss.
 """
 
 import heapq
@@ -11,41 +11,44 @@ import torch
 from torch import Tensor
 
 NEVER = torch.tensor(math.inf, dtype=torch.float64)
+"""Loss of an option that must not be taken."""
 
 
 BRANCHES = 64
-"""How many cases `least_loss` solves at most; fewer where that would be more than `WORK`."""
+"""Maximum number of cases that `least_loss` solves. `WORK` may lower it."""
 
 
 WORK = 4_000_000
-"""How many options the cases may have together, but for the first. Then one core takes up to half a second for 210
-matrices of 577 options, and one and a half for 560 of 8193, of which only the first case is solved."""
+"""Maximum total number of options over all cases but the first. With it, one core takes up to 0.5 s for 210 matrices
+with 577 options each, and 1.5 s for 560 matrices with 8193 options each, for which only the first case is solved."""
 
 
 TOLERANCE = 1e-6
-"""How much more than the least loss is as good, as a fraction of it: losses are predictions."""
+"""Relative excess over the least loss that is accepted as optimal, since losses are only predictions."""
 
 
 def least_loss(costs: Tensor, losses: Tensor, allowed: int) -> Tensor:
-    """One option of each matrix, so that the sum of losses is least and the sum of costs at most `allowed`.
+    """Choose one option per matrix that minimizes the total loss at a total cost of at most `allowed`.
 
-    By Lagrangian relaxation (Everett, Operations Research 11, 1963): see `_last_price`. The dearest choice that fits,
-    of those that some price leads to, is the optimum where it costs all that is allowed. Elsewhere what is left is
-    filled, from it and from the cheapest choice that does not fit with one matrix brought down. A matrix that differs
-    between the two is then held to one side or the other, and each case solved in turn, the most promising first
-    (branch and bound; Land and Doig, Econometrica 28, 1960), until none can be better or there have been `BRANCHES`.
-    The result loses at most what the first choice left, at its price, more than the optimum.
+    The method is Lagrangian relaxation (Everett, Operations Research 11, 1963); see `_last_price`. It gives two choices
+    at the same price: the most expensive one that fits, and the cheapest one that does not. The first is optimal if it
+    costs exactly `allowed`. Otherwise, spend the remaining budget greedily, starting from the first choice and from the
+    second with one matrix lowered so that it fits. Then restrict the matrix whose cost differs most between the two to
+    either side of the difference, and solve both cases. The most promising case comes first (branch and bound; Land and
+    Doig, Econometrica 28, 1960), until no case can improve the result or `BRANCHES` cases are solved. The loss exceeds
+    the optimum by at most the price times the budget that the first choice leaves unused.
 
-    Of 210 matrices with spectra `s i^-a`, s and a drawn for each, the result was above the bound of the last price by
-    1e-6 of it in the median and by 6e-4 in 19 of 20 draws; 2e-5 and 9e-4 by the first case alone.
+    On 210 matrices with spectra `s i^-a`, with s and a drawn per matrix, the loss exceeded the lower bound from the
+    last price by a relative 1e-6 in the median and at most 6e-4 in 19 of 20 draws. With the first case alone the
+    figures were 2e-5 and 9e-4.
 
     Args:
-        costs: whole numbers in float64 (N, O), rising from option to option. The cheapest together must fit.
-        losses: float64 (N, O).
-        allowed: what all may cost together.
+        costs: integers in float64 (N, O), ascending over the options of each matrix. The cheapest together must fit.
+        losses: loss of each option, float64 (N, O).
+        allowed: maximum total cost.
 
     Returns:
-        The options taken (N,); of equal ones the cheaper.
+        The index of each chosen option (N,). Ties go to the cheaper option.
     """
     best, least = torch.zeros(len(costs), dtype=torch.long), math.inf
     branches = [(-math.inf, 0, losses)]
@@ -71,17 +74,17 @@ def least_loss(costs: Tensor, losses: Tensor, allowed: int) -> Tensor:
 
 
 def _of(values: Tensor, options: Tensor) -> Tensor:
-    """Those of the options taken, (N, 1)."""
+    """Return the values (N, 1) of the chosen options."""
     return values.gather(1, options[:, None])
 
 
 def _total(values: Tensor, options: Tensor) -> float:
-    """Their sum, the same in every order of the matrices."""
+    """Return the sum over the chosen options, independent of the order of the matrices."""
     return math.fsum(_of(values, options).flatten().tolist())
 
 
 def _first_of_least(values: Tensor, then: Tensor) -> Tensor:
-    """The options of least value, and among those the first with the least of `then`."""
+    """Return the option of least value per matrix. Break ties by the least `then`, then by position."""
     return then.where(values == values.amin(1, keepdim=True), NEVER).argmin(1)
 
 
@@ -90,10 +93,11 @@ def _cheapest(costs: Tensor, losses: Tensor) -> Tensor:
 
 
 def _last_price(costs: Tensor, losses: Tensor, allowed: int) -> tuple[Tensor, Tensor, float]:
-    """The dearest choice that fits, of those that some price leads to, the cheapest that does not, and their price.
+    """Return the most expensive choice that fits, the cheapest that does not, and the price that leads to both.
 
-    At a price of cost, each matrix takes the option of least loss and price together; nothing that costs as much as
-    they then do loses less. Prices are tried until none is left between the two, which are one where all fits for free.
+    At a given price per unit of cost, each matrix takes the option with the least sum of loss and price times cost. No
+    other choice of the same total cost has a lower loss. Prices are tried until none leads to a choice between the two.
+    If everything fits at price 0, both results are that choice.
     """
     saving, spending, price = _cheapest(costs, losses), _first_of_least(losses, costs), 0.0
     if _total(costs, spending) <= allowed:
@@ -111,7 +115,7 @@ def _last_price(costs: Tensor, losses: Tensor, allowed: int) -> tuple[Tensor, Te
 
 
 def _brought_down(costs: Tensor, losses: Tensor, options: Tensor, allowed: int) -> list[Tensor]:
-    """Options that fit through a change to the one matrix at which it loses least; none where one is not enough."""
+    """Return the options after the single change that makes them fit at the least loss; [] if no single change does."""
     enough = _of(costs, options) - costs >= _total(costs, options) - allowed
     lost = (losses - _of(losses, options)).where(enough, NEVER)
     row, option = divmod(int(lost.argmin()), lost.shape[1])
@@ -123,7 +127,7 @@ def _brought_down(costs: Tensor, losses: Tensor, options: Tensor, allowed: int) 
 
 
 def _filled(costs: Tensor, losses: Tensor, options: Tensor, allowed: int) -> Tensor:
-    """Changes one matrix after another, to what gains most for its cost of all that still fits, until nothing does."""
+    """Spend the remaining budget greedily: repeatedly make the change that fits with the most gain per unit of cost."""
     options, left = options.clone(), allowed - _total(costs, options)
     best = _worth(costs, losses, options[:, None], left).max(1)
     coming = [
@@ -144,13 +148,15 @@ def _filled(costs: Tensor, losses: Tensor, options: Tensor, allowed: int) -> Ten
 
 
 def _worth(costs: Tensor, losses: Tensor, options: Tensor, left: float) -> Tensor:
-    """What each option gains on those taken, for each unit that it costs more; -inf where that is nothing or too much.
+    """Return the gain of each option over the chosen one per unit of extra cost.
+
+    The result is -inf for options that gain nothing or do not fit.
 
     Args:
-        costs: (..., O).
-        losses: (..., O).
-        options: those taken (..., 1).
-        left: how much more may be spent.
+        costs: cost of each option (..., O).
+        losses: loss of each option (..., O).
+        options: chosen options (..., 1).
+        left: remaining budget.
     """
     extra, gain = costs - costs.gather(-1, options), losses.gather(-1, options) - losses
     return (gain / extra.clamp_min(1)).where((gain > 0) & (extra <= left), -NEVER)

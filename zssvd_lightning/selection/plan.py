@@ -1,4 +1,4 @@
-"""A rank for every layer, written down: what a dry run proposes, a person reviews, and a compression then follows."""
+"""Rank plans: files with a rank per layer that a dry run writes, a person reviews and a compression follows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +15,11 @@ from zssvd_lightning.selection.components import Components, Selection
 from zssvd_lightning.selection.rules import of_ranks
 
 VERSION = 1
+"""Version of the file format."""
 
 
 DENSE = "dense"
+"""Rank entry of a layer that stays dense."""
 
 
 HEADER = """\
@@ -31,37 +33,38 @@ BITS_HEADER = "# A layer with bits: 8 is kept in 8 bits, any other in 16.\n"
 
 @dataclass(frozen=True)
 class Plan:
-    """Ranks by layer."""
+    """Rank of every layer, and the cost it leads to."""
 
     ranks: Mapping[str, int | None]
-    """Name -> components to keep; None where the layer stays dense."""
+    """Name -> number of remaining components. None if the layer stays dense."""
     shapes: Mapping[str, Shape]
-    """Name -> (m, n)."""
+    """Name -> shape (m, n)."""
     reached: float
-    """Fraction of what the target layers cost that these ranks remove."""
+    """Fraction of the target layers' cost that these ranks remove."""
     highest: Mapping[str, int]
-    """Name -> largest rank at which the layer takes less than it does dense."""
+    """Name -> largest rank at which the layer costs less than dense."""
     storage: str = "factors"
-    """How matrices are to be kept, by its name in `storage.STORAGES`."""
+    """Storage of the layers: a key of `layers.storage.STORAGES`."""
     drifts: Mapping[str, float] | None = None
-    """Name -> predicted change of the loss; None for a plan that was read."""
+    """Name -> predicted first-order change of the loss, nats. None for a plan read from a file."""
     eight_bit: frozenset[str] = frozenset()
-    """Names of the layers to keep in 8 bits, where storage leaves that to be chosen."""
+    """Names of the layers to store in 8 bits, if the storage offers the choice."""
     unit: str = "parameters"
-    """What costs are counted in, by its name in `storage.UNITS`."""
+    """Unit of costs: a key of `layers.storage.UNITS`."""
 
     @classmethod
     def of(cls, selection: Selection, budget: Budget) -> "Plan":
-        """The ranks of a selection."""
+        """Make a plan with the ranks of a selection."""
         ranks = {name: selection.rank(name) for name in budget.shapes}
         return cls._of_ranks(ranks, selection.eight_bit, budget, selection.drifts)
 
     @classmethod
     def read(cls, path: str | Path, budget: Budget) -> "Plan":
-        """The plan in a YAML file, for the layers of `budget`.
+        """Read a plan for the layers of `budget` from a YAML file.
 
         Raises:
-            PlanError: there is no such file, it is not a plan, or it is one for other layers; says which.
+            PlanError: the file is missing, is not a plan, or does not match the layers, storage or unit of `budget`.
+                The message says which.
         """
         layers = _layers(Path(path), budget)
         if others := sorted(layers.keys() ^ budget.shapes.keys()):
@@ -87,7 +90,11 @@ class Plan:
         return cls(ranks, budget.shapes, reached, highest, budget.storage, drifts, eight_bit, budget.unit)
 
     def write(self, path: str | Path) -> None:
-        """Writes the plan as YAML. Raises OutputError when there is a file already, or it cannot be written."""
+        """Write the plan as YAML.
+
+        Raises:
+            OutputError: the file exists already or cannot be written.
+        """
         path = check_plan_output(path)
         content = {
             "version": VERSION,
@@ -103,7 +110,7 @@ class Plan:
             file.write_text(header + text, encoding="utf-8")
 
     def rule(self, matrices: Mapping[str, Components], budget: Budget) -> Selection:
-        """The selection that follows this plan; a `selection.Rule`."""
+        """Return the selection that follows this plan. This method is a `rules.Rule`."""
         full = {name: len(components.sigma) for name, components in matrices.items()}
         ranks = {name: full[name] if k is None else k for name, k in self.ranks.items()}
         return of_ranks(matrices, budget, ranks, self.eight_bit)
@@ -119,7 +126,11 @@ class Plan:
 
 
 def check_plan_output(path: str | Path) -> Path:
-    """The file a plan may be written to. Raises OutputError when it is there already, with somebody's review in it."""
+    """Return the absolute path of a new plan file.
+
+    Raises:
+        OutputError: the file exists already; it may hold reviewed ranks.
+    """
     path = Path(path).expanduser().absolute()
     if path.exists():
         raise OutputError(f"plan {path} exists, and a dry run would overwrite it; name another file, or remove it")

@@ -8,9 +8,14 @@ from torch import Tensor
 
 
 def effective_rank_of(sigma: Tensor) -> float:
-    """How many components carry the spectrum (r,): `exp(-sum p_i log p_i)` with `p_i = sigma_i^2 / sum_j sigma_j^2`.
+    """Return the effective rank of a spectrum (r,): `exp(-sum p_i log p_i)` with `p_i = sigma_i^2 / sum_j sigma_j^2`.
 
-    From 1, of one component, to r, of a flat spectrum (Roy and Vetterli 2007; of squares, arXiv 2509.25622).
+    It ranges from 1 for a single nonzero component to r for a flat spectrum (Roy and Vetterli 2007; with squared
+    singular values, arXiv 2509.25622).
+
+    Example:
+        >>> round(effective_rank_of(torch.tensor([2.0, 2.0, 0.0])), 6)
+        2.0
     """
     energy = sigma.double().square()
     shares = energy / energy.sum().clamp_min(torch.finfo(torch.float64).tiny)
@@ -20,15 +25,19 @@ def effective_rank_of(sigma: Tensor) -> float:
 def proportional_ranks(
     weights: Sequence[float], costs: Sequence[Sequence[int]], floors: Sequence[int], allowed: int
 ) -> list[int]:
-    """Ranks `clip(floor(t w), floor, full)` with t as large as fits, and then as many more as fit, in the same order.
+    """Return the ranks `clip(floor(t w), floor, full)` for the largest t that fits, plus further ranks that still fit.
 
-    Ranks come one at a time, in the order in which a growing t reaches them; ties go to the earlier matrix.
+    Ranks are granted one at a time, in the order in which a growing t reaches them. Ties go to the earlier matrix.
 
     Args:
-        weights: w of each matrix, above 0.
-        costs: of each matrix, by rank from 0 to full, never falling. The floors together must fit.
-        floors: the least rank of each matrix.
-        allowed: what all may cost together.
+        weights: positive weight w of each matrix.
+        costs: cost of each matrix by rank, from 0 to full rank, never decreasing. The floors together must fit.
+        floors: lowest rank of each matrix.
+        allowed: maximum total cost.
+
+    Example:
+        >>> proportional_ranks([1.0, 2.0], [[0, 1, 2, 3], [0, 1, 2, 3]], floors=[0, 0], allowed=3)
+        [1, 2]
     """
     ranks = list(floors)
     left = allowed - sum(cost[rank] for cost, rank in zip(costs, ranks, strict=True))

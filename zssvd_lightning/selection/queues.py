@@ -1,4 +1,4 @@
-"""Queues of the components that matrices would drop next: which of them goes first."""
+"""Priority queues that choose which matrix drops its next component."""
 
 import heapq
 from collections.abc import Callable
@@ -6,35 +6,40 @@ from typing import NamedTuple, Protocol
 
 
 class Candidate(NamedTuple):
-    """The component that a matrix would drop next."""
+    """Component that a matrix would drop next."""
 
     matrix: int
-    """Its place among the matrices."""
+    """Index of the matrix."""
     sigma: float
     """Singular value."""
     delta: float
-    """Predicted change of the loss, to first order."""
+    """Predicted first-order change of the loss from dropping it."""
     second_order: float
-    """Its second-order part."""
+    """Predicted second-order change of the loss from dropping it."""
     cost: float
-    """Of a component of this matrix, on average."""
+    """Mean cost of a component of this matrix."""
 
 
 Key = Callable[[Candidate], float]
+"""Function that gives the priority of a candidate; the smallest goes first."""
 
 
 class Queue(Protocol):
-    """Holds one offer a matrix and says which to take next; ties go to the earlier matrix."""
+    """Priority queue with one candidate per matrix. Ties go to the earlier matrix."""
 
     def offer(self, offer: Candidate) -> None:
-        """Adds an offer."""
+        """Add a candidate."""
 
     def take(self) -> int:
-        """Removes an offer and returns its matrix. Raises IndexError when there is none."""
+        """Remove the next candidate and return the index of its matrix.
+
+        Raises:
+            IndexError: the queue is empty.
+        """
 
 
 class SmallestFirst:
-    """Takes the offer with the smallest key."""
+    """Queue that takes the candidate with the smallest key."""
 
     def __init__(self, key: Key) -> None:
         self._key = key
@@ -50,7 +55,10 @@ class SmallestFirst:
 
 
 class ZeroSum:
-    """Takes the smallest offer of the sign that brings the running sum of delta back to zero (arXiv 2602.02848)."""
+    """Queue that keeps the running sum of delta near zero (arXiv 2602.02848).
+
+    It takes the candidate with the smallest key among those whose sign of delta brings the sum back toward zero.
+    """
 
     def __init__(self, size: Key) -> None:
         self._size = size

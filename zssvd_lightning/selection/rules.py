@@ -1,9 +1,10 @@
-"""Rules that choose, for the whole model at once, which components to give up.
+"""Selection rules, which choose the components to drop for the whole model at once.
 
-A rule sees each matrix as a list of components (sigma descending, delta the predicted change of the loss when one is
-dropped) and returns which are kept; of storage it knows what each rank costs. The greedy rules differ in the order a
-matrix offers its components in and in whose offer is taken next (`offers`); everything else is `_drop_until_met`,
-written once. The others say what each rank loses or weighs, and `allocation` solves for all matrices together.
+The input of a rule is a list of components per matrix: sigma in descending order, and delta, the predicted change of
+the loss from dropping each. The output is the set of remaining components. The rule knows the cost of each rank and
+nothing else about storage. Greedy rules differ in the order in which a matrix offers its components and in the queue
+(`queues`) that picks the next one; `_drop_until_met` does the rest. The other rules state the loss or weight of each
+rank, and `knapsack` or `proportional` solves for all matrices together.
 """
 
 from bisect import bisect_right
@@ -23,18 +24,19 @@ from zssvd_lightning.selection.proportional import effective_rank_of, proportion
 from zssvd_lightning.selection.queues import Candidate, Queue, SmallestFirst, ZeroSum
 
 CHOOSE_BITS = ("curvature", "curvature_first_order")
-"""The rules that can choose for each matrix between 8 and 16 bits, as storage `mixed` asks."""
+"""Rules that can choose between 8 and 16 bits per matrix, as storage `mixed` requires."""
 
 
 BY_CURVATURE = ("curvature", "curvature_first_order", "zero_sum_curvature")
-"""The rules that go by the second-order change of the loss."""
+"""Rules that use the second-order change of the loss."""
 
 
 Rule = Callable[[Mapping[str, Components], Budget], Selection]
+"""Function that selects the remaining components of all matrices within a budget."""
 
 
 def of_one_form(rule: Rule) -> Rule:
-    """The rule; it refuses storage that leaves bits to be chosen. Raises ConfigError."""
+    """Wrap a rule to raise ConfigError for storage that leaves the choice of bits to selection."""
 
     @wraps(rule)
     def refusing(matrices: Mapping[str, Components], budget: Budget) -> Selection:
@@ -50,48 +52,52 @@ def of_one_form(rule: Rule) -> Rule:
 
 @of_one_form
 def zero_sum(matrices: Mapping[str, Components], budget: Budget) -> Selection:
-    """The paper's rule: two heaps, and a running sum of delta that is kept near zero (arXiv 2602.02848)."""
+    """Apply the zero-sum rule: two heaps, with the running sum of delta held near zero (arXiv 2602.02848)."""
     return _drop_until_met(matrices, budget, ZeroSum(lambda offer: abs(offer.delta)))
 
 
 @of_one_form
 def zero_sum_curvature(matrices: Mapping[str, Components], budget: Budget) -> Selection:
-    """The zero-sum rule with the size of an offer `1/2 sigma^2` for what a component of its matrix costs on average.
+    """Apply the zero-sum rule with candidates ordered by second-order change of the loss per mean component cost.
 
-    Delta still tells the sign and makes the running sum. The average, since above break-even a component saves nothing.
+    The second-order change is `1/2 sigma^2` times the curvature. Delta still gives the sign and the running sum. The
+    cost is a mean because dropping a component above break-even saves nothing.
     """
     return _drop_until_met(matrices, budget, ZeroSum(lambda offer: offer.second_order / offer.cost))
 
 
 @of_one_form
 def abs_delta(matrices: Mapping[str, Components], budget: Budget) -> Selection:
-    """Smallest |delta| first, each matrix offering only its smallest remaining sigma."""
+    """Drop the smallest |delta| first, where each matrix offers only its smallest remaining sigma."""
     return _drop_until_met(matrices, budget, SmallestFirst(lambda offer: abs(offer.delta)))
 
 
 @of_one_form
 def abs_delta_unordered(matrices: Mapping[str, Components], budget: Budget) -> Selection:
-    """Smallest |delta| first, whatever its sigma: what is left of a matrix need not be a truncation of it."""
+    """Drop the smallest |delta| first, regardless of sigma. The result need not be a truncation of the matrix."""
     return _drop_until_met(matrices, budget, SmallestFirst(lambda offer: abs(offer.delta)), _by_abs_delta)
 
 
 @of_one_form
 def most_negative(matrices: Mapping[str, Components], budget: Budget) -> Selection:
-    """Smallest signed delta first: what promises to lower the loss most."""
+    """Drop the smallest signed delta first: the component predicted to lower the loss most."""
     return _drop_until_met(matrices, budget, SmallestFirst(lambda offer: offer.delta))
 
 
 @of_one_form
 def sigma(matrices: Mapping[str, Components], budget: Budget) -> Selection:
-    """Smallest singular value first, over all matrices."""
+    """Drop the smallest singular value first, over all matrices."""
     return _drop_until_met(matrices, budget, SmallestFirst(lambda offer: offer.sigma))
 
 
 @of_one_form
 def uniform(matrices: Mapping[str, Components], budget: Budget) -> Selection:
-    """The same fraction of every matrix, for factors `k = floor((1 - prune_ratio) m n / (m + n))`.
+    """Remove the same fraction of every matrix, as SVD-LLM does (arXiv 2403.07378).
 
-    As SVD-LLM does (arXiv 2403.07378).
+    With storage `factors` the rank is `k = floor((1 - prune_ratio) m n / (m + n))`.
+
+    Raises:
+        BudgetError: a rank is below the floor of its matrix.
     """
     ranks = {}
     for name, (m, n) in budget.shapes.items():
@@ -106,11 +112,11 @@ def uniform(matrices: Mapping[str, Components], budget: Budget) -> Selection:
 
 @of_one_form
 def effective_rank(matrices: Mapping[str, Components], budget: Budget) -> Selection:
-    """Ranks in proportion to `sqrt(R / c)`, R being the effective rank and c what a component costs on average.
+    """Choose ranks in proportion to `sqrt(R / c)`, where R is the effective rank and c the mean component cost.
 
-    They are those with the least sum of `R / k` for their cost, which is how D-Rank allocates (arXiv 2509.25622). Here
-    every matrix stands alone, where D-Rank has groups of layers share a factor; ranks do not move from queries and keys
-    to values; none is below its floor, and a matrix with a rank above the highest that saves anything stays dense.
+    These ranks minimize the sum of `R / k` at a given cost, as D-Rank does (arXiv 2509.25622). Differences from D-Rank:
+    every matrix stands alone instead of sharing a factor with a group of layers; ranks do not move from queries and
+    keys to values; no rank is below its floor; and a matrix whose rank saves nothing stays dense.
     """
     names = list(matrices)
     weights = [(effective_rank_of(matrices[name].sigma) / budget.component_cost(name)) ** 0.5 for name in names]
@@ -120,16 +126,19 @@ def effective_rank(matrices: Mapping[str, Components], budget: Budget) -> Select
 
 
 def curvature(matrices: Mapping[str, Components], budget: Budget) -> Selection:
-    """The ranks, dense layers and bits of least loss together, `1/2 sigma^2` being that of dropping a component.
+    """Choose the ranks, dense layers and bits with the least total loss, counting `1/2 sigma^2` per dropped component.
 
-    In the two-sided metric that is the loss to second order, layer by layer and with the curvature that K-FAC estimates
-    (arXiv 1503.05671). See `allocation.least_loss`.
+    In the two-sided metric this is the second-order loss, layer by layer, with the curvature estimated by K-FAC
+    (arXiv 1503.05671). It is multiplied by the curvature of the component, if estimated. See `knapsack.least_loss`.
     """
     return _of_least_loss(matrices, budget, lambda components: components.second_order)
 
 
 def curvature_first_order(matrices: Mapping[str, Components], budget: Budget) -> Selection:
-    """As `curvature`, with `1/2 sigma^2 + delta`: what is dropped may lower the loss, so more may go than is asked."""
+    """Apply `curvature` with `1/2 sigma^2 + delta` per dropped component.
+
+    A drop may then be predicted to lower the loss, so the result may remove more than the budget requires.
+    """
     return _of_least_loss(matrices, budget, lambda components: components.second_order + components.delta.double())
 
 
@@ -139,7 +148,7 @@ def of_ranks(
     ranks: Mapping[str, int],
     eight_bit: Collection[str] = (),
 ) -> Selection:
-    """So many of the largest components of each matrix, those in `eight_bit` in 8 bits."""
+    """Select the largest components of each matrix up to its rank, and store the matrices in `eight_bit` in 8 bits."""
     return _selection(matrices, budget, {name: torch.arange(rank) for name, rank in ranks.items()}, eight_bit)
 
 
@@ -158,6 +167,7 @@ RULES: dict[str, Rule] = {
         curvature_first_order,
     )
 }
+"""Rules by name."""
 
 
 def _by_sigma(components: Components) -> Tensor:
@@ -174,7 +184,7 @@ def _drop_until_met(
     queue: Queue,
     drop_order: Callable[[Components], Tensor] = _by_sigma,
 ) -> Selection:
-    """Drops one component after another until the budget is met. A matrix offers one at a time, in `drop_order`."""
+    """Drop one component after another until the budget is met. Each matrix offers one at a time, in `drop_order`."""
     names = list(matrices)
     orders = [drop_order(matrices[name]).tolist() for name in names]
     sigmas = [matrices[name].sigma.tolist() for name in names]
@@ -211,7 +221,7 @@ def _drop_until_met(
 def _of_least_loss(
     matrices: Mapping[str, Components], budget: Budget, loss_of: Callable[[Components], Tensor]
 ) -> Selection:
-    """What loses least together, of all that each matrix can be kept as; `loss_of` gives that of each component."""
+    """Select the options with the least total loss, where `loss_of` gives the loss of each dropped component (r,)."""
     options = {
         name: Options.of(
             name,
@@ -230,7 +240,7 @@ def _of_least_loss(
 
 
 def _rounding(name: str, components: Components) -> Tensor:
-    """What keeping a matrix in 8 bits loses, by rank."""
+    """Return the loss increase (r + 1,) from storing a matrix in 8 bits, by rank."""
     if components.rounding is None or components.rounding_dense is None:
         raise CalibrationError(f"{name} has no prediction of what 8 bits would lose; choose a storage of one form")
     return of_rounding(components.rounding.double().cpu(), components.rounding_dense)
@@ -242,7 +252,7 @@ def _selection(
     kept: Mapping[str, Tensor],
     eight_bit: Collection[str] = (),
 ) -> Selection:
-    """Returns matrices above break-even to their dense original, and sums up the drift of the rest."""
+    """Build a selection: matrices above break-even stay dense, and the drift of the others is summed."""
     final = {
         name: indices if budget.is_low_rank(name, len(indices), eight_bit=name in eight_bit) else None
         for name, indices in kept.items()

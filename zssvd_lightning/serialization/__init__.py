@@ -1,1 +1,1 @@
-"""What saved weights and configs say of compressed layers, and checks of both."""
+"""Descriptions of compressed layers in saved weights and configs, and checks of both."""

@@ -11,14 +11,14 @@ from zssvd_lightning.serialization.transformers_config import mark
 
 
 class LowRankCheckpointMixin(nn.Module):
-    """Lets a LightningModule load checkpoints of its compressed self, on its own and without a callback.
+    """Mixin with which a LightningModule loads checkpoints of its compressed form, without a callback.
 
-    It is what `MyModule.load_from_checkpoint(path)` of a compressed checkpoint takes. Weights of dense modules load
-    as ever, and so do those of other ranks: layers become what the weights are of. Adapters of a recovery are merged,
-    unless the module has such adapters already.
+    `MyModule.load_from_checkpoint(path)` needs it to load a compressed checkpoint. Layers are replaced to match the
+    saved weights, so dense weights and weights of other ranks load too. Adapters from a recovery are merged, unless
+    the module already has such adapters.
 
     Raises:
-        CheckpointError: on loading, when the weights are of another model; the module is then as it was.
+        CheckpointError: on loading, if the weights belong to another model; the module is then unchanged.
 
     Example:
         >>> class MyModule(LowRankCheckpointMixin, L.LightningModule): ...
@@ -26,7 +26,7 @@ class LowRankCheckpointMixin(nn.Module):
     """
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Makes layers low-rank or dense as the weights have them, and loads them; see `nn.Module`."""
+        """Make layers low-rank or dense to match the weights, then load them; see `nn.Module`."""
         had_adapters = bool(adapters.on(self))
         match_structure(self, state_dict, strict=strict)
         mark(self)

@@ -1,4 +1,4 @@
-"""Whether files of weights are what their config says, found out before anything is loaded from them."""
+"""Checks that weight files match their config, before anything is loaded from them."""
 
 import hashlib
 from collections import Counter
@@ -12,7 +12,11 @@ from zssvd_lightning.errors import SavedModelError
 
 
 def digest(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises SavedModelError when it cannot be read."""
+    """Return the SHA-256 digest of a file, in hexadecimal.
+
+    Raises:
+        SavedModelError: the file cannot be read.
+    """
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -21,11 +25,11 @@ def digest(path: str | Path) -> str:
 
 
 def refuse_changed(files: Iterable[str | Path], digests: Mapping[str, str]) -> None:
-    """Raises SavedModelError for files of weights that are no safetensors, or not as they were when saved.
+    """Raise SavedModelError for weight files that are not safetensors or have changed since they were saved.
 
     Args:
-        files: the files that are to be loaded.
-        digests: of files by name; files are not compared when it is empty.
+        files: the files to load.
+        digests: SHA-256 digest of each file, by file name; when empty, digests are not compared.
     """
     for path in map(Path, files):
         if path.suffix != ".safetensors":
@@ -38,14 +42,14 @@ def refuse_changed(files: Iterable[str | Path], digests: Mapping[str, str]) -> N
 
 
 def refuse_missing(files: Iterable[str | Path], layers: Mapping[str, nn.Module]) -> None:
-    """Raises SavedModelError when safetensors files lack a tensor of a compressed layer, or have it in another shape.
+    """Raise SavedModelError if a tensor of a compressed layer is missing from the files or has another shape.
 
-    Where files have other names for layers than the model, as some architectures do, tensors are told by how their
-    names end and by their shapes.
+    For some architectures, layer names in the files differ from those in the model. Such tensors are matched by the
+    ends of their names and by their shapes.
 
     Args:
-        files: the files that are to be loaded; none means that weights come from elsewhere.
-        layers: the layers that weights will be loaded into, by name.
+        files: the safetensors files to load; when empty, weights come from elsewhere and nothing is checked.
+        layers: the layers that will receive the weights, by name.
     """
     found: dict[str, tuple[int, ...]] = {}
     for path in files:

@@ -1,4 +1,4 @@
-"""Describe the compressed layers of a model in plain values, and rebuild them from the description."""
+"""Plain-value descriptions of the compressed layers of a model, and rebuilding layers from them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,21 +14,25 @@ from zssvd_lightning.model.replace import replace_module
 
 
 def specs_of(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Kind and sizes of every compressed layer in `model`, by qualified name."""
+    """Return the kind and sizes of every compressed layer in `model`, by qualified name."""
     return {name: module.spec for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
 
 
 def ranks_of(model: nn.Module) -> dict[str, int]:
-    """Rank of every layer of low rank in `model`, by qualified name."""
+    """Return the rank of every low-rank layer in `model`, by qualified name."""
     low_rank = Factored | Int8LowRankLinear
     return {name: module.rank for name, module in model.named_modules() if isinstance(module, low_rank)}
 
 
 def rebuild(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replaces the dense layers named in `specs` by uninitialized compressed ones, in place.
+    """Replace the dense layers named in `specs` by uninitialized compressed layers, in place.
+
+    Args:
+        model: the dense model.
+        specs: kind and sizes of each compressed layer, by qualified name.
 
     Raises:
-        SavedModelError: a name is not a linear layer of the model, or there is no such kind of layer.
+        SavedModelError: a name is not a linear layer of the model, or the kind or the sizes of a layer are invalid.
     """
     modules = dict(model.named_modules())
     for name, spec in specs.items():

@@ -1,7 +1,7 @@
-"""Which layers are compressed, in a model and in saved weights, and making the first agree with the second.
+"""Matching the compressed layers of a model to saved weights.
 
-Saved weights say it all: where a model has `layer.weight`, a low-rank layer has `layer.up.weight` and
-`layer.down.weight`, and other forms have names of their own.
+The names of saved weights identify the form of each layer: a dense layer has `layer.weight`, a low-rank layer has
+`layer.up.weight` and `layer.down.weight`, and every other form has distinct names.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +22,7 @@ from zssvd_lightning.model.replace import inside_compressed, replace_module
 from zssvd_lightning.serialization.specs import specs_of
 
 NAMED = 3
-"""How many parameters of a kind a message names."""
+"""Maximum number of parameter names that an error message lists for each problem."""
 
 
 def match_structure(
@@ -32,18 +32,19 @@ def match_structure(
     strict: bool = True,
     replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
 ) -> None:
-    """Makes layers of `model` compressed, of another form or rank, or dense again, as `weights` have them, in place.
+    """Replace layers of `model` in place, so that their form and rank match `weights`.
 
-    New layers have no values yet. Nothing is changed when the weights would not load afterwards.
+    Dense layers may become compressed, and compressed layers may change form or rank or become dense. New layers have
+    no values yet. Nothing is changed if the weights would not load afterwards.
 
     Args:
-        model: the module that is to load the weights.
-        weights: its state dict, with the names `model.state_dict()` has or would have.
+        model: the module that will load the weights.
+        weights: the state dict to load; its names are those of `model.state_dict()`, before or after the replacement.
         strict: whether missing and unexpected names are errors, as in `load_state_dict`.
-        replace: puts a layer in the place of another, `replace(model, old, new)`.
+        replace: function that puts a layer in place of another, called as `replace(model, old, new)`.
 
     Raises:
-        CheckpointError: the weights belong to another model; says which names and shapes do not fit.
+        CheckpointError: the weights belong to another model; the message lists names and shapes that do not fit.
     """
     replaced: dict[str, Dense | CompressedLinear] = {}
     successors: dict[int, Dense | CompressedLinear] = {}
@@ -61,17 +62,18 @@ def match_structure(
 
 
 def note(model: nn.Module) -> dict[str, Tensor]:
-    """The entry that a plain load of this model's weights stumbles over and so reports; none for a dense model.
+    """Return extra state dict entries that a plain load reports as unexpected; empty for a dense model.
 
-    It goes behind all others, where a long list of names ends, and under a compressed layer, which knows to drop it.
-    Layers with adapters have a note of their own, which tells how to build them.
+    The loading note is the last entry, so that it ends a long list of unexpected names. It is placed under a
+    compressed layer, which drops it on loading. Each layer with an adapter also gets an entry that describes how to
+    build the adapter.
     """
     told = {f"{name}.{layer.adapter}": torch.empty(0) for name, layer in adapters.on(model).items()}
     return told | {f"{name}.{LOADING_NOTE}": torch.empty(0) for name in list(specs_of(model))[-1:]}
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Dense | CompressedLinear]]:
-    """Layers that are or can be compressed, under every name they have; factors are part of theirs."""
+    """Yield layers that are or can be compressed, under every name they have; skip modules inside compressed ones."""
     parts = inside_compressed(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.Linear, Conv1D, CompressedLinear)) and id(module) not in parts:
@@ -81,7 +83,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Dense | CompressedLinear]]:
 def _successor(
     name: str, layer: Dense | CompressedLinear, weights: Mapping[str, Any], told: Mapping[str, Adapter]
 ) -> Dense | CompressedLinear | None:
-    """The layer without values that can take these weights, where `layer` cannot."""
+    """Return a layer without values that fits these weights; None if `layer` fits or the weights lack this layer."""
     if f"{name}.weight" in weights:
         return dense_like(layer) if isinstance(layer, CompressedLinear) else None
     for kind, form in KINDS.items():
@@ -113,7 +115,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 def _refuse_foreign(
     model: nn.Module, replaced: Mapping[str, nn.Module], weights: Mapping[str, Any], strict: bool
 ) -> None:
-    """Raises CheckpointError when `model`, with layers replaced, would not load the weights."""
+    """Raise CheckpointError if `model`, after the replacements, would not load the weights."""
     left_to_themselves = [
         f"{name}." for name, module in model.named_modules() if name and _loads_in_its_own_way(module)
     ]
@@ -151,7 +153,7 @@ def _complaint(kind: str, names: Iterable[str]) -> list[str]:
 
 
 def _loads_in_its_own_way(module: nn.Module) -> bool:
-    """Whether a module may rename or convert what it loads, so that only itself can tell what fits."""
+    """Return True if a module may rename or convert weights on loading, so that they cannot be checked here."""
     if isinstance(module, CompressedLinear):
         return False
     overridden = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict  # noqa: SLF001

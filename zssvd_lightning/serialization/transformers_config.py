@@ -1,138 +1,21 @@
 """The format of compressed models on disk: the files of transformers, with the form of every layer in the config.
 
-Importing this module registers the format, so that `AutoModelForCausalLM.from_pretrained(folder)` rebuilds the
-compressed layers before it loads the weights. Without it, transformers does not know the model type and says so.
+`AutoModelForCausalLM.from_pretrained(folder)` reads it once `zssvd_lightning` is imported. Without that, transformers
+does not know the model type and says so.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from zssvd_lightning.errors import SavedModelError
-from zssvd_lightning.serialization.integrity import refuse_changed, refuse_missing
-from zssvd_lightning.serialization.specs import rebuild, specs_of
-
-METHOD = "zssvd"
-"""Model type and quantization method of compressed models on disk. In memory they have the type they began with."""
-
-
-BASE = "base_model_type"
-
-
-FORMAT_VERSION = 1
-
-
-@register_quantization_config(METHOD)
-class CompressedLayers(QuantizationConfigMixin):
-    """The `quantization_config` entry of a compressed model's config.
-
-    Args:
-        layers: kind and sizes of every compressed layer, by its name in the model.
-        files: SHA-256 digest of each file of weights, by its name; not known of a model in memory.
-        version: of this format.
-    """
-
-    def __init__(
-        self,
-        layers: Mapping[str, dict[str, Any]] | None = None,
-        files: Mapping[str, str] | None = None,
-        version: int = FORMAT_VERSION,
-        **_: Any,
-    ) -> None:
-        told = layers or {}
-        specs = told.values() if isinstance(told, Mapping) else [told]
-        if not isinstance(version, int) or not all(isinstance(spec, Mapping) for spec in specs):
-            raise SavedModelError("quantization_config in config.json is not as it was written; save the model again")
-        self.quant_method = METHOD  # type: ignore[assignment]
-        self.layers = dict(told)
-        self.files = dict(files or {})
-        self.version = version
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """An entry by its name, as transformers asks for it."""
-        return getattr(self, key, default)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, as in `config.json`."""
-        digests = {"files": self.files} if self.files else {}
-        return {"quant_method": METHOD, "version": self.version, "layers": self.layers} | digests
-
-
-@register_quantizer(METHOD)
-class Rebuilder(HfQuantizer):
-    """Puts empty compressed layers into the model that transformers is about to load weights into."""
-
-    requires_calibration = True
-    quantization_config: CompressedLayers
-
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
-    ) -> PreTrainedModel:
-        found = self.quantization_config
-        if found.version > FORMAT_VERSION:
-            raise SavedModelError(
-                f"the folder is of format {found.version}, this release reads {FORMAT_VERSION}; upgrade zssvd-lightning"
-            )
-        refuse_changed(checkpoint_files or (), found.files)
-        layers = {_name_in(model, name): spec for name, spec in found.layers.items()}
-        rebuild(model, layers)
-        refuse_missing(checkpoint_files or (), {name: model.get_submodule(name) for name in layers})
-        return model
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        """From here on it is a model like others, which may be cast, trained and saved as such."""
-        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
-        del model.config._is_quantized  # noqa: SLF001
-        mark(model)
-        return model
-
-    def is_serializable(self) -> bool:
-        """Saving again writes the same format."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """The factors are ordinary parameters."""
-        return True
-
-
-class CompressedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """Reads the config of a compressed model, as one of the model type it began with."""
-
-    model_type = METHOD
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of the architecture, for the model classes of transformers.
-
-        Raises:
-            SavedModelError: the entry that names the architecture or the layers is missing, or it is not known.
-        """
-        told = dict(config_dict)
-        told.pop("auto_map", None)  # for those who do not have this package
-        base = told.pop(BASE, None)
-        if base not in CONFIG_MAPPING or (told.get("quantization_config") or {}).get("quant_method") != METHOD:
-            raise SavedModelError(
-                f"config.json is of model type {METHOD!r}, but has {BASE} {base!r}, which transformers does not know, "
-                "or no quantization_config with the layers; upgrade transformers, or save the model again"
-            )
-        return CONFIG_MAPPING[base].from_dict(told | {"model_type": base}, **kwargs)
-
-
-AutoConfig.register(METHOD, CompressedConfig)
-
-
-def _name_in(model: PreTrainedModel, name: str) -> str:
-    """What a layer is called in `model`, which may be the saved one without its head, or with one."""
-    modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
-    return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in modules), name)
+from zssvd_lightning.serialization.quantizer import CompressedLayers
+from zssvd_lightning.serialization.saved_config import BASE, METHOD
+from zssvd_lightning.serialization.specs import specs_of
 
 
 def mark(model: nn.Module) -> None:

@@ -15,7 +15,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from zssvd_lightning.errors import SavedModelError, UnsupportedServingError
 from zssvd_lightning.layers.registry import KINDS
-from zssvd_lightning.serialization.transformers_config import FORMAT_VERSION, METHOD
+from zssvd_lightning.serialization.quantizer import FORMAT_VERSION
+from zssvd_lightning.serialization.saved_config import METHOD
 from zssvd_lightning.serving.fused_linear import FusedLinear, Part, Spec, names_of
 
 PLACES = {None: 0, "q": 0, "k": 1, "v": 2}

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import load_dataset
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from zssvd_lightning._validation import needs_extra
 from zssvd_lightning.errors import TextError
 
 DEFAULT_FIELD = "text"
@@ -134,7 +134,7 @@ def _dataset_text(name_and_split: str, field: str) -> str:
         raise TextError(f"'datasets:{name_and_split}' is not of the form datasets:NAME[:CONFIG]:SPLIT")
     name, config, split = parts[0], parts[1] if len(parts) == 3 else None, parts[-1]
     try:
-        rows = load_dataset(name, config, split=split)
+        rows = _datasets().load_dataset(name, config, split=split)
     except (OSError, ValueError, ConnectionError) as error:
         raise TextError(f"cannot load dataset {name_and_split!r}: {error}") from error
     return _join(rows, field, f"datasets:{name_and_split}")
@@ -153,10 +153,17 @@ def _file_text(path: Path, field: str) -> str:
             lines = path.read_text(encoding="utf-8").splitlines()
             return _join([json.loads(line) for line in lines if line.strip()], field, str(path))
         if path.suffix == ".parquet":
-            return _join(load_dataset("parquet", data_files=str(path), split="train"), field, str(path))
+            return _join(_datasets().load_dataset("parquet", data_files=str(path), split="train"), field, str(path))
     except (OSError, ValueError) as error:
         raise TextError(f"cannot read {path}: {error}") from error
     raise TextError(f"{path} ends in {path.suffix!r}; text files end in .txt, .raw, .jsonl or .parquet")
+
+
+def _datasets() -> Any:
+    """Import the datasets library. Raise MissingExtraError when it is not installed."""
+    with needs_extra("data", "parquet files and texts of the hub"):
+        import datasets
+    return datasets
 
 
 def _join(rows: Any, field: str, source: str) -> str:

@@ -1,7 +1,7 @@
-"""One adapter a Lightning strategy: what a compression asks of it, and which strategies are served.
+"""Adapters between compression and Lightning strategies, one per supported strategy.
 
-Packages add adapters for theirs by an entry point of the group `zssvd_lightning.strategies`, whose object is a
-`StrategyAdapter` class. Of several that serve a strategy the one for its nearest class is taken.
+Other packages add adapters through entry points of the group `zssvd_lightning.strategies`. Each entry point refers to
+a `StrategyAdapter` class. If several adapters match a strategy, the one for its nearest base class is used.
 """
 
 from importlib.metadata import entry_points
@@ -20,7 +20,7 @@ GROUP = "zssvd_lightning.strategies"
 
 
 def adapter_for(trainer: L.Trainer, module: L.LightningModule) -> StrategyAdapter:
-    """The adapter for the strategy of a Trainer; for one that nobody serves, one that refuses it when asked."""
+    """Return the adapter for the strategy of a Trainer; a `RefusedAdapter` for an unsupported strategy."""
     added: list[type[StrategyAdapter]] = [point.load() for point in entry_points(group=GROUP)]
     ours: list[type[StrategyAdapter]] = [SingleDeviceAdapter, DDPAdapter, FSDP2Adapter, RefusedAdapter]
     serving: dict[type, type[StrategyAdapter]] = {kind: adapter for adapter in ours + added for kind in adapter.serves}

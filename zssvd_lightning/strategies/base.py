@@ -1,4 +1,4 @@
-"""What a compression asks of a strategy, and the strategy that is asked for nothing."""
+"""Interface between compression and a strategy, and the adapter for a single device."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,15 +18,17 @@ from zssvd_lightning.model.targets import Target, local_part
 
 
 class StrategyAdapter:
-    """One strategy, for one run of a Trainer. Methods do what a single plain module needs: mostly nothing.
+    """Adapter between compression and one strategy, for one run of a Trainer.
+
+    The default methods suit a single unwrapped module: most of them do nothing.
 
     Args:
-        trainer: the Trainer, whose processes have started.
-        module: the module it runs.
+        trainer: the Trainer; its processes have started.
+        module: the module that the Trainer runs.
     """
 
     serves: ClassVar[tuple[type[Strategy], ...]] = ()
-    """Strategies it is for, subclasses included."""
+    """Strategies that the adapter supports, including their subclasses."""
 
     def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.trainer = trainer
@@ -34,35 +36,39 @@ class StrategyAdapter:
 
     @cached_property
     def team(self) -> Team:
-        """The processes, once the model is set up."""
+        """Team of processes; available once the model is set up."""
         return Team()
 
     def refuse_unsupported(self) -> None:
-        """Raises UnsupportedTrainingError for settings of the strategy that a model cannot be compressed under."""
+        """Raise UnsupportedTrainingError for strategy settings under which a model cannot be compressed."""
 
     def refuse_settings(self, config: CompressionConfig) -> None:
-        """Raises UnsupportedTrainingError for what cannot be done to layers as they are laid out over the processes."""
+        """Raise UnsupportedTrainingError for settings that do not work with layers split over the processes."""
 
     def refuse_layers(self, targets: Mapping[str, Target]) -> None:
-        """Raises UnsupportedTrainingError when layers are laid out over the processes in a way that is not known."""
+        """Raise UnsupportedTrainingError if layers are laid out over the processes in an unsupported way."""
 
     def unwrap_parameters(self) -> None:
-        """Makes the module's parameters those that optimizers and `team` know, at whatever moment."""
+        """Make the module's parameters the ones that optimizers and `team` use, at any moment of the training."""
 
     def before_batch(self) -> None:
-        """Has the gradients of the next batch become what `team` expects them to be."""
+        """Prepare the module so that the gradients of the next batch have the form that `team` expects."""
 
     def sync_requires_grad(self) -> None:
-        """Is called when parameters have begun to require gradients, or not to any more."""
+        """Update the strategy after `requires_grad` flags of parameters have changed."""
 
     def replace(self, model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-        """Puts `new` in the place of `old`, which may be put back in the same way."""
+        """Put `new` in place of `old`; a second call can undo it."""
         replace_module(model, old, new)
 
     def dense_copy(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """A dense model like `model`, for its predictions alone, laid out over the processes as that is.
+        """Return a dense copy of `model` for predictions only, laid out over the processes like `model`. Collective.
 
-        Its compressed layers have no values yet. Collective.
+        The dense layers that stand for compressed ones have no values yet.
+
+        Args:
+            model: the model to copy.
+            dtype: floating-point type of the copy.
         """
         copy = copied(model, dtype, lambda parameter: parameter.to(dtype, copy=True))
         device = next(model.parameters()).device
@@ -72,32 +78,35 @@ class StrategyAdapter:
         return copy
 
     def whole(self, parameter: Tensor) -> Tensor:
-        """All of a parameter, as a plain tensor. Collective."""
+        """Return a whole parameter as a plain tensor. Collective."""
         return self.team.whole(local_part(parameter.detach()), len(parameter))
 
     @property
     def processes_of_a_copy(self) -> int:
-        """How many processes share a `dense_copy`."""
+        """Number of processes that share one `dense_copy`."""
         return 1
 
     def rebuild_optimizers(self) -> None:
-        """Makes the strategy and new optimizers go by the layers that the module has now. Collective."""
+        """Set up the strategy and new optimizers for the current layers of the module. Collective."""
         self.trainer.strategy.setup_optimizers(self.trainer)
 
     def discard_replaced(self) -> None:
-        """Replaced layers will not be put back."""
+        """Discard the state kept for undoing layer replacements."""
 
     def checkpoints(self, prepare: Callable[[Mapping[str, Any]], None], key: str) -> AbstractContextManager[None]:
-        """Has checkpoints saved and loaded as `team` has them, where the strategy does it without the module's hooks.
+        """Return a context in which checkpoints are saved and loaded in the form that `team` uses.
+
+        Needed for strategies that save and load checkpoints without the hooks of the module.
 
         Args:
-            prepare: is given a checkpoint, with names and shapes of weights alone, before the strategy loads it.
-            key: under which the callbacks' part of a checkpoint has the state of the compression.
+            prepare: function called before the strategy loads a checkpoint, with a checkpoint that has only the names
+                and shapes of its weights.
+            key: key of the compression state among the callback states of a checkpoint.
         """
         return nullcontext()
 
 
 class SingleDeviceAdapter(StrategyAdapter):
-    """A plain module on one device."""
+    """Adapter for an unwrapped module on one device."""
 
     serves = (SingleDeviceStrategy,)

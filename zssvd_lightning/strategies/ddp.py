@@ -1,4 +1,4 @@
-"""DistributedDataParallel: a whole model on every process."""
+"""Adapter for DistributedDataParallel: every process holds the whole model."""
 
 from functools import cached_property
 
@@ -11,21 +11,21 @@ from zssvd_lightning.strategies.base import StrategyAdapter
 
 
 class DDPAdapter(StrategyAdapter):
-    """Takes the wrapper off while a compression is under way, and wraps the low-rank model anew.
+    """Adapter that removes the DDP wrapper during compression and wraps the low-rank model afterwards.
 
-    The wrapper expects a gradient for the parameters it found when it was made, and no other. Without it each process
-    gathers the statistics of its own batches, which are then added up once instead of with every batch.
+    The wrapper expects gradients for exactly the parameters that the module had when it was wrapped. Without the
+    wrapper, each process gathers statistics over its batches; they are summed once instead of at every batch.
     """
 
     serves = (DDPStrategy,)
 
     @cached_property
     def team(self) -> Team:
-        """The processes of the run."""
+        """Team of the processes of the run."""
         return Replicas(self.trainer.strategy.root_device)
 
     def refuse_unsupported(self) -> None:
-        """Raises UnsupportedTrainingError where weights differ between processes, or could not be handed back."""
+        """Raise UnsupportedTrainingError if weights differ between processes or cannot return to the main process."""
         strategy = self.trainer.strategy
         if strategy._model_averager is not None:  # type: ignore[attr-defined]  # noqa: SLF001
             raise UnsupportedTrainingError(
@@ -40,11 +40,11 @@ class DDPAdapter(StrategyAdapter):
             )
 
     def before_batch(self) -> None:
-        """Takes the wrapper off."""
+        """Remove the DDP wrapper."""
         self.trainer.strategy.model = self.module
 
     def rebuild_optimizers(self) -> None:
-        """Wraps the module, which sends the weights of the first process to all, and sets up optimizers."""
+        """Wrap the module, which sends the first process's weights to all, and set up optimizers. Collective."""
         self.before_batch()
         self.trainer.strategy.configure_ddp()  # type: ignore[attr-defined]
         super().rebuild_optimizers()

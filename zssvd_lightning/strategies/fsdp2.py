@@ -1,6 +1,7 @@
-"""FSDP2: every parameter in rows over the processes (`fully_shard` under Lightning's `ModelParallelStrategy`).
+"""Adapter for FSDP2: the rows of every parameter are split over the processes.
 
-Layers are exchanged inside the unit they belong to, so that a unit still comes together in one collective.
+FSDP2 is `fully_shard` under Lightning's `ModelParallelStrategy`. Layers are replaced inside the unit they belong to, so
+that the unit is still gathered in one collective.
 """
 
 import functools
@@ -33,7 +34,7 @@ from zssvd_lightning.strategies.fsdp2_units import Unit, let_go, refuse_unknown_
 
 
 class FSDP2Adapter(StrategyAdapter):
-    """Calibrates on sharded parameters, truncates them in place and shards the factors."""
+    """Adapter that calibrates on sharded parameters, truncates them in place and shards the factors."""
 
     serves = (ModelParallelStrategy,)
 
@@ -43,14 +44,14 @@ class FSDP2Adapter(StrategyAdapter):
 
     @cached_property
     def team(self) -> Team:
-        """The processes of the run."""
+        """Team of the processes of the run."""
         strategy: Any = self.trainer.strategy
         in_parts = strategy._save_distributed_checkpoint  # noqa: SLF001
         mesh = strategy.device_mesh["data_parallel"] if in_parts else None
         return Shards(strategy.root_device, self._sharded_modules(), mesh)
 
     def refuse_unsupported(self) -> None:
-        """Raises UnsupportedTrainingError where torch is not known inside, or gradients are divided as users say."""
+        """Raise UnsupportedTrainingError if the torch internals are unknown or a gradient divide factor is set."""
         refuse_unknown_torch(self._sharded_modules())
         if any(unit.divides_as_told for unit in self._units()):
             raise UnsupportedTrainingError(
@@ -59,7 +60,11 @@ class FSDP2Adapter(StrategyAdapter):
             )
 
     def refuse_settings(self, config: CompressionConfig) -> None:
-        """Raises UnsupportedTrainingError for what needs whole factors, or weights gathered for two backward passes."""
+        """Raise UnsupportedTrainingError for settings that need whole weights, spectra or factors on a process.
+
+        Settings that need two backward passes through one forward pass are also refused, because FSDP2 frees gathered
+        weights between them.
+        """
         if config.watches_outputs not in (None, "empirical"):
             raise UnsupportedTrainingError(
                 f"output_side {config.output_side!r} takes two backward passes through one forward pass, between which "
@@ -82,7 +87,7 @@ class FSDP2Adapter(StrategyAdapter):
             )
 
     def refuse_layers(self, targets: Mapping[str, Target]) -> None:
-        """Raises UnsupportedTrainingError for layers that are not in rows over all processes, or on the CPU beside."""
+        """Raise UnsupportedTrainingError for layers not split by rows over all processes, or offloaded to the CPU."""
         for name, target in targets.items():
             weight = target.module.weight
             if (
@@ -104,17 +109,20 @@ class FSDP2Adapter(StrategyAdapter):
                 )
 
     def unwrap_parameters(self) -> None:
-        """Makes the parameters of all modules the sharded ones, which they are not in or after a forward pass alone."""
+        """Make the parameters of all modules the sharded ones.
+
+        During a forward pass, or after one without a backward pass, modules hold gathered parameters instead.
+        """
         for unit in self._units():
             unit.shard()
 
     def sync_requires_grad(self) -> None:
-        """Lets units take note, since they reduce gradients in the type of the parameters that require some."""
+        """Update the units, which reduce gradients in the type of the parameters that require gradients."""
         for unit in self._units():
             unit.begin()
 
     def replace(self, model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-        """Puts `new` in the place of `old`, in its unit too: cuts its parameters into rows and frees the rest."""
+        """Put `new` in place of `old`, also in its unit: split its parameters into rows and free the other rows."""
         inside = set(old.modules())
         unit = next((unit for unit in self._units() if unit.holds(inside)), None)
         if unit is None:
@@ -126,7 +134,7 @@ class FSDP2Adapter(StrategyAdapter):
         unit.put_in(parameters)
 
     def dense_copy(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """In rows over the processes, gathered for the same units."""
+        """Return a dense copy of `model` with its rows split over the processes and the same units. Collective."""
         source: dict[str, Tensor] = {name.replace(COMPILED, ""): p for name, p in model.named_parameters()}
         copy = copied(model, dtype, lambda parameter: torch.empty(parameter.shape, dtype=dtype, device="meta"))
         sharded = (name for name, part in model.named_modules() if isinstance(part, FSDPModule))
@@ -146,22 +154,22 @@ class FSDP2Adapter(StrategyAdapter):
 
     @property
     def processes_of_a_copy(self) -> int:
-        """All of them."""
+        """Number of processes that share one `dense_copy`, which is all of them."""
         return self.team.size
 
     def rebuild_optimizers(self) -> None:
-        """Lets units take note of types and flags as they are now, and sets up optimizers."""
+        """Update the units to the current types and flags of their parameters, and set up optimizers. Collective."""
         self.sync_requires_grad()
         super().rebuild_optimizers()
 
     def discard_replaced(self) -> None:
-        """Lets go of the rows of replaced layers."""
+        """Free the rows of replaced layers."""
         for parameters in self._set_aside.values():
             let_go(parameters)
         self._set_aside = {}
 
     def checkpoints(self, prepare: Callable[[Mapping[str, Any]], None], key: str) -> AbstractContextManager[None]:
-        """Has the structure changed before weights are loaded, and what is in parts saved and loaded in parts."""
+        """Return a context that changes the layers before weights load, and saves and loads sharded state in parts."""
         strategy: Any = self.trainer.strategy
         save, load = strategy.save_checkpoint, strategy.load_checkpoint
 
@@ -206,7 +214,11 @@ class FSDP2Adapter(StrategyAdapter):
 
 
 def _untouched_state(state_of: Callable[[Optimizer], dict[str, Any]], optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's state, without the step of zeros that torch takes where there is none, and that Adam counts."""
+    """Return an optimizer's state and leave the optimizer unchanged.
+
+    If the optimizer has no state, torch creates it by a step with zero gradients, which Adam counts. The step is
+    undone here.
+    """
     begun = bool(optimizer.state)
     state = state_of(optimizer)
     if not begun:
@@ -218,12 +230,12 @@ def _untouched_state(state_of: Callable[[Optimizer], dict[str, Any]], optimizer:
 
 
 def _trained_of(module: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """By which it can be told whether optimizers have to be set up again."""
+    """Return the shape and `requires_grad` flag of every parameter; a change means that optimizers are outdated."""
     return {name: (tuple(p.shape), p.requires_grad) for name, p in module.named_parameters()}
 
 
 def _refuse_empty_optimizers(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Raises CheckpointError for what Lightning would fail on without a word of the cause."""
+    """Raise CheckpointError for an optimizer without state, on which Lightning would fail without a clear message."""
     if any(not state["state"] for state in checkpoint.get("optimizer_states", [])):
         raise CheckpointError(
             f"{path} holds an optimizer without a state, as one of plain SGD, or one of DDP before its first step; "

@@ -1,6 +1,7 @@
-"""What is used of FSDP2's inside: the parameters that are gathered together, and exchanging some of them.
+"""Access to FSDP2 internals: units of parameters that are gathered together, and replacing some of these parameters.
 
-Torch has no public interface for it. Everything private of it is in this file, with a check that it is there as known.
+Torch has no public interface for this. All private names of torch's FSDP2 that are used are in this file, with a check
+that they exist in the expected form.
 """
 
 import inspect
@@ -15,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from zssvd_lightning.errors import UnsupportedTrainingError
 
 TESTED = "2.13"
-"""Releases of torch whose inside is known by running it; others are taken when they look the same."""
+"""Torch release on which the code was tested; other releases are accepted if their internals look the same."""
 
 
 SIGNATURE = ["self", "param", "module_info", "mesh_info", "post_forward_mesh_info", "device", "shard_placement_fn"]
@@ -35,7 +36,7 @@ OF_A_PARAMETER = ("_module_info", "_post_load_hook_handle")
 
 
 class Unit:
-    """Parameters that are gathered together: a `FSDPParamGroup` of torch."""
+    """Group of parameters that are gathered together: torch's `FSDPParamGroup`."""
 
     def __init__(self, state: Any, group: Any) -> None:
         self._state = state
@@ -43,24 +44,24 @@ class Unit:
 
     @classmethod
     def of(cls, module: nn.Module) -> Iterator["Unit"]:
-        """The units of a module that was given to `fully_shard`."""
+        """Yield the units of a module that was passed to `fully_shard`."""
         state: Any = module._get_fsdp_state()  # type: ignore[operator]  # noqa: SLF001
         groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # noqa: SLF001
         yield from (cls(state, group) for group in groups if group is not None)
 
     def holds(self, modules: set[nn.Module]) -> bool:
-        """Whether parameters of these modules are in this unit."""
+        """Return True if the unit has a parameter of one of these modules."""
         return any(param._module_info.module in modules for param in self._group.fsdp_params)  # noqa: SLF001
 
     def take_out(self, modules: set[nn.Module]) -> list[Any]:
-        """Removes the parameters of these modules, and returns them."""
+        """Remove the parameters of these modules from the unit and return them."""
         params = self._group.fsdp_params
         out = [param for param in params if param._module_info.module in modules]  # noqa: SLF001
         self._group.fsdp_params = [param for param in params if param not in out]
         return out
 
     def cut(self, module: nn.Module) -> list[Any]:
-        """Cuts the parameters of a whole module into rows, of which each process keeps its own."""
+        """Split the parameters of a whole module into rows; each process stores only its share."""
         from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 
         group = self._group
@@ -72,7 +73,7 @@ class Unit:
         ]
 
     def put_in(self, params: list[Any]) -> None:
-        """Adds parameters."""
+        """Add parameters to the unit."""
         self._group.fsdp_params = [*self._group.fsdp_params, *params]
         saving = self._group._module_to_pre_save_state_dict_hook_handle  # noqa: SLF001
         loading = self._group._module_to_pre_load_state_dict_hook_handle  # noqa: SLF001
@@ -83,36 +84,36 @@ class Unit:
         self.begin()
 
     def shard(self) -> None:
-        """Frees what was gathered, also in the middle of a forward pass that will not be gone on with."""
+        """Free gathered parameters, even in the middle of a forward pass that will not be continued."""
         self._group._to_sharded()  # noqa: SLF001
 
     def begin(self) -> None:
-        """Notes types, flags and modules of the parameters, where training has begun and it was done before."""
+        """Record types, flags and modules of the parameters again, if torch has already recorded them once."""
         if self._state._is_root is not None:  # noqa: SLF001
             self._group.lazy_init()
 
     def is_as_known(self) -> bool:
-        """Whether all that is used of it is there."""
+        """Return True if every internal attribute that this file uses exists."""
         group_is = hasattr(self._state, "_is_root") and all(hasattr(self._group, name) for name in OF_A_GROUP)
         return group_is and all(hasattr(param, name) for param in self._group.fsdp_params for name in OF_A_PARAMETER)
 
     @property
     def divides_as_told(self) -> bool:
-        """Whether the sum of gradients is divided by something else than the number of processes."""
+        """True if a gradient divide factor replaces the division by the number of processes."""
         return getattr(self._group, "gradient_divide_factor", None) is not None
 
 
 def let_go(params: list[Any]) -> None:
-    """Frees parameters that were taken out: torch has them and their module hold each other."""
+    """Free parameters that were removed from a unit, by removing the hooks that tie them to their modules."""
     for param in params:
         param._post_load_hook_handle.remove()  # noqa: SLF001
 
 
 def refuse_unknown_torch(modules: list[nn.Module]) -> None:
-    """Raises UnsupportedTrainingError when torch is not as it is known inside.
+    """Raise UnsupportedTrainingError if the internals of torch do not have the expected form.
 
     Args:
-        modules: those that were given to `fully_shard`.
+        modules: the modules that were passed to `fully_shard`.
     """
     try:
         from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo

@@ -1,4 +1,4 @@
-"""Checkpoints of sharded models: what is in them without loading it, and a compression under way, saved in parts."""
+"""Checkpoints of sharded models: reading names and shapes without values, and saving compression state in parts."""
 
 import shutil
 from collections.abc import Callable
@@ -17,19 +17,24 @@ from torch.distributed.tensor import DTensor, Shard, empty
 from zssvd_lightning.errors import CheckpointError
 
 WEIGHTS = "state_dict."
-"""What names of weights begin with in a distributed checkpoint of Lightning's."""
+"""Prefix of the names of weights in a distributed checkpoint from Lightning."""
 
 
 REST = "meta.pt"
-"""The file of a distributed checkpoint in which Lightning keeps everything else."""
+"""File of a distributed checkpoint in which Lightning stores everything that is not saved in parts."""
 
 
 PARTS = "zssvd_parts"
-"""The folder of a distributed checkpoint for what a compression under way holds in parts."""
+"""Folder of a distributed checkpoint for the sharded tensors of an unfinished compression."""
 
 
 def outline(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    """A checkpoint with tensors of the right shapes, but without their values."""
+    """Return a checkpoint whose tensors have the right shapes but no values.
+
+    Args:
+        path: a checkpoint file, or the folder of a distributed checkpoint.
+        weights_only: passed to `torch.load`.
+    """
     if path.is_file():
         whole: dict[str, Any] = torch.load(path, map_location="meta", weights_only=weights_only)
         return whole
@@ -44,11 +49,11 @@ def outline(path: Path, weights_only: bool | None) -> dict[str, Any]:
 
 
 def taken_out(state: Any, token: str) -> tuple[Any, dict[str, Tensor]]:
-    """A callback's state with names for the tensors in parts, and these by their names.
+    """Return a callback's state with names in place of its sharded tensors, and the sharded tensors by name.
 
     Args:
-        state: dictionaries and lists.
-        token: of this checkpoint alone, so that parts of another are not taken for its own.
+        state: nested dictionaries and lists.
+        token: unique token of this checkpoint, so that tensors of another checkpoint are not mistaken for its tensors.
     """
     parts: dict[str, Tensor] = {}
 
@@ -61,10 +66,10 @@ def taken_out(state: Any, token: str) -> tuple[Any, dict[str, Tensor]]:
 
 
 def save(parts: dict[str, Tensor], path: Path, *, first: bool) -> None:
-    """Saves parts beside a checkpoint, in place of those of an older one. Collective.
+    """Save sharded tensors in the folder of a checkpoint, replacing those of an older checkpoint. Collective.
 
     Args:
-        parts: by name; none when no compression is under way.
+        parts: sharded tensors by name; empty if no compression is in progress.
         path: folder of the checkpoint.
         first: whether this is the first process.
     """
@@ -75,10 +80,17 @@ def save(parts: dict[str, Tensor], path: Path, *, first: bool) -> None:
 
 
 def put_back(state: Any, path: Path, mesh: DeviceMesh) -> Any:
-    """A state with what each process is to hold of the tensors that any number of them have saved. Collective.
+    """Load the sharded tensors that a state names and return the state with them. Collective.
+
+    The number of processes may differ from the number that saved the tensors.
+
+    Args:
+        state: state of a callback, from `taken_out`.
+        path: folder of the checkpoint.
+        mesh: mesh of the processes over which the tensors are split.
 
     Raises:
-        CheckpointError: they are not there.
+        CheckpointError: the tensors are not in the folder.
     """
     folder, parts = path / PARTS, dict[str, Tensor]()
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata if folder.is_dir() else {}
@@ -101,7 +113,7 @@ def put_back(state: Any, path: Path, mesh: DeviceMesh) -> Any:
 
 
 def _mapped(entry: Any, is_leaf: Callable[[Any], bool], change: Callable[[Any], Any]) -> Any:
-    """Nested dictionaries and lists with some entries changed."""
+    """Return nested dictionaries and lists with `change` applied to the entries for which `is_leaf` is True."""
     if is_leaf(entry):
         return change(entry)
     if isinstance(entry, dict):

@@ -1,4 +1,4 @@
-"""Strategies under which layers cannot be replaced in the middle of a fit, and the way round."""
+"""Strategies under which layers cannot be replaced during a fit, and the workaround."""
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
@@ -8,12 +8,12 @@ from zssvd_lightning.strategies.base import StrategyAdapter
 
 
 class RefusedAdapter(StrategyAdapter):
-    """Any strategy that nobody serves, and those that are like one that is served but are not."""
+    """Adapter that refuses unsupported strategies, including those that extend or resemble a supported one."""
 
     serves = (DeepSpeedStrategy, FSDPStrategy, XLAStrategy)
 
     def refuse_unsupported(self) -> None:
-        """Raises UnsupportedTrainingError, always."""
+        """Raise UnsupportedTrainingError, always."""
         raise UnsupportedTrainingError(
             f"under {type(self.trainer.strategy).__name__} layers cannot be replaced in the middle of a fit. Compress "
             "in a first fit on one device, with strategy='ddp' or with ModelParallelStrategy (FSDP2), and go on in a "

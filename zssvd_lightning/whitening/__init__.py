@@ -1,1 +1,1 @@
-"""The mathematics of one layer: second moments, metrics, whitening, spectrum and scores, rounding."""
+"""Per-layer mathematics: second moments, metrics, whitening, spectra, sensitivities and rounding costs."""

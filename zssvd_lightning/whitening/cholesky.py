@@ -1,7 +1,8 @@
-"""Metrics: the coordinates in which a truncation's error is what it does to the output, or to the loss.
+"""Whitening: coordinates in which the truncation error equals the output error, or estimates the loss change.
 
-A metric is a square root of a second moment on either side of the weight: `R^T W L = U S V^T`, with `L L^T` of the
-input and `R R^T` of the gradient by the output. Which square root it is makes no difference to truncations.
+A metric has one square root of a second moment on each side of the weight: `R^T W L = U S V^T`. `L L^T` is the second
+moment of the input, `R R^T` that of the gradient with respect to the output. Every square root of the same moment gives
+the same truncation.
 
 Shapes: W (m, n); A (n, n) and L (n, n) with `A + eps I = L L^T`; B (m, m) and R (m, m) with `B + eps I = R R^T`.
 """
@@ -17,38 +18,39 @@ from zssvd_lightning._numerics import in_float64
 from zssvd_lightning.errors import NotPositiveDefiniteError, RankDeficientWarning
 
 FIRST_JITTER = 1e-8
-"""Relative to the mean of the diagonal."""
+"""First jitter to try, relative to the mean of the diagonal."""
 
 
 LAST_JITTER = 1e-1
+"""Largest jitter to try, relative to the mean of the diagonal."""
 
 
 @dataclass(frozen=True)
 class Root:
-    """A square root S of a second moment, `S S^T`."""
+    """Square root S of a second moment `S S^T`."""
 
     S: Tensor | None = None
-    """(n, n) lower triangular, (n,) the diagonal of a diagonal one, or None for the identity."""
+    """Lower triangular (n, n), or the diagonal (n,) of a diagonal S, or None for the identity."""
     jitter: float = 0.0
-    """What was added to the moment's diagonal, relative to its mean, beyond what the metric adds to all."""
+    """Jitter added to the moment's diagonal, relative to its mean. 0 if the metric's damping was enough."""
 
     def times(self, M: Tensor) -> Tensor:
-        """`M S`, of M (r, n)."""
+        """Return `M S` (r, n) for M (r, n)."""
         if self.S is None:
             return M
         S = self.S.to(M)
         return M * S if S.ndim == 1 else M @ S
 
     def over(self, M: Tensor) -> Tensor:
-        """`M S^-1`, of M (r, n)."""
+        """Return `M S^-1` (r, n) for M (r, n)."""
         return self._solved(M, transposed=False)
 
     def over_transposed(self, M: Tensor) -> Tensor:
-        """`M S^-T`, of M (r, n)."""
+        """Return `M S^-T` (r, n) for M (r, n)."""
         return self._solved(M, transposed=True)
 
     def diagonal(self, n: int) -> Tensor:
-        """The diagonal of `S S^T` (n,)."""
+        """Return the diagonal of `S S^T` (n,)."""
         if self.S is None:
             return torch.ones(n, dtype=torch.float64)
         return self.S.square() if self.S.ndim == 1 else self.S.square().sum(1)
@@ -65,47 +67,51 @@ class Root:
 
 @dataclass(frozen=True)
 class Whitening:
-    """A change of coordinates on both sides of a weight."""
+    """Change of coordinates on both sides of a weight."""
 
     inputs: Root = Root()
-    """L."""
+    """Root L (n, n) of the input second moment."""
     outputs: Root = Root()
-    """R."""
+    """Root R (m, m) of the output-gradient second moment."""
 
     def whiten(self, W: Tensor) -> Tensor:
-        """`R^T W L` (m, n)."""
+        """Return the whitened weight `R^T W L` (m, n)."""
         return self.outputs.times(self.inputs.times(W).T).T
 
     def whiten_gradient(self, G: Tensor) -> Tensor:
-        """`H = R^-1 G L^-T` (m, n), the gradient by the whitened weight."""
+        """Return `H = R^-1 G L^-T` (m, n), the gradient with respect to the whitened weight."""
         return self.outputs.over_transposed(self.inputs.over_transposed(G).T).T
 
     def unwhiten(self, Z: Tensor) -> Tensor:
-        """`R^-T Z L^-1` (m, n): undoes `whiten`."""
+        """Return `R^-T Z L^-1` (m, n), the inverse of `whiten`."""
         return self.unwhiten_left(self.unwhiten_right(Z))
 
     def unwhiten_right(self, Vh: Tensor) -> Tensor:
-        """`Vh L^-1` (r, n)."""
+        """Return `Vh L^-1` (r, n)."""
         return self.inputs.over(Vh)
 
     def unwhiten_left(self, U: Tensor) -> Tensor:
-        """`R^-T U` (m, r)."""
+        """Return `R^-T U` (m, r)."""
         return self.outputs.over(U.T).T
 
 
 def safe_cholesky(moment: Tensor, name: str, damping: float = 0.0, of: str = "input") -> tuple[Tensor, float]:
-    """Lower triangular root (n, n), float64, of a second moment with eps on its diagonal, and eps beyond the damping.
+    """Factorize a second moment by Cholesky, adding eps to its diagonal.
 
-    eps is relative to the mean diagonal. It starts at `damping` and grows tenfold until the factorization succeeds.
+    eps is relative to the mean of the diagonal. It starts at `damping` and grows tenfold until the factorization
+    succeeds.
 
     Args:
-        moment: (n, n), symmetric, finite.
-        name: of the layer, for the message.
-        damping: what eps starts at.
-        of: what the moment is of, for the message.
+        moment: second moment (n, n), symmetric and finite.
+        name: layer name, for the error message.
+        damping: initial eps.
+        of: name of the quantity that the moment belongs to, for the error message.
+
+    Returns:
+        The lower triangular root (n, n) in float64, and the final eps, or 0 if `damping` was enough.
 
     Raises:
-        NotPositiveDefiniteError: a tenth of the mean diagonal was not enough.
+        NotPositiveDefiniteError: the factorization fails even with a tenth of the mean diagonal.
     """
     moment = in_float64(moment)
     scale = moment.diagonal().mean()
@@ -125,7 +131,7 @@ def safe_cholesky(moment: Tensor, name: str, damping: float = 0.0, of: str = "in
 
 
 def warn_of_jitter(by_layer: Mapping[str, float]) -> None:
-    """One RankDeficientWarning for all layers whose second moment was singular, with the jitter of each."""
+    """Issue one RankDeficientWarning for all layers with a singular second moment, with the jitter of each layer."""
     jitters = {name: jitter for name, jitter in by_layer.items() if jitter}
     if jitters:
         few = ", ".join(f"{name} {jitter:.0e}" for name, jitter in list(jitters.items())[:5])

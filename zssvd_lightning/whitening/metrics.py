@@ -1,4 +1,4 @@
-"""Metrics: the two factors (R, L) of `R^T W L`, each built from second moments; one entry of `METRICS` each."""
+"""Metrics: the pairs (R, L) in `R^T W L`, built from second moments and listed in `METRICS`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,59 +10,65 @@ from zssvd_lightning.whitening.cholesky import FIRST_JITTER, Root, safe_cholesky
 from zssvd_lightning.whitening.moments import Moments
 
 ASVD_POWER = 0.5
-"""Of the size of an input, by which ASVD scales its column."""
+"""Exponent of an input's root mean square in the scale of its column (ASVD, arXiv 2312.05821)."""
 
 
 Side = Callable[[Moments, str], Root]
+"""Function that builds one side's root from the moments and a layer name."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a layer's weight is multiplied by before its SVD; layers that read one input share its side."""
+    """Factors applied to both sides of a weight before its SVD."""
 
     inputs: Side
+    """Builder of L. Layers that read the same input share its second moment."""
     outputs: Side
+    """Builder of R."""
     needs_outputs: bool = False
-    """Whether it goes by gradients at outputs, which calibration then watches too."""
+    """True if R needs output-gradient second moments, which calibration then collects."""
 
 
 def identity(moments: Moments, name: str) -> Root:
-    """No change of coordinates."""
+    """Return the identity root, which changes no coordinates."""
     return Root()
 
 
 def input_root(moments: Moments, name: str) -> Root:
-    """Of the input second moment: the error of a truncation is the output's."""
+    """Return the root of the input second moment. The truncation error then equals the output error."""
     return Root(*safe_cholesky(moments.second_moment(name), name))
 
 
 def damped_input_root(moments: Moments, name: str) -> Root:
-    """The same of a moment whose small directions count for a little more, since few tokens tell of them."""
+    """Return the damped root of the input second moment.
+
+    Damping gives slightly more weight to small directions, which few tokens determine.
+    """
     return Root(*safe_cholesky(moments.second_moment(name), name, INPUT_DAMPING))
 
 
 def damped_output_root(moments: Moments, name: str) -> Root:
-    """Of the second moment of the gradients at the output."""
+    """Return the damped root of the output-gradient second moment."""
     return Root(*safe_cholesky(moments.output_moment(name), name, OUTPUT_DAMPING, "output gradient"))
 
 
 def input_scale(moments: Moments, name: str) -> Root:
-    """Of each input alone: the square root of its root mean square."""
+    """Return a diagonal root: the square root of each input's root mean square."""
     squares = _floored(moments.second_moment(name).diagonal())
     return Root(squares.pow(ASVD_POWER / 2))
 
 
 def output_scale(moments: Moments, name: str) -> Root:
-    """Of each output alone: the root of the Fisher information of its row, up to a factor."""
+    """Return a diagonal root: the square root of each row's Fisher information, up to a common factor."""
     return Root(_floored(moments.output_moment(name).diagonal()).sqrt())
 
 
 INPUT_DAMPING = 1e-4
-"""Relative to the mean of A's diagonal."""
+"""Damping of A, relative to the mean of its diagonal."""
 
 
 OUTPUT_DAMPING = 1e-2
-"""Relative to the mean of B's diagonal."""
+"""Damping of B, relative to the mean of its diagonal."""
 
 
 METRICS = {
@@ -72,20 +78,20 @@ METRICS = {
     "input": Metric(input_root, identity),
     "two_sided": Metric(damped_input_root, damped_output_root, needs_outputs=True),
 }
-"""By name.
+"""Metrics by name.
 
-| name      | multiplies by                                                                                            |
+| name      | weighting                                                                                                |
 |-----------|----------------------------------------------------------------------------------------------------------|
 | none      | nothing: plain SVD                                                                                       |
-| rows      | the Fisher information of each row, `sum_j E[d_i^2 x_j^2]`, with d and x as if independent (FWSVD,       |
+| rows      | Fisher information of each row, `sum_j E[d_i^2 x_j^2]`, treating d and x as independent (FWSVD,          |
 |           | arXiv 2207.00112)                                                                                        |
-| diagonal  | the root mean square of each input to the power 1/2 (ASVD, arXiv 2312.05821)                             |
+| diagonal  | root mean square of each input to the power 1/2 (ASVD, arXiv 2312.05821)                                 |
 | input     | A (SVD-LLM, arXiv 2403.07378; ZS-SVD, arXiv 2602.02848)                                                  |
-| two_sided | A and B: half of a squared singular value is then a second-order estimate of what it costs to drop it    |
-|           | (K-FAC, arXiv 1503.05671; IO-SVD, arXiv 2605.15626)                                                      |
+| two_sided | A and B: half of a squared singular value is then a second-order estimate of the loss increase from      |
+|           | dropping that component (K-FAC, arXiv 1503.05671; IO-SVD, arXiv 2605.15626)                              |
 """
 
 
 def _floored(squares: Tensor) -> Tensor:
-    """Mean squares (n,), none so small that a division by it would blow up noise."""
+    """Return mean squares (n,) in float64, clamped from below so that dividing by them does not amplify noise."""
     return in_float64(squares).clamp_min(float(squares.mean()) * FIRST_JITTER)

@@ -1,8 +1,8 @@
-"""What calibration leaves behind: second moments of inputs and of gradients by outputs, and mean gradients.
+"""Calibration statistics: second moments of inputs and of output gradients, and mean gradients.
 
-Shapes: W and G are (m, n), the second moments A (n, n) and B (m, m), tokens are the rows of X (T, n), and of D (T, m)
-the gradients of the loss, summed over its terms, by the output at each token.
-Sums are kept, in float32 or wider, so that batches of any length and any number of processes add up exactly.
+Shapes: W and G are (m, n); the second moments are A (n, n) and B (m, m). Each row of X (T, n) is the input at one
+token. Each row of D (T, m) is the gradient of the loss, summed over its terms, with respect to the output at one token.
+`Moments` stores sums in float32 or wider, so that batches of any length and any number of processes add up exactly.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ from zssvd_lightning.errors import CalibrationError, NonFiniteError, ZeroGradien
 
 
 def not_shared_alike(name: str, leader: str, other: str) -> CalibrationError:
-    """The error that layers share an input on one process and not on another."""
+    """Return the error for layers that share an input on one process but not on another."""
     return CalibrationError(
         f"{name} reads the same input as {leader} on one process, but as {other} on another; compress them in separate "
         f"runs, or add {name} to ignore"
@@ -29,40 +29,40 @@ def not_shared_alike(name: str, leader: str, other: str) -> CalibrationError:
 class Moments:
     """Sums over the calibration tokens.
 
-    Layers that read the same input tensor share one second moment, kept under the name of the first of them, their
-    leader.
+    Layers that read the same input tensor share one second moment. It is stored under the name of the first of these
+    layers, their leader.
     """
 
     leaders: dict[str, str] = field(default_factory=dict)
-    """Layer name -> name of the layer that keeps the second moment for it."""
+    """Layer -> its leader, under whose name the input second moment is stored."""
     input_sums: dict[str, Tensor] = field(default_factory=dict)
     """Leader -> `X^T X` (n, n)."""
     tokens: dict[str, int] = field(default_factory=dict)
-    """Leader -> T, rows of X that were added."""
+    """Leader -> T, the number of rows of X added."""
     gradient_sums: dict[str, Tensor] = field(default_factory=dict)
-    """Layer -> gradient of the loss summed over its terms (m, n)."""
+    """Layer -> gradient (m, n) of the loss summed over its terms."""
     output_sums: dict[str, Tensor] = field(default_factory=dict)
-    """Layer -> `D^T D` (m, m); empty where gradients by outputs are not watched."""
+    """Layer -> `D^T D` (m, m). Empty if output gradients are not collected."""
     output_terms: float = 0.0
-    """How many loss terms those are of; as many as the gradients, where 0."""
+    """Number of loss terms in `output_sums`. 0 means the same number as `loss_terms`."""
     loss_sum: float = 0.0
-    """Loss summed over its terms."""
+    """Sum of the loss over its terms."""
     loss_terms: float = 0.0
-    """How many terms (predicted tokens) the loss was averaged over."""
+    """Number of loss terms (predicted tokens) in `loss_sum`."""
     batches: int = 0
-    """How many batches gave a loss on each process."""
+    """Number of batches with a loss on each process."""
     with_gradient: list[str] = field(default_factory=list)
-    """Layers that have a gradient on some process, once that is known."""
+    """Layers with a gradient on at least one process. Filled by `take_counts`."""
     with_outputs: list[str] = field(default_factory=list)
-    """Layers whose gradient by the output was seen on some process, once that is known."""
+    """Layers with an output gradient on at least one process. Filled by `take_counts`."""
     component_sums: dict[str, Tensor] = field(default_factory=dict)
-    """Layer -> sum over tokens of the squared derivative of the loss by each component (r,), where that is watched."""
+    """Layer -> sum over tokens of the squared derivative of the loss by each component (r,), if collected."""
     output_side: str | None = None
-    """Which gradients by outputs these are, by its name in `output_sides`, where that is known."""
+    """Source of the output gradients: a key of `output_gradients.OUTPUT_GRADIENTS`, or None if unknown."""
 
     @torch.no_grad()
     def add_inputs(self, leader: str, X: Tensor) -> None:
-        """Adds rows X (T, n), already freed of padding."""
+        """Add the rows X (T, n), without padding."""
         if leader not in self.input_sums:
             n = X.shape[1]
             self.input_sums[leader] = torch.zeros(n, n, dtype=accumulated(X.dtype), device=X.device)
@@ -72,7 +72,7 @@ class Moments:
 
     @torch.no_grad()
     def add_outputs(self, name: str, D: Tensor, weight: float = 1.0) -> None:
-        """Adds `weight` times rows D (T, m), already freed of padding."""
+        """Add the rows `weight * D` (T, m), without padding."""
         if name not in self.output_sums:
             m = D.shape[1]
             self.output_sums[name] = torch.zeros(m, m, dtype=accumulated(D.dtype), device=D.device)
@@ -80,25 +80,25 @@ class Moments:
 
     @torch.no_grad()
     def add_components(self, name: str, squares: Tensor) -> None:
-        """Adds squared derivatives (r,)."""
+        """Add squared derivatives (r,) of the loss with respect to the components of a layer."""
         self.component_sums[name] = self.component_sums[name] + squares if name in self.component_sums else squares
 
     @torch.no_grad()
     def add_gradient(self, name: str, gradient: Tensor, weight: float = 1.0) -> None:
-        """Adds `weight` times the gradient (m, n) of a mean over `weight` loss terms."""
+        """Add `weight` times the gradient (m, n) of a mean over `weight` loss terms."""
         if name not in self.gradient_sums:
             self.gradient_sums[name] = torch.zeros_like(gradient, dtype=accumulated(gradient.dtype))
         self.gradient_sums[name].add_(gradient, alpha=weight)
 
     def add_loss(self, mean_loss: float, terms: float) -> None:
-        """Adds a batch's loss, a mean over `terms` terms."""
+        """Add the loss of a batch, a mean over `terms` terms."""
         self.loss_sum += mean_loss * terms
         self.loss_terms += terms
         self.batches += 1
 
     @torch.no_grad()
     def absorb_moments(self, window: "Moments") -> None:
-        """Adds the second moments of another object of the same layers, and empties it."""
+        """Add the second moments of `window`, which covers the same layers, and empty it."""
         self.leaders |= window.leaders
         for leader, sums in window.input_sums.items():
             if leader in self.input_sums:
@@ -114,10 +114,11 @@ class Moments:
         window.input_sums, window.tokens, window.output_sums, window.component_sums = {}, {}, {}, {}
 
     def second_moments(self, *, counted: bool = True) -> "Moments":
-        """The second moments alone; the tensors are these, not copies.
+        """Return the second moments alone. The tensors are shared, not copied.
 
         Args:
-            counted: whether with their counts, or as one more part of a sum whose counts another has.
+            counted: True to include the token and term counts. False sets them to 0, for a partial sum whose counts
+                another object holds.
         """
         tokens = self.tokens if counted else dict.fromkeys(self.tokens, 0)
         terms = (self.output_terms or self.loss_terms) if counted else 0.0
@@ -126,7 +127,7 @@ class Moments:
         )
 
     def counts(self) -> dict[str, Any]:
-        """What is known of the batches seen but for the sums of tensors, as plain types."""
+        """Return token and term counts, layer names and the loss sum as plain types, without tensors."""
         return {
             "leaders": dict(self.leaders),
             "tokens": dict(self.tokens),
@@ -138,13 +139,13 @@ class Moments:
         }
 
     def take_counts(self, of_all: Sequence[Mapping[str, Any]]) -> None:
-        """Replaces the counts of this process by those over all.
+        """Replace the counts of this process by the totals over all processes.
 
         Args:
             of_all: the `counts` of every process.
 
         Raises:
-            CalibrationError: layers share an input on one process and not on another.
+            CalibrationError: layers share an input on one process but not on another.
         """
         tokens: Counter[str] = Counter()
         for counts in of_all:
@@ -160,7 +161,7 @@ class Moments:
         self.with_outputs = list(dict.fromkeys(name for counts in of_all for name in counts["with_outputs"]))
 
     def state_dict(self) -> dict[str, Any]:
-        """All sums, as plain types and tensors (the tensors are these, not copies)."""
+        """Return all fields as plain types and tensors. The tensors are shared, not copied."""
         return {
             f.name: value.copy() if isinstance(value := getattr(self, f.name), (dict, list)) else value
             for f in fields(self)
@@ -168,11 +169,11 @@ class Moments:
 
     @property
     def mean_loss(self) -> float:
-        """Mean loss over all terms seen."""
+        """Mean loss over all terms."""
         return self.loss_sum / self.loss_terms
 
     def second_moment(self, name: str) -> Tensor:
-        """`A = X^T X / T` (n, n) of the input of layer `name`.
+        """Return `A = X^T X / T` (n, n) for the input of layer `name`.
 
         Raises:
             CalibrationError: the layer never ran.
@@ -193,13 +194,13 @@ class Moments:
         return A
 
     def output_moment(self, name: str) -> Tensor:
-        """`B = D^T D / T` (m, m) of the gradients at the output of layer `name`, T being their loss terms.
+        """Return `B = D^T D / T` (m, m) for the output gradients of layer `name`. T is the number of loss terms.
 
-        With A of the tokens that reach the layer, `A (x) B` is then the curvature of the mean loss (K-FAC, arXiv
-        1503.05671), also where not all tokens do.
+        `A (x) B` then approximates the curvature of the mean loss (K-FAC, arXiv 1503.05671). This holds even if only
+        some tokens reach the layer, since A averages over the tokens that do.
 
         Raises:
-            ZeroGradientError: no gradient has come to its output.
+            ZeroGradientError: no gradient reached the output of the layer.
             NonFiniteError: a gradient was NaN or infinite.
         """
         total = self.output_sums.get(name)
@@ -217,11 +218,11 @@ class Moments:
         return B
 
     def mean_gradient(self, name: str, over_rows: Callable[[Tensor], Tensor] = lambda number: number) -> Tensor:
-        """`G = dL/dW` (m, n), L the mean loss over all terms.
+        """Return `G = dL/dW` (m, n), where L is the mean loss over all terms.
 
         Args:
-            name: the layer.
-            over_rows: makes a sum over G of that over its part, where processes hold parts of it.
+            name: layer name.
+            over_rows: function that turns a sum over this process's part of G into the sum over all of G.
 
         Raises:
             ZeroGradientError: the loss does not depend on the layer.
@@ -240,5 +241,5 @@ class Moments:
 
 
 def _is_finite_square(A: Tensor) -> bool:
-    """Whether all of a second moment is: no entry is larger than the largest on its diagonal (Cauchy-Schwarz)."""
+    """Return whether a second moment is finite. Its diagonal bounds every entry (Cauchy-Schwarz)."""
     return bool(A.diagonal().isfinite().all())

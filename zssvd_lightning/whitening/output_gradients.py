@@ -1,10 +1,11 @@
-"""Output sides: whose labels the gradients at the outputs are of, when they are not the batch's own.
+"""Output gradients: the labels from which they are computed, if not from the labels of the batch.
 
-The curvature of a cross-entropy loss by its logits is `F = diag(p) - p p^T`, p being what the model predicts. A draw
-gives random v with `E[v v^T] = F`. Sent back in place of the gradient of the loss, they give each layer a D with
-`E[D^T D]` the curvature by its outputs (Fisher information; K-FAC, arXiv 1503.05671).
+The curvature of a cross-entropy loss with respect to its logits is `F = diag(p) - p p^T`, where p is the predicted
+distribution. A draw returns random v with `E[v v^T] = F`. Backpropagating v in place of the loss gradient gives each
+layer a D for which `E[D^T D]` is the curvature with respect to its outputs (Fisher information; K-FAC, arXiv
+1503.05671).
 
-Shapes: logits and v are (N, V), at the N positions that the loss is of.
+Shapes: logits and v are (N, V), at the N positions that contribute to the loss.
 """
 
 from collections.abc import Callable
@@ -13,23 +14,25 @@ import torch
 from torch import Tensor
 
 TOP = 64
-"""Tokens that `top_k` goes by."""
+"""Number of tokens that `top_k` uses."""
 
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]
+"""Function that draws v (N, V) from logits (N, V)."""
 
 
 def sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradients for labels drawn from the predictions, `p - e_label` (the Fisher information, not the empirical)."""
+    """Return gradients `p - e_label` (N, V) for labels drawn from the predictions (true, not empirical, Fisher)."""
     v = logits.softmax(-1)
     label = torch.multinomial(v, 1, generator=generator)
     return v.scatter_add_(-1, label, -torch.ones_like(v[:, :1]))
 
 
 def top_k(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws for the divergence over the likeliest tokens alone, as IO-SVD measures it (arXiv 2605.15626).
+    """Draw v (N, V) for the divergence restricted to the `TOP` most likely tokens (IO-SVD, arXiv 2605.15626).
 
-    `v = sqrt(q) * e - q <sqrt(q), e>` with e normal and q the predictions over those tokens, which sum to one.
+    `v = sqrt(q) * e - q <sqrt(q), e>`, where e is standard normal and q is the predicted distribution over those
+    tokens, normalized to sum to 1.
     """
     top, tokens = logits.topk(min(TOP, logits.shape[-1]))
     q = top.softmax(-1)
@@ -38,4 +41,4 @@ def top_k(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 OUTPUT_GRADIENTS: dict[str, Draw | None] = {"empirical": None, "sampled": sampled, "top_k": top_k}
-"""By name; None for the labels of the batch, whose gradients come back with the loss itself."""
+"""Draws by name. None stands for the labels of the batch, whose gradients come from the loss itself."""

@@ -1,4 +1,4 @@
-"""Estimate what rounding costs the loss: by component for 8-bit factors, and by row of a weight."""
+"""Estimates of the loss increase from rounding to 8 bits: per component of the factors, and for a dense weight."""
 
 from typing import NamedTuple
 
@@ -12,33 +12,33 @@ from zssvd_lightning.whitening.spectrum import Spectrum
 
 
 class Importance(NamedTuple):
-    """What the loss makes of errors in a layer, up to a factor that all layers share."""
+    """Sensitivity of the loss to errors in a layer, up to a factor that all layers share."""
 
     outputs: Tensor
-    """(m,): second derivative of the loss by an output, estimated; see `importance`."""
+    """Estimated second derivative of the loss with respect to each output (m,); see `importance`."""
     inputs: Tensor
-    """(n,): mean square of an input."""
+    """Mean square of each input (n,)."""
 
 
 def importance(mean_squares: Tensor, H: Tensor) -> Importance:
-    """Importance of a layer's outputs and inputs, from what calibration has gathered.
+    """Return the importance of a layer's outputs and inputs from calibration statistics.
 
-    The mean gradient of T tokens is `G = 1/T sum d x^T`. At a minimum, where d has mean 0, row i of `H = G L^-T` has
-    the expected square `n/T E[d_i^2]`, whatever the inputs are; `E[d_i^2]` is the diagonal of the Fisher information.
+    The mean gradient over T tokens is `G = 1/T sum d x^T`. At a minimum, where d has mean 0, row i of `H = G L^-T` has
+    the expected squared norm `n/T E[d_i^2]` for any inputs. `E[d_i^2]` is the diagonal of the Fisher information.
 
     Args:
-        mean_squares: of the inputs (n,), the diagonal of their second moment.
-        H: mean gradient in coordinates where the input is white (m, n).
+        mean_squares: mean squares of the inputs (n,), the diagonal of their second moment.
+        H: mean gradient (m, n) in coordinates where the input is white.
     """
     return Importance(H.square().mean(1), mean_squares)
 
 
 def rounding_by_component(spectrum: Spectrum, whitening: Whitening) -> Tensor:
-    """What keeping each component (r,) in 8 bits is predicted to cost, as half a squared singular value does.
+    """Return the predicted loss increase (r,) from storing each component in 8 bits.
 
-    Entries of the two sides of a component, `u (m,)` and `v (n,)`, get independent errors of variance `step^2 / 12`,
-    with steps of a 127th of the largest. In the metric, whitened sides have the squared norm sigma, so that it costs
-    `sigma / 24 (step_u^2 tr B + step_v^2 tr A)`.
+    The scale is that of half a squared singular value. The entries of both sides of a component, `u (m,)` and
+    `v (n,)`, get independent errors of variance `step^2 / 12`, where the step is the largest entry divided by 127. The
+    whitened sides have squared norm sigma, so the cost is `sigma / 24 (step_u^2 tr B + step_v^2 tr A)`.
     """
     up, down = spectrum.factors(torch.arange(len(spectrum.sigma), device=spectrum.sigma.device))
     up_steps, down_steps = up.abs().amax(0) / LARGEST_CODE, down.abs().amax(1) / LARGEST_CODE
@@ -48,9 +48,9 @@ def rounding_by_component(spectrum: Spectrum, whitening: Whitening) -> Tensor:
 
 
 def rounding_of_dense(W: Tensor, whitening: Whitening) -> float:
-    """What it is predicted to cost to keep a dense weight in 8 bits, with a step a row.
+    """Return the predicted loss increase from storing a dense weight W (m, n) in 8 bits, with one step per row.
 
-    That is `tr A / 24 sum_i step_i^2 B_ii`.
+    It is `tr A / 24 sum_i step_i^2 B_ii`.
     """
     steps = in_float64(W.abs().amax(1)) / LARGEST_CODE
     B, A = whitening.outputs.diagonal(len(W)).to(steps), whitening.inputs.diagonal(W.shape[1]).sum()

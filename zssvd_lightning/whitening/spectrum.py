@@ -1,6 +1,6 @@
-"""A weight as a sum of components, largest first, and what the loss would say to dropping each.
+"""Whitened spectrum of a weight: its components, largest first, and the sensitivity of the loss to each.
 
-Shapes: W and G (m, n), r = min(m, n); left (m, r), sigma (r,), right (r, n) with `W = left diag(sigma) right`.
+Shapes: W and G (m, n), r = min(m, n); left (m, r), sigma (r,) and right (r, n), with `W = left diag(sigma) right`.
 """
 
 from dataclasses import dataclass
@@ -12,29 +12,30 @@ from zssvd_lightning._numerics import in_float64
 from zssvd_lightning.whitening.cholesky import Whitening
 
 SMALLEST_BY_SQUARE = 1e-7
-"""Singular value relative to the largest, from which on all of them are found by a square in float64."""
+"""Bound on the ratio of smallest to largest singular value, above which the SVD comes from a float64 Gram matrix."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The SVD `R^T W L = U diag(sigma) V^T` brought back to the coordinates of W."""
+    """SVD `R^T W L = U diag(sigma) V^T`, mapped back to the coordinates of W."""
 
     left: Tensor
-    """`R^-T U` (m, r)."""
+    """Left factors `R^-T U` (m, r)."""
     sigma: Tensor
     """Singular values (r,) of the whitened weight, descending."""
     right: Tensor
-    """`V^T L^-1` (r, n)."""
+    """Right factors `V^T L^-1` (r, n)."""
 
     @classmethod
     def of(cls, W: Tensor, whitening: Whitening, G: Tensor | None = None, length: float = 0.0) -> "Spectrum":
-        """Whitened spectrum of W (m, n), in float32 or, for a float64 weight, float64.
+        """Compute the whitened spectrum of W (m, n), in float32, or in float64 for a float64 weight.
 
         Args:
-            W: the weight.
+            W: weight (m, n).
             whitening: coordinates of the metric.
-            G: gradient (m, n) that the weight first goes along, as the metric has it: the whitened one.
-            length: how far, as a multiple of that; see `correction.natural_lengths`.
+            G: gradient (m, n). If given, the whitened weight first moves along the whitened gradient
+                `H = R^-1 G L^-T`.
+            length: factor of H in that move; see `correction.steps.natural_lengths`.
         """
         W = W.to(torch.promote_types(W.dtype, torch.float32))
         Z = whitening.whiten(W)
@@ -44,41 +45,45 @@ class Spectrum:
         return cls(whitening.unwhiten_left(U), sigma, whitening.unwhiten_right(Vh))
 
     def sensitivities(self, G: Tensor) -> Tensor:
-        """First-order change of the loss (r,) when each component is dropped alone, signed.
+        """Return the signed first-order change of the loss (r,) from dropping each component alone.
 
-        `delta_i = -<G, sigma_i left_i right_i>`, which is `-sigma_i u_i^T H v_i` with `H = R^-1 G L^-T`
+        `delta_i = -<G, sigma_i left_i right_i> = -sigma_i u_i^T H v_i`, with `H = R^-1 G L^-T`
         (arXiv 2602.02848).
         """
         return -self.sigma * (self.left * (G.to(self.left.dtype) @ self.right.T)).sum(0)
 
     def squared_derivatives(self, X: Tensor, D: Tensor) -> Tensor:
-        """`sum_t (u_i^T R^-1 d_t x_t^T L^-T v_i)^2` (r,), over inputs X (T, n) and gradients D (T, m) by the outputs.
+        """Return `sum_t (u_i^T R^-1 d_t x_t^T L^-T v_i)^2` (r,) for inputs X (T, n) and output gradients D (T, m).
 
-        Their mean is the diagonal of the Fisher information in the coordinates of the spectrum, each token standing
-        alone; it is 1 where A and B tell all (EK-FAC, arXiv 1806.03884).
+        The mean over tokens is the diagonal of the Fisher information in the coordinates of the spectrum, with tokens
+        treated as independent. It is 1 where A and B describe the Fisher information exactly (EK-FAC, arXiv
+        1806.03884).
         """
         return ((D @ self.left) * (X @ self.right.T)).square().sum(0)
 
     def factors(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors up (m, k) and down (k, n) of the components `kept` (k,), each with the square root of sigma."""
+        """Return up (m, k) and down (k, n) for the component indices `kept` (k,), each scaled by `sqrt(sigma)`."""
         root = self.sigma[kept].sqrt()
         return self.left[:, kept] * root, root[:, None] * self.right[kept]
 
     def to(self, device: torch.device | str) -> "Spectrum":
-        """The same on another device."""
+        """Return this spectrum on another device."""
         return Spectrum(self.left.to(device), self.sigma.to(device), self.right.to(device))
 
 
 def thin_svd(Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, r), sigma (r,) and Vh (r, n) of a finite Z (m, n), whose type and device they have.
+    """Compute the thin SVD of a finite Z (m, n).
 
-    In float32 it is found from the smaller of `Z^T Z` and `Z Z^T` in float64, which takes less time than
-    bidiagonalisation in float32 and has small singular values right to the last digit. Otherwise, and where rank is
-    lacking, by divide and conquer; where that does not converge, which happens to finite matrices without a fault of
-    theirs, it is tried on the transposed in float64.
+    For float32, use the eigenvectors of the smaller of `Z^T Z` and `Z Z^T` in float64. This is faster than
+    bidiagonalization in float32, and small singular values are accurate to the last digit. For other types and for
+    rank-deficient Z, use divide and conquer. If that does not converge, which can happen for valid finite matrices,
+    retry on the transpose in float64.
+
+    Returns:
+        U (m, r), sigma (r,) and Vh (r, n), with the type and device of Z.
 
     Raises:
-        torch.linalg.LinAlgError: that did not converge either, or Z is not finite.
+        torch.linalg.LinAlgError: the retry did not converge either, or Z is not finite.
     """
     if Z.dtype == torch.float32 and (found := _svd_by_square(Z)) is not None:
         return found
@@ -91,9 +96,10 @@ def thin_svd(Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _svd_by_square(Z: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The SVD from eigenvectors V of the smaller square, since the columns of `Z V` are those of `U diag(sigma)`.
+    """Compute the SVD from the eigenvectors V of the smaller Gram matrix, using `Z V = U diag(sigma)`.
 
-    None where one of them is so short that rounding of the square would leave it at no right angle to the others.
+    Return None if the eigendecomposition fails, or if a column of `Z V` is so short that rounding of the Gram matrix
+    would make it non-orthogonal to the others.
     """
     wide = Z.shape[0] < Z.shape[1]
     tall = in_float64(Z.T if wide else Z)
@@ -102,7 +108,7 @@ def _svd_by_square(Z: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     US = tall @ V
-    del tall  # as large as Z in float64
+    del tall  # a float64 copy of Z
     lengths = US.norm(dim=0)
     sigma, order = lengths.sort(descending=True)
     if not sigma[-1] > SMALLEST_BY_SQUARE * sigma[0]:
