@@ -148,4 +148,7 @@ def compare(before: str, after: str) -> None:
 
 
 if __name__ == "__main__":
-    {"write": write, "compare": compare}[sys.argv[1]](*sys.argv[2:])
+    if sys.argv[1] == "write":
+        write(sys.argv[2])
+    else:
+        compare(sys.argv[2], sys.argv[3])

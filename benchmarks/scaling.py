@@ -29,7 +29,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from zssvd_lightning import ZSSVDCallback
+from zssvd_lightning import Schedule, ZSSVDCallback
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.decomposition.work_sharing import share_out, svd_work, whitening_work
@@ -232,7 +232,7 @@ def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: 
 
     def look(life: Lifecycle, step: int, set_up_optimizers: Any) -> None:
         self = life.compression
-        found["originals and factors"] = _bytes(self.originals) + _bytes(self._factors.held)
+        found["originals and factors"] = _bytes(self.originals) + _bytes(self.truncated.held)
         ranks = {name: layer.rank or 0 for name, layer in self.report().layers.items()}
         found["factors"] = shapes.weight * sum(ranks[name] * sum(t.shape) for name, t in self.targets.items())
         with measured("factorization", found):
@@ -253,7 +253,9 @@ def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: 
         if strategy == "ddp"
         else ModelParallelStrategy(size, 1, process_group_backend="gloo")
     )
-    callback = ZSSVDCallback(PRUNE_RATIO, calibration_batches=BATCHES, correction_batches=1, progress=False)
+    callback = ZSSVDCallback(
+        PRUNE_RATIO, schedule=Schedule(calibration_batches=BATCHES), correction_batches=1, progress=False
+    )
     ids = torch.randint(64, (2 * BATCHES + 2, 4, 128), generator=torch.Generator().manual_seed(rank))
     trainer = L.Trainer(
         accelerator="cpu",

@@ -5,7 +5,6 @@ The pieces are the ones of any Lightning project: a module, a data module, a Tra
 
 import math
 import sys
-from dataclasses import asdict
 
 import lightning as L
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from zssvd_lightning import Run, RunConfig, ZSSVDCallback, load_config
+from zssvd_lightning import Run, RunConfig, Schedule, ZSSVDCallback, load_config
 from zssvd_lightning.evaluation.perplexity import continuation
 
 PROMPT = "The state of the union is"
@@ -48,7 +47,9 @@ def main(path: str, *overrides: str) -> None:
     run.evaluate("dense")
     dense_text = continuation(run.model, run.tokenizer, PROMPT)
 
-    callback = ZSSVDCallback(**asdict(run.config.compression), calibration_batches=run.config.calibration.batches)
+    callback = ZSSVDCallback.from_config(
+        run.config.compression, schedule=Schedule(calibration_batches=run.config.calibration.batches)
+    )
     batches = callback.batches_needed(len(run.calibration_loader()))
     trainer = L.Trainer(
         max_epochs=math.ceil(batches / len(run.calibration_loader())),

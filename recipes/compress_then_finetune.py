@@ -5,7 +5,7 @@ The dense model is then trained for as many steps on the same text, so that the 
 
 import copy
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain, cycle, islice
 
 import lightning as L
@@ -15,7 +15,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from zssvd_lightning import Phase, Run, RunConfig, ZSSVDCallback, load_config
+from zssvd_lightning import Phase, Run, RunConfig, Schedule, ZSSVDCallback, load_config
 from zssvd_lightning.compression.report import Stopwatch
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.model.targets import find_targets, matches
@@ -99,9 +99,8 @@ def main(path: str, *overrides: str) -> None:
     config, recovery = checked(path, *overrides)
     run, watch, steps = Run(config), Stopwatch(), config.training.steps
     calibration, training = list(run.calibration_loader()), list(run.training_loader())
-    callback = ZSSVDCallback(
-        **asdict(config.compression), recovery=recovery, calibration_batches=config.calibration.batches
-    )
+    schedule = Schedule(calibration_batches=config.calibration.batches)
+    callback = ZSSVDCallback.from_config(config.compression, schedule=schedule, recovery=recovery)
     needed = callback.batches_needed()
     dense = copy.deepcopy(run.model)
     run.evaluate("dense")

@@ -40,9 +40,10 @@ if TYPE_CHECKING:
     from zssvd_lightning.app.run_config import RunConfig
     from zssvd_lightning.callbacks.limits import scheduled_steps
     from zssvd_lightning.callbacks.prehab import LowRankPrehab
+    from zssvd_lightning.callbacks.schedule import Schedule
     from zssvd_lightning.callbacks.zssvd import ZSSVDCallback
     from zssvd_lightning.compression.phase import Phase
-    from zssvd_lightning.compression.pipeline import compress
+    from zssvd_lightning.compression.pipeline import BatchReading, compress
     from zssvd_lightning.compression.quantization import quantize
     from zssvd_lightning.compression.report import Report
     from zssvd_lightning.config.compression import CompressionConfig
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixin
 
 __all__ = [
+    "BatchReading",
     "CompressionConfig",
     "FactorRecovery",
     "LoRARecovery",
@@ -68,6 +70,7 @@ __all__ = [
     "Report",
     "Run",
     "RunConfig",
+    "Schedule",
     "SingularValueRecovery",
     "ZSSVDCallback",
     "__version__",
@@ -86,6 +89,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "BatchReading": "compression.pipeline",
     "CompressionConfig": "config.compression",
     "FactorRecovery": "recovery.methods",
     "LoRARecovery": "recovery.methods",
@@ -96,6 +100,7 @@ _MODULES = {
     "Report": "compression.report",
     "Run": "app.run",
     "RunConfig": "app.run_config",
+    "Schedule": "callbacks.schedule",
     "SingularValueRecovery": "recovery.methods",
     "ZSSVDCallback": "callbacks.zssvd",
     "compress": "compression.pipeline",

@@ -303,7 +303,7 @@ def test_early_stopping_between_validations_does_not_take_the_dense_score():
 
 @pytest.mark.parametrize("least", [{"min_epochs": 3}, {"min_steps": 9}])
 def test_a_dry_run_stops_at_once_and_leaves_limits_as_they_were(tmp_path, least):
-    callback, module = short(dry_run=True, plan=tmp_path / "plan.yaml"), CausalLM()
+    callback, module = short(dry_run=tmp_path / "plan.yaml"), CausalLM()
     before = state_of(module)
     _, fitted = compress(callback, module, **least)
     assert_same_state(before, state_of(module))
@@ -313,7 +313,7 @@ def test_a_dry_run_stops_at_once_and_leaves_limits_as_they_were(tmp_path, least)
 
 def test_a_checkpoint_of_a_dry_run_is_gone_on_from_with_the_plan(tmp_path):
     plan = tmp_path / "plan.yaml"
-    _, fitted = compress(short(dry_run=True, plan=plan))
+    _, fitted = compress(short(dry_run=plan))
     fitted.save_checkpoint(tmp_path / "dry.ckpt")
     module, callback = CausalLM(), short(plan=plan, corrections=0)
     trainer(callback, max_epochs=4).fit(module, loader(token_batches()), ckpt_path=str(tmp_path / "dry.ckpt"))
@@ -323,7 +323,7 @@ def test_a_checkpoint_of_a_dry_run_is_gone_on_from_with_the_plan(tmp_path):
 def test_a_dry_run_from_a_truncated_model_is_refused(tmp_path):
     with pytest.raises(ConnectionError):
         trainer(Saves(tmp_path), short(), Interrupt(6), max_epochs=4).fit(CausalLM(), loader(token_batches()))
-    dry = trainer(short(dry_run=True, plan=tmp_path / "plan.yaml"), max_epochs=4)
+    dry = trainer(short(dry_run=tmp_path / "plan.yaml"), max_epochs=4)
     with pytest.raises(CheckpointError, match="dry run starts from a dense model"):
         dry.fit(CausalLM(), loader(token_batches()), ckpt_path=str(tmp_path / "6.ckpt"))
 
@@ -357,7 +357,7 @@ def test_a_batch_that_will_run_again_is_not_counted_twice(tmp_path, hook, accumu
     module = CausalLM()
     fitted = trainer(plain, SavesIn(tmp_path, hook), **settings)
     fitted.fit(copy.deepcopy(module), loader(batch))
-    resumed = Keeps(0.3, corrections=0, calibration_epochs=1, progress=False)
+    resumed = Keeps(0.3, corrections=0, schedule={"calibration_epochs": 1}, progress=False)
     fit = trainer(resumed, **(settings | {"max_epochs": 3}))
     fit.fit(module, loader(batch), ckpt_path=str(tmp_path / "1.ckpt"))
     for name in plain.kept.gradient_sums:

@@ -1,5 +1,4 @@
 import copy
-from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -10,7 +9,7 @@ from support.callbacks import Keeps, short
 from support.models import CausalLM, loader, padded_batches, state_of, tiny_llama, token_batches, trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from zssvd_lightning import CompressionConfig, LowRankLinear, Phase, ZSSVDCallback, compress
+from zssvd_lightning import CompressionConfig, LowRankLinear, Phase, Schedule, ZSSVDCallback, compress
 
 
 class Diary(L.Callback):
@@ -112,7 +111,7 @@ def test_corrections_go_on_with_the_batches_after_calibration_as_in_the_pipeline
         0.3, metric="two_sided", corrections=2, correction_batches=2, correction_step="natural", fresh_moments=False
     )
     expected = compress(other, batches, settings, calibration_batches=2, progress=False)
-    callback = ZSSVDCallback(**asdict(settings), calibration_batches=2, progress=False)
+    callback = ZSSVDCallback.from_config(settings, schedule=Schedule(calibration_batches=2), progress=False)
     fit(callback, batches, CausalLM(model, lr=0.0))
     assert_same_compression(callback, model, expected, other)
 

@@ -87,11 +87,10 @@ def test_the_command_line_adds_it_by_its_short_name():
 
 def test_a_setting_on_the_command_line_wins_over_the_last_callback_of_a_file(tmp_path):
     plan = tmp_path / "plan.yaml"
-    settings = ["--trainer.callbacks.dry_run=true", f"--trainer.callbacks.plan={plan}"]
-    ran = cli("fit", "--config", config(tmp_path, prune_ratio=0.4), *settings)
+    ran = cli("fit", "--config", config(tmp_path, prune_ratio=0.4), f"--trainer.callbacks.dry_run={plan}")
     assert the_callback(ran).config.prune_ratio == 0.4
     assert plan.exists()
-    cli("fit", "--config", config(tmp_path, corrections=0), settings[1])
+    cli("fit", "--config", config(tmp_path, corrections=0), f"--trainer.callbacks.plan={plan}")
 
 
 def test_help_shows_every_argument_with_its_meaning(capsys):
@@ -100,7 +99,7 @@ def test_help_shows_every_argument_with_its_meaning(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "fraction of the target layers' parameters to remove" in text
     assert "gradient steps, each followed by a new truncation" in text
-    for argument in ("dry_run", "plan", "extend_training", "line_search", "min_rank_fraction"):
+    for argument in ("dry_run", "plan", "schedule", "preset", "line_search", "min_rank_fraction"):
         assert f".{argument}" in text
 
 
@@ -115,7 +114,7 @@ def test_a_dry_run_writes_a_plan_changes_nothing_and_the_plan_is_followed(tmp_pa
     plan = tmp_path / "plan.yaml"
     module = CausalLM()
     before = state_of(module)
-    dry = ZSSVDCallback(0.3, dry_run=True, plan=plan, progress=False)
+    dry = ZSSVDCallback(0.3, dry_run=plan, progress=False)
     fitted = trainer(dry, max_epochs=3)
     fitted.fit(module, loader(token_batches()))
     assert_same_state(before, state_of(module))
@@ -153,7 +152,7 @@ def test_a_dry_run_without_a_file_name_writes_into_the_run_folder(tmp_path):
 def test_a_dry_run_refuses_to_overwrite_before_it_spends_a_batch(tmp_path):
     plan = tmp_path / "plan.yaml"
     plan.write_text("reviewed")
-    fitted = trainer(ZSSVDCallback(0.3, dry_run=True, plan=plan, progress=False), max_epochs=3)
+    fitted = trainer(ZSSVDCallback(0.3, dry_run=plan, progress=False), max_epochs=3)
     with pytest.raises(OutputError, match="exists"):
         fitted.fit(CausalLM(), loader(token_batches()))
     assert fitted.global_step == 0

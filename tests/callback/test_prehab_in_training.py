@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
-from support.callbacks import Keeps, short
+from support.callbacks import Keeps, scheduled, short
 from support.models import (
     CausalLM,
     assert_same_state,
@@ -242,7 +242,11 @@ def test_only_the_layers_that_are_asked_for_and_not_frozen_are_regularized():
 
 
 def compression(**settings):
-    return Keeps(prune_ratio=0.3, correction_batches=2, calibration_batches=4, progress=False, **settings)
+    return Keeps(
+        **scheduled(
+            {"prune_ratio": 0.3, "correction_batches": 2, "calibration_batches": 4, "progress": False} | settings
+        )
+    )
 
 
 class Frees(L.Callback):

@@ -10,6 +10,7 @@ import torch
 import yaml
 from lightning.pytorch.strategies import DDPStrategy
 from support import processes
+from support.callbacks import scheduled
 from support.models import loader, token_batches, trainer
 from support.parallel import NATURAL, NEEDED, REFIT, SHORT, Replicated, Run, alone, fit, killed, multiplied_out, run
 
@@ -157,8 +158,8 @@ def plan_then_follow(rank: int, size: int, folder: Path) -> None:
     described = Run()
     distribution = {"devices": size, "use_distributed_sampler": False}
     ranks = []
-    for settings in ({"dry_run": True}, {}):
-        module, callback = Replicated(), ZSSVDCallback(**(SHORT | {"plan": folder / "plan.yaml"} | settings))
+    for settings in ({"dry_run": folder / "plan.yaml"}, {"plan": folder / "plan.yaml"}):
+        module, callback = Replicated(), ZSSVDCallback(**scheduled(SHORT | settings))
         strategy = described.strategy_for(size)
         trainer(callback, strategy=strategy, **distribution).fit(module, loader(described.batches(rank, size)))
         ranks.append(ranks_of(module))
@@ -180,7 +181,9 @@ def test_processes_that_hand_weights_back_need_a_module_that_can_take_them():
     with pytest.raises(UnsupportedTrainingError, match="give it LowRankCheckpointMixin as a base class"):
         DDPAdapter(SimpleNamespace(strategy=strategy), Replicated()).refuse_unsupported()
     module = Loads()
-    trainer(ZSSVDCallback(**SHORT), devices=2, strategy=strategy).fit(module, loader(token_batches(4 * NEEDED)))
+    trainer(ZSSVDCallback(**scheduled(SHORT)), devices=2, strategy=strategy).fit(
+        module, loader(token_batches(4 * NEEDED))
+    )
     assert ranks_of(module)
 
 

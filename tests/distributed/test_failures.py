@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from support import processes
+from support.callbacks import scheduled
 from support.models import loader, trainer
 from support.parallel import SHORT, Replicated, Run, Sharded, fit, whole_weights
 
@@ -117,7 +118,7 @@ def run_out(rank: int, size: int, folder: Path, strategy: str) -> None:
     """A fit that ends in the correction, after a truncation."""
     described = Run(strategy=strategy)
     module = (Sharded if strategy == "fsdp2" else Replicated)()
-    callback = Unfinished(prune_ratio=0.4, calibration_batches=2, correction_batches=4, progress=False)
+    callback = Unfinished(prune_ratio=0.4, schedule={"calibration_batches": 2}, correction_batches=4, progress=False)
     fitted = trainer(callback, devices=size, strategy=described.strategy_for(size), use_distributed_sampler=False)
     with pytest.raises(UnfinishedError, match="in phase 'correct' after 1 of"):
         fitted.fit(module, loader(described.batches(rank, size)[:3]))
@@ -177,7 +178,7 @@ class LosesPlan(L.Callback):
 
 
 def test_a_plan_that_one_process_cannot_read_is_an_error_on_all(tmp_path):
-    callback = ZSSVDCallback(**(SHORT | {"dry_run": True, "plan": tmp_path / "plan.yaml"}))
+    callback = ZSSVDCallback(**scheduled(SHORT | {"dry_run": tmp_path / "plan.yaml"}))
     trainer(callback, max_epochs=9).fit(Replicated(), loader(Run().batches(0, 1)))
     described = Run(callbacks=(LosesPlan,), compression={"plan": str(tmp_path)}, timeout=30)
     assert processes.start(tmp_path, 2, fit, described, timeout=25) == [1, 1]

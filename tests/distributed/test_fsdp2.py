@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from support import processes
+from support.callbacks import scheduled
 from support.models import loader, token_batches, trainer
 from support.parallel import (
     NATURAL,
@@ -260,7 +261,7 @@ def refused(rank: int, size: int, folder: Path, layout: str, message: str) -> No
     OtherLayout.layout = layout
     described = Run(strategy="fsdp2")
     settings = {"devices": size, "strategy": described.strategy_for(size), "use_distributed_sampler": False}
-    fitted = trainer(ZSSVDCallback(calibration_batches=2, progress=False), max_epochs=9, **settings)
+    fitted = trainer(ZSSVDCallback(schedule={"calibration_batches": 2}, progress=False), max_epochs=9, **settings)
     with pytest.raises((UnsupportedTrainingError, TargetError), match=message):
         fitted.fit(OtherLayout(), loader(described.batches(rank, size)))
 
@@ -331,7 +332,7 @@ Validated = {"ddp": ReplicatedValidated, "fsdp2": ShardedValidated}
 def fit_again_after_a_dry_run(rank: int, size: int, folder: Path) -> None:
     """A fit of the same module must find its units as they were."""
     described, module = Run(strategy="fsdp2"), InBfloat16()
-    for callback in (ZSSVDCallback(**(SHORT | {"dry_run": True, "plan": folder / "plan.yaml"})), None):
+    for callback in (ZSSVDCallback(**scheduled(SHORT | {"dry_run": folder / "plan.yaml"})), None):
         settings = {"devices": size, "strategy": described.strategy_for(size), "use_distributed_sampler": False}
         fitted = trainer(*([callback] if callback else []), **settings)
         fitted.fit(module, loader(described.batches(rank, size)))

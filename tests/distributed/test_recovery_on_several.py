@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from support import processes
+from support.callbacks import scheduled
 from support.models import trainer
 from support.parallel import NEEDED, SHORT, Replicated, Run, Sharded, killed, run, whole_weights
 from torch.distributed.tensor import DTensor
@@ -90,7 +91,7 @@ class Poisons(L.Callback):
 def diverge(rank, size, folder, strategy):
     module = {"ddp": Replicated, "fsdp2": Sharded}[strategy]()
     recovery = {"method": "factors", "loss": "both"}
-    callback = ZSSVDCallback(**(SHORT | {"recovery": recovery, "prune_ratio": 0.5}))
+    callback = ZSSVDCallback(**scheduled(SHORT | {"recovery": recovery, "prune_ratio": 0.5}))
     asked = described(strategy, "factors")
     distribution = {"devices": size, "strategy": asked.strategy_for(size), "use_distributed_sampler": False}
     teacher = {}

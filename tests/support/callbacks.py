@@ -1,13 +1,21 @@
 """Callbacks that several tests put into their Trainers."""
 
+from dataclasses import fields
 from typing import Any
 
-from zssvd_lightning import Phase, ZSSVDCallback
+from zssvd_lightning import Phase, Schedule, ZSSVDCallback
+
+
+def scheduled(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the callback from a flat mapping: fields of `Schedule` go into one."""
+    names = {field.name for field in fields(Schedule)}
+    schedule = Schedule(**{name: value for name, value in settings.items() if name in names})
+    return {"schedule": schedule, **{name: value for name, value in settings.items() if name not in names}}
 
 
 def short(**settings: Any) -> ZSSVDCallback:
-    """A compression of few batches."""
-    return ZSSVDCallback(**({"prune_ratio": 0.3, "correction_batches": 2, "progress": False} | settings))
+    """A compression of few batches; fields of `Schedule` may be given flat."""
+    return ZSSVDCallback(**scheduled({"prune_ratio": 0.3, "correction_batches": 2, "progress": False} | settings))
 
 
 class Keeps(ZSSVDCallback):

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from support.models import tiny_llama
-from zssvd_lightning.compression.course import steps
+from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.pipeline import gather
+from zssvd_lightning.compression.snapshot import state_of, take_up
 from zssvd_lightning.config.compression import CompressionConfig
 
 
@@ -21,20 +22,20 @@ def interrupted(config: CompressionConfig, batches: Sequence[Any], statistics: b
         batches: of every step.
         statistics: whether what was gathered for the second step is saved too, or gathered once more.
     """
-    first, second, *_ = steps(config)
+    first, second, *_ = course(config)
     model = tiny_llama()
     whole = Compression(model, config, progress=False)
     gather(whole, batches, first.gathers)
     whole.take(first)
     weights = copy.deepcopy(model.state_dict())
     gather(whole, batches, second.gathers)
-    state = copy.deepcopy(whole.state_dict(statistics=statistics))
+    state = copy.deepcopy(state_of(whole, statistics=statistics))
     whole.take(second)
 
     model = tiny_llama()
     model.load_state_dict(weights)
     resumed = Compression(model, config, progress=False)
-    resumed.load_state_dict(state)
+    take_up(resumed, state)
     if not statistics:
         gather(resumed, batches, second.gathers)
     resumed.take(second)

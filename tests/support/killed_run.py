@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from support.callbacks import scheduled
 from support.models import CausalLM, token_batches, trainer
 from support.processes import context
 from zssvd_lightning import ZSSVDCallback
@@ -71,7 +72,9 @@ def run(
     torch.manual_seed(0)
     module = Scheduled()
     compression = ZSSVDCallback(
-        **({"prune_ratio": 0.3, "calibration_batches": 5, "correction_batches": 3, "progress": False} | callback)
+        **scheduled(
+            {"prune_ratio": 0.3, "calibration_batches": 5, "correction_batches": 3, "progress": False} | callback
+        )
     )
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
     loader = StatefulDataLoader(token_batches(160), batch_size=None)

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from support import processes
+from support.callbacks import scheduled
 from support.killed_run import Kill
 from support.models import FAMILIES, CausalLM, loader, padded_batches, trainer
 from zssvd_lightning import ZSSVDCallback
@@ -114,7 +115,7 @@ def fit(rank: int, size: int, folder: Path, run: Run) -> None:
     """Trains over this process's share of the batches, and leaves `RANK.pt`."""
     torch.manual_seed(0)
     module = (run.module or {"ddp": Replicated, "fsdp2": Sharded}[run.strategy])(run.family)
-    compression, seen = ZSSVDCallback(**(SHORT | run.compression)), Witness()
+    compression, seen = ZSSVDCallback(**scheduled(SHORT | run.compression)), Witness()
     distribution = {"devices": size, "strategy": run.strategy_for(size), "use_distributed_sampler": False}
     fitted = trainer(
         compression,
@@ -131,7 +132,7 @@ def alone(run: Run, size: int) -> dict[str, Any]:
     """The same on one process that sees the batches of `size`, step by step."""
     module = (run.module or Replicated)(run.family)
     gathered = {"calibration_batches": 4 * size, "correction_batches": 2 * size}
-    compression, seen = ZSSVDCallback(**(SHORT | gathered | run.compression)), Witness()
+    compression, seen = ZSSVDCallback(**scheduled(SHORT | gathered | run.compression)), Witness()
     batches = batches_of(run.family, run.count or NEEDED * size, 0, 1)
     trainer(compression, seen, **run.trainer).fit(module, loader(batches))
     return seen.statement(module, compression)

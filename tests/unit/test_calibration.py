@@ -14,7 +14,7 @@ from torch import nn
 
 from zssvd_lightning._numerics import SMALL_SQUARE, SMALL_SQUARE_BFLOAT16, add_square
 from zssvd_lightning.calibration.batches import loss_terms, token_mask
-from zssvd_lightning.calibration.collector import collect_gradients
+from zssvd_lightning.calibration.gradients import collect_gradients
 from zssvd_lightning.calibration.hooks import observing
 from zssvd_lightning.errors import CalibrationError, NonFiniteError, ZeroGradientError
 from zssvd_lightning.model.targets import find_targets

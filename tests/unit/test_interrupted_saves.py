@@ -15,7 +15,7 @@ import os, resource, signal, sys
 from pathlib import Path
 import safetensors.torch, transformers.modeling_utils as modeling
 from zssvd_lightning import from_pretrained, save_pretrained
-from zssvd_lightning import files
+from zssvd_lightning import _files as files
 folder, how = sys.argv[1:]
 model = from_pretrained(folder)
 for parameter in model.parameters():

@@ -24,7 +24,7 @@ from zssvd_lightning import (
 )
 from zssvd_lightning.decomposition.decompose import Decomposition
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights, pivoted_layer
-from zssvd_lightning.distributed import Team
+from zssvd_lightning.distributed import LayerSet, Team
 from zssvd_lightning.errors import CheckpointError, ConfigError, NonFiniteError, QuantizationError
 from zssvd_lightning.layers.pivoted import PivotedLinear, coefficients, pivots_first
 from zssvd_lightning.layers.registry import dense_like, layer_like
@@ -177,7 +177,7 @@ def test_the_layer_it_replaces_lives_on_in_it(old):
     old.weight.requires_grad_(False)
     seen = []
     handle = old.register_forward_hook(lambda *_: seen.append(1))
-    held = TruncatedWeights({"a": Target("a", old)}, Team(), "pivoted")
+    held = TruncatedWeights(LayerSet({"a": Target("a", old)}), "pivoted")
     held.held["a"] = truncated(Target("a", old), 6)
     new, x = held.layer("a"), torch.randn(3, 8)
     assert isinstance(new, PivotedLinear)
@@ -199,7 +199,7 @@ def test_the_layer_it_replaces_lives_on_in_it(old):
 
 
 def test_other_storages_are_made_of_factors():
-    held = TruncatedWeights({"a": Target("a", nn.Linear(8, 6))}, Team(), "remap")
+    held = TruncatedWeights(LayerSet({"a": Target("a", nn.Linear(8, 6))}), "remap")
     held.held["a"] = Factors(torch.randn(6, 2), torch.randn(2, 8))
     assert isinstance(held.layer("a"), LowRankLinear)
 
@@ -209,7 +209,7 @@ def test_the_first_process_chooses_the_rows():
         def decide_on_first(self, choose):
             return choose().flip(0)
 
-    held = TruncatedWeights({"a": Target("a", nn.Linear(8, 6))}, Other(), "pivoted")
+    held = TruncatedWeights(LayerSet({"a": Target("a", nn.Linear(8, 6))}, Other()), "pivoted")
     held.held["a"] = Factors(torch.randn(6, 2), torch.randn(2, 8))
     layer = held.layer("a")
     assert layer.order.tolist() == pivots_first(held.held["a"].up).flip(0).argsort().tolist()
@@ -220,7 +220,7 @@ def taken(m, n, k, dtype, storage):
     """Held factors of one layer `a`, taken from its spectrum, and their product in float64."""
     left, right = factors(m, n, k, decay=1, dtype=torch.float32)
     found = Decomposition({"a": 0}, {"a": Spectrum(left, torch.ones(k), right)}, {}, {})
-    held = TruncatedWeights({"a": Target("a", nn.Linear(n, m, dtype=dtype))}, Team(), storage)
+    held = TruncatedWeights(LayerSet({"a": Target("a", nn.Linear(n, m, dtype=dtype))}), storage)
     held.take(found, "a", torch.arange(k))
     return held, left.double() @ right.double()
 
@@ -246,7 +246,7 @@ def test_rows_and_coefficients_of_a_narrow_model_are_rounded_once(dtype):
 def test_factors_are_as_wide_as_their_storage_needs():
     for storage, wide in (("pivoted", torch.float32), ("factors", torch.bfloat16), ("remap", torch.bfloat16)):
         held, W = taken(12, 10, 6, torch.bfloat16, storage)
-        again = TruncatedWeights({"a": Target("a", nn.Linear(10, 12, dtype=torch.bfloat16))}, Team(), storage)
+        again = TruncatedWeights(LayerSet({"a": Target("a", nn.Linear(10, 12, dtype=torch.bfloat16))}), storage)
         again.load_state_dict(held.state_dict())
         for each in (held, again):
             assert {factor.dtype for factor in each.held["a"]} == {wide}
@@ -267,7 +267,7 @@ def test_layers_are_made_alike_under_autocast(storage):
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("storage", ["factors", "pivoted", "remap", "hq", "mixed"])
 def test_factors_that_are_not_finite_are_refused_before_any_layer_is_made(storage, value):
-    held = TruncatedWeights({name: Target(name, nn.Linear(8, 6)) for name in "ab"}, Team(), storage)
+    held = TruncatedWeights(LayerSet({name: Target(name, nn.Linear(8, 6)) for name in "ab"}), storage)
     for name in "ab":
         held.held[name] = Factors(torch.randn(6, 2), torch.randn(2, 8))
     held.held["b"].down[1, 3] = value

@@ -11,7 +11,7 @@ from support.samplers import weight
 from torch.nn.functional import cross_entropy
 
 from zssvd_lightning import CompressionConfig, Phase, compress
-from zssvd_lightning.compression.course import steps, to_first_truncation
+from zssvd_lightning.compression.course import course, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.pipeline import gather, plan
 from zssvd_lightning.errors import ConfigError
@@ -48,7 +48,7 @@ def test_curvature_is_one_where_gradients_do_not_depend_on_inputs():
 def test_it_is_gathered_over_the_tokens_that_count(build):
     model, batches = build().eval().double(), padded_batches()
     compression = Compression(copy.deepcopy(model), CompressionConfig(**REESTIMATED), progress=False)
-    first, _ = to_first_truncation(steps(compression.config))
+    first, _ = to_first_truncation(course(compression.config))
     gather(compression, batches, first.gathers)
     compression.take(first)
     gather(compression, batches, Phase.CORRECT)
@@ -110,7 +110,7 @@ def test_spectra_are_in_what_is_saved_until_they_are_truncated(statistics):
 def test_in_a_fit_it_takes_its_batches_before_anything_is_truncated():
     torch.manual_seed(0)
     dense = tiny_llama()
-    callback = Keeps(0.4, corrections=0, calibration_batches=4, progress=False, **REESTIMATED)
+    callback = Keeps(0.4, corrections=0, schedule={"calibration_batches": 4}, progress=False, **REESTIMATED)
     assert callback.batches_needed(4) == 7
     trainer(callback, max_epochs=3).fit(CausalLM(copy.deepcopy(dense)), loader(token_batches()))
     assert callback.phase is Phase.DONE

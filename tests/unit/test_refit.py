@@ -12,7 +12,7 @@ from torch import nn
 from zssvd_lightning import CompressionConfig, compress
 from zssvd_lightning.calibration.batches import token_mask
 from zssvd_lightning.calibration.recorded_calls import Call, together
-from zssvd_lightning.compression.course import steps
+from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.pipeline import gather
@@ -108,7 +108,7 @@ def sequentially(model, batches, config):
     gather(compression, batches, Phase.CALIBRATE)
     moments = compression.gathering.moments.second_moments()
     dense = copy.deepcopy(model)
-    compression.take(steps(config)[0])
+    compression.take(course(config)[0])
     ranks = {name: layer.rank for name, layer in compression.report().layers.items()}
     fitting = batches[: config.correction_batches]
     order = [name for name, X in noted(model, fitting[:1])[1].items() if X and ranks[name] is not None]
@@ -161,7 +161,7 @@ def test_noted_batches_that_are_too_few_for_more_processes_are_refused(monkeypat
     config = CompressionConfig(0.4, **REFIT)
     compression = Compression(tiny_llama(), config, progress=False)
     gather(compression, token_batches(1), Phase.CALIBRATE)
-    compression.take(steps(config)[0])
+    compression.take(course(config)[0])
     gather(compression, token_batches(1), Phase.CORRECT)
     state = compression.state_dict()
     monkeypatch.setattr(type(compression.team), "rank", 1)

@@ -13,7 +13,7 @@ from support.samplers import SHAPES, second_moment, weight
 from torch.nn.functional import cross_entropy
 
 from zssvd_lightning import CompressionConfig, compress
-from zssvd_lightning.compression.course import steps
+from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.pipeline import calibrate, gather, plan
@@ -276,12 +276,12 @@ KEPT = {
 
 def test_kept_second_moments_are_those_of_the_first_calibration():
     config = CompressionConfig(0.4, **KEPT, corrections=3)
-    assert [step.gathers for step in steps(config)] == [Phase.CALIBRATE] + [Phase.CORRECT] * 3
+    assert [step.gathers for step in course(config)] == [Phase.CALIBRATE] + [Phase.CORRECT] * 3
     model, batches, name = tiny_llama(), token_batches(), "model.layers.0.mlp.up_proj"
     compression = Compression(model, config, progress=False)
     gather(compression, batches, Phase.CALIBRATE)
     A, B = (getattr(compression.gathering.moments, moment)(name) for moment in ("second_moment", "output_moment"))
-    for number, step in enumerate(steps(config)):
+    for number, step in enumerate(course(config)):
         if number > 0:
             gather(compression, batches, step.gathers)
         compression.gathering.complete()
@@ -311,8 +311,8 @@ def test_a_natural_step_follows_the_fresh_gradient_in_the_metric_of_the_calibrat
     first = gathered(copy.deepcopy(model), batches).gathering.moments
     compression = Compression(model, config, progress=False)
     gather(compression, batches, Phase.CALIBRATE)
-    compression.take(steps(config)[0])
-    for step in steps(config)[1:number]:
+    compression.take(course(config)[0])
+    for step in course(config)[1:number]:
         gather(compression, batches, step.gathers)
         compression.take(step)
     known = compression.state_dict()["lengths"]
@@ -321,7 +321,7 @@ def test_a_natural_step_follows_the_fresh_gradient_in_the_metric_of_the_calibrat
         name: (target.weight.clone(), compression.gathering.moments.mean_gradient(name))
         for name, target in compression.targets.items()
     }
-    compression.take(steps(config)[number])
+    compression.take(course(config)[number])
     lengths = compression.state_dict()["lengths"]
     assert known == (None if number == 1 else lengths)
     name = min((n for n, layer in compression.report().layers.items() if layer.rank is not None), key=lengths.get)

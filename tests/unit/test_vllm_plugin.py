@@ -127,5 +127,5 @@ def test_names_of_the_saved_layers(layer, names):
 
 
 def test_the_package_does_without_vllm():
-    code = "import sys; sys.modules['vllm'] = None; import zssvd_lightning, zssvd_lightning.fused"
+    code = "import sys; sys.modules['vllm'] = None; import zssvd_lightning, zssvd_lightning.serving.fused_linear"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Pictures: what a compression left of each layer, and how a training run went through its phases. Need matplotlib."""
+"""Plots of the kept fraction of each layer and of the phases of a training run. Need matplotlib."""
 
 import csv
 import math
@@ -17,7 +17,13 @@ COLORS = {"wait": "#dddddd", "calibrate": "#b9d7ea", "correct": "#f6d6ad", "reco
 
 
 def draw(report: Report, path: str | Path) -> None:
-    """Writes a PNG: kept fraction of every target by block and kind, perplexity, parameters and seconds.
+    """Draw the kept fraction of every target layer by block and kind, the seconds of each step and a headline.
+
+    The headline gives the share of target parameters removed and, if it was measured, the perplexity.
+
+    Args:
+        report: report of the compression.
+        path: image file to write, such as a PNG.
 
     Raises:
         MissingExtraError: matplotlib is not installed; `pip install 'zssvd-lightning[report]'`.
@@ -45,16 +51,16 @@ def draw(report: Report, path: str | Path) -> None:
 
 
 def draw_phases(metrics: str | Path, path: str | Path, loss: str = "loss") -> None:
-    """Draws the training loss of a run over its steps, with the phases of the compression behind it.
+    """Draw the training loss of a run over its steps, with the phases of the compression in the background.
 
     Args:
         metrics: the `metrics.csv` of a `CSVLogger`.
-        path: picture to write; its ending says which kind (`.png`, `.svg`, `.pdf`).
-        loss: the column with the training loss.
+        path: file to write; its extension selects the format (`.png`, `.svg`, `.pdf`).
+        loss: name of the column with the training loss.
 
     Raises:
-        OutputError: the picture cannot be written.
-        TextError: the file cannot be read, or is not of a run with a `ZSSVDCallback` that logs this loss.
+        OutputError: the file cannot be written.
+        TextError: the metrics cannot be read, or lack the loss or the phases that a `ZSSVDCallback` logs.
         MissingExtraError: matplotlib is not installed; `pip install 'zssvd-lightning[report]'`.
     """
     with needs_extra("report", "pictures"):
@@ -96,7 +102,10 @@ def _column(metrics: str | Path, name: str) -> list[tuple[int, float]]:
 
 
 def _grid(report: Report) -> tuple[list[str], list[str], list[list[float]]]:
-    """Rows are names without their numbers, columns the first number in the name; NaN where there is no layer."""
+    """Return row labels, column labels and the kept fraction of each layer; NaN where there is no layer.
+
+    Rows are layer names without their numbers; columns are the first number in the name.
+    """
     cells: dict[tuple[str, str], float] = {}
     for name, layer in report.layers.items():
         number = re.search(r"\d+", name)

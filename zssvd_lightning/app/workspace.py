@@ -1,4 +1,4 @@
-"""The calibration windows of a run."""
+"""Calibration windows of a run."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,11 @@ from zssvd_lightning.sources.texts import Tokens, sampled_windows
 
 
 def calibration_windows(config: CalibrationConfig, tokens_of: Callable[[str], Tokens]) -> Tensor:
-    """The windows (samples + correction_samples, length) of a calibration, those of two texts in turn.
+    """Return the windows (samples + correction_samples, length) of a calibration, alternating between two texts.
 
     Args:
-        config: says how many of which text.
-        tokens_of: gives the tokens of a text source.
+        config: number and length of the windows, seed, and one or two texts.
+        tokens_of: function that returns the tokens of a text source.
 
     Raises:
         TextError: a text cannot be read or is too short.

@@ -1,7 +1,4 @@
-"""A calibration batch: what counts in it, what state the model is in for it, and what it leaves behind.
-
-What is changed for a batch is put back on any exit.
-"""
+"""Calibration batches: their tokens, the number of their loss terms, and the rows that count."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +11,7 @@ IGNORED_LABEL = -100
 
 
 def token_mask(batch: Any) -> Tensor | None:
-    """Which positions (B, T) of a batch are tokens and not padding: its `attention_mask`, or None for all of them."""
+    """Return the mask (B, T) of the positions that are not padding, from `attention_mask`; None for all positions."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
@@ -22,14 +19,14 @@ def token_mask(batch: Any) -> Tensor | None:
 
 
 def loss_terms(batch: Any) -> int:
-    """How many terms the mean loss of a batch runs over, which is the weight of its gradient.
+    """Return the number of terms in the mean loss of a batch, which is the weight of its gradient.
 
-    Labels count where they are not -100. Of labels as long as their inputs (B, T) the first column does not count,
-    since causal models never predict it and masked ones have a special token there. Without labels it is the number
-    of rows of the first tensor.
+    Labels count where they are not -100. If labels have the shape (B, T) of their inputs, the first column does not
+    count: causal models never predict it, and masked models have a special token there. Without labels, the number is
+    that of the rows of the first tensor.
 
     Raises:
-        CalibrationError: no label counts, or there is no tensor in the batch.
+        CalibrationError: no label counts, or the batch has no tensor.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if isinstance(labels, Tensor):
@@ -48,13 +45,13 @@ def loss_terms(batch: Any) -> int:
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a layer was called with, as its hooks are told."""
+    """Return the input of a layer from the arguments that its hooks receive."""
     X: Tensor = args[0] if args else next(iter(kwargs.values()))
     return X
 
 
 def rows_that_count(X: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows (N, n) of X at positions in `mask` (B, T), where X is (B, T, n) or (B T, n); all rows of other shapes."""
+    """Return the rows (N, n) of X, (B, T, n) or (B T, n), where `mask` (B, T) is True; every row for other shapes."""
     if mask is not None and X.shape[:-1] in (mask.shape, (mask.numel(),)):
         return X[mask.reshape(X.shape[:-1])]
     return X.reshape(-1, X.shape[-1])

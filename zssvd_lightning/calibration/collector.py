@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning._numerics import accumulated
+from zssvd_lightning.calibration.gradients import checked_loss, collect_gradients
 from zssvd_lightning.calibration.hooks import Observation, observing
 from zssvd_lightning.calibration.recorded_calls import Call
-from zssvd_lightning.distributed import Team
-from zssvd_lightning.errors import CalibrationError, CheckpointError, NonFiniteError, ZeroGradientError
-from zssvd_lightning.model.targets import Target
+from zssvd_lightning.distributed import LayerSet
+from zssvd_lightning.errors import CalibrationError, CheckpointError
 from zssvd_lightning.whitening.moments import Moments
 from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 from zssvd_lightning.whitening.spectrum import Spectrum
@@ -26,8 +26,7 @@ class StatisticsCollector:
 
     Args:
         model: the module the batches go through.
-        targets: the layers to watch.
-        team: the processes that compress the model together.
+        layers: the layers to watch, and the processes that hold them.
         output_side: by its name in `output_sides`, of which gradients by outputs second moments are taken too; of none
             when None.
         keep: whether second moments outlast a step, for those that have none of their own.
@@ -44,8 +43,7 @@ class StatisticsCollector:
     def __init__(
         self,
         model: nn.Module,
-        targets: Mapping[str, Target],
-        team: Team,
+        layers: LayerSet,
         output_side: str | None = None,
         keep: bool = False,
     ) -> None:
@@ -56,8 +54,7 @@ class StatisticsCollector:
         self.can_overflow = False
         self.logits_model: Callable[[Any], nn.Module] = lambda model: model
         self._model = model
-        self._targets = targets
-        self._team = team
+        self._targets, self._team = layers, layers.team
         self._output_side = output_side
         self._draw = None if output_side is None else OUTPUT_GRADIENTS[output_side]
         self._keep = keep
@@ -349,41 +346,3 @@ def _mean(entries: tuple[tuple[float, float], ...]) -> tuple[float, float]:
     """(mean loss, terms) of the batches that several processes saw at the same time."""
     terms = sum(entry[1] for entry in entries)
     return sum(loss * weight for loss, weight in entries) / terms, terms
-
-
-def checked_loss(loss: Any) -> Tensor:
-    """The loss, when it is one: a finite scalar with a graph behind it.
-
-    Raises:
-        CalibrationError: it is not a scalar tensor that gradients flow from.
-        NonFiniteError: it is NaN or infinite.
-    """
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise CalibrationError(
-            f"calibration needs a scalar loss that depends on the target layers, got {found}; return the mean loss"
-        )
-    if not torch.isfinite(loss):
-        raise NonFiniteError(
-            f"the loss of a calibration batch is {loss.item()}; check the batch, or calibrate in float32 or bfloat16"
-        )
-    return loss
-
-
-def collect_gradients(targets: Mapping[str, Target], moments: Moments, weight: float) -> None:
-    """Adds `weight` times the gradients autograd left on the targets, and clears them.
-
-    Raises:
-        ZeroGradientError: a layer has run, but no gradient has come to it.
-    """
-    for name, target in targets.items():
-        if (gradient := target.gradient) is not None:
-            moments.add_gradient(name, gradient, weight)
-        target.module.weight.grad = None
-    known = {*moments.gradient_sums, *moments.with_gradient}
-    if without := [name for name in moments.leaders if name not in known]:
-        raise ZeroGradientError(
-            f"the loss has no gradient at {', '.join(without[:3])} ({len(without)} layers), though they run in the "
-            "forward pass: it is under torch.no_grad or its output is detached, as a teacher's; or activations are "
-            "checkpointed with use_reentrant=True. Add them to ignore, or set use_reentrant=False"
-        )

@@ -1,4 +1,4 @@
-"""Temporary changes of a model while its batches are read: which parameters get gradients."""
+"""Temporary changes to a model during calibration batches: which tensors require gradients."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,7 +12,7 @@ from zssvd_lightning.model.targets import Target
 
 @contextmanager
 def gradients_only_at(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[None]:
-    """Has gradients flow to the targets alone and, on any exit, to where they did before."""
+    """Let only the weights of the targets require gradients; restore all flags on any exit."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in before:
@@ -27,12 +27,12 @@ def gradients_only_at(model: nn.Module, targets: Mapping[str, Target]) -> Iterat
 
 @contextmanager
 def gradients_from_embeddings_on(model: nn.Module) -> Iterator[None]:
-    """Has embeddings give outputs that require gradients, without which reentrant checkpointing would pass none on."""
+    """Make outputs of embeddings require gradients, without which reentrant checkpointing returns no gradients."""
 
     def require(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if output.requires_grad or not torch.is_grad_enabled():
             return None
-        return output.detach().requires_grad_().clone()  # no leaf, so that models may go on in place
+        return output.detach().requires_grad_().clone()  # not a leaf, so that models may change it in place
 
     with ExitStack() as hooks:
         for module in model.modules():

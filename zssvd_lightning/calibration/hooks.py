@@ -1,4 +1,4 @@
-"""Watching a model while a batch goes through it, by hooks that are gone on any exit."""
+"""Observation of a model during a batch, through hooks that are removed on any exit."""
 
 import weakref
 from collections.abc import Iterator, Mapping
@@ -21,14 +21,23 @@ from zssvd_lightning.whitening.output_gradients import Draw
 from zssvd_lightning.whitening.spectrum import Spectrum
 
 POSITIONS = 256
-"""Positions whose logits are in float32 at a time."""
+"""Number of positions whose logits are converted to float32 at a time."""
 
 
 class Observation:
-    """One batch on its way through the model.
+    """Observation of one batch in the model.
+
+    Args:
+        targets: layers to watch, by name.
+        moments: receives the second moments of the inputs.
+        mask: positions (B, T) that are not padding; None for all.
 
     Attributes:
-        gradient_weight: by what gradients are to be multiplied to be those of the sum over the batch's loss terms.
+        gradient_weight: number by which gradients are multiplied to become gradients of the sum over the batch's loss
+            terms.
+
+    Raises:
+        CalibrationError: the batch is all padding.
     """
 
     def __init__(self, targets: Mapping[str, Target], moments: Moments, mask: Tensor | None) -> None:
@@ -47,19 +56,24 @@ class Observation:
         self.gradient_weight = 1.0
 
     def watch_inputs(self) -> None:
-        """Adds each target's input to the second moments, until `forward_done`."""
+        """Add each target's input to the second moments, until `forward_done`."""
         for name, target in self._targets.items():
             handle = target.module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
             self._hooks.callback(handle.remove)
 
     def watch_outputs(self, into: Moments) -> None:
-        """Adds the gradients that come to each target's output, times `gradient_weight`, to `into`, until `close`."""
+        """Add the gradients of each target's output, times `gradient_weight`, to `into`, until `close`."""
         for name, target in self._targets.items():
             handle = target.module.register_forward_hook(self._output_hook(name, into))
             self._output_hooks.callback(handle.remove)
 
     def watch_components(self, spectra: Mapping[str, Spectrum], into: Moments) -> None:
-        """Adds the squared derivatives of the loss by each component at each token to `into`, until `close`."""
+        """Add the squared derivative of the loss with respect to each component at each token, until `close`.
+
+        Args:
+            spectra: spectrum of each target, by name.
+            into: receives the sums over tokens.
+        """
         for name, target in self._targets.items():
             handle = target.module.register_forward_hook(
                 self._component_hook(name, spectra[name], into), with_kwargs=True
@@ -67,7 +81,7 @@ class Observation:
             self._output_hooks.callback(handle.remove)
 
     def note_calls(self, model: nn.Module, calls: list[Call], mask: Tensor | None) -> None:
-        """Adds the forward passes of `model` to `calls`, with the mask (B, T) of the batch, until `forward_done`."""
+        """Append the forward passes of `model` to `calls`, with the mask (B, T) of the batch, until `forward_done`."""
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.is_grad_enabled():
@@ -76,7 +90,13 @@ class Observation:
         self._hooks.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
 
     def watch_logits(self, model: nn.Module, draw: Draw, generator: torch.Generator) -> None:
-        """Has gradients at outputs be those that `draw` makes of the logits of `model`, sent back by `send_back`."""
+        """Replace output gradients by gradients that `draw` computes from the logits; see `send_back`.
+
+        Args:
+            model: the model that returns the logits.
+            draw: function that draws gradients from logits.
+            generator: random number generator for `draw`.
+        """
 
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if torch.is_grad_enabled():
@@ -86,11 +106,16 @@ class Observation:
         self._hooks.callback(model.register_forward_hook(note).remove)
 
     def send_back(self, loss: Tensor) -> None:
-        """Sends what is drawn from the logits back to the outputs, at the positions the loss is of, if anything is.
+        """Backpropagate the drawn gradients from the logits to the outputs, if `watch_logits` was called.
+
+        Gradients are drawn only at the positions on which the loss depends.
+
+        Args:
+            loss: loss of the batch.
 
         Raises:
             LogitsError: the loss does not depend on the logits that were seen.
-            CalibrationError: a layer has run without a graph, as under reentrant checkpointing.
+            CalibrationError: a layer ran without a graph, as under reentrant checkpointing.
         """
         if self._drawn is None:
             return
@@ -103,7 +128,7 @@ class Observation:
                 "the loss does not come from the logits that the model returned, so none can be drawn instead of it; "
                 "have output_side 'empirical', or override ZSSVDCallback.student to name the model that returns them"
             )
-        drawn = found.flatten(0, -2)  # is written over
+        drawn = found.flatten(0, -2)  # overwritten below
         counting = drawn.any(-1)
         with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
             parts = (torch.split(each, POSITIONS) for each in (drawn, logits.flatten(0, -2), counting))
@@ -120,11 +145,11 @@ class Observation:
         self.gradient_weight, self._taking_outputs = before, False
 
     def forward_done(self) -> None:
-        """Stops watching inputs, so that a forward pass run again by activation checkpointing is not counted."""
+        """Stop watching inputs, so that forward passes that activation checkpointing repeats are not counted."""
         self._hooks.close()
 
     def close(self) -> None:
-        """Stops watching anything."""
+        """Remove all hooks."""
         self._logits = None
         self._hooks.close()
         self._output_hooks.close()
@@ -137,7 +162,7 @@ class Observation:
 
         def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             self._has_graph[name] = self._has_graph.get(name, False) or output.requires_grad
-            if output.requires_grad:  # not in the first of two passes under reentrant checkpointing
+            if output.requires_grad:  # False in the first of two passes under reentrant checkpointing
                 output.register_hook(see)  # type: ignore[no-untyped-call]
 
         return watch
@@ -186,17 +211,17 @@ def observing(
     inputs: bool = True,
     outputs: Moments | None = None,
 ) -> Iterator[Observation]:
-    """Runs one batch with dropout off, the cache off and gradients flowing to the targets alone.
+    """Yield the observation of one batch, with dropout and the cache off and gradients only for the targets.
 
-    Training mode, `requires_grad` flags and the cache setting are as before on any exit, and no hook is left.
+    On any exit, training mode, `requires_grad` flags and the cache setting are restored, and all hooks are removed.
 
     Args:
-        model: the module the batch goes through.
-        targets: the layers to watch.
-        moments: gets the second moments.
-        mask: positions (B, T) that are not padding, or None.
-        inputs: whether to take second moments; without, only gradients flow.
-        outputs: gets the second moments of the gradients by outputs; None to leave them out.
+        model: the model that the batch runs through.
+        targets: the layers to watch, by name.
+        moments: receives the second moments of the inputs.
+        mask: positions (B, T) that are not padding; None for all.
+        inputs: whether to take the second moments of the inputs; if False, only gradients are computed.
+        outputs: receives the second moments of the output gradients; None to leave them out.
 
     Raises:
         CalibrationError: the batch is all padding, or layers stop sharing an input.
@@ -217,12 +242,12 @@ def observing(
 
 @contextmanager
 def watching_inputs(targets: Mapping[str, Target], moments: Moments, mask: Tensor | None) -> Iterator[None]:
-    """Adds the inputs of the layers to the second moments, in whatever mode the model is in; leaves no hook.
+    """Add the inputs of the layers to the second moments, in the current mode of the model; remove all hooks on exit.
 
     Args:
-        targets: the layers to watch.
-        moments: gets the second moments.
-        mask: positions (B, T) that are not padding, or None.
+        targets: the layers to watch, by name.
+        moments: receives the second moments.
+        mask: positions (B, T) that are not padding; None for all.
 
     Raises:
         CalibrationError: the batch is all padding, or layers stop sharing an input.

@@ -1,4 +1,4 @@
-"""Calls of the model, recorded during calibration so that they can be run again."""
+"""Calls of the model that are recorded during calibration and can be run again."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,19 +14,24 @@ PLAIN = (Tensor, bool, int, float, str, type(None))
 
 
 class Call(NamedTuple):
-    """A forward pass, to be run again."""
+    """Arguments of a forward pass that can be run again."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     mask: Tensor | None
-    """Positions (B, T) that are not padding, or None for all."""
+    """Positions (B, T) that are not padding; None for all."""
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None) -> "Call":
-        """With tensors as they are now.
+        """Record a call, with copies of its tensors.
+
+        Args:
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+            mask: positions (B, T) that are not padding; None for all.
 
         Raises:
-            CalibrationError: there are arguments that are no tensors, numbers or strings.
+            CalibrationError: an argument is not a tensor, number, string or None.
         """
         for key, value in [*enumerate(args), *kwargs.items()]:
             if not isinstance(value, PLAIN):
@@ -38,12 +43,16 @@ class Call(NamedTuple):
         return cls(tuple(map(_kept, args)), kept, mask)
 
     def to(self, device: torch.device | str) -> "Call":
-        """The same on another device, as plain types and tensors."""
+        """Return the call with its tensors on another device."""
         return Call(*move_data_to_device((self.args, self.kwargs, self.mask), device))
 
     @property
     def rows(self) -> tuple[int, int]:
-        """(B, T), of its first tensor of two dimensions or more."""
+        """Numbers of rows and positions (B, T): the first two sizes of the first tensor with two or more dimensions.
+
+        Raises:
+            CalibrationError: there is no such tensor.
+        """
         for value in (*self.args, *self.kwargs.values()):
             if isinstance(value, Tensor) and value.dim() >= 2:
                 return value.shape[0], value.shape[1]
@@ -54,10 +63,10 @@ class Call(NamedTuple):
 
 
 def together(calls: Sequence[Call]) -> Call:
-    """All rows of all calls as one, shorter ones padded on the right.
+    """Return one call with the rows of all calls; shorter rows are padded on the right.
 
     Raises:
-        CalibrationError: they differ in more than rows, or in length without a mask for all.
+        CalibrationError: the calls differ in arguments other than rows, or in length while a call has no mask.
     """
     rows = [call.rows for call in calls]
     first, length = calls[0], max(T for _, T in rows)
@@ -97,7 +106,7 @@ def _kept(value: Any) -> Any:
 
 
 def _lengthened(value: Tensor, length: int, wanted: int) -> Tensor:
-    """Zeros are added where the second dimension is that of positions."""
+    """Append zeros along the second dimension, if that is the dimension of positions."""
     if value.dim() < 2 or value.shape[1] != length:
         return value
     return pad(value, [0, 0] * (value.dim() - 2) + [0, wanted - length])

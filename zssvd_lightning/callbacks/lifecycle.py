@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from zssvd_lightning._contexts import uncompiled
 from zssvd_lightning.calibration.hooks import Observation
 from zssvd_lightning.callbacks.guards import window_end
-from zssvd_lightning.compression.course import Step, steps, to_first_truncation
-from zssvd_lightning.compression.engine import Compression, refuse_other
+from zssvd_lightning.compression.course import Stage, course, to_first_truncation
+from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import GATHERING, Phase, phase_is_after
 from zssvd_lightning.compression.report import Report
+from zssvd_lightning.compression.snapshot import put_back, refuse_other, state_of, take_up
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
@@ -72,7 +73,7 @@ class Lifecycle:
         self.first_losses: list[float] | None = None
         self._calibration = (calibration_batches, calibration_epochs)
         self._compression: Compression | None = None
-        self._steps: list[Step] = steps(config)
+        self._stages: list[Stage] = course(config)
         self._position = 0
         self._restored: Mapping[str, Any] | None = None
         self._changing = False
@@ -102,8 +103,8 @@ class Lifecycle:
     def batches_needed(self, batches_per_epoch: float, accumulate: int, first_only: bool = False) -> int:
         """Training batches from the start of an epoch until all steps (or those to the first truncation) are taken."""
         done = 0
-        for step in to_first_truncation(self._steps) if first_only else self._steps:
-            done = window_end(done + self.limit(step.gathers, batches_per_epoch), batches_per_epoch, accumulate)
+        for stage in to_first_truncation(self._stages) if first_only else self._stages:
+            done = window_end(done + self.limit(stage.gathers, batches_per_epoch), batches_per_epoch, accumulate)
         return done
 
     def limit(self, phase: Phase, batches_per_epoch: float) -> int:
@@ -127,14 +128,14 @@ class Lifecycle:
         adapter.refuse_layers(compression.targets)
         saved = (self._restored or {}).get("compression")
         if self.gathering and saved is not None:
-            compression.load_state_dict(saved)
+            take_up(compression, saved)
         elif saved is not None:
-            compression.put_back(saved)
+            put_back(compression, saved)
         self._compression, self._restored = compression, None
 
     def start(self) -> None:
         """The set point is reached."""
-        self.phase = self._steps[0].gathers
+        self.phase = self._stages[0].gathers
 
     def open(self, mask: Tensor | None, terms: float) -> "ObservedBatch":
         """Puts a batch under observation. Collective for the first batch of a gathering."""
@@ -164,21 +165,21 @@ class Lifecycle:
         finally:
             self._changing = False
 
-    def advance(self) -> Step:
+    def advance(self) -> Stage:
         """Takes the step under way, which it returns, and enters the phase that follows; within `changing_weights`."""
-        step = self.step
-        self.phase = Phase.TRUNCATE if step.truncates else Phase.CORRECT
+        stage = self.stage
+        self.phase = Phase.TRUNCATE if stage.truncates else Phase.CORRECT
         self.reference_terms = None
-        self.compression.take(step)
+        self.compression.take(stage)
         self._position += 1
-        following = self._steps[self._position :]
+        following = self._stages[self._position :]
         self.phase = following[0].gathers if following else Phase.FACTORIZE
-        return step
+        return stage
 
     @property
-    def step(self) -> Step:
+    def stage(self) -> Stage:
         """The step under way."""
-        return self._steps[self._position]
+        return self._stages[self._position]
 
     @property
     def is_dense(self) -> bool:
@@ -187,7 +188,7 @@ class Lifecycle:
 
     def is_dense_at(self, position: int) -> bool:
         """The same of the first so many steps."""
-        return not any(step.truncates for step in self._steps[:position])
+        return not any(stage.truncates for stage in self._stages[:position])
 
     def factorize(self, step: int, set_up_optimizers: Callable[[], None]) -> None:
         """Puts the low-rank layers in, has the optimizers set up for them, and reports; within `changing_weights`.
@@ -219,7 +220,7 @@ class Lifecycle:
             self._compression.restore()
         elif self._restored is not None and self._restored["compression"] is not None:
             compression = Compression(model, self.config, False, adapter.team, adapter.replace)
-            compression.put_back(self._restored["compression"])
+            put_back(compression, self._restored["compression"])
         if self.recovery is not None:
             if self.recovery.active:
                 self.recovery.let_go(model)
@@ -241,7 +242,7 @@ class Lifecycle:
         changing = self._changing and self._compression is not None
         whole_batches = self.batch is None or batch_over
         if self._compression is not None and (self.gathering or changing):
-            compression = self._compression.state_dict(statistics=whole_batches or changing)
+            compression = state_of(self._compression, statistics=whole_batches or changing)
         if changing:
             phase, position, reference_terms = Phase.WAIT, 0, None
         elif not whole_batches:

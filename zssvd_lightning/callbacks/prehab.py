@@ -88,7 +88,8 @@ class LowRankPrehab(L.Callback):
         NonFiniteError: during `fit`, when the term is NaN or infinite.
 
     Example:
-        >>> callbacks = [LowRankPrehab(steps=200), ZSSVDCallback(0.4, start_step=216)]  # doctest: +SKIP
+        >>> prehab = LowRankPrehab(steps=200)
+        >>> callbacks = [prehab, ZSSVDCallback(0.4, schedule=Schedule(start_step=216))]  # doctest: +SKIP
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class LowRankPrehab(L.Callback):
                 "some, or include others"
             )
         if (compression := _compression(trainer)) is not None:
-            start = compression.start_epoch, compression.start_step
+            start = compression.schedule.start_epoch, compression.schedule.start_step
             refuse_early_compression(trainer, *start, self._begins_at(trainer), self.steps)
         self._run.attach(pl_module, trained, adapter.team)
 

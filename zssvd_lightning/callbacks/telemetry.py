@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager, nullcontext
 import lightning as L
 
 from zssvd_lightning._contexts import overridden
-from zssvd_lightning.compression.course import Step
+from zssvd_lightning.compression.course import Act, Stage
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
@@ -48,15 +48,13 @@ def log_progress(trainer: L.Trainer, gathered: int, to_gather: int) -> None:
         log(trainer, gathered=gathered, to_gather=to_gather)
 
 
-def log_step(trainer: L.Trainer, step: Step, compression: Compression) -> None:
+def log_stage(trainer: L.Trainer, stage: Stage, compression: Compression) -> None:
     """Sends what a step of the compression did."""
-    if step.acts[0] in (Compression.correct, Compression.descend, Compression.refit):
+    if stage.acts[0] in (Act.CORRECT, Act.DESCEND, Act.REFIT):
         log(trainer, loss_after_truncation=compression.losses[-1])
-    if Compression.shorten_step in step.acts or (
-        Compression.correct in step.acts and not compression.config.line_search
-    ):
+    if Act.SHORTEN_STEP in stage.acts or (Act.CORRECT in stage.acts and not compression.config.line_search):
         log(trainer, step_fraction=compression.fractions[-1])
-    if step.truncates:
+    if stage.truncates:
         _log_truncation(trainer, compression.report())
 
 

@@ -14,17 +14,18 @@
 
 import logging
 import math
+import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, Unpack
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.batches import loss_terms
 from zssvd_lightning.callbacks import telemetry
 from zssvd_lightning.callbacks.guards import (
@@ -39,6 +40,7 @@ from zssvd_lightning.callbacks.limits import stopping_now
 from zssvd_lightning.callbacks.other_callbacks import hold_early_stopping, start_ranking_afresh
 from zssvd_lightning.callbacks.precision import ScalerAtRest, loss_scale, nothing_to_clip, scales, unscale
 from zssvd_lightning.callbacks.recovery import RecoveryHooks
+from zssvd_lightning.callbacks.schedule import CallbackSettings, Schedule, schedule_of
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.quantization import in_8_bits_already, quantize_layers
 from zssvd_lightning.config.compression import CompressionConfig
@@ -67,43 +69,15 @@ class ZSSVDCallback(RecoveryHooks):
 
     Args:
         prune_ratio: fraction of the target layers' parameters to remove, in (0, 1).
-        start_epoch: compression starts no earlier than this epoch (from 0).
-        start_step: compression starts no earlier than this global step; both set points must be reached.
-        calibration_epochs: calibration ends after as many batches as so many passes over the training data hold, ...
-        calibration_batches: ... or after so many batches, whichever is less, with the accumulation window they end in.
-        preset: a method by name, such as `best`, `zs-svd` or `svd-llm` (see `presets/`), whose settings stand in for
-            what is None below; by default those of `CompressionConfig` do, which tells of each more.
-        corrections: gradient steps, each followed by a new truncation; by default 1.
-        correction_step: `projected` (the paper, and the default), `natural` or `refit`.
-        correction_batches: batches whose mean gradient a step follows; by default 8.
-        step_radius: how long the first natural step is in the metric, from which they fall to zero; by default 0.03.
-        line_search: take only the part of each projected step at which the loss is estimated to be least, from as many
-            batches again, which is the default; without, all of it, as the paper does.
-        fresh_moments: whether all statistics are taken anew after a step, which is the default, or second moments kept.
-        metric: `none`, `rows`, `diagonal`, `input` (the default) or `two_sided`.
-        output_side: `empirical` (the default), `sampled` or `top_k`; see `output_sides`.
-        reestimate: whether the curvature along each component is estimated from more batches, which it is not by
-            default.
-        selection: `zero_sum` (the default), `abs_delta`, `abs_delta_unordered`, `most_negative`, `sigma`, `uniform`,
-            `effective_rank`, `curvature`, `curvature_first_order` or `zero_sum_curvature`.
-        truncations: in how many the prune ratio is reached, in equal parts; by default 1.
-        budget_in: what `prune_ratio` is a fraction of, `parameters` (the default), `bytes` or `flops`.
-        storage: how matrices are kept in the end, `factors` (the default), `pivoted`, `remap`, `hq` or `mixed`; the
-            last three are in 8 bits from the end of the fit on, and their factors in the model's type until then.
-        rows_in_16_bits: the `last`, by default, or `loss_aware` choice of what `remap` leaves in 16 bits.
-        min_rank_fraction: rank floor of each matrix, as a fraction of the highest rank that saves anything; by default
-            0.
-        include: name patterns of the layers to compress (`q_proj`, `*.layers.3.*`, or `re:` and a regular
-            expression); all linear layers when None.
-        ignore: name patterns of layers to leave alone.
-        plan: a YAML file with the rank of every layer, which then replaces `prune_ratio` and `selection`.
+        preset: method by name, such as `best`, `zs-svd` or `svd-llm` (see `config/presets/`). The defaults of
+            `CompressionConfig` when None, which are the preset `zs-svd-line-search`.
+        schedule: when the compression takes place: a `Schedule` or a mapping of its fields.
         recovery: how the factors are trained, such as `LoRARecovery(rank=8, lr=1e-3)`, or a mapping of its `method`
             (`lora`, `factors` or `singular_values`) and fields; by the optimizer of the module when None.
-        dry_run: only calibrate, write the ranks that would be chosen to `plan` (by default `zssvd_plan.yaml` in the
-            folder of the logger), put everything back and stop.
-        extend_training: raise `max_steps` and `max_epochs` by what calibration and corrections take of them, so that
-            as many steps of training are left as without the callback; epochs are added whole.
-        progress: whether to draw a progress bar while spectra are computed.
+        dry_run: only calibrate, write the ranks that would be chosen to this file, put everything back and stop. True
+            writes `zssvd_plan.yaml` in the folder of the logger.
+        progress: draw a progress bar while spectra are computed.
+        compression: settings of `CompressionConfig`, such as `metric="two_sided"`; they win over the preset.
 
     Attributes:
         phase: where the compression stands, a `Phase`.
@@ -135,61 +109,26 @@ class ZSSVDCallback(RecoveryHooks):
     def __init__(
         self,
         prune_ratio: float = 0.2,
-        *,
-        start_epoch: int = 0,
-        start_step: int = 0,
-        calibration_epochs: int = 1,
-        calibration_batches: int = 128,
         preset: str | None = None,
-        corrections: int | None = None,
-        correction_step: str | None = None,
-        correction_batches: int | None = None,
-        step_radius: float | None = None,
-        line_search: bool | None = None,
-        fresh_moments: bool | None = None,
-        metric: str | None = None,
-        output_side: str | None = None,
-        reestimate: bool | None = None,
-        selection: str | None = None,
-        truncations: int | None = None,
-        budget_in: str | None = None,
-        storage: str | None = None,
-        rows_in_16_bits: str | None = None,
-        min_rank_fraction: float | None = None,
-        include: Sequence[str] | str | None = None,
-        ignore: Sequence[str] | str | None = None,
-        plan: str | Path | None = None,
+        *,
+        schedule: Schedule | dict[str, Any] = Schedule(),
         recovery: Recovery | dict[str, Any] | None = None,
-        dry_run: bool = False,
-        extend_training: bool = False,
+        dry_run: bool | str | Path = False,
         progress: bool = True,
+        **compression: Unpack[CallbackSettings],
     ) -> None:
-        require(start_epoch >= 0, "start_epoch", start_epoch, "0 or more")
-        require(start_step >= 0, "start_step", start_step, "0 or more")
-        require(calibration_epochs >= 1, "calibration_epochs", calibration_epochs, "1 or more")
-        require(calibration_batches >= 1, "calibration_batches", calibration_batches, "1 or more")
-        self.config = CompressionConfig.of(
-            preset,
-            prune_ratio=prune_ratio,
-            metric=metric,
-            output_side=output_side,
-            reestimate=reestimate,
-            selection=selection,
-            truncations=truncations,
-            budget_in=budget_in,
-            storage=storage,
-            rows_in_16_bits=rows_in_16_bits,
-            corrections=corrections,
-            correction_step=correction_step,
-            correction_batches=correction_batches,
-            step_radius=step_radius,
-            line_search=line_search,
-            fresh_moments=fresh_moments,
-            min_rank_fraction=min_rank_fraction,
-            include=_patterns(include),
-            ignore=_patterns(ignore),
-            plan=None if plan is None or dry_run else str(plan),
-        )
+        settings: dict[str, Any] = dict(compression)
+        self.schedule = schedule_of(schedule).with_flat(settings)
+        self._plan_output = None if isinstance(dry_run, bool) else Path(dry_run)
+        self.dry_run = dry_run is not False
+        if dry_run is True and settings.get("plan") is not None:
+            self._plan_output = Path(settings.pop("plan"))
+            warnings.warn(
+                "dry_run=True with plan=FILE is now dry_run=FILE; plan is a file to follow",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        self.config = CompressionConfig.of(preset, prune_ratio=prune_ratio, **settings)
         self.recovery = recovery_of(recovery)
         if self.recovery is not None:
             self.recovery.refuse_storage(self.config.storage)
@@ -200,15 +139,22 @@ class ZSSVDCallback(RecoveryHooks):
                 f"rows_in_16_bits 'loss_aware' goes by the scale of components, which recovery by "
                 f"{self.recovery.method!r} changes; keep the 'last' rows, or recover by 'lora' or 'singular_values'"
             )
-        self.start_epoch = start_epoch
-        self.start_step = start_step
-        self.calibration_epochs = calibration_epochs
-        self.calibration_batches = calibration_batches
-        self.dry_run = dry_run
         self.progress = progress
-        self._plan_output = plan
         self._planned = False
-        super().__init__(self._new_lifecycle, extend_training)
+        super().__init__(self._new_lifecycle, self.schedule.extend_training)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: CompressionConfig,
+        *,
+        schedule: Schedule | dict[str, Any] = Schedule(),
+        recovery: Recovery | dict[str, Any] | None = None,
+        dry_run: bool | str | Path = False,
+        progress: bool = True,
+    ) -> Self:
+        """Return the callback of a `CompressionConfig`, as recipes have one; the rest is as for the class."""
+        return cls(**asdict(config), schedule=schedule, recovery=recovery, dry_run=dry_run, progress=progress)
 
     def loss_terms(self, batch: Any) -> float:
         """How many terms the mean loss of a batch runs over. Override for batches without `labels`."""
@@ -255,7 +201,9 @@ class ZSSVDCallback(RecoveryHooks):
                 self._lifecycle.epoch_length = math.inf
                 needed = self.batches_needed(trainer.num_training_batches, most_accumulated(trainer))
                 needed = 1 if self.extend_training else needed
-                refuse_too_short(trainer, self.start_epoch, self.start_step, needed + (self.recovery is not None))
+                refuse_too_short(
+                    trainer, self.schedule.start_epoch, self.schedule.start_step, needed + (self.recovery is not None)
+                )
             if self.config.asks_model:
                 self.student(pl_module)
             self._lifecycle.attach(pl_module, self.progress, self.adapter)
@@ -270,7 +218,7 @@ class ZSSVDCallback(RecoveryHooks):
     ) -> None:
         """Puts the batch under observation, once the set point is reached and until enough was seen."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        started = trainer.current_epoch >= self.start_epoch and trainer.global_step >= self.start_step
+        started = trainer.current_epoch >= self.schedule.start_epoch and trainer.global_step >= self.schedule.start_step
         if self.phase is Phase.WAIT and started and not self._planned:
             self._lifecycle.start()
             telemetry.log_phase(trainer, self.phase)
@@ -422,7 +370,9 @@ class ZSSVDCallback(RecoveryHooks):
         self._scaler.overflowed = True
 
     def _new_lifecycle(self) -> Lifecycle:
-        return Lifecycle(self.config, self.calibration_batches, self.calibration_epochs, self.recovery)
+        return Lifecycle(
+            self.config, self.schedule.calibration_batches, self.schedule.calibration_epochs, self.recovery
+        )
 
     def _batches_per_epoch(self, trainer: L.Trainer) -> float:
         return min(trainer.num_training_batches, self._lifecycle.epoch_length)
@@ -442,12 +392,12 @@ class ZSSVDCallback(RecoveryHooks):
         if not life.enough(trainer.num_training_batches):
             return
         self.adapter.unwrap_parameters()
-        if self.dry_run and life.step.truncates:
+        if self.dry_run and life.stage.truncates:
             self._write_plan(trainer, pl_module)
             return
         was_dense = life.is_dense
         with life.changing_weights():
-            telemetry.log_step(trainer, life.advance(), life.compression)
+            telemetry.log_stage(trainer, life.advance(), life.compression)
             if was_dense:
                 start_ranking_afresh(trainer, "dense")
             if life.phase is Phase.FACTORIZE:
@@ -483,7 +433,3 @@ class ZSSVDCallback(RecoveryHooks):
                 "this callback loads its checkpoints without",
                 type(pl_module).__name__,
             )
-
-
-def _patterns(given: Sequence[str] | str | None) -> list[str] | None:
-    return None if given is None else [given] if isinstance(given, str) else list(given)

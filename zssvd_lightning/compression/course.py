@@ -1,17 +1,32 @@
-"""The course of a compression: what is gathered, and what is then done, one after the other."""
+"""The course of a compression: its stages, each of which gathers statistics and then acts on the weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from enum import StrEnum
 from typing import NamedTuple
 
-from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.config.compression import CompressionConfig
 
-Act = Callable[[Compression], None]
+
+class Act(StrEnum):
+    """Something that is done to the weights between two batches; the value names the method of `Compression`."""
+
+    DECOMPOSE = "decompose"
+    """Take spectra, along whose components the curvature is then measured."""
+    TRUNCATE = "truncate"
+    """Decompose, select and truncate."""
+    CORRECT = "correct"
+    """Take one projected gradient step (arXiv 2602.02848)."""
+    SHORTEN_STEP = "shorten_step"
+    """Go back along that step to the estimated minimum of the loss."""
+    DESCEND = "descend"
+    """Take one natural gradient step, and truncate."""
+    REFIT = "refit"
+    """Fit the truncated weights to the outputs of the dense layers."""
 
 
-class Step(NamedTuple):
-    """Statistics over some batches, and what is done with them."""
+class Stage(NamedTuple):
+    """Statistics over some batches, and the acts that follow."""
 
     gathers: Phase
     """CALIBRATE (second moments and gradients) or CORRECT (gradients)."""
@@ -19,33 +34,33 @@ class Step(NamedTuple):
 
     @property
     def truncates(self) -> bool:
-        """Whether the model is truncated when it is over."""
-        return self.acts[-1] in (Compression.truncate, Compression.descend, Compression.refit)
+        """True if the model is truncated at the end of the stage."""
+        return self.acts[-1] in (Act.TRUNCATE, Act.DESCEND, Act.REFIT)
 
 
-def steps(config: CompressionConfig) -> list[Step]:
-    """The course of a compression, up to its factorization: a truncation, and rounds that end in another."""
-    truncation = Step(Phase.CALIBRATE, (Compression.truncate,))
+def course(config: CompressionConfig) -> list[Stage]:
+    """Return the stages of a compression up to its factorization: a truncation, and rounds that end in another."""
+    truncation = Stage(Phase.CALIBRATE, (Act.TRUNCATE,))
     first = [truncation]
     if config.reestimate:
-        first = [Step(Phase.CALIBRATE, (Compression.decompose,)), Step(Phase.CORRECT, (Compression.truncate,))]
+        first = [Stage(Phase.CALIBRATE, (Act.DECOMPOSE,)), Stage(Phase.CORRECT, (Act.TRUNCATE,))]
     rounds = max(config.corrections, config.truncations - 1)
     corrected = _correction(config, truncation)
     return first + corrected * config.corrections + [truncation] * (rounds - config.corrections)
 
 
-def to_first_truncation(course: Sequence[Step]) -> Sequence[Step]:
-    """The first steps, up to one that truncates."""
-    return course[: [step.truncates for step in course].index(True) + 1]
+def to_first_truncation(stages: Sequence[Stage]) -> Sequence[Stage]:
+    """Return the first stages, up to one that truncates."""
+    return stages[: [stage.truncates for stage in stages].index(True) + 1]
 
 
-def _correction(config: CompressionConfig, truncation: Step) -> list[Step]:
+def _correction(config: CompressionConfig, truncation: Stage) -> list[Stage]:
     if config.correction_step != "projected":
-        act = Compression.descend if config.correction_step == "natural" else Compression.refit
-        return [Step(Phase.CALIBRATE if config.fresh_moments else Phase.CORRECT, (act,))]
-    course = [Step(Phase.CORRECT, (Compression.correct,))]
+        act = Act.DESCEND if config.correction_step == "natural" else Act.REFIT
+        return [Stage(Phase.CALIBRATE if config.fresh_moments else Phase.CORRECT, (act,))]
+    stages = [Stage(Phase.CORRECT, (Act.CORRECT,))]
     if config.line_search:
-        course.append(Step(Phase.CORRECT, (Compression.shorten_step,)))
+        stages.append(Stage(Phase.CORRECT, (Act.SHORTEN_STEP,)))
     if config.fresh_moments:
-        return [*course, truncation]
-    return [*course[:-1], Step(Phase.CORRECT, (*course[-1].acts, Compression.truncate))]
+        return [*stages, truncation]
+    return [*stages[:-1], Stage(Phase.CORRECT, (*stages[-1].acts, Act.TRUNCATE))]

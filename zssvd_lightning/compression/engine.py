@@ -5,8 +5,8 @@ Weights are edited in place by `truncate` and `correct`; modules are replaced on
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +14,9 @@ from torch import nn
 from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.recorded_calls import together
+from zssvd_lightning.compression.course import Stage
 from zssvd_lightning.compression.quantization import in_8_bits
-from zssvd_lightning.compression.report import LayerReport, Report, Stopwatch
+from zssvd_lightning.compression.report import Report, Stopwatch
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.correction.paired_forward import run_side_by_side
 from zssvd_lightning.correction.refit import Refit
@@ -23,22 +24,18 @@ from zssvd_lightning.correction.steps import best_fraction, linear_decay, natura
 from zssvd_lightning.decomposition.decompose import Decomposition, decompose, gradient_squares
 from zssvd_lightning.decomposition.factors import TruncatedWeights
 from zssvd_lightning.decomposition.originals import Originals
-from zssvd_lightning.distributed import Team
-from zssvd_lightning.errors import CheckpointError
+from zssvd_lightning.distributed import LayerSet, Team
 from zssvd_lightning.layers.registry import Factored
-from zssvd_lightning.layers.storage import EIGHT_BIT, is_in_8_bits
+from zssvd_lightning.layers.storage import EIGHT_BIT
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import find_targets
-from zssvd_lightning.selection.budget import Budget, Shape
+from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Selection
 from zssvd_lightning.selection.plan import Plan
 from zssvd_lightning.selection.rules import RULES
 from zssvd_lightning.serialization.transformers_config import mark
+from zssvd_lightning.whitening.metrics import METRICS
 from zssvd_lightning.whitening.rounding import Importance
-
-if TYPE_CHECKING:
-    from zssvd_lightning.compression.course import Step
-
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +73,8 @@ class Compression:
         self.team = team or Team()
         self._replace = replace
         self.config = config
-        self.targets = find_targets(model, config.include, config.ignore)
+        self.targets = LayerSet(find_targets(model, config.include, config.ignore), self.team)
+        self.metric = METRICS[config.metric]
         self.budget = Budget(
             {name: target.shape for name, target in self.targets.items()},
             config.prune_ratio,
@@ -85,33 +83,32 @@ class Compression:
             planned=config.plan is not None,
             unit=config.budget_in,
         )
-        self._plan = None if config.plan is None else Plan.read(config.plan, self.budget)
+        self.followed_plan = None if config.plan is None else Plan.read(config.plan, self.budget)
         self.gathering = StatisticsCollector(
             model,
             self.targets,
-            self.team,
             output_side=config.watches_outputs,
             keep=config.corrections > 0 and not config.fresh_moments,
         )
-        self._model_parameters = sum(p.numel() for p in model.parameters())
-        self.originals = Originals(self.targets, self.team)
+        self.model_parameters = sum(p.numel() for p in model.parameters())
+        self.originals = Originals(self.targets)
         self.stopwatch = Stopwatch()
         self.progress = progress and self.team.rank == 0
         self.losses: list[float] = []
         self.fractions: list[float] = []
-        self._step: tuple[float, float] | None = None
-        self._lengths: dict[str, float] | None = None
-        self._truncations = 0
-        self._found: Decomposition | None = None
-        self._selection: Selection | None = None
-        self._factors = TruncatedWeights(self.targets, self.team, config.storage)
+        self.last_step: tuple[float, float] | None = None
+        self.step_lengths: dict[str, float] | None = None
+        self.truncations = 0
+        self.decomposition: Decomposition | None = None
+        self.selection: Selection | None = None
+        self.truncated = TruncatedWeights(self.targets, config.storage)
         self._installed: dict[str, nn.Module] = {}
         self.importances: dict[str, Importance] | None = None
 
-    def take(self, step: "Step") -> None:
-        """Takes a step, by the statistics gathered since the last one, and forgets them."""
-        for act in step.acts:
-            act(self)
+    def take(self, stage: Stage) -> None:
+        """Carry out the acts of a stage, by the statistics since the last one, and forget those."""
+        for act in stage.acts:
+            getattr(self, act)()
         self.losses.append(self.gathering.moments.mean_loss)
         self.gathering.start_afresh()
 
@@ -122,19 +119,45 @@ class Compression:
         Raises:
             CalibrationError: see `truncate`.
         """
-        self._found = self._decomposed().everywhere(self.targets, self.team)
-        self.gathering.spectra = self._found.spectra
+        self.decomposition = self._decomposed().everywhere(self.targets)
+        self.gathering.spectra = self.decomposition.spectra
 
-    def truncate(self) -> None:
-        """Spectra, selection and truncation in place, from the statistics gathered since the last step.
+    @torch.no_grad()
+    def truncate(self, lengths: Mapping[str, float] | None = None) -> None:
+        """Decompose all layers, select ranks and truncate in place, by the statistics since the last stage.
 
         Of several truncations each takes as much more as the one before.
+
+        Args:
+            lengths: step of each weight along its natural gradient first; none when None.
 
         Raises:
             CalibrationError: the statistics are missing, not finite or degenerate; the message names the layer.
             ProcessFailedError: that, on another process.
         """
-        self._truncate()
+        decomposition, selection = self._select(self._budget_so_far(), lengths)
+        with self.stopwatch("truncate"):
+            self.originals.keep()
+            self.truncated = TruncatedWeights(self.targets, self.config.storage)
+            for name, target in self.targets.items():
+                components = selection.kept[name]
+                if components is None:
+                    target.assign(self.originals[name])
+                else:
+                    self.truncated.take(decomposition, name, components)
+                    target.assign(self.truncated.truncated(name))
+        self.selection, self.decomposition, self.gathering.spectra = selection, None, None
+        self.truncations += 1
+        self.gathering.calls_to_record = self.calls_to_record
+        if self.config.weighs_rows:
+            self.importances = {name: decomposition.importances[name] for name in self.truncated}
+        if self.team.rank == 0:
+            logger.info(
+                "truncated %d of %d layers, predicted drift %.4g",
+                len(self.truncated),
+                len(self.targets),
+                selection.predicted_drift,
+            )
 
     @torch.no_grad()
     def descend(self) -> None:
@@ -148,13 +171,13 @@ class Compression:
         """
         if not self.originals:
             raise RuntimeError("descend() needs a truncate() before it")
-        if self._lengths is None:
+        if self.step_lengths is None:
             with self.stopwatch("correct"), exact_products():
                 reaches = self._reaches()
-                squares = gradient_squares(self.targets, self.gathering, self.config.metric, self.team, self.progress)
-                self._lengths = natural_lengths(reaches, squares, self.config.step_radius)
+                squares = gradient_squares(self.targets, self.gathering, self.metric, progress=self.progress)
+                self.step_lengths = natural_lengths(reaches, squares, self.config.step_radius)
         part = linear_decay(self.rounds, self.config.corrections)
-        self._truncate({name: part * length for name, length in self._lengths.items()})
+        self.truncate({name: part * length for name, length in self.step_lengths.items()})
 
     def _reaches(self) -> dict[str, float]:
         """`<G, D>` of all layers, D being what truncation took. Collective."""
@@ -178,40 +201,14 @@ class Compression:
             raise RuntimeError("refit() needs a truncate() before it")
         with self.stopwatch("correct"), exact_products():
             self.gathering.complete()
-            layers = {name: self.targets[name] for name in self._factors}
+            layers = {name: self.targets[name] for name in self.truncated}
             calls, self.gathering.calls = self.gathering.calls, []
             with self.team.together():
                 call = together(calls)
             model = self.gathering.logits_model(self.model)
-            refit = Refit(self.targets, self.originals, self.gathering, self._factors, self.config.metric, self.team)
+            refit = Refit(self.targets, self.originals, self.gathering, self.truncated, self.metric)
             run_side_by_side(model, call, layers, self.originals, refit.meet)
-        self._truncations += 1
-
-    @torch.no_grad()
-    def _truncate(self, lengths: Mapping[str, float] | None = None) -> None:
-        found, selection = self._select(self._budget_so_far(), lengths)
-        with self.stopwatch("truncate"):
-            self.originals.keep()
-            self._factors = TruncatedWeights(self.targets, self.team, self.config.storage)
-            for name, target in self.targets.items():
-                kept = selection.kept[name]
-                if kept is None:
-                    target.assign(self.originals[name])
-                else:
-                    self._factors.take(found, name, kept)
-                    target.assign(self._factors.truncated(name))
-        self._selection, self._found, self.gathering.spectra = selection, None, None
-        self._truncations += 1
-        self.gathering.calls_to_record = self._calls_to_record
-        if self.config.weighs_rows:
-            self.importances = {name: found.importances[name] for name in self._factors}
-        if self.team.rank == 0:
-            logger.info(
-                "truncated %d of %d layers, predicted drift %.4g",
-                len(self._factors),
-                len(self.targets),
-                selection.predicted_drift,
-            )
+        self.truncations += 1
 
     @torch.no_grad()
     def correct(self) -> None:
@@ -232,31 +229,32 @@ class Compression:
                 slopes.append((g * (stepped - W)).sum())
                 target.assign(stepped)
             slope = float(self.team.over_rows(torch.stack(slopes).sum()))
-            self._step = (self.gathering.moments.mean_loss, slope)
+            self.last_step = (self.gathering.moments.mean_loss, slope)
             self.fractions.append(1.0)
 
     @torch.no_grad()
     def shorten_step(self) -> None:
         """Goes back along the last step to where the loss is estimated to be least, from the loss at its end."""
-        if self._step is None:
+        if self.last_step is None:
             raise RuntimeError("shorten_step() needs a correct() before it")
         with self.stopwatch("correct"):
             self.gathering.complete()
-            fraction = best_fraction(*self._step, self.gathering.moments.mean_loss)
-            for name in self._factors:
+            fraction = best_fraction(*self.last_step, self.gathering.moments.mean_loss)
+            for name in self.truncated:
                 target = self.targets[name]
-                target.assign(torch.lerp(self._factors.truncated(name), target.weight, fraction))
-            self._step = None
+                target.assign(torch.lerp(self.truncated.truncated(name), target.weight, fraction))
+            self.last_step = None
             self.fractions[-1] = fraction
 
     @property
-    def _calls_to_record(self) -> int:
-        return self.config.correction_batches if self.config.refits else 0
+    def calls_to_record(self) -> int:
+        """Batches of each stage whose forward passes are recorded for a refit, from the first truncation on."""
+        return self.config.correction_batches if self.config.refits and self.truncations else 0
 
     @property
     def rounds(self) -> int:
-        """How many rounds have followed the first truncation."""
-        return max(0, self._truncations - 1)
+        """Number of rounds that have followed the first truncation."""
+        return max(0, self.truncations - 1)
 
     def plan(self) -> Plan:
         """The ranks that `truncate` would choose now, from the same statistics; nothing changes.
@@ -275,15 +273,15 @@ class Compression:
         """
         self.gathering.forget()
         with self.stopwatch("factorize"):
-            for name in self._factors:
-                layer = self._factors.layer(name)
+            for name in self.truncated:
+                layer = self.truncated.layer(name)
                 if dress is not None:
                     dress(name, layer)
                 self._installed[name] = layer
                 self._replace(self.model, self.targets[name].module, self._installed[name])
             mark(self.model)
 
-    def store(self) -> None:
+    def quantize(self) -> None:
         """Puts factors, and with `hq` dense layers, into the 8 bits that the storage is to have; after `factorize`."""
         if self.config.storage not in EIGHT_BIT:
             return
@@ -305,109 +303,24 @@ class Compression:
             self._replace(self.model, module, self.targets[name].module)
         self.originals.put_back()
         mark(self.model)
-        self._found, self._selection, self._installed, self._truncations = None, None, {}, 0
-        self._lengths = None
-        self._factors = TruncatedWeights(self.targets, self.team, self.config.storage)
+        self.decomposition, self.selection, self._installed, self.truncations = None, None, {}, 0
+        self.step_lengths = None
+        self.truncated = TruncatedWeights(self.targets, self.config.storage)
         self.gathering.forget()
 
     def report(self) -> Report:
-        """What was done, so far as the compression itself knows it."""
-        if self._selection is None:
+        """Return the report of the compression so far."""
+        if self.selection is None:
             raise RuntimeError("report() needs a truncate() before it")
-        chosen = self._selection.eight_bit
-        ranks = {name: self._selection.rank(name) for name in self.targets}
-        counted = self.budget.counted_in("parameters")
-        layers = {
-            name: LayerReport(
-                rank,
-                self.budget.shapes[name],
-                counted.kept_of(name, rank, eight_bit=name in chosen),
-                name in chosen or is_in_8_bits(self.config.storage, rank),
-            )
-            for name, rank in ranks.items()
-        }
-        return Report(
-            asked=self.config.prune_ratio if self._plan is None else self._plan.reached,
-            parameters_before=counted.total,
-            parameters_after=counted.kept(ranks, chosen),
-            budget_in=self.budget.unit,
-            reached=self.budget.reached(ranks, chosen),
-            model_parameters_before=self._model_parameters,
-            layers=layers,
-            predicted_drift=self._selection.predicted_drift,
-            losses=list(self.losses),
-            correction_fractions=list(self.fractions),
-            seconds=dict(self.stopwatch.seconds),
-        )
-
-    def state_dict(self, *, statistics: bool = True) -> dict[str, Any]:
-        """Everything up to the next `truncate`, as plain types and tensors, from which `load_state_dict` goes on.
-
-        Weights are not in it: they are the model's. Of several processes all must call it, and the team says which of
-        them has which tensors in it.
-
-        Args:
-            statistics: whether to go on from the batches so far; without, the gathering under way starts over.
-        """
-        return {
-            "config": asdict(self.config),
-            "shapes": {name: list(shape) for name, shape in self.budget.shapes.items()},
-            "model_parameters": self._model_parameters,
-            "gathering": self.gathering.state_dict(so_far=statistics),
-            "originals": self.originals.state_dict(),
-            "factors": self._factors.state_dict(),
-            "found": None if self._found is None else self._found.state_dict(self.team),
-            "selection": None if self._selection is None else self._selection.state_dict(),
-            "step": None if self._step is None else list(self._step),
-            "lengths": None if self._lengths is None else dict(self._lengths),
-            "losses": list(self.losses),
-            "fractions": list(self.fractions),
-            "truncations": self._truncations,
-            "seconds": dict(self.stopwatch.seconds),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict` of a compression of the same model with the same settings.
-
-        The number of processes may be another than when it was taken.
-
-        Raises:
-            CheckpointError: the settings or the target layers are others.
-        """
-        refuse_other(state, self.config, self.budget.shapes)
-        if state["found"] is not None:
-            self._found = Decomposition.of_state(state["found"], self.targets)
-            self.gathering.spectra = self._found.spectra
-        self.gathering.load_state_dict(state["gathering"])
-        self.originals.load_state_dict(state["originals"])
-        self._factors.load_state_dict(state["factors"])
-        self._selection = None if state["selection"] is None else Selection.of_state(state["selection"])
-        self._step = None if state["step"] is None else (state["step"][0], state["step"][1])
-        self._lengths = None if state["lengths"] is None else dict(state["lengths"])
-        self._model_parameters = state["model_parameters"]
-        self._truncations = state["truncations"]
-        self.gathering.calls_to_record = self._calls_to_record if self._truncations else 0
-        self.losses, self.fractions = list(state["losses"]), list(state["fractions"])
-        self.stopwatch.seconds = dict(state["seconds"])
-
-    def put_back(self, state: Mapping[str, Any]) -> None:
-        """Undoes what a compression had done to the weights when its `state_dict` was taken.
-
-        Raises:
-            CheckpointError: it was of other layers.
-        """
-        if state["originals"] is not None:
-            self.originals.load_state_dict(state["originals"])
-            self.restore()
+        return Report.of(self)
 
     def _decomposed(self, lengths: Mapping[str, float] | None = None) -> Decomposition:
         with self.stopwatch("spectrum"), exact_products():
             return decompose(
                 self.targets,
                 self.gathering,
-                self.config.metric,
-                self.team,
-                self.progress,
+                self.metric,
+                progress=self.progress,
                 weigh=self.config.weighs_rows,
                 round_off=self.budget.chooses_bits,
                 lengths=lengths,
@@ -422,36 +335,15 @@ class Compression:
         return replace(found, components=components)
 
     def _select(self, budget: Budget, lengths: Mapping[str, float] | None = None) -> tuple[Decomposition, Selection]:
-        found = self._decomposed(lengths) if self._found is None else self._with_curvature(self._found)
+        found = self._decomposed(lengths) if self.decomposition is None else self._with_curvature(self.decomposition)
         with self.stopwatch("select"):
-            rule = RULES[self.config.selection] if self._plan is None else self._plan.rule
+            rule = RULES[self.config.selection] if self.followed_plan is None else self.followed_plan.rule
             return found, self.team.decide_on_first(lambda: rule(found.components, budget))
 
     def _budget_so_far(self) -> Budget:
         """What the next of several truncations is to reach: its share of what has to go beyond what storage does."""
-        share = (self._truncations + 1) / self.config.truncations
+        share = (self.truncations + 1) / self.config.truncations
         if share >= 1:
             return self.budget
         alone = self.budget.reached(dict.fromkeys(self.budget.shapes))
         return replace(self.budget, prune_ratio=alone + share * (self.budget.prune_ratio - alone))
-
-
-def refuse_other(
-    state: Mapping[str, Any], config: CompressionConfig, shapes: Mapping[str, Shape] | None = None
-) -> None:
-    """Raises CheckpointError when a saved compression is one with other settings, or of other layers."""
-    mine = asdict(config)
-    differing = [f"{key} was {state['config'].get(key)!r} and is {mine[key]!r}" for key in mine]
-    differing = [text for key, text in zip(mine, differing, strict=True) if state["config"].get(key) != mine[key]]
-    if differing:
-        raise CheckpointError(
-            f"the checkpoint was taken in the middle of a compression with other settings ({'; '.join(differing)}); "
-            "go on with the same, or start from a checkpoint of before it"
-        )
-    saved = {name: tuple(shape) for name, shape in state["shapes"].items()}
-    if shapes is not None and saved != dict(shapes):
-        others = sorted(name for name in saved.keys() | shapes.keys() if saved.get(name) != shapes.get(name))
-        raise CheckpointError(
-            f"the checkpoint was taken in the middle of a compression of other layers: {len(others)} differ "
-            f"({', '.join(others[:3])}); go on with the model it was taken of"
-        )

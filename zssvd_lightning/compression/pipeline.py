@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from itertools import chain, islice
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -12,12 +13,13 @@ from tqdm.auto import tqdm
 
 from zssvd_lightning.calibration.batches import loss_terms, token_mask
 from zssvd_lightning.calibration.collector import StatisticsCollector
-from zssvd_lightning.compression.course import steps, to_first_truncation
+from zssvd_lightning.compression.course import course, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
-from zssvd_lightning.distributed import Team
+from zssvd_lightning.config.settings import Settings
+from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.plan import Plan
@@ -48,15 +50,28 @@ def loss_in(precision: str) -> Loss:
     return mixed
 
 
-class Reading(TypedDict, total=False):
-    """What a batch means; each has a default that suits batches and models of transformers."""
+@dataclass(frozen=True)
+class BatchReading:
+    """What a batch means. The defaults suit batches and models of transformers."""
+
+    loss: Loss = model_loss
+    """Mean loss of a batch, `loss(model, batch)`."""
+    mask: Callable[[Any], Tensor | None] = token_mask
+    """Positions (B, T) of a batch that are not padding, or None for all."""
+    terms: Callable[[Any], float] = loss_terms
+    """Number of terms that the mean loss of a batch runs over."""
+
+
+class ReadingSettings(TypedDict, total=False):
+    """The fields of `BatchReading` as keyword arguments."""
 
     loss: Loss
-    """Mean loss of a batch, `loss(model, batch)`."""
     mask: Callable[[Any], Tensor | None]
-    """Which positions (B, T) of a batch are not padding, or None for all."""
     terms: Callable[[Any], float]
-    """How many terms the mean loss of a batch runs over."""
+
+
+class Asked(Settings, ReadingSettings, total=False):
+    """Keyword arguments of `compress`: the settings of `CompressionConfig` and the fields of `BatchReading`."""
 
 
 def compress(
@@ -64,23 +79,26 @@ def compress(
     batches: Iterable[Any],
     config: CompressionConfig | None = None,
     *,
+    preset: str | None = None,
     statistics: Moments | None = None,
     calibration_batches: int | None = None,
     progress: bool = True,
-    **reading: Unpack[Reading],
+    **asked: Unpack[Asked],
 ) -> Report:
-    """Compresses `model` in place: calibrate, truncate, correct and truncate again, factorize, store.
+    """Compress `model` in place: calibrate, truncate, correct and truncate again, factorize, quantize.
 
     Args:
         model: any module of `nn.Linear` or transformers' `Conv1D` layers.
         batches: calibration batches; a list or a DataLoader, since every correction goes through them again.
-        config: what to remove and how; the defaults of `CompressionConfig` when None.
+        config: what to remove and how; made of `preset` and the settings in `asked` when None.
+        preset: method by name, such as `best`; the defaults of `CompressionConfig` when None.
         statistics: those of the first calibration, from `calibrate`, which may serve several compressions of equal
             models; the batches are then gone through for corrections alone.
         calibration_batches: how many batches, from the first, calibration takes; gradient steps go on with those after
             them, and after the last with the first again. All of them when None.
-        progress: whether to draw progress bars.
-        reading: `loss`, `mask` and `terms`, for other batches than those of transformers; see `Reading`.
+        progress: draw progress bars.
+        asked: settings of `CompressionConfig`, such as `prune_ratio=0.3`, which win over the preset; and `loss`, `mask`
+            and `terms` of `BatchReading`, for other batches than those of transformers.
 
     Returns:
         The report: ranks, parameters, predicted drift, calibration losses, seconds per step.
@@ -88,19 +106,22 @@ def compress(
     Raises:
         ZSSVDError: one of its kinds, by what went wrong. The model, its hooks, its training mode, its gradients and
             its `requires_grad` flags are then as they were.
+
+    Example:
+        >>> report = compress(model, batches, prune_ratio=0.3, preset="best")  # doctest: +SKIP
     """
-    config = config or CompressionConfig()
-    compression = Compression(model, config, progress)
-    with _undone_on_error(compression), _gradients_set_aside(model):
-        for step in steps(config):
+    config, reading = _understood(config, preset, asked)
+    run = Compression(model, config, progress)
+    with _undone_on_error(run), _gradients_set_aside(model):
+        for stage in course(config):
             if statistics is None:
-                gather(compression, batches, step.gathers, calibration_batches, **reading)
+                gather(run, batches, stage.gathers, calibration_batches, reading)
             else:  # let go of here, so that the truncation can free them
-                compression.gathering.moments, statistics = _fitting(compression, statistics), None
-            compression.take(step)
-        compression.factorize()
-        compression.store()
-    return compression.report()
+                run.gathering.moments, statistics = _fitting(run, statistics), None
+            run.take(stage)
+        run.factorize()
+        run.quantize()
+    return run.report()
 
 
 def calibrate(
@@ -108,23 +129,25 @@ def calibrate(
     batches: Iterable[Any],
     config: CompressionConfig | None = None,
     *,
+    preset: str | None = None,
     calibration_batches: int | None = None,
     progress: bool = True,
-    **reading: Unpack[Reading],
+    **asked: Unpack[Asked],
 ) -> Moments:
-    """The statistics that the first truncation of `compress` would go by; the model stays as it is.
+    """Return the statistics that the first truncation of `compress` would go by; the model stays as it is.
 
-    Takes the arguments of `compress`, and raises what it raises, but for errors of the budget: of `config` only the
-    layers and what the metric needs matter.
+    Takes the arguments of `compress`, and raises what it raises, but for errors of the budget: of the settings only
+    the layers and what the metric needs matter.
     """
-    config = config or CompressionConfig()
-    targets = find_targets(model, config.include, config.ignore)
-    gathering = StatisticsCollector(model, targets, Team(), config.watches_outputs)
+    config, reading = _understood(config, preset, asked)
+    statistics = StatisticsCollector(
+        model, LayerSet(find_targets(model, config.include, config.ignore)), config.watches_outputs
+    )
     with _gradients_set_aside(model):
         every = _checked(batches, 0, _so_many(batches, calibration_batches), Phase.CALIBRATE, progress=progress)
-        _observe(model, gathering, every, Phase.CALIBRATE, **reading)
-    gathering.moments.output_side = config.watches_outputs
-    return gathering.moments
+        _observe(model, statistics, every, Phase.CALIBRATE, reading)
+    statistics.moments.output_side = config.watches_outputs
+    return statistics.moments
 
 
 def plan(
@@ -132,22 +155,33 @@ def plan(
     batches: Iterable[Any],
     config: CompressionConfig | None = None,
     *,
+    preset: str | None = None,
     calibration_batches: int | None = None,
     progress: bool = True,
-    **reading: Unpack[Reading],
+    **asked: Unpack[Asked],
 ) -> Plan:
-    """The ranks that the first truncation of `compress` would choose; the model stays as it is.
+    """Return the ranks that the first truncation of `compress` would choose; the model stays as it is.
 
     Takes the arguments of `compress`, and raises what it raises.
     """
-    compression = Compression(model, config or CompressionConfig(), progress)
+    config, reading = _understood(config, preset, asked)
+    run = Compression(model, config, progress)
     with _gradients_set_aside(model):
-        *before, truncation = to_first_truncation(steps(compression.config))
-        for step in before:
-            gather(compression, batches, step.gathers, calibration_batches, **reading)
-            compression.take(step)
-        gather(compression, batches, truncation.gathers, calibration_batches, **reading)
-        return compression.plan()
+        *before, truncation = to_first_truncation(course(config))
+        for stage in before:
+            gather(run, batches, stage.gathers, calibration_batches, reading)
+            run.take(stage)
+        gather(run, batches, truncation.gathers, calibration_batches, reading)
+        return run.plan()
+
+
+def _understood(
+    config: CompressionConfig | None, preset: str | None, asked: Asked
+) -> tuple[CompressionConfig, BatchReading]:
+    """Return what to do, and what a batch means. Raises ConfigError."""
+    settings: dict[str, Any] = dict(asked)
+    reading = {field.name: settings.pop(field.name) for field in fields(BatchReading) if field.name in settings}
+    return CompressionConfig.asked(config, preset, cast("Settings", settings)), BatchReading(**reading)
 
 
 def gather(
@@ -155,7 +189,7 @@ def gather(
     batches: Iterable[Any],
     phase: Phase,
     calibration_batches: int | None = None,
-    **reading: Unpack[Reading],
+    reading: BatchReading | None = None,
 ) -> None:
     """The statistics of one step, from one forward and one backward pass over each batch.
 
@@ -173,33 +207,26 @@ def gather(
             first %= length
     with compression.stopwatch(phase.value):
         wanted = _checked(batches, first, limit, phase, progress=compression.progress)
-        _observe(compression.model, compression.gathering, wanted, phase, **reading)
+        _observe(compression.model, compression.gathering, wanted, phase, reading or BatchReading())
 
 
 def _observe(
-    model: nn.Module,
-    gathering: StatisticsCollector,
-    batches: Iterable[Any],
-    phase: Phase,
-    *,
-    loss: Loss = model_loss,
-    mask: Callable[[Any], Tensor | None] = token_mask,
-    terms: Callable[[Any], float] = loss_terms,
+    model: nn.Module, statistics: StatisticsCollector, batches: Iterable[Any], phase: Phase, reading: BatchReading
 ) -> None:
     """One forward and one backward pass over each batch; CORRECT takes no second moments."""
     device = next(model.parameters()).device
     for raw in batches:
         batch = move_data_to_device(raw, device)
-        weight = terms(batch)
+        weight = reading.terms(batch)
         with (
             torch.enable_grad(),
-            gathering.observing(mask(batch), inputs=phase is Phase.CALIBRATE) as observation,
+            statistics.observing(reading.mask(batch), inputs=phase is Phase.CALIBRATE) as observation,
         ):
-            batch_loss = loss(model, batch)
+            batch_loss = reading.loss(model, batch)
             observation.forward_done()
-            gathering.add_loss(batch_loss, weight, weight)
+            statistics.add_loss(batch_loss, weight, weight)
             batch_loss.backward()  # type: ignore[no-untyped-call]
-            gathering.collect_gradients(weight)
+            statistics.collect_gradients(weight)
 
 
 def _so_many(batches: Iterable[Any], calibration_batches: int | None) -> int | None:

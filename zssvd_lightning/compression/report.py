@@ -10,11 +10,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
 from zssvd_lightning.errors import SavedModelError
+from zssvd_lightning.layers.storage import is_in_8_bits
+
+if TYPE_CHECKING:
+    from zssvd_lightning.compression.engine import Compression
 
 REPORT = "report.json"
 
@@ -97,6 +101,37 @@ class Report:
     def __post_init__(self) -> None:
         if math.isnan(self.reached):
             self.reached = (self.parameters_before - self.parameters_after) / self.parameters_before
+
+    @classmethod
+    def of(cls, run: "Compression") -> "Report":
+        """Return the report of a compression that has truncated."""
+        selection = run.selection
+        if selection is None:
+            raise RuntimeError("there is nothing to report before a truncation")
+        ranks = {name: selection.rank(name) for name in run.targets}
+        counted = run.budget.counted_in("parameters")
+        layers = {
+            name: LayerReport(
+                rank,
+                run.budget.shapes[name],
+                counted.kept_of(name, rank, eight_bit=name in selection.eight_bit),
+                name in selection.eight_bit or is_in_8_bits(run.config.storage, rank),
+            )
+            for name, rank in ranks.items()
+        }
+        return cls(
+            asked=run.config.prune_ratio if run.followed_plan is None else run.followed_plan.reached,
+            parameters_before=counted.total,
+            parameters_after=counted.kept(ranks, selection.eight_bit),
+            budget_in=run.budget.unit,
+            reached=run.budget.reached(ranks, selection.eight_bit),
+            model_parameters_before=run.model_parameters,
+            layers=layers,
+            predicted_drift=selection.predicted_drift,
+            losses=list(run.losses),
+            correction_fractions=list(run.fractions),
+            seconds=dict(run.stopwatch.seconds),
+        )
 
     @property
     def model_parameters_after(self) -> int:

@@ -1,10 +1,11 @@
 """What is removed, and by which rule: every setting of a compression, with its meaning under it."""
 
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, fields
+from typing import Self, Unpack
 
 from zssvd_lightning._validation import require, require_one_of
 from zssvd_lightning.config.presets import PRESETS, settings_of
+from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, STORAGES, UNITS
 from zssvd_lightning.selection.rules import BY_CURVATURE, CHOOSE_BITS, RULES
@@ -125,16 +126,43 @@ class CompressionConfig:
             )
 
     @classmethod
-    def of(cls, preset: str | None = None, **given: Any) -> Self:
-        """The settings of a preset, but for those given. None stands for one that is not given.
+    def of(cls, preset: str | None = None, **given: Unpack[Settings]) -> Self:
+        """Return the settings of a preset, overridden by those given. A value of None counts as not given.
+
+        Args:
+            preset: name of a file in `presets/`; the defaults of this class when None.
+            given: fields of this class; one pattern for `include` or `ignore` may be a plain string.
 
         Raises:
-            ConfigError: there is no such preset, or a value is out of range.
+            ConfigError: there is no such preset, no such setting, or a value is out of range.
         """
         if preset is not None:
             require_one_of("preset", preset, PRESETS)
+        names = [field.name for field in fields(cls)]
+        for name in given:
+            require_one_of("setting", name, names)
         settings = {} if preset is None else settings_of(preset)
-        return cls(**settings | {name: value for name, value in given.items() if value is not None})
+        settings |= {name: value for name, value in given.items() if value is not None}
+        if settings.get("plan") is not None:
+            settings["plan"] = str(settings["plan"])
+        for name in ("include", "ignore"):
+            if isinstance(settings.get(name), str):
+                settings[name] = [settings[name]]
+        return cls(**settings)
+
+    @classmethod
+    def asked(cls, config: Self | None, preset: str | None, settings: Settings) -> Self:
+        """Return `config`, or what `of` makes of a preset and settings.
+
+        Raises:
+            ConfigError: there are both.
+        """
+        if config is None:
+            return cls.of(preset, **settings)
+        if preset is not None or settings:
+            given = ", ".join([*(["preset"] if preset is not None else []), *settings])
+            raise ConfigError(f"config says it all already, so {given} cannot be given too; give one or the other")
+        return config
 
     @property
     def watches_outputs(self) -> str | None:

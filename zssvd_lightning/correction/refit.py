@@ -9,10 +9,9 @@ from zssvd_lightning._numerics import accumulated
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.decomposition.decompose import spectrum_of
 from zssvd_lightning.decomposition.factors import TruncatedWeights
-from zssvd_lightning.distributed import Team
-from zssvd_lightning.model.targets import Target
+from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.whitening.cholesky import Whitening
-from zssvd_lightning.whitening.metrics import METRICS
+from zssvd_lightning.whitening.metrics import Metric
 from zssvd_lightning.whitening.moments import Moments
 
 
@@ -20,29 +19,26 @@ class Refit:
     """Refit of the truncated weights one after the other, each at its current rank.
 
     Args:
-        targets: layers by name.
+        layers: the layers and the processes that hold them; the first process fits.
         originals: name -> weight (m, n) before any truncation.
         gathering: complete statistics, from which the metric is built.
         factors: unsharded factors of the truncated layers, which the refit overwrites.
-        metric: key of `whitening.metrics.METRICS`; the metric in which fitted weights are truncated again.
-        team: processes that compress the model together. The first one fits.
+        metric: coordinates in which fitted weights are truncated again.
     """
 
     def __init__(
         self,
-        targets: Mapping[str, Target],
+        layers: LayerSet,
         originals: Mapping[str, Tensor],
         gathering: StatisticsCollector,
         factors: TruncatedWeights,
-        metric: str,
-        team: Team,
+        metric: Metric,
     ) -> None:
-        self._targets = targets
+        self._targets, self._team = layers, layers.team
         self._originals = originals
         self._gathering = gathering
         self._factors = factors
-        self._metric = METRICS[metric]
-        self._team = team
+        self._metric = metric
         self._inputs: tuple[str, Tensor, Tensor] | None = None
 
     def meet(self, name: str, dense: Tensor, truncated: Tensor) -> None:

@@ -1,10 +1,9 @@
 """The spectra of all layers, shared out among the processes of a team, and what selection sees of them."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,17 +12,15 @@ from tqdm.auto import tqdm
 from zssvd_lightning._numerics import accumulated
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.decomposition.work_sharing import share_out
-from zssvd_lightning.distributed import Team
+from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.selection.components import Components
 from zssvd_lightning.whitening.cholesky import Root, Whitening, warn_of_jitter
-from zssvd_lightning.whitening.metrics import METRICS
+from zssvd_lightning.whitening.metrics import Metric
 from zssvd_lightning.whitening.moments import Moments
 from zssvd_lightning.whitening.rounding import Importance, importance, rounding_by_component, rounding_of_dense
 from zssvd_lightning.whitening.spectrum import Spectrum
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,21 +36,21 @@ class Decomposition:
     importances: Mapping[str, Importance]
     """Name -> importance of each output and input, for the layers there are statistics of it."""
 
-    def everywhere(self, targets: Mapping[str, Target], team: Team) -> "Decomposition":
-        """The same with the spectra of all layers on each process, where the layers are. Collective."""
-        spectra = {}
-        for name, target in targets.items():
+    def everywhere(self, layers: LayerSet) -> "Decomposition":
+        """Return the same with the spectra of all layers on each process, on the layers' devices. Collective."""
+        spectra, team = {}, layers.team
+        for name, target in layers.items():
             own, owner, sigma = self.spectra.get(name), self.owners[name], self.components[name].sigma
             like = target.weight.new_empty(0, dtype=sigma.dtype)
             (m, n), r = target.shape, len(sigma)
             left = team.from_owner(owner, None if own is None else own.left, (m, r), like)
             right = team.from_owner(owner, None if own is None else own.right, (r, n), like)
             spectra[name] = Spectrum(left, sigma.to(like), right)
-        return replace(self, owners=dict.fromkeys(targets, 0), spectra=spectra)
+        return replace(self, owners=dict.fromkeys(layers, 0), spectra=spectra)
 
-    def state_dict(self, team: Team) -> dict[str, Any]:
-        """Of spectra that are everywhere: plain types and tensors, as the team saves them. Collective."""
-        to_save = {}
+    def state_dict(self, layers: LayerSet) -> dict[str, Any]:
+        """Return plain types and tensors as the team saves them, once spectra are everywhere. Collective."""
+        to_save, team = {}, layers.team
         for name, spectrum in self.spectra.items():
             left = team.weight_to_save(spectrum.left, len(spectrum.left))
             right = team.weight_to_save(spectrum.right, len(spectrum.right))
@@ -73,169 +70,158 @@ class Decomposition:
         return cls(dict.fromkeys(spectra, 0), spectra, components, {})
 
 
+class LayerAtOwner(NamedTuple):
+    """A layer brought together at the process that decomposes it."""
+
+    name: str
+    leader: str
+    """Layer under whose name the second moment of their shared input is stored."""
+    weight: Tensor
+    """The whole weight (m, n)."""
+    moments: Moments
+    """The whole statistics of the layer, and its input's where the previous layer of this process has another."""
+
+
 def decompose(
-    targets: Mapping[str, Target],
-    gathering: StatisticsCollector,
-    metric: str,
-    team: Team,
-    progress: bool,
+    layers: LayerSet,
+    statistics: StatisticsCollector,
+    metric: Metric,
     *,
+    progress: bool = False,
     weigh: bool = False,
     round_off: bool = False,
     lengths: Mapping[str, float] | None = None,
 ) -> Decomposition:
-    """Spectra and scores of all layers; one whitening for those that share an input. Collective.
+    """Compute spectra and scores of all layers; layers that share an input share its whitening. Collective.
 
-    Processes go through their shares at the same time, layer by layer. Each holds the whole weight and statistics of
-    one layer at a time, the latest whitening, and on the CPU the spectra of its share.
+    All processes work through their shares at the same time, layer by layer. Each holds the whole weight and
+    statistics of one layer at a time, the latest whitening, and on the CPU the spectra of its share.
 
     Args:
-        targets: the layers.
-        gathering: statistics of them.
-        metric: by its name in `whitening.METRICS`.
-        team: the processes that compress the model together.
-        progress: whether to draw a bar.
-        weigh: whether to find the importance of outputs and inputs too.
-        round_off: whether to find what keeping components in 8 bits would cost.
-        lengths: how far each weight goes along its gradient first; see `Spectrum.of`.
+        layers: the layers and the processes that hold them.
+        statistics: those of the layers.
+        metric: coordinates of the SVD.
+        progress: draw a bar.
+        weigh: compute the importance of outputs and inputs too.
+        round_off: compute what keeping components in 8 bits would cost.
+        lengths: step of each weight along its gradient before its SVD; see `Spectrum.of`.
 
     Raises:
         CalibrationError: statistics are missing, not finite or degenerate, or an SVD failed; names the layer.
         ProcessFailedError: that, on another process.
     """
-    worker = _Decomposer(targets, gathering, metric, team, weigh=weigh, round_off=round_off, lengths=lengths)
-    shares = worker.take_all("spectra", progress)
-    components = _of_all(team, worker.components)
-    jitters = _of_all(team, worker.jitters)
-    if team.rank == 0:
+    spectra: dict[str, Spectrum] = {}
+    components: dict[str, Components] = {}
+    importances: dict[str, tuple[Tensor, Tensor]] = {}
+    whitener = Whitener(metric)
+    shares = shares_of(layers, statistics, metric)
+    for layer in brought_together(layers, statistics, shares, "spectra", progress=progress):
+        with layers.team.together():
+            if layer is not None:
+                name, W = layer.name, layer.weight
+                G = layer.moments.mean_gradient(name)
+                whitening = whitener.whitening(layer)
+                spectrum = spectrum_of(layers[name], W, whitening, *(() if lengths is None else (G, lengths[name])))
+                delta = spectrum.sensitivities(G)
+                if weigh:
+                    H = whitening.whiten_gradient(G)
+                    weighed = importance(whitening.inputs.diagonal(H.shape[1]).to(H), H)
+                    importances[name] = weighed.outputs.cpu(), weighed.inputs.cpu()
+                rounding, rounding_dense = None, None
+                if round_off:
+                    rounding = rounding_by_component(spectrum, whitening).cpu()
+                    rounding_dense = rounding_of_dense(W, whitening)
+                spectra[name] = spectrum.to("cpu")
+                components[name] = Components(spectrum.sigma.cpu(), delta.cpu(), rounding, rounding_dense)
+                del W, G, whitening, spectrum, delta  # before the next layer is brought together
+        del layer
+    scores = layers.of_all_processes(components)
+    jitters = layers.of_all_processes(whitener.jitters)
+    if layers.team.rank == 0:
         warn_of_jitter(jitters)
     owners = {name: rank for rank, names in enumerate(shares) for name in names}
-    importances = {name: Importance(*pair) for name, pair in _of_all(team, worker.importances).items()}
-    return Decomposition(owners, worker.spectra, {name: components[name] for name in targets}, importances)
+    weights = {name: Importance(*pair) for name, pair in layers.of_all_processes(importances).items()}
+    return Decomposition(owners, spectra, {name: scores[name] for name in layers}, weights)
 
 
 def gradient_squares(
-    targets: Mapping[str, Target], gathering: StatisticsCollector, metric: str, team: Team, progress: bool
+    layers: LayerSet, statistics: StatisticsCollector, metric: Metric, *, progress: bool = False
 ) -> dict[str, float]:
-    """`<H, H>` of all layers, H being the whitened gradient `R^-1 G L^-T`. Collective.
+    """Return `<H, H>` of each layer, with the whitened gradient `H = R^-1 G L^-T`. Collective.
 
     Takes the arguments of `decompose`, and raises what it raises.
     """
-    worker = _Measurer(targets, gathering, metric, team)
-    worker.take_all("gradients", progress)
-    return _of_all(team, worker.squares)
+    squares: dict[str, float] = {}
+    whitener = Whitener(metric)
+    shares = shares_of(layers, statistics, metric)
+    for layer in brought_together(layers, statistics, shares, "gradients", progress=progress):
+        with layers.team.together():
+            if layer is not None:
+                G = layer.moments.mean_gradient(layer.name).to(accumulated(layer.weight.dtype))
+                squares[layer.name] = float(whitener.whitening(layer).whiten_gradient(G).square().sum())
+                del G
+        del layer
+    return layers.of_all_processes(squares)
 
 
-class _Worker(ABC):
-    """One process at its share of the layers."""
+class Whitener:
+    """Build the whitening of one layer after another, and keep the input's for those that share it.
 
-    def __init__(self, targets: Mapping[str, Target], gathering: StatisticsCollector, metric: str, team: Team) -> None:
+    Args:
+        metric: coordinates of the SVD.
+
+    Attributes:
+        jitters: name -> jitter that the Cholesky factorization of its second moment needed.
+    """
+
+    def __init__(self, metric: Metric) -> None:
         self.jitters: dict[str, float] = {}
-        self._targets = targets
-        self._gathering = gathering
-        self._metric = METRICS[metric]
-        self._team = team
-        self._started: set[str] = set()
+        self._metric = metric
         self._inputs: tuple[str, Root] | None = None
 
-    def take_all(self, title: str, progress: bool) -> list[list[str]]:
-        """Goes through all layers, and says which were whose share. Collective."""
-        self._gathering.complete()
-        leaders, outputs = self._gathering.moments.leaders, self._metric.needs_outputs
-        shares = share_out(self._targets, leaders, self._team.size, outputs=outputs)
-        with tqdm(total=len(self._targets), desc=title, unit="layer", disable=not progress) as bar:
-            for turn in zip_longest(*shares):
-                self.take(turn)
-                bar.update(sum(name is not None for name in turn))
-        return shares
-
-    def take(self, turn: tuple[str | None, ...]) -> None:
-        """Does this process's layer while the others do theirs. Collective.
-
-        What was held whole for it is gone afterwards, but for the side of the input, which the next layer may share.
-
-        Args:
-            turn: the layers by rank; None for processes that have done theirs.
-        """
-        own = None
-        for rank, name in enumerate(turn):
-            if name is not None:
-                leader = self._gathering.moments.leaders.get(name, name)
-                layer = self._gathering.layer_at(rank, name, inputs=leader not in self._started)
-                self._started.add(leader)
-                own = (name, leader, *layer) if layer is not None else own
-        with self._team.together():
-            if own is not None:
-                self._do(*own)
-
-    def _do(self, name: str, leader: str, weight: Tensor, moments: Moments) -> None:
-        if self._inputs is None or self._inputs[0] != leader:
-            self._inputs = None
-            self._inputs = leader, self._metric.inputs(moments, name)
-            self.jitters[leader] = self._inputs[1].jitter
-        whitening = Whitening(self._inputs[1], self._metric.outputs(moments, name))
-        self.jitters[f"the output of {name}"] = whitening.outputs.jitter
-        self._do_whitened(name, weight, moments, whitening)
-
-    @abstractmethod
-    def _do_whitened(self, name: str, weight: Tensor, moments: Moments, whitening: Whitening) -> None:
-        """Does one layer."""
+    def whitening(self, layer: LayerAtOwner) -> Whitening:
+        """Return the whitening of a layer. Raises CalibrationError; see `Metric`."""
+        if self._inputs is None or self._inputs[0] != layer.leader:
+            self._inputs = None  # freed before the next is built
+            self._inputs = layer.leader, self._metric.inputs(layer.moments, layer.name)
+            self.jitters[layer.leader] = self._inputs[1].jitter
+        outputs = self._metric.outputs(layer.moments, layer.name)
+        self.jitters[f"the output of {layer.name}"] = outputs.jitter
+        return Whitening(self._inputs[1], outputs)
 
 
-class _Measurer(_Worker):
-    """Finds the squares of whitened gradients."""
-
-    def __init__(self, targets: Mapping[str, Target], gathering: StatisticsCollector, metric: str, team: Team) -> None:
-        super().__init__(targets, gathering, metric, team)
-        self.squares: dict[str, float] = {}
-
-    def _do_whitened(self, name: str, weight: Tensor, moments: Moments, whitening: Whitening) -> None:
-        G = moments.mean_gradient(name).to(accumulated(weight.dtype))
-        self.squares[name] = float(whitening.whiten_gradient(G).square().sum())
+def shares_of(layers: LayerSet, statistics: StatisticsCollector, metric: Metric) -> list[list[str]]:
+    """Return the layers that each process decomposes, of about equal work. Collective."""
+    statistics.complete()
+    return share_out(layers, statistics.moments.leaders, layers.team.size, outputs=metric.needs_outputs)
 
 
-class _Decomposer(_Worker):
-    """Finds spectra and scores."""
+def brought_together(
+    layers: LayerSet, statistics: StatisticsCollector, shares: list[list[str]], title: str, *, progress: bool
+) -> Iterator[LayerAtOwner | None]:
+    """Yield the layers of this process, each whole, and None in turns where only others have one. Collective.
 
-    def __init__(
-        self,
-        targets: Mapping[str, Target],
-        gathering: StatisticsCollector,
-        metric: str,
-        team: Team,
-        *,
-        weigh: bool,
-        round_off: bool,
-        lengths: Mapping[str, float] | None,
-    ) -> None:
-        super().__init__(targets, gathering, metric, team)
-        self.spectra: dict[str, Spectrum] = {}
-        self.components: dict[str, Components] = {}
-        self.importances: dict[str, tuple[Tensor, Tensor]] = {}
-        self._weigh = weigh
-        self._round_off = round_off
-        self._lengths = lengths
-
-    def _do_whitened(self, name: str, weight: Tensor, moments: Moments, whitening: Whitening) -> None:
-        G = moments.mean_gradient(name)
-        along = () if self._lengths is None else (G, self._lengths[name])
-        spectrum = spectrum_of(self._targets[name], weight, whitening, *along)
-        delta = spectrum.sensitivities(G)
-        if self._weigh:
-            H = whitening.whiten_gradient(G)
-            found = importance(whitening.inputs.diagonal(H.shape[1]).to(H), H)
-            self.importances[name] = found.outputs.cpu(), found.inputs.cpu()
-        rounding, rounding_dense = None, None
-        if self._round_off:
-            rounding = rounding_by_component(spectrum, whitening).cpu()
-            rounding_dense = rounding_of_dense(weight, whitening)
-        self.spectra[name] = spectrum.to("cpu")
-        self.components[name] = Components(spectrum.sigma.cpu(), delta.cpu(), rounding, rounding_dense)
-
-
-def _of_all(team: Team, own: Mapping[str, T]) -> dict[str, T]:
-    """What every process has for its layers, in one dictionary. Collective."""
-    return {name: value for theirs in team.gathered(own) for name, value in theirs.items()}
+    Args:
+        layers: the layers.
+        statistics: complete statistics of them.
+        shares: layers of each process, from `shares_of`.
+        title: name of the progress bar.
+        progress: draw it.
+    """
+    started: set[str] = set()
+    with tqdm(total=len(layers), desc=title, unit="layer", disable=not progress) as bar:
+        for turn in zip_longest(*shares):
+            own = None
+            for rank, name in enumerate(turn):
+                if name is not None:
+                    leader = statistics.moments.leaders.get(name, name)
+                    layer = statistics.layer_at(rank, name, inputs=leader not in started)
+                    started.add(leader)
+                    own = LayerAtOwner(name, leader, *layer) if layer is not None else own
+                    del layer
+            handed, own = [own], None  # nothing here holds a layer that the caller has let go
+            yield handed.pop()
+            bar.update(sum(name is not None for name in turn))
 
 
 def spectrum_of(

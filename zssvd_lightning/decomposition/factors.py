@@ -12,13 +12,13 @@ from torch import Tensor
 
 from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.decomposition.decompose import Decomposition
-from zssvd_lightning.distributed import Team
+from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import NonFiniteError
 from zssvd_lightning.layers.base import Dense, carry_hooks
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear, pivots_first
 from zssvd_lightning.layers.registry import Factored
-from zssvd_lightning.model.targets import Target, local_part
+from zssvd_lightning.model.targets import local_part
 
 
 class Factors(NamedTuple):
@@ -63,17 +63,15 @@ class TruncatedWeights:
     those are rounded once.
 
     Args:
-        targets: the layers.
-        team: the processes that compress the model together.
+        layers: the layers and the processes that hold them.
         storage: how the layers are kept; the 8-bit ones are made of factors later.
 
     Attributes:
         held: what this process holds, by layer.
     """
 
-    def __init__(self, targets: Mapping[str, Target], team: Team, storage: str = "factors") -> None:
-        self._targets = targets
-        self._team = team
+    def __init__(self, layers: LayerSet, storage: str = "factors") -> None:
+        self._targets, self._team = layers, layers.team
         self._storage = storage
         self.held: dict[str, Factors] = {}
         self._known_finite = False

@@ -6,22 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zssvd_lightning.distributed import Team
+from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.model.targets import Target
 
 
 class Originals(Mapping[str, Tensor]):
     """What this process holds of the original weights (m, n), by layer; empty until they are kept.
 
     Args:
-        targets: the layers.
-        team: the processes that compress the model together.
+        layers: the layers and the processes that hold them.
     """
 
-    def __init__(self, targets: Mapping[str, Target], team: Team) -> None:
-        self._targets = targets
-        self._team = team
+    def __init__(self, layers: LayerSet) -> None:
+        self._targets, self._team = layers, layers.team
         self._held: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:

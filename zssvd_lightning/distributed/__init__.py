@@ -15,8 +15,9 @@ Every layer has an owner: the process that gathers its weight and statistics, de
 factors. All processes of the team must call the methods marked "Collective", in the same order.
 """
 
+from zssvd_lightning.distributed.layer_set import LayerSet
 from zssvd_lightning.distributed.replicas import Replicas
 from zssvd_lightning.distributed.shards import Shards
 from zssvd_lightning.distributed.team import Team
 
-__all__ = ["Replicas", "Shards", "Team"]
+__all__ = ["LayerSet", "Replicas", "Shards", "Team"]

@@ -1,1 +1,1 @@
-"""Measure a model: perplexity and zero-shot accuracy."""
+"""Evaluation of a model: perplexity and zero-shot accuracy."""

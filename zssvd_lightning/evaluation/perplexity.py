@@ -1,4 +1,4 @@
-"""How good a language model is: perplexity on text it was not calibrated on, and a sample of what it writes."""
+"""Perplexity of a language model on held-out text, and a sample of generated text."""
 
 import time
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from zssvd_lightning.errors import NonFiniteError
 
 
 class Perplexity(NamedTuple):
-    """What `zssvd evaluate` prints."""
+    """Perplexity result, as `zssvd evaluate` prints it."""
 
     perplexity: float
     tokens: int
-    """Predictions it was averaged over."""
+    """Number of predictions in the average."""
     seconds: float
 
 
@@ -27,14 +27,14 @@ class Perplexity(NamedTuple):
 def perplexity(
     model: nn.Module, windows: Tensor, batch_size: int = 1, desc: str = "perplexity", progress: bool = True
 ) -> Perplexity:
-    """Exponential of the mean negative log-likelihood (nats) of each window's tokens but the first.
+    """Return the exponential of the mean negative log-likelihood (nats) of all tokens but the first of each window.
 
     Args:
-        model: causal language model that returns `logits` (B, T, V); they are scored in float32 or wider.
+        model: causal language model that returns `logits` (B, T, V); they are scored in float32.
         windows: token ids (N, T).
-        batch_size: windows in a batch.
-        desc: what the progress bar says.
-        progress: whether to draw one.
+        batch_size: number of windows in a batch.
+        desc: label of the progress bar.
+        progress: whether to draw a progress bar.
 
     Raises:
         NonFiniteError: the model's logits are NaN.
@@ -56,7 +56,14 @@ def perplexity(
 
 @torch.no_grad()
 def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 32) -> str:
-    """What the model writes behind `prompt`, always taking the likeliest token."""
+    """Return the model's greedy continuation of `prompt`, without the prompt.
+
+    Args:
+        model: causal language model.
+        tokenizer: tokenizer of the model.
+        prompt: text to continue.
+        new_tokens: maximum number of tokens to generate.
+    """
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     with evaluation_mode(model):
         ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy by EleutherAI's lm-evaluation-harness: its own tasks, some of them on local rows, or one's own."""
+"""Zero-shot accuracy by EleutherAI's lm-evaluation-harness, on its tasks, some with local rows, or on custom tasks."""
 
 import copy
 import json
@@ -18,42 +18,42 @@ from zssvd_lightning._validation import closest, needs_extra
 from zssvd_lightning.errors import NonFiniteError, TaskError
 
 BLANK = "_"
-"""What stands in a WinoGrande sentence where an option belongs."""
+"""Placeholder for the option in a WinoGrande sentence."""
 
 
 STDERR = "_stderr"
 
 
 SEED = 1234
-"""The harness's own, so that few-shot examples are those of its command line."""
+"""Default seed of the harness, so that few-shot examples match its command line."""
 
 
 Tasks = dict[str, Any]
-"""Tasks and groups of the harness by name, under `tasks` and `groups`."""
+"""Tasks and groups of the harness, by name, under the keys `tasks` and `groups`."""
 
 
 Scores = dict[str, dict[str, float]]
-"""By task: `rows`, and each metric with its standard error, such as `acc` and `acc_stderr`."""
+"""Scores by task: `rows`, and each metric with its standard error, such as `acc` and `acc_stderr`."""
 
 
 class LocalTask(NamedTuple):
-    """A task of the harness, to the letter of its prompts, on rows `{FIELD, choices, gold}` of a JSON lines file."""
+    """Task with the exact prompts of the harness, on rows `{FIELD, choices, gold}` of a JSON lines file."""
 
     file: str
     field: str
-    """The field with the text."""
+    """Name of the field with the text."""
     prompts: Mapping[str, Any]
     metrics: tuple[str, ...] = ("acc", "acc_norm")
 
 
 def with_options(row: Mapping[str, Any]) -> list[str]:
-    """A WinoGrande sentence up to its blank, with each option in it: the contexts that are compared."""
+    """Return the contexts that are compared: a WinoGrande sentence up to its blank, followed by each option."""
     before, _, _ = row["sentence"].partition(BLANK)
     return [before + option for option in row["choices"]]
 
 
 def behind_blank(row: Mapping[str, Any]) -> str:
-    """The rest of a WinoGrande sentence, the same behind every option: what is scored."""
+    """Return the text that is scored: the rest of a WinoGrande sentence, which is the same after every option."""
     return str(row["sentence"].partition(BLANK)[2].strip())
 
 
@@ -72,21 +72,25 @@ LOCAL = {
         ("acc",),
     ),
 }
-"""WinoGrande has no `acc_norm`: the text that is scored is the same for every option."""
+"""Tasks that can read local rows, by name.
+
+WinoGrande has no `acc_norm`, because the scored text is the same for every option.
+"""
 
 
 def load_tasks(names: Collection[str], data: str | Path | None = None, include: str | Path | None = None) -> Tasks:
-    """Tasks with their rows, to be given to `accuracy`.
+    """Load tasks with their rows, for `accuracy`.
 
     Args:
-        names: tasks, groups or tags of the harness or of `include`.
-        data: folder with files of rows for the tasks in `LOCAL`. Those are read from it, and the harness's other
-            tasks, whose rows are on the hub, are not known.
+        names: names of tasks, groups or tags, from the harness or from `include`.
+        data: folder with the rows of the tasks in `LOCAL`. If given, these tasks read their rows from it, and the
+            other tasks of the harness, whose rows are on the hub, are unavailable.
         include: folder with YAML files of more tasks.
 
     Raises:
-        TaskError: lm-eval is not installed, a task is unknown (the nearest is named) or does not load, a file of rows
-            is missing, or a row is malformed.
+        TaskError: lm-eval is not installed, a task is unknown (the message suggests the nearest name) or does not
+            load, the folder `include` or a file of rows is missing, or a row is malformed.
+        MissingExtraError: `data` needs the datasets library, which is not installed.
     """
     folder = None if include is None else Path(include).expanduser()
     if folder is not None and not folder.is_dir():
@@ -108,17 +112,19 @@ def accuracy(
     batch_size: int = 8,
     limit: int | None = None,
 ) -> Scores:
-    """What the harness measures of a causal language model, where it is and as it is, without a chat template.
+    """Return the harness's scores of a causal language model, without a chat template.
+
+    The model is evaluated on its current device and in its current type.
 
     Args:
-        model: dense or compressed.
-        tokenizer: its own.
-        tasks: from `load_tasks`.
-        batch_size: sequences in a batch.
-        limit: rows of each task, from the first; all when None.
+        model: dense or compressed model.
+        tokenizer: tokenizer of the model.
+        tasks: tasks from `load_tasks`.
+        batch_size: number of sequences in a batch.
+        limit: number of rows of each task, counted from the first; every row when None.
 
     Raises:
-        TaskError: the tokenizer has neither a token for the beginning of a text nor one for its end.
+        TaskError: the tokenizer has neither a beginning-of-text token nor an end-of-text token.
         NonFiniteError: a log-likelihood is NaN.
     """
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
@@ -143,7 +149,7 @@ def accuracy(
 
 
 def side_by_side(scores: Mapping[str, Scores]) -> dict[str, dict[str, Any]]:
-    """By task: `rows`, and each metric of every model, from the scores of each."""
+    """Merge the scores of several models: return, by task, `rows` and each metric by model name."""
     first, *_ = scores.values()
     return {
         task: {
@@ -155,7 +161,7 @@ def side_by_side(scores: Mapping[str, Scores]) -> dict[str, dict[str, Any]]:
 
 
 def table(compared: Mapping[str, Mapping[str, Any]]) -> Table:
-    """What `side_by_side` gave, for a terminal."""
+    """Return the result of `side_by_side` as a table for a terminal."""
     metrics = [(task, m, v) for task, values in compared.items() for m, v in values.items() if isinstance(v, dict)]
     table = Table("task", "metric", title="zero-shot, with standard errors")
     for model in metrics[0][2]:
@@ -170,7 +176,7 @@ def table(compared: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _harness() -> tuple[Any, Any, Any]:
-    """What lists tasks, what wraps models, and what evaluates these on those."""
+    """Return the harness's task manager class, its model wrapper class and its evaluation function."""
     try:
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
@@ -191,7 +197,7 @@ def _load(manager: Any, name: str, data: str | Path | None) -> Tasks:
 
 
 def _config(name: str, folder: Path) -> dict[str, Any]:
-    """A task of `LOCAL` as the harness takes it. The rows are held in memory, so that no cache can be stale."""
+    """Return a task of `LOCAL` as a config of the harness; its rows are in memory, so that no cache can be stale."""
     task = LOCAL[name]
     with needs_extra("data", "tasks on local rows"):
         from datasets import Dataset
@@ -228,7 +234,7 @@ def _read(path: Path, task: LocalTask) -> list[dict[str, Any]]:
 
 
 def _problem(row: Any, task: LocalTask) -> str:
-    """What is wrong with a row; empty when nothing is."""
+    """Return a description of the error in a row; empty if there is none."""
     if not isinstance(row, dict) or not isinstance(text := row.get(task.field), str):
         return f"no text {task.field!r}"
     if task.field == "sentence" and BLANK not in text:
@@ -242,13 +248,13 @@ def _problem(row: Any, task: LocalTask) -> str:
 
 
 def _rows(results: Mapping[str, Any], task: str) -> dict[str, float]:
-    """How many rows of a task were scored; nothing of a group."""
+    """Return the number of scored rows of a task; empty for a group."""
     counted = results["n-samples"].get(task)
     return {} if counted is None else {"rows": counted["effective"]}
 
 
 def _scores(measured: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Metrics under their names, which the harness has as `METRIC,FILTER`."""
+    """Yield each metric's name and value; the keys of the harness have the form `METRIC,FILTER`."""
     for key, value in measured.items():
         metric, _, filter_ = key.partition(",")
         if filter_ and not isinstance(value, str):
@@ -262,7 +268,7 @@ def _is_nan(response: Any) -> bool:
 
 @contextmanager
 def _logging(level: int) -> Iterator[None]:
-    """Has the harness log from `level` on."""
+    """Set the log level of the harness within the context."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(level)

@@ -1,1 +1,1 @@
-"""Save, load and export compressed models, with model card and carried code."""
+"""Saving, loading and exporting compressed models, with a model card and, on request, their code."""

@@ -1,4 +1,4 @@
-"""Compressed models for tools that know nothing of low rank: merged to dense ones, or as ONNX graphs."""
+"""Export of compressed models to tools without low-rank support: as dense models or as ONNX graphs."""
 
 import copy
 import importlib.util
@@ -25,16 +25,16 @@ OPSET = 18
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Replaces compressed layers, adapters on them included, by dense ones of the same function, in place.
+    """Replace compressed layers, including their adapters, by dense layers of the same function, in place.
 
-    The result is an ordinary model, of the size and speed it had before it was compressed; products are taken in
-    float32 or wider, and rounded once.
+    The result is an ordinary model with the size and speed it had before compression. Products are computed in float32
+    or wider and rounded once.
 
     Args:
         model: any module.
 
     Raises:
-        ExportError: layers are offloaded to disk.
+        ExportError: layers are offloaded, so that their values are not in memory.
     """
     common = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     compressed = (module for module in model.modules() if isinstance(module, CompressedLinear))
@@ -58,17 +58,18 @@ def export_dense(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_shard_size: str | int = SHARD,
 ) -> None:
-    """Merges a model and writes it as an ordinary checkpoint, for tools that know no low rank, such as GGUF converters.
+    """Merge a model and write it as an ordinary checkpoint, for tools without low-rank support (GGUF converters).
 
     Args:
-        model: a compressed model, which is merged in place.
-        folder: to write.
-        tokenizer: saved with it.
-        max_shard_size: of each file of weights.
+        model: compressed model; it is merged in place.
+        folder: folder to write.
+        tokenizer: tokenizer to save with the model.
+        max_shard_size: maximum size of each weight file.
 
     Raises:
-        OutputError: the folder holds something else, or cannot be written.
-        SavedModelError: the model is not one of transformers.
+        ExportError: layers are offloaded, so that their values are not in memory.
+        OutputError: the folder has other content, or cannot be written.
+        SavedModelError: the model is not a transformers model.
     """
     with replacing_folder(folder) as temporary:
         merge(model)
@@ -77,7 +78,10 @@ def export_dense(
 
 
 def _repeat_for_older_readers(path: Path) -> None:
-    """Has a config name the rotary embeddings as before transformers 5 too, where many converters still look."""
+    """Add the rotary embedding settings to a config under their names before transformers 5.
+
+    Many converters still read those names.
+    """
     config = json.loads(path.read_text(encoding="utf-8"))
     rotary = config.get("rope_parameters") or {}
     if "rope_theta" in rotary:
@@ -88,18 +92,20 @@ def _repeat_for_older_readers(path: Path) -> None:
 
 
 def export_onnx(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Writes a language model as an ONNX graph, from `input_ids` and `attention_mask` (B, T) to `logits` (B, T, V).
+    """Write a language model as an ONNX graph, from `input_ids` and `attention_mask` (B, T) to `logits` (B, T, V).
 
-    Batch size and length stay free. Compressed layers stay compressed: factors are two products, codes stay in 8 bits.
+    Batch size and length are dynamic. Compressed layers stay compressed: low-rank layers are two matrix products, and
+    8-bit codes stay in 8 bits.
 
     Args:
-        model: a causal language model.
-        folder: to write; it gets `model.onnx`, its weights in `model.onnx.data`, config and tokenizer.
-        tokenizer: saved with it.
+        model: causal language model.
+        folder: folder to write; it gets `model.onnx`, the weights in `model.onnx.data`, the config and the tokenizer.
+        tokenizer: tokenizer to save with the model.
 
     Raises:
-        ExportError: onnx and onnxscript are not installed, or torch cannot trace the model.
-        OutputError: the folder holds something else, or cannot be written.
+        ExportError: onnx or onnxscript is not installed, or torch cannot export the model.
+        OutputError: the folder has other content, or cannot be written.
+        SavedModelError: the model is not a transformers model.
     """
     if not isinstance(model, PreTrainedModel):
         raise SavedModelError(f"{type(model).__name__} is no model of transformers; export the one it holds")

@@ -1,4 +1,4 @@
-"""Load a compressed model from its folder."""
+"""Loading of a compressed model from its folder."""
 
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,21 @@ from zssvd_lightning.hub.remote_code import AUTOMATIC, made_by
 from zssvd_lightning.serialization.specs import specs_of
 
 WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
-"""Options of transformers that say where a config is, and not what the model is to be."""
+"""Options of transformers that locate a config and do not affect the model."""
 
 
 def from_pretrained(folder: str | Path, dtype: str | torch.dtype | None = "auto", **options: Any) -> PreTrainedModel:
-    """The model in a folder that `save_pretrained` wrote, compressed or dense, of the class it was saved from.
+    """Load a compressed or dense model that `save_pretrained` wrote, with the class it was saved from.
 
     Args:
         folder: a local folder, or a hub id.
-        dtype: floating-point type of the weights, such as `float32`; as they were saved when `auto` or None.
-        options: others of transformers' `from_pretrained`, such as `device_map="auto"`.
+        dtype: floating-point type of the weights, such as `float32`; `auto` or None for the type they were saved in.
+        options: other options of transformers' `from_pretrained`, such as `device_map="auto"`.
 
     Raises:
-        SavedModelError: files are damaged, or weights are missing, left over or of the wrong shape, so that the model
+        SavedModelError: files are damaged, or weights are missing, unexpected or of the wrong shape, so that the model
             would be partly random.
-        ConfigError: there is no such type.
+        ConfigError: `dtype` is not a type of torch.
     """
     wanted = _type(options.pop("torch_dtype", dtype))
     settings = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True} | options
@@ -50,7 +50,7 @@ def from_pretrained(folder: str | Path, dtype: str | torch.dtype | None = "auto"
 
 
 def _loader(folder: str, where: dict[str, Any]) -> Any:
-    """The automatic class of transformers that makes what was saved; that for causal models where none is told."""
+    """Return the transformers auto class that builds the saved model; AutoModelForCausalLM if none matches."""
     config = AutoConfig.from_pretrained(folder, **where)
     saved = (config.architectures or [None])[0]
     named = (automatic for automatic in AUTOMATIC if getattr(made_by(automatic, config), "__name__", None) == saved)

@@ -1,4 +1,4 @@
-"""The model card of a compressed model: what was done, on which data, what it cost, how to load it."""
+"""Model card of a compressed model: method, calibration data, results and how to load it."""
 
 import re
 from collections import Counter
@@ -23,13 +23,13 @@ WORDS = {
 
 
 def write_card(folder: Path, name: str, specs: Mapping[str, Mapping[str, Any]], report: Report | None) -> None:
-    """Writes `README.md` into the folder of a compressed model; a dense one gets none.
+    """Write `README.md` into the folder of a compressed model; nothing is written for a dense model.
 
     Args:
-        folder: the model's.
-        name: of the model.
-        specs: kind and sizes of its compressed layers.
-        report: of the compression, where there is one.
+        folder: folder of the model.
+        name: name of the model.
+        specs: kind and sizes of its compressed layers, by name.
+        report: report of the compression, if there is one.
     """
     if specs:
         text = "\n".join(_lines(folder, name, specs, report))

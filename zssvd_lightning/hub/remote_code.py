@@ -1,4 +1,4 @@
-"""Folders that carry the code they need, for readers who do not have this package: `trust_remote_code=True`."""
+"""Code saved with a model, so that it loads without this package by `trust_remote_code=True`."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import (
 from zssvd_lightning.layers import base, int8, low_rank, pivoted, registry
 
 CARRIED = (base, low_rank, pivoted, int8, registry)
-"""What is copied, with `zssvd_` before its name."""
+"""Modules that are copied into the folder, with `zssvd_` before their names."""
 
 
 MODEL = "modeling_zssvd"
@@ -58,7 +58,7 @@ class Compressed{model}({model}):
 '''
 
 
-AUTOMATIC: tuple[Any, ...] = (  # in the order they are tried in
+AUTOMATIC: tuple[Any, ...] = (  # in the order in which they are tried
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForMaskedLM,
@@ -72,7 +72,12 @@ AUTOMATIC: tuple[Any, ...] = (  # in the order they are tried in
 
 
 def carry_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
-    """Writes the code of a compressed model into its folder, and returns the `auto_map` that names it."""
+    """Write the code of a compressed model into its folder and return the `auto_map` that refers to it.
+
+    Args:
+        model: compressed model of transformers.
+        folder: folder of the saved model.
+    """
     architecture, config = type(model).__name__, type(model.config).__name__
     for module in CARRIED:
         path = Path(str(module.__file__))
@@ -90,7 +95,7 @@ def carry_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
 
 
 def made_by(automatic: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class of model that an automatic class of transformers would make of a config, if any."""
+    """Return the model class that a transformers auto class would build from a config; None if there is none."""
     mapping = automatic._model_mapping  # noqa: SLF001
     found: Any = mapping.get(type(config), None)
     made: type[PreTrainedModel] | None = found[0] if isinstance(found, tuple) else found

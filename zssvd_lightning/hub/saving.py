@@ -1,4 +1,4 @@
-"""Compressed models to folders and back."""
+"""Saving of compressed models to folders."""
 
 import json
 from pathlib import Path
@@ -30,24 +30,25 @@ def save_pretrained(
     max_shard_size: str | int = SHARD,
     self_contained: bool = False,
 ) -> None:
-    """Writes a compressed (or dense) model as a folder that transformers reads, all or nothing.
+    """Save a compressed (or dense) model as a folder that transformers can read; nothing is written on an error.
 
-    Weights go into safetensors, the form and rank of every layer into `config.json`, what was done into a model card.
-    Adapters that a recovery has left on low-rank layers go into the folder `adapter`, as peft writes them:
-    `PeftModel.from_pretrained(from_pretrained(folder), f"{folder}/adapter")`.
+    Weights are saved as safetensors, the form and rank of every layer in `config.json`, and a description of the
+    compression in a model card. Adapters that a recovery left on low-rank layers are saved in the folder `adapter`, in
+    the format of peft: `PeftModel.from_pretrained(from_pretrained(folder), f"{folder}/adapter")`.
 
     Args:
-        model: a model of transformers.
-        folder: to write; what an earlier save left there is replaced.
-        tokenizer: saved beside the model.
-        report: of the compression, for the model card, and written as `report.json`.
-        max_shard_size: of each file of weights, such as `5GB`.
-        self_contained: whether to add the code that `from_pretrained(folder, trust_remote_code=True)` needs to load the
+        model: a transformers model.
+        folder: folder to write; the output of an earlier save is replaced.
+        tokenizer: tokenizer to save with the model.
+        report: report of the compression, for the model card and `report.json`.
+        max_shard_size: maximum size of each weight file, such as `5GB`.
+        self_contained: whether to add the code with which `from_pretrained(folder, trust_remote_code=True)` loads the
             model where this package is not installed.
 
     Raises:
-        OutputError: the folder holds something else, or cannot be written; what was there before is untouched.
-        SavedModelError: the model is not one of transformers.
+        OutputError: the folder has other content, or cannot be written; its previous content is unchanged.
+        SavedModelError: the model is not a transformers model or transformers does not know its type, or
+            `self_contained` is set for a dense model.
     """
     with replacing_folder(folder) as temporary:
         write_model(model, temporary, tokenizer, max_shard_size, self_contained=self_contained)
@@ -64,7 +65,7 @@ def write_model(
     *,
     self_contained: bool = False,
 ) -> None:
-    """Writes weights, config and tokenizer into a new folder; see `save_pretrained`."""
+    """Write weights, config and tokenizer into a new folder; arguments and errors as in `save_pretrained`."""
     if adapters.on(model):
         adapters.save_adapter(model, folder / adapters.FOLDER)
         with adapters.taken_off(model):
@@ -84,7 +85,7 @@ def write_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     except Exception as error:
-        if isinstance(error, SafetensorError) or "os error" in str(error):  # libraries in Rust have errors of their own
+        if isinstance(error, SafetensorError) or "os error" in str(error):  # Rust libraries raise other error types
             raise OutputError(f"cannot write {folder}: {error}; what was there before is untouched") from error
         raise
     if specs:
@@ -102,6 +103,6 @@ def write_model(
 
 
 def _architecture(model: PreTrainedModel) -> str:
-    """The class of transformers that the model's class is or extends; its own where there is none."""
+    """Return the name of the transformers class that the model's class is or extends, else the model's class name."""
     classes = type(model).__mro__
     return next((c.__name__ for c in classes if getattr(transformers, c.__name__, None) is c), type(model).__name__)

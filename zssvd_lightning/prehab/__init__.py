@@ -1,1 +1,1 @@
-"""Train before compression, so that less is lost by it: regularizers and the run."""
+"""Training before compression that reduces the loss from it: regularizers and the run."""

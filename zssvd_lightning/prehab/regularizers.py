@@ -1,4 +1,4 @@
-"""Differentiable stand-ins for the rank of a weight (Low-Rank Prehab, arXiv 2512.01980), with their gradients.
+"""Differentiable surrogates for the rank of a weight (Low-Rank Prehab, arXiv 2512.01980), with their gradients.
 
 Shapes: W (m, n) weight, A (n, n) second moment of the layer's inputs, L (n, n) its Cholesky factor with
 `A + eps I = L L^T`.
@@ -14,40 +14,40 @@ from torch import Tensor
 from zssvd_lightning.whitening.cholesky import safe_cholesky
 
 FIRST_ITERATIONS = 50
-"""Power iterations from a random vector, as many as the paper's code takes at every step."""
+"""Number of power iterations from a random vector; the paper's code takes as many at every step."""
 
 
 NEXT_ITERATIONS = 2
-"""Power iterations from the vector of the step before."""
+"""Number of power iterations from the vector of the previous step."""
 
 
 FIRST_FRACTION = 1e-5
-"""Of the full weight, at the start of the exponential schedule: the paper's code goes from 1e-4 to 10."""
+"""Fraction of the full weight at the start of the exponential schedule; the paper's code goes from 1e-4 to 10."""
 
 
 class Term(NamedTuple):
-    """The regularizer of one layer."""
+    """Value and gradient of the regularizer for one layer."""
 
     value: Tensor
-    """R, a scalar."""
+    """Value R, a scalar."""
     gradient: Tensor
-    """dR/dW (m, n)."""
+    """Gradient dR/dW, (m, n)."""
     u: Tensor | None
-    """(m,) first left singular vector of `W L`, as far as it is known, where the regularizer needs it."""
+    """Current estimate of the first left singular vector of `W L`, (m,); None if the regularizer does not use it."""
 
 
 def stable_rank(W: Tensor, A: Tensor, u: Tensor | None = None) -> Term:
-    """`||W L||_F^2 / ||W L||_2^2` with `A = L L^T`, between 1 and min(m, n); 0 for W = 0.
+    """Return the stable rank `R = ||W L||_F^2 / ||W L||_2^2` with `A = L L^T`, and its gradient.
 
-    Neither `W L` nor its decomposition is needed: `||W L||_F^2 = <W, W A>`, and power iterations `u <- W A W^T u` lead
-    to `||W L||_2^2 = u^T W A W^T u`. The gradient is that at fixed u, `2 (W A - R u u^T W A) / ||W L||_2^2`, which is
-    the true one once u is the first left singular vector. Before that, R is too large; it is kept from going above
-    min(m, n), where its gradient is 0.
+    R is between 1 and min(m, n); it is 0 for W = 0. Neither `W L` nor its decomposition is needed:
+    `||W L||_F^2 = <W, W A>`, and power iterations `u <- W A W^T u` converge to `||W L||_2^2 = u^T W A W^T u`. The
+    gradient is computed at fixed u: `2 (W A - R u u^T W A) / ||W L||_2^2`. It is exact once u is the first left
+    singular vector. Before that R is too large; it is clamped to min(m, n), and the gradient is 0 where it is clamped.
 
     Args:
         W: weight (m, n), in the type of A.
-        A: second moment (n, n), which may be singular, in the type that it is all computed in.
-        u: from the step before, (m,); None at first.
+        A: second moment (n, n), which may be singular; its type is used for all computations.
+        u: vector (m,) from the previous step; None at the first step.
     """
     iterations = NEXT_ITERATIONS
     if u is None:
@@ -69,32 +69,32 @@ def stable_rank(W: Tensor, A: Tensor, u: Tensor | None = None) -> Term:
 
 
 def nuclear_norm(W: Tensor, L: Tensor, u: Tensor | None = None) -> Term:
-    """`||W L||_*`, the sum of the singular values; its gradient is `U V^T L^T` for `W L = U S V^T`.
+    """Return the nuclear norm `||W L||_*`, the sum of the singular values, and its gradient.
 
-    It is not free of scale, as it is not in the paper's code, and takes a whole decomposition of every layer at every
-    step.
+    The gradient is `U V^T L^T` for `W L = U S V^T`. As in the paper's code, the norm depends on the scale of the
+    weight. It takes a full decomposition of every layer at every step.
 
     Args:
         W: weight (m, n), in the type of L.
-        L: Cholesky factor (n, n) in the type that it is all computed in.
+        L: Cholesky factor (n, n); its type is used for all computations.
         u: not used.
     """
     whitened = W @ L
-    if not torch.isfinite(whitened).all():  # which decompositions do not take
+    if not torch.isfinite(whitened).all():  # decompositions fail on such values
         return Term(whitened.new_tensor(math.nan), torch.full_like(W, math.nan), None)
     U, sigma, Vh = torch.linalg.svd(whitened, full_matrices=False)
     return Term(sigma.sum(), (U @ Vh) @ L.T, None)
 
 
 class Regularizer(NamedTuple):
-    """A stand-in for the rank of `W L`."""
+    """Differentiable surrogate for the rank of `W L`."""
 
     term: Callable[[Tensor, Tensor, Tensor | None], Term]
-    """From W, what is kept of A, and the u of the step before."""
+    """Function of W, the matrix that `kept` returned, and the u of the previous step."""
     kept: Callable[[Tensor, str], tuple[Tensor, float]]
-    """From A and the name of its layer to what the term needs of it (n, n), and the jitter that took."""
+    """Function of A and its layer's name; returns the matrix (n, n) that `term` needs, and the jitter added to A."""
     metric: str
-    """What loggers know it by."""
+    """Name of the metric for loggers."""
 
 
 REGULARIZERS = {
@@ -107,4 +107,4 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: done,
     "exponential": lambda done: math.pow(FIRST_FRACTION, 1 - done),
 }
-"""From the fraction of the steps that are done, in (0, 1], to that of the full weight."""
+"""Functions from the fraction of the steps that are done, in (0, 1], to the fraction of the full weight."""

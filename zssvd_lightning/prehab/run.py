@@ -1,6 +1,6 @@
-"""How far Low-Rank Prehab has come in a fit: second moments at first, then the gradients of the regularizer.
+"""Progress of Low-Rank Prehab in a fit: first second moments, then gradients of the regularizer.
 
-When things happen is in `prehab.py`, what the regularizers are in `regularizers.py`.
+`callbacks/prehab.py` calls the methods at the right moments; `regularizers.py` defines the regularizers.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.hooks import watching_inputs
-from zssvd_lightning.distributed import Team
+from zssvd_lightning.distributed import LayerSet, Team
 from zssvd_lightning.errors import CheckpointError, NonFiniteError
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.prehab.regularizers import Regularizer
@@ -25,22 +25,22 @@ from zssvd_lightning.whitening.moments import Moments
 
 @dataclass
 class PrehabRun:
-    """What one fit goes by."""
+    """State of Low-Rank Prehab in one fit."""
 
     targets: dict[str, Target] = field(default_factory=dict)
-    """The layers; none before training, after it, and once a compression has begun."""
+    """Layers that are regularized; empty before and after training, and once a compression has begun."""
     gathering: StatisticsCollector | None = None
-    """Second moments, until enough batches were seen."""
+    """Collector of the second moments; None once enough batches were seen."""
     saved_gathering: dict[str, Any] | None = None
-    """Its `state_dict`, before training and after it."""
+    """State of the collector before and after training."""
     window: Moments | None = None
-    """Second moments of the latest batch, until it is over."""
+    """Second moments of the latest batch, until they are absorbed."""
     begins_at: int | None = None
-    """The global step of the first gradient."""
+    """Global step of the first gradient."""
     leaders: dict[str, str] = field(default_factory=dict)
-    """Layer -> the layer that keeps the second moment for it."""
+    """Layer -> the layer under whose name their shared second moment is stored."""
     kept: dict[str, Tensor] = field(default_factory=dict)
-    """Leader -> what the regularizer needs of the second moment (n, n), in float32 or wider."""
+    """Leader -> the matrix (n, n) that the regularizer needs of the second moment, in float32 or wider."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
     """Layer -> u (m,) of the latest step."""
     vectors_before: dict[str, Tensor] = field(default_factory=dict)
@@ -48,19 +48,24 @@ class PrehabRun:
 
     @property
     def batches(self) -> int:
-        """How many batches the second moments are of so far."""
+        """Number of batches in the second moments so far."""
         if self.gathering is not None:
             return self.gathering.moments.batches
         return 0 if self.saved_gathering is None else int(self.saved_gathering["moments"]["batches"])
 
     def attach(self, model: nn.Module, targets: dict[str, Target], team: Team) -> None:
-        """Begins on the layers of a model, or goes on from a checkpoint.
+        """Start on the layers of a model, or continue from a checkpoint.
+
+        Args:
+            model: the model in training.
+            targets: the layers to regularize, by name.
+            team: the processes of the run.
 
         Raises:
-            CheckpointError: the checkpoint is of other layers.
+            CheckpointError: the checkpoint was saved with other layers.
         """
         if self.begins_at is not None and not self.kept:
-            return  # a compression had begun
+            return  # a compression has already begun
         known = set(self.saved_gathering["moments"]["leaders"] if self.saved_gathering else self.leaders)
         other = known - targets.keys() if self.begins_at is None else known ^ targets.keys()
         if other:
@@ -70,7 +75,7 @@ class PrehabRun:
             )
         self.targets = targets
         if self.begins_at is None:
-            self.gathering = StatisticsCollector(model, targets, team)
+            self.gathering = StatisticsCollector(model, LayerSet(targets, team))
             if self.saved_gathering is not None:
                 self.gathering.load_state_dict(self.saved_gathering)
                 self.saved_gathering = None
@@ -79,7 +84,7 @@ class PrehabRun:
                 tensors[name] = tensor.to(targets[name].weight.device)
 
     def watching(self, mask: Tensor | None) -> AbstractContextManager[None]:
-        """Takes the second moments of a batch, which count once it is absorbed.
+        """Return a context that takes the second moments of a batch; `absorb` adds them to the statistics.
 
         Args:
             mask: positions (B, T) that are not padding, or None.
@@ -93,18 +98,18 @@ class PrehabRun:
         return watching_inputs(self.targets, self.window, mask)
 
     def absorb(self) -> None:
-        """Adds what a batch that has run has given to the second moments."""
+        """Add the second moments of a finished batch to the statistics."""
         if self.window is not None and self.gathering is not None:
             self.gathering.moments.absorb_moments(self.window)
             self.gathering.moments.batches += 1
         self.window = None
 
     def begin(self, regularizer: Regularizer, step: int) -> None:
-        """Brings the second moments of all processes together, and keeps of them what R needs. Collective.
+        """Sum the second moments over all processes and store the matrices that R needs. Collective.
 
         Args:
-            regularizer: R.
-            step: the global step of the first gradient.
+            regularizer: the regularizer R.
+            step: global step of the first gradient.
 
         Raises:
             CalibrationError: a layer never ran, or layers share an input on one process and not on another.
@@ -125,18 +130,22 @@ class PrehabRun:
 
     @property
     def gradients_are_finite(self) -> bool:
-        """Whether what autograd left on the layers is finite."""
+        """True if the gradients of the layers are finite."""
         gradients = [target.gradient for target in self.targets.values()]
         return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
 
     @torch.no_grad()
     def add_gradients(self, regularizer: Regularizer, weight: float) -> float:
-        """Adds the gradient of `weight * mean_l R(W_l L_l)` to those of the layers, one layer after the other.
+        """Add the gradient of `weight * mean_l R(W_l L_l)` to the gradients of the layers, one layer at a time.
 
-        A layer that has been frozen since the start of the fit, and so has no gradient, gets none.
+        A layer that was frozen after the start of the fit has no gradient and gets none.
+
+        Args:
+            regularizer: the regularizer R.
+            weight: weight of the regularizer in the loss.
 
         Returns:
-            `mean_l R(W_l L_l)`.
+            The value `mean_l R(W_l L_l)`.
 
         Raises:
             NonFiniteError: R is NaN or infinite for a layer.
@@ -164,21 +173,21 @@ class PrehabRun:
         return math.fsum(found.values()) / len(found)
 
     def release(self) -> None:
-        """Drops the layers, and all that was taken of them."""
+        """Drop the layers and everything computed from them."""
         self.targets, self.gathering, self.saved_gathering, self.window = {}, None, None, None
         self.kept, self.vectors, self.vectors_before = {}, {}, {}
 
     def detach(self) -> None:
-        """Drops the layers, but not what a checkpoint holds. Collective."""
+        """Drop the layers, but not the state for checkpoints. Collective."""
         if self.gathering is not None:
             self.saved_gathering, self.gathering = self.gathering.state_dict(), None
         self.targets, self.window = {}, None
 
     def state_dict(self, over: bool) -> dict[str, Any]:
-        """Plain types and tensors, as they are between two batches. Collective.
+        """Return the state between two batches, as plain types and tensors. Collective.
 
         Args:
-            over: whether the latest batch will not be run again.
+            over: whether the latest batch is finished and will not run again.
         """
         return {
             "begins_at": self.begins_at,
@@ -189,6 +198,6 @@ class PrehabRun:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up a `state_dict`, before `attach`."""
+        """Restore a `state_dict`; call it before `attach`."""
         self.begins_at, self.saved_gathering = state["begins_at"], state["gathering"]
         self.leaders, self.kept, self.vectors = (dict(state[name]) for name in ("leaders", "kept", "vectors"))

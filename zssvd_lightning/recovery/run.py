@@ -140,7 +140,11 @@ class RecoveryRun:
         self._attach(name, layer, self.parts)
 
     def begin(self, module: nn.Module, step: int) -> None:
-        """Start the recovery, or a stage of it, at this global step: freeze all parameters that are not trained.
+        """Start the recovery and freeze all parameters that are not trained.
+
+        Args:
+            module: the module to train, with its low-rank layers.
+            step: global step at which the recovery starts.
 
         Raises:
             RecoveryError: no parameter is left to train, or a pattern of `also_train` matches only low-rank layers.

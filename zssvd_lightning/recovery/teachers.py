@@ -1,4 +1,4 @@
-"""Distillation: how far the predictions of the low-rank model are from those of the dense one it was.
+"""Distillation: divergence of the low-rank model's predictions from those of the original dense model.
 
 Shapes: logits (B, T, V), or (N, V) at the N positions that count; mask (B, T).
 """
@@ -30,27 +30,27 @@ ROWS_A_FILE = 64
 
 
 class Call(NamedTuple):
-    """A forward pass of the low-rank model in training."""
+    """Forward pass of the low-rank model in training."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     logits: Tensor
-    """(B, T, V), with a graph behind them."""
+    """Logits (B, T, V), with their autograd graph."""
     encodes: bool = False
-    """Whether logits are a decoder's, and inputs and their mask an encoder's."""
+    """True if the model is an encoder-decoder: inputs and their mask are the encoder's, logits the decoder's."""
 
     def mask(self, of_inputs: Tensor | None) -> Tensor | None:
-        """Which positions (B, T) of the logits count, given those of the inputs."""
+        """Return the mask (B, T) of the logits that count, given the mask of the inputs; None for all."""
         labels = self.kwargs.get("labels")
         if self.encodes:
             return labels != IGNORED_LABEL if isinstance(labels, Tensor) else None
         return of_inputs
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Input ids (B, T) and which of them are no padding (B, T).
+        """Return input ids (B, T) and the mask (B, T) of those that are not padding.
 
         Raises:
-            TeacherError: there are none.
+            TeacherError: the model was called without input ids.
         """
         ids = self.kwargs.get("input_ids", self.args[0] if self.args else None)
         if not isinstance(ids, Tensor) or ids.dim() != 2:
@@ -59,7 +59,7 @@ class Call(NamedTuple):
         return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
 
     def keys(self) -> list[str]:
-        """What names each row: a digest of all it consists of but labels and padding."""
+        """Return a key for each row: a digest of all its inputs except labels and padding."""
         ids, mask = self.rows()
         others = {k: v for k, v in self.kwargs.items() if isinstance(v, Tensor) and v.dim() and len(v) == len(ids)}
         for known in ("input_ids", "attention_mask", "labels"):
@@ -75,18 +75,24 @@ class Call(NamedTuple):
 
 
 class Teacher(Protocol):
-    """What is distilled from."""
+    """Source of the predictions for distillation."""
 
     def divergence(self, call: Call, mask: Tensor | None, temperature: float) -> Tensor:
-        """Mean Kullback-Leibler divergence (nats), over positions that `mask` (B, T) leaves, from its predictions."""
+        """Return the mean Kullback-Leibler divergence from the teacher's predictions (nats).
+
+        Args:
+            call: forward pass of the student.
+            mask: positions (B, T) of the inputs that count; None for all.
+            temperature: T, as in `divergence`.
+        """
         ...
 
 
 class DenseTeacher:
-    """A dense model in memory.
+    """Teacher that is a dense model in memory.
 
     Args:
-        model: in evaluation mode, without gradients.
+        model: dense model in evaluation mode, without gradients.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -94,8 +100,8 @@ class DenseTeacher:
         self._dtype = next(model.parameters()).dtype
 
     def divergence(self, call: Call, mask: Tensor | None, temperature: float) -> Tensor:
-        """See `Teacher`."""
-        unused = () if call.encodes else ("labels",)  # of which encoder-decoders make what the decoder reads
+        """Run the dense model on the same inputs and return the divergence; see `Teacher`."""
+        unused = () if call.encodes else ("labels",)  # encoder-decoders make decoder inputs from the labels
         kwargs = {key: self._cast(value) for key, value in call.kwargs.items() if key not in unused}
         device, low = call.logits.device.type, self._dtype in (torch.bfloat16, torch.float16)
         with torch.no_grad(), torch.autocast(device, self._dtype if low else torch.bfloat16, enabled=low):
@@ -108,13 +114,13 @@ class DenseTeacher:
 
 
 class SavedPredictions:
-    """The likeliest tokens of the dense model and their probabilities, as `save_predictions` wrote them.
+    """Teacher that reads the dense model's top k tokens and their probabilities from a folder.
 
     Args:
-        folder: that it wrote.
+        folder: folder that `save_predictions` wrote.
 
     Raises:
-        TeacherError: there is no such folder, or it is damaged.
+        TeacherError: the folder does not exist or is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -132,7 +138,7 @@ class SavedPredictions:
             ) from error
 
     def refuse_other(self, model: nn.Module) -> None:
-        """Raises TeacherError for a model of another vocabulary."""
+        """Raise TeacherError if the vocabulary of a model has another size."""
         size = getattr(getattr(model, "config", None), "vocab_size", self._vocabulary)
         if size != self._vocabulary:
             raise TeacherError(
@@ -141,7 +147,7 @@ class SavedPredictions:
             )
 
     def divergence(self, call: Call, mask: Tensor | None, temperature: float) -> Tensor:
-        """See `Teacher`; the tokens that were not saved count as one."""
+        """Return the divergence with all tokens that were not saved merged into one; see `Teacher`."""
         there = call.rows()[1]
         indices, log_probabilities = (part.to(call.logits.device) for part in self._looked_up(call))
         counting = (there if mask is None else there & mask)[there]
@@ -151,7 +157,7 @@ class SavedPredictions:
         return divergence_from_top(student, indices.long(), log_probabilities, temperature)
 
     def _looked_up(self, call: Call) -> tuple[Tensor, Tensor]:
-        """(N, k) each, of the N positions of all rows that are no padding."""
+        """Return token indices and log-probabilities, (N, k) each, at the N positions that are not padding."""
         indices, log_probabilities = [], []
         ids, _ = call.rows()
         for row, key in enumerate(call.keys()):
@@ -170,21 +176,21 @@ class SavedPredictions:
 def save_predictions(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], folder: str | Path, top: int = 64, progress: bool = True
 ) -> None:
-    """Writes a dense model's likeliest tokens at every position of all batches, to distill from without the model.
+    """Write a dense model's top k tokens at every position of all batches, for distillation without the model.
 
-    Takes `top * 6` bytes a token.
+    Takes `top * 6` bytes for each token.
 
     Args:
-        model: returns `logits` (B, T, V).
-        batches: as transformers takes them, the very rows that will be trained on, in any order, batch size and
-            padding.
-        folder: to write; what an earlier call left there is replaced.
-        top: how many tokens are kept at a position.
+        model: dense model that returns `logits` (B, T, V).
+        batches: keyword arguments of the model. They must hold exactly the rows used in training; their order, batch
+            size and padding may differ.
+        folder: folder to write; the output of an earlier call is replaced.
+        top: number of tokens saved at each position.
         progress: whether to draw a progress bar.
 
     Raises:
         TeacherError: there are no batches, they have no `input_ids`, or the model has an encoder.
-        OutputError: the folder holds something else, or cannot be written.
+        OutputError: the folder has other content, or cannot be written.
     """
     if has_encoder(model):
         raise TeacherError("predictions of a decoder depend on labels too, which rows are not found by; keep the model")
@@ -220,5 +226,5 @@ def save_predictions(
 
 
 def has_encoder(model: nn.Module) -> bool:
-    """Whether a model of transformers has an encoder and a decoder."""
+    """Return True if a transformers model has an encoder and a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

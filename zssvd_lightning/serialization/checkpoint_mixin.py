@@ -1,4 +1,4 @@
-"""A mixin that lets `load_from_checkpoint` rebuild the compressed layers of a LightningModule."""
+"""Mixin that lets `load_from_checkpoint` rebuild the compressed layers of a LightningModule."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ class LowRankCheckpointMixin(nn.Module):
 
     Example:
         >>> class MyModule(LowRankCheckpointMixin, L.LightningModule): ...
-        >>> class Theirs(LowRankCheckpointMixin, MyModule): ...  # for a class that is not yours
+        >>> class Theirs(LowRankCheckpointMixin, MyModule): ...  # for a class that you cannot change
     """
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

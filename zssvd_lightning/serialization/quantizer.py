@@ -1,7 +1,7 @@
-"""The quantizer by which transformers rebuilds compressed layers, entered in its registry when this is imported.
+"""Quantizer with which transformers rebuilds compressed layers; importing this module registers it.
 
-Imports of transformers nothing but what the registry itself has loaded, and of this package what needs more only when
-a folder is loaded; see `_registration`.
+At import, this module imports only parts of transformers that the registry has already loaded. Parts of this package
+that need more are imported when a folder is loaded; see `_registration`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,15 @@ FORMAT_VERSION = 1
 
 @register_quantization_config(METHOD)
 class CompressedLayers(QuantizationConfigMixin):
-    """The `quantization_config` entry of a compressed model's config.
+    """Entry `quantization_config` in the config of a compressed model.
 
     Args:
         layers: kind and sizes of every compressed layer, by its name in the model.
-        files: SHA-256 digest of each file of weights, by its name; not known of a model in memory.
-        version: of this format.
+        files: SHA-256 digest of each weight file, by file name; empty for a model in memory.
+        version: version of the format.
+
+    Raises:
+        SavedModelError: the version or a layer has the wrong type.
     """
 
     def __init__(
@@ -48,18 +51,18 @@ class CompressedLayers(QuantizationConfigMixin):
         self.version = version
 
     def get(self, key: str, default: Any = None) -> Any:
-        """An entry by its name, as transformers asks for it."""
+        """Return an entry by name; transformers reads entries through this method."""
         return getattr(self, key, default)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, as in `config.json`."""
+        """Return plain types, as in `config.json`."""
         digests = {"files": self.files} if self.files else {}
         return {"quant_method": METHOD, "version": self.version, "layers": self.layers} | digests
 
 
 @register_quantizer(METHOD)
 class Rebuilder(HfQuantizer):
-    """Puts empty compressed layers into the model that transformers is about to load weights into."""
+    """Quantizer that puts empty compressed layers into a model before transformers loads its weights."""
 
     requires_calibration = True
     quantization_config: CompressedLayers
@@ -82,7 +85,7 @@ class Rebuilder(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
-        """From here on it is a model like others, which may be cast, trained and saved as such."""
+        """Turn the result into an ordinary model, which can be cast, trained and saved."""
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         del model.config._is_quantized  # noqa: SLF001
         from zssvd_lightning.serialization.transformers_config import mark
@@ -91,16 +94,16 @@ class Rebuilder(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Saving again writes the same format."""
+        """Return True: saving again writes the same format."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """The factors are ordinary parameters."""
+        """True, because the factors are ordinary parameters."""
         return True
 
 
 def _name_in(model: "PreTrainedModel", name: str) -> str:
-    """What a layer is called in `model`, which may be the saved one without its head, or with one."""
+    """Return the name of a layer in `model`, which may be the saved model with or without its head."""
     modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
     return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in modules), name)

@@ -1,6 +1,6 @@
-"""The config class of compressed models on disk, entered in the registry of transformers when this is imported.
+"""Config class of compressed models on disk; importing this module registers it with transformers.
 
-Imports of transformers nothing but what the registry itself has loaded; see `_registration`.
+This module imports only parts of transformers that the registry has already loaded; see `_registration`.
 """
 
 from typing import Any
@@ -11,26 +11,26 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConf
 from zssvd_lightning.errors import SavedModelError
 
 METHOD = "zssvd"
-"""Model type and quantization method of compressed models on disk. In memory they have the type they began with."""
+"""Model type and quantization method of compressed models on disk. In memory they have their original model type."""
 
 
 BASE = "base_model_type"
 
 
 class CompressedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """Reads the config of a compressed model, as one of the model type it began with."""
+    """Config of a compressed model on disk; it is read as a config of the original model type."""
 
     model_type = METHOD
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of the architecture, for the model classes of transformers.
+        """Return the config of the original architecture, for the model classes of transformers.
 
         Raises:
-            SavedModelError: the entry that names the architecture or the layers is missing, or it is not known.
+            SavedModelError: the entry with the architecture or the layers is missing, or the architecture is unknown.
         """
         told = dict(config_dict)
-        told.pop("auto_map", None)  # for those who do not have this package
+        told.pop("auto_map", None)  # only needed where this package is not installed
         base = told.pop(BASE, None)
         if base not in CONFIG_MAPPING or (told.get("quantization_config") or {}).get("quant_method") != METHOD:
             raise SavedModelError(

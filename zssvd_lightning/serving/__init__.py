@@ -1,1 +1,1 @@
-"""Serve compressed models in vLLM."""
+"""Serving of compressed models in vLLM."""

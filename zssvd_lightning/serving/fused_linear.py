@@ -1,6 +1,6 @@
-"""A linear layer of a serving engine, which stands for one saved layer or for several, each compressed in its own way.
+"""Linear layer of a serving engine, made of one or several saved layers that may be compressed differently.
 
-Engines multiply by the weights of queries, keys and values at once, and deal out rows or columns of a weight to
+Engines multiply by the weights of queries, keys and values at once, and split the rows or columns of a weight over
 processes. Shapes: W (m, n).
 """
 
@@ -16,33 +16,33 @@ from zssvd_lightning.layers.pivoted import PivotedLinear
 from zssvd_lightning.layers.registry import KINDS
 
 Spec = Mapping[str, Any]
-"""Kind and sizes of a compressed layer, as saved configs tell them."""
+"""Kind and sizes of a compressed layer, as in a saved config."""
 
 
 class Part(NamedTuple):
-    """A saved layer, and the share of it that this process holds."""
+    """Saved layer, and the share of it that this process holds."""
 
     name: str
-    """As saved."""
+    """Name of the saved layer."""
     spec: Spec | None
-    """None where the layer is dense."""
+    """Kind and sizes of the layer; None if it is dense."""
     saved: tuple[int, int]
-    """(m, n) of the layer."""
+    """Shape (m, n) of the whole layer."""
     held: tuple[int, int]
-    """(m, n) of the share: fewer rows, fewer columns, or all."""
+    """Shape (m, n) of the share: fewer rows, fewer columns, or the whole layer."""
     turn: int = 0
-    """How many shares go before this one."""
+    """Index of the share, from 0."""
 
 
 class FusedLinear(nn.Module):
-    """`y = [W1; W2; ...] x`: the outputs of the parts, one behind the other. Biases are left to the engine.
+    """Linear layer `y = [W1; W2; ...] x`: the concatenated outputs of its parts. The engine adds the biases.
 
     Args:
         parts: the saved layers, in the order of their outputs.
-        dtype: floating-point type of what is not in 8 bits.
+        dtype: floating-point type of all tensors that are not stored in 8 bits.
 
     Raises:
-        UnsupportedServingError: a part is of a kind that has no such shares.
+        UnsupportedServingError: a part is of a kind that cannot be split into such shares.
     """
 
     def __init__(self, parts: Sequence[Part], dtype: torch.dtype) -> None:
@@ -63,18 +63,24 @@ class FusedLinear(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Names of the saved tensors of the parts, biases included, each once."""
+        """Names of the saved tensors of all parts, including biases, without duplicates."""
         return list(dict.fromkeys(name for shapes in self.shapes for name in shapes))
 
     @torch.no_grad()
     def load(self, index: int, name: str, saved: Tensor) -> None:
-        """Takes the share of the saved tensor `name` of a part.
+        """Load this process's share of a saved tensor.
 
-        Engines transpose the weights of `Conv1D`, and with them its factors. Those are never square, but coefficients
-        of pivot rows may be: they wait for `check`, when the pivot rows have told.
+        Engines transpose the weights of `Conv1D` and so also its factors; the shape shows whether a tensor is
+        transposed. Factors are never square, but the coefficients of pivot rows may be. Square tensors of a pivoted
+        layer are therefore placed in `check`, once its pivot rows have shown the orientation.
+
+        Args:
+            index: index of the part.
+            name: name of the tensor within the saved layer.
+            saved: the whole saved tensor.
 
         Raises:
-            SavedModelError: the part has no such tensor, or one of another shape.
+            SavedModelError: the part has no such tensor, or the tensor has another shape.
         """
         part, shape = self.parts[index], self.shapes[index].get(name)
         turned = saved.shape != shape and saved.ndim == 2
@@ -91,7 +97,7 @@ class FusedLinear(nn.Module):
             self._place(index, name, whole)
 
     def check(self) -> None:
-        """Raises SavedModelError when tensors have not been loaded."""
+        """Place the remaining tensors; raise SavedModelError if any tensor was not loaded."""
         while self._square:
             index, name, saved = self._square.pop()
             self._place(index, name, saved.t() if index in self._turned else saved)
@@ -109,32 +115,32 @@ class FusedLinear(nn.Module):
         self.missing.discard((index, name))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps x (..., n) to (..., m), m over all parts."""
+        """Map x (..., n) to (..., m), where m is the sum over all parts."""
         outputs = [layer(x) for layer in self.layers]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
 def names_of(layer: str, specs: Mapping[str, Spec], packed: Mapping[str, Sequence[str]]) -> list[str]:
-    """Names of the saved layers that a layer of an engine stands for.
+    """Return the names of the saved layers that form a layer of an engine.
 
     Args:
-        layer: its name.
-        specs: of all compressed layers, by name.
-        packed: last step of the names of fused layers -> those of the layers they fuse.
+        layer: name of the layer in the engine.
+        specs: kind and sizes of all compressed layers, by name.
+        packed: last component of a fused layer's name -> last components of the names of the layers it fuses.
     """
     parent, dot, leaf = layer.rpartition(".")
     return [layer] if layer in specs else [f"{parent}{dot}{name}" for name in packed.get(leaf, [leaf])]
 
 
 def _has_share(kind: str, saved: tuple[int, int], held: tuple[int, int]) -> bool:
-    """Whether a layer of this kind has a share of this shape: others than all are of few kinds."""
+    """Return True if a layer of this kind can have a share of this shape."""
     if kind == Int8LowRankLinear.kind:
         return saved == held
-    return kind != PivotedLinear.kind or saved[0] == held[0]  # other rows need all pivots
+    return kind != PivotedLinear.kind or saved[0] == held[0]  # a share of the rows would need all pivot rows
 
 
 def _layer(spec: Spec | None, shape: tuple[int, int], dtype: torch.dtype, *, bias: bool) -> nn.Module:
-    """Without values."""
+    """Return a dense or compressed layer on the meta device, without values."""
     (m, n), sizes = shape, dict(spec or {})
     kind: Any = KINDS[sizes.pop("kind")] if sizes else nn.Linear
     layer: nn.Module = kind(n, m, bias=bias, device="meta", dtype=dtype, **sizes)

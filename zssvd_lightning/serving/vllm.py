@@ -1,7 +1,8 @@
-"""Compressed folders in vLLM, which finds `register` as an entry point of `vllm.general_plugins`. Experimental.
+"""Support for compressed folders in vLLM, through the entry point group `vllm.general_plugins`. Experimental.
 
-vLLM builds a model of its own for the architecture in the config, fills it from the folder, and asks for each linear
-layer how it is quantized; the compressed ones then keep and use their factors. Nothing else here imports vLLM.
+vLLM calls `register`. It builds its model class for the architecture in the config, loads the weights from the folder
+and asks for the quantization method of each linear layer; compressed layers then store and use their factors. No other
+module of this package imports vLLM.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,16 +21,16 @@ from zssvd_lightning.serialization.saved_config import METHOD
 from zssvd_lightning.serving.fused_linear import FusedLinear, Part, Spec, names_of
 
 PLACES = {None: 0, "q": 0, "k": 1, "v": 2}
-"""What vLLM calls the parts of attention; those of other fused layers have numbers."""
+"""Index of each part of attention by its name in vLLM; vLLM numbers the parts of other fused layers."""
 
 
 def register() -> None:
-    """Makes the format known to vLLM; transformers knows it since this package was imported."""
+    """Register the format with vLLM; importing this package has already registered it with transformers."""
     register_quantization_config(METHOD)(ServedLayers)
 
 
 class ServedLayers(QuantizationConfig):  # type: ignore[misc]
-    """The `quantization_config` of a compressed folder.
+    """Quantization config of a compressed folder, from its `quantization_config` entry.
 
     Args:
         layers: kind and sizes of every compressed layer, by name.
@@ -41,7 +42,11 @@ class ServedLayers(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "ServedLayers":
-        """From the entry in config.json. Raises SavedModelError when this release cannot read it."""
+        """Build from the entry in config.json.
+
+        Raises:
+            SavedModelError: this release cannot read the format.
+        """
         version, layers = config.get("version"), config.get("layers") or {}
         kinds = {str(spec.get("kind")) for spec in layers.values()}
         if version != FORMAT_VERSION or kinds - KINDS.keys():
@@ -52,10 +57,10 @@ class ServedLayers(QuantizationConfig):  # type: ignore[misc]
         return cls(layers)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        """How a layer of vLLM keeps and uses its weights; None where that is no matter of ours.
+        """Return the method with which a vLLM layer stores and uses its weights; None for layers without one.
 
         Raises:
-            UnsupportedServingError: there are compressed layers in it, and it is not a linear one.
+            UnsupportedServingError: the layer contains compressed layers and is not a linear layer of vLLM.
         """
         if isinstance(layer, LinearBase):
             specs = {name: self.layers.get(name) for name in names_of(prefix, self.layers, self.packed_modules_mapping)}
@@ -68,33 +73,33 @@ class ServedLayers(QuantizationConfig):  # type: ignore[misc]
         return None
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Goes over to the names that layers have in vLLM."""
+        """Rename the compressed layers to their names in vLLM."""
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
 
     def get_name(self) -> str:
-        """As in config.json."""
+        """Return the name of the quantization method in config.json."""
         return METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """All that vLLM has."""
+        """Return every activation type of vLLM."""
         return [torch.float16, torch.bfloat16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Every device will do."""
+        """Return 0: every device is supported."""
         return 0
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """There is config.json only."""
+        """Return no file names: the config is in config.json only."""
         return []
 
 
 class ServedLinear(LinearMethodBase):  # type: ignore[misc]
-    """What a linear layer of vLLM does when some of the layers it stands for are compressed.
+    """Linear method of vLLM for a layer made of saved layers, some of which are compressed.
 
     Args:
-        specs: of all those layers, by name; None for a dense one.
+        specs: kind and sizes of the saved layers, by name; None for a dense layer.
     """
 
     def __init__(self, specs: Mapping[str, Spec | None]) -> None:
@@ -110,10 +115,10 @@ class ServedLinear(LinearMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **_: Any,
     ) -> None:
-        """Makes room for the factors, and lets vLLM in under every name it will bring a tensor for.
+        """Allocate the factors, and register a parameter under every name for which vLLM will load a tensor.
 
         Raises:
-            UnsupportedServingError: vLLM cuts the layer where its factors cannot be cut.
+            UnsupportedServingError: vLLM splits the layer in a way in which its factors cannot be split.
         """
         processes = output_size // sum(output_partition_sizes)
         outputs = [output_size] if len(self.specs) == 1 and processes == 1 else output_partition_sizes
@@ -133,17 +138,17 @@ class ServedLinear(LinearMethodBase):  # type: ignore[misc]
             _let_in(layer, name)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Raises SavedModelError when vLLM did not bring all."""
+        """Raise SavedModelError if vLLM did not load every tensor."""
         layer.fused.check()
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Maps x (..., n) to (..., m)."""
+        """Map x (..., n) to (..., m)."""
         y: Tensor = layer.fused(x)
         return y if bias is None else y + bias
 
 
 def _let_in(layer: Any, name: str) -> None:
-    """Gives `layer` an empty parameter of this name, for vLLM to find; what is loaded into it is passed on."""
+    """Register an empty parameter under this name; tensors that vLLM loads into it go to the fused layer or bias."""
 
     def pass_on(_: Tensor, saved: Tensor, shard: Any = None) -> None:
         if name.endswith("bias"):

@@ -1,1 +1,1 @@
-"""Models and texts from packages, files and the hub."""
+"""Loading of models and texts from packages, files and the hub."""

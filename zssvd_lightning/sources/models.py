@@ -1,4 +1,4 @@
-"""Pretrained language models from packages, folders and the hub."""
+"""Loading of pretrained language models from packages, folders and the hub."""
 
 import importlib.util
 import re
@@ -17,20 +17,22 @@ from zssvd_lightning.errors import ModelSourceError
 from zssvd_lightning.hub.loading import from_pretrained
 
 PART = re.compile(r"(?<=\.gguf)\.part\d+$")
-"""Ends the name of a part of a file."""
+"""Suffix of the file name of one part of a split GGUF file."""
 
 
 def load_model(source: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer.
 
     Args:
-        source: `package:NAME` (an installed distribution that holds one `.gguf` file, or whose requirements hold its
-            parts, `NAME.gguf.part00` and so on), a local folder, compressed by this package or not, or a hub id.
-        dtype: floating-point type of the weights, such as `float32`; as they were saved when `auto`.
+        source: `package:NAME`, a local folder with a dense or compressed model, or a hub id. The installed
+            distribution NAME must contain one `.gguf` file; it and its requirements may instead contain the parts of
+            that file, `NAME.gguf.part00` and so on.
+        dtype: floating-point type of the weights, such as `float32`. `auto` is the type they were saved in, or float32
+            for a package.
 
     Raises:
-        ModelSourceError: there is no such package, file, folder or hub model, or it cannot be read.
-        SavedModelError: a compressed folder does not hold what its config says.
+        ModelSourceError: the package, file, folder or hub model does not exist or cannot be read.
+        SavedModelError: the content of a compressed folder does not match its config.
     """
     if source.startswith("package:"):
         return _from_package(source.removeprefix("package:"), dtype)
@@ -64,7 +66,7 @@ def _from_package(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
 
 @contextmanager
 def _weights_in(name: str) -> Iterator[Path]:
-    """The GGUF file in a package; one that is in parts, in it or in those it requires, is put together for a while."""
+    """Yield the GGUF file of a package; parts in it and its requirements are joined into a temporary file."""
     missing = [needed for needed in ("gguf", "accelerate") if importlib.util.find_spec(needed) is None]
     if missing:
         raise ModelSourceError(
@@ -103,7 +105,7 @@ def _files_in(name: str) -> list[Path]:
 
 
 def _plain(read: PreTrainedModel) -> PreTrainedModel:
-    """The same model without the trace of its GGUF file, which would keep it from being saved."""
+    """Return the model without the traces of its GGUF file, which would prevent it from being saved."""
     config = read.config
     del config.quantization_config
     config.name_or_path = ""
@@ -120,5 +122,5 @@ def _plain(read: PreTrainedModel) -> PreTrainedModel:
 
 
 def place(model: PreTrainedModel) -> None:
-    """Moves a model to the accelerator, where there is one."""
+    """Move a model to the GPU if there is one, else to the CPU."""
     nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Real text from packages, files and the hub, and windows of tokens cut from it."""
+"""Text from packages, files and the hub, and windows of tokens cut from it."""
 
 import importlib.metadata
 import json
@@ -18,19 +18,20 @@ DEFAULT_FIELD = "text"
 
 
 HELD_OUT_EVERY = 10
-"""Of a package's texts every tenth, in name order, is the `test` split, and the others are `train`."""
+"""Interval of the `test` split: every tenth text of a package, in name order; the other texts are `train`."""
 
 
 def load_text(source: str) -> str:
-    """The text that `source` names, as one string.
+    """Load the text of a source as one string.
 
     Args:
-        source: `package:NAME` (the `.txt` files of an installed distribution; `:train` or `:test` behind it for a
-            fixed split by file), a local `.txt`, `.raw`, `.jsonl` or `.parquet`, or `datasets:NAME[:CONFIG]:SPLIT`.
-            `#FIELD` at the end names the field to read from rows; `text` when it is left out.
+        source: `package:NAME` (the `.txt` files of an installed distribution; append `:train` or `:test` for a fixed
+            split by file), a local `.txt`, `.raw`, `.jsonl` or `.parquet` file, or `datasets:NAME[:CONFIG]:SPLIT`.
+            `#FIELD` at the end names the field to read from rows; the default is `text`.
 
     Raises:
-        TextError: the source is of no such form, cannot be read, lacks the field, or holds no text.
+        TextError: the source has none of these forms, cannot be read, lacks the field or has no text.
+        MissingExtraError: the source needs the datasets library, which is not installed.
     """
     location, _, named_field = source.partition("#")
     field = named_field or DEFAULT_FIELD
@@ -46,41 +47,54 @@ def load_text(source: str) -> str:
 
 
 class Tokens(NamedTuple):
-    """A whole text, tokenized once."""
+    """Whole text, tokenized once."""
 
     ids: Tensor
-    """(T,), without special tokens."""
+    """Token ids (T,), without special tokens."""
     bos: int | None = None
-    """What every window of it begins with, as the model has learned that texts begin; None where they just begin."""
+    """Token with which every window begins, as in the training of the model; None for windows without such a token."""
 
     def cut(self, length: int) -> Tensor:
-        """All windows (N, length) that fit, without overlap."""
+        """Return every window (N, length) that fits, without overlap."""
         own = length if self.bos is None else length - 1
         cut = self.ids[: len(self.ids) // own * own].view(-1, own)
         return cut if self.bos is None else torch.cat([cut.new_full((len(cut), 1), self.bos), cut], 1)
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """The tokens of a text, whose windows begin with the tokenizer's BOS token where it begins texts with that."""
+    """Tokenize a text; its windows begin with the BOS token if the tokenizer begins texts with it."""
     ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     return Tokens(ids[0], bos if tokenizer("a")["input_ids"][:1] == [bos] else None)
 
 
 def windows(tokens: Tokens, length: int, count: int, source: str) -> Tensor:
-    """The first `count` windows (count, length) of tokens, cut without overlap; all that fit when count is 0.
+    """Return the first `count` windows (count, length) of a text, without overlap.
+
+    Args:
+        tokens: the tokenized text.
+        length: number of tokens in a window.
+        count: number of windows; 0 for all that fit.
+        source: name of the text, for the error message.
 
     Raises:
-        TextError: there are fewer.
+        TextError: the text has fewer windows.
     """
     return _enough_windows(tokens, length, count, source)[: count or None]
 
 
 def sampled_windows(tokens: Tokens, length: int, count: int, seed: int, source: str) -> Tensor:
-    """`count` windows (count, length) drawn without replacement from those of `windows`; all of them when count is 0.
+    """Draw `count` windows (count, length) of a text at random, without replacement and without overlap.
+
+    Args:
+        tokens: the tokenized text.
+        length: number of tokens in a window.
+        count: number of windows; 0 for all that fit.
+        seed: seed of the draw.
+        source: name of the text, for the error message.
 
     Raises:
-        TextError: there are fewer.
+        TextError: the text has fewer windows.
     """
     every = _enough_windows(tokens, length, count, source)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
@@ -88,7 +102,7 @@ def sampled_windows(tokens: Tokens, length: int, count: int, seed: int, source: 
 
 
 def _enough_windows(tokens: Tokens, length: int, count: int, source: str) -> Tensor:
-    """All windows that fit, when they are `count` or more. Raises TextError."""
+    """Return all windows that fit; raise TextError if there are fewer than `count`, or none."""
     every = tokens.cut(length)
     if len(every) < max(count, 1):
         raise TextError(
@@ -99,7 +113,7 @@ def _enough_windows(tokens: Tokens, length: int, count: int, source: str) -> Ten
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):
-    """Windows (N, length) as causal language modeling examples, whose labels are their inputs."""
+    """Dataset of windows (N, length) for causal language modeling; the labels are the inputs."""
 
     def __init__(self, input_ids: Tensor) -> None:
         self.input_ids = input_ids
@@ -160,7 +174,7 @@ def _file_text(path: Path, field: str) -> str:
 
 
 def _datasets() -> Any:
-    """Import the datasets library. Raise MissingExtraError when it is not installed."""
+    """Import the datasets library; raise MissingExtraError if it is not installed."""
     with needs_extra("data", "parquet files and texts of the hub"):
         import datasets
     return datasets

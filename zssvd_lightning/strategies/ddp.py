@@ -25,7 +25,7 @@ class DDPAdapter(StrategyAdapter):
         return Replicas(self.trainer.strategy.root_device)
 
     def refuse_unsupported(self) -> None:
-        """Raise UnsupportedTrainingError if weights differ between processes or cannot return to the main process."""
+        """Raise UnsupportedTrainingError if weights differ between processes or cannot return to the caller of fit."""
         strategy = self.trainer.strategy
         if strategy._model_averager is not None:  # type: ignore[attr-defined]  # noqa: SLF001
             raise UnsupportedTrainingError(

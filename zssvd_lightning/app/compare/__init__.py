@@ -1,7 +1,7 @@
-"""A table over presets, budgets and calibration seeds, on one model and one text.
+"""Comparison of presets, budgets and calibration seeds on one model, as a table.
 
-`arguments` says what is compared, `course` runs it cell by cell in a `folder`, `work` is what the process of one cell
-does, `results` and `picture` tell what came out.
+`arguments` defines the cells of the table, `runner` runs them one by one and stores them in a `folder`, `cell` is the
+work of the process of one cell, `results` and `picture` present the outcome.
 """
 
 from zssvd_lightning.app.compare.arguments import CompareConfig

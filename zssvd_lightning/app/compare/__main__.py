@@ -1,4 +1,4 @@
-"""The process of one cell: reads its job from the standard input."""
+"""Process of one cell; reads its job from standard input."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What is compared: config files and `key=value` settings become the cells of a table."""
+"""Arguments of a comparison: config files and `key=value` settings become the cells of a table."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,49 +13,49 @@ from zssvd_lightning.config.loading import load_config
 from zssvd_lightning.errors import ConfigError
 
 OVERRIDE = re.compile(r"[\w.]+=")
-"""How a setting begins; a path with `=` in it has a folder before that."""
+"""Start of a `key=value` setting; in a path with `=`, a folder comes first, so that it does not match."""
 
 
 OF_CELLS = {"compression.prune_ratio": "prune_ratios", "calibration.seed": "seeds"}
-"""What the cells differ in, and the setting that says how."""
+"""Settings in which cells differ, and the setting of `CompareConfig` that lists their values."""
 
 
 OWN = ("seed", "correction_samples")
-"""What calibrations of one comparison may differ in: the draw, and what corrections see beside it."""
+"""Calibration settings that may differ within a comparison: the seed and the number of windows for corrections."""
 
 
 WITHOUT_EFFECT = ("training", "model.saved_dtype")
-"""Settings, alone or in groups, of what a comparison does not do: it trains and saves nothing."""
+"""Settings or groups of settings without effect, because a comparison trains and saves no model."""
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What `zssvd compare` takes beside config files and what overrides them.
+    """Settings of `zssvd compare`, besides config files and their overrides.
 
     Raises:
         ConfigError: a value is outside its range.
     """
 
     output: str = "???"
-    """Folder that gets `compare.json`, `compare.md`, `compare.png` and a file for each cell."""
+    """Output folder for `compare.json`, `compare.md`, `compare.png` and a file for each cell."""
     prune_ratios: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.6])
     """Fractions of the target layers' parameters to remove, each in (0, 1)."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Seeds of the draw of calibration windows."""
+    """Seeds for drawing calibration windows."""
     tasks: list[str] = field(default_factory=list)
-    """Zero-shot tasks, as `zssvd evaluate` takes them."""
+    """Zero-shot tasks, as for `zssvd evaluate`."""
     data: str | None = None
-    """Folder with rows of tasks, as `zssvd evaluate` takes it."""
+    """Folder with rows of tasks, as for `zssvd evaluate`."""
     include: str | None = None
-    """Folder with the harness's YAML files of more tasks."""
+    """Folder with YAML files of more tasks for the harness."""
     limit: int | None = None
-    """Rows of each task, from the first; all when None."""
+    """Number of rows of each task, counted from the first; every row when None."""
     batch_size: int = 8
-    """Sequences of a task in a batch."""
+    """Number of sequences of a task in a batch."""
     share_calibration: bool = True
-    """Gather the statistics of the first calibration once for all cells that calibrate alike."""
+    """True to gather the statistics of the first calibration once for all cells with the same calibration."""
     keep: bool = False
-    """Keep those statistics, in the output's `calibration/`, when all cells are done."""
+    """True to keep these statistics, in `calibration/` of the output folder, when all cells are done."""
 
     def __post_init__(self) -> None:
         for name, values in (("prune_ratios", self.prune_ratios), ("seeds", self.seeds)):
@@ -69,51 +69,51 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that the outcome of one process depends on."""
+    """Settings on which the result of one process depends."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig | None = None
-    """None for the dense model."""
+    """Calibration settings; None for the dense model."""
     compression: CompressionConfig | None = None
-    """None for the dense model."""
+    """Compression settings; None for the dense model."""
     evaluation: EvaluateConfig | None = None
-    """None where statistics are gathered, and nothing else is done."""
+    """Evaluation settings; None for a process that only gathers statistics."""
 
 
 class Cell(NamedTuple):
-    """One compression of the table."""
+    """Cell of the table: one compression."""
 
     preset: str
-    """Stem of the config file."""
+    """Name of the preset: the stem of its config file."""
     prune_ratio: float
     seed: int
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Stem of the names of the cell's files."""
         return f"{self.preset}-{self.prune_ratio}-{self.seed}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is to be measured."""
+    """Settings of all measurements of a comparison."""
 
     config: CompareConfig
     dense: Settings
     cells: Mapping[Cell, Settings]
-    """In the order of the table."""
+    """Settings of each cell, in the order of the table."""
 
 
 def read_arguments(arguments: Sequence[str]) -> Comparison:
-    """Reads what stands behind `zssvd compare`.
+    """Parse the arguments of `zssvd compare`.
 
     Args:
-        arguments: YAML files of `zssvd compress`, and `key=value` settings of `CompareConfig` and, for all files, of
-            `RunConfig`.
+        arguments: YAML files of `zssvd compress`, and `key=value` settings. Settings are keys of `CompareConfig` or,
+            applied to all files, of `RunConfig`.
 
     Raises:
-        ConfigError: there are no files, two have the same stem, they are of different models, layers or texts, a key
-            is unknown (the nearest valid one is named) or without effect, or a value is not possible here.
+        ConfigError: there are no files, two files have the same stem, files differ in model, layers or texts, a key is
+            unknown (the message suggests the nearest one) or has no effect, or a value is invalid here.
     """
     overrides = [entry for entry in arguments if OVERRIDE.match(entry)]
     presets = _presets([entry for entry in arguments if not OVERRIDE.match(entry)])
@@ -139,7 +139,7 @@ def read_arguments(arguments: Sequence[str]) -> Comparison:
 
 
 def _presets(files: Sequence[str]) -> dict[str, str]:
-    """Files by the names of their rows."""
+    """Return the config files by preset name."""
     presets: dict[str, str] = {}
     for file in files:
         if not file.endswith(".yaml"):
@@ -157,7 +157,7 @@ def _key(entry: str) -> str:
 
 
 def _keys(schema: type) -> list[str]:
-    """Dotted names of the settings in a dataclass."""
+    """Return the dotted names of all settings in a dataclass."""
     return [
         name
         for own in fields(schema)
@@ -170,7 +170,7 @@ def _keys(schema: type) -> list[str]:
 
 
 def _refuse(key: str) -> None:
-    """Raises ConfigError when no file can have the key, or what it sets is not the same in all cells."""
+    """Raise ConfigError for a key that is unknown, has no effect, or differs between cells."""
     if key in OF_CELLS:
         raise ConfigError(f"{key} is what cells differ in; give all its values as {OF_CELLS[key]}=[...]")
     if any(key == name or key.startswith(f"{name}.") for name in WITHOUT_EFFECT):
@@ -206,7 +206,7 @@ def _require_one_model(runs: Mapping[str, RunConfig]) -> None:
 
 
 def _same(run: RunConfig) -> dict[str, Any]:
-    """What must be the same in all files."""
+    """Return the settings that must be the same in all files."""
     return {
         "model.source": run.model.source,
         "model.dtype": run.model.dtype,

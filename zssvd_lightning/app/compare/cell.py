@@ -1,4 +1,4 @@
-"""What the process of one cell does: it loads the model, compresses and measures it, and leaves a file behind."""
+"""Work of the process of one cell: load the model, compress and measure it, and write the result to a file."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from zssvd_lightning._files import replacing_file
 from zssvd_lightning.app.compare.arguments import Settings
 from zssvd_lightning.app.run_config import CalibrationConfig, EvaluateConfig, ModelConfig
 from zssvd_lightning.app.workspace import calibration_windows
-from zssvd_lightning.compression.course import steps
+from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.pipeline import calibrate, compress, loss_in
 from zssvd_lightning.compression.report import VERSIONS, Stopwatch, peak_rss_bytes
 from zssvd_lightning.config.compression import CompressionConfig
@@ -34,31 +34,31 @@ from zssvd_lightning.sources.models import load_model, place
 from zssvd_lightning.whitening.moments import Moments
 
 CALIBRATE = "calibrate"
-"""The step whose seconds cells may share."""
+"""Name of the step whose time cells may share."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process is to do."""
+    """Work of one process."""
 
     settings: Settings = field(default_factory=Settings)
     result: str = "???"
-    """JSON file that it writes, whether it succeeds or not."""
+    """JSON file to write, on success and on failure."""
     statistics: str | None = None
-    """File with the statistics of the first calibration: written where nothing is evaluated, else read. When None
-    they are gathered."""
+    """File with the statistics of the first calibration. It is written by a job without evaluation and read by others;
+    when None, the job gathers the statistics."""
 
 
 def read_job(text: str) -> Job:
-    """The job of which `text` is the JSON."""
+    """Parse a job from JSON."""
     return load_config(Job, defaults=json.loads(text))
 
 
 def perform(job: Job) -> None:
-    """Does a job and writes its result, or the error that ended it.
+    """Run a job and write its result, or the error that ended it.
 
     Raises:
-        Exception: whatever ended it.
+        Exception: the error that ended the job.
     """
     read = sources(job.settings)
     try:
@@ -70,14 +70,23 @@ def perform(job: Job) -> None:
 
 
 def write_result(job: Job, read: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Writes what a job has found beside its settings and the `sources` it has read. Raises OutputError."""
+    """Write the result of a job as JSON, together with its settings and package versions.
+
+    Args:
+        job: the job.
+        read: state of the sources that the job has read, from `sources`.
+        found: measurements of the job, or its error.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     told = {"settings": asdict(job.settings), "versions": versions(), "sources": read, **found}
     with replacing_file(job.result) as file:
         file.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """The file of a job; None where there is none that can be read."""
+    """Return the content of a result file; None if it does not exist or cannot be read."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -86,14 +95,15 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 
 def versions() -> dict[str, str]:
-    """Of what results depend on."""
+    """Return the versions of Python and of the packages on which results depend."""
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
 
 
 def sources(settings: Settings) -> dict[str, str | None]:
-    """What tells whether the model, texts and folders that settings name are still the same, by their names.
+    """Return the state of the model, texts and folders that settings name, to detect later changes.
 
-    The version of a package, and of a file or folder a digest of all that is in it; None for what is on the hub.
+    The state of a package is its version; that of a file or folder is a digest of its content. It is None for sources
+    on the hub.
     """
     calibration, evaluation = settings.calibration, settings.evaluation
     texts_read = [text for part in (calibration, evaluation) if part is not None for text in (part.text, part.second)]
@@ -106,7 +116,7 @@ def sources(settings: Settings) -> dict[str, str | None]:
 
 
 def _state(source: str) -> str | None:
-    """See `sources`."""
+    """Return the state of one source; see `sources`."""
     if source.startswith("package:"):
         with suppress(PackageNotFoundError):
             return version(source.split(":")[1])
@@ -119,7 +129,7 @@ def _state(source: str) -> str | None:
 
 
 def _files(path: Path) -> Iterator[tuple[str, str]]:
-    """Name and digest of a file, or of all that is in a folder."""
+    """Yield the name and digest of a file, or of every file in a folder."""
     for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
         told = file.stat()
         yield str(file.relative_to(path)), _digest(file, told.st_size, told.st_mtime_ns)
@@ -127,17 +137,21 @@ def _files(path: Path) -> Iterator[tuple[str, str]]:
 
 @cache
 def _digest(path: Path, size: int, time: int) -> str:
-    """Of a file, read again only when its size or the time (ns) of its last change is another."""
+    """Return the digest of a file; it is read again only if its size or modification time (ns) has changed."""
     return digest(path)
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks."""
+    """Return the text on one line, with single spaces."""
     return " ".join(text.split())
 
 
 class Material:
-    """A model with its tokenizer, and texts, each tokenized once."""
+    """Model with its tokenizer and texts, each tokenized once.
+
+    Args:
+        config: settings of the model.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         self.model, self.tokenizer = load_model(config.source, config.dtype)
@@ -145,12 +159,20 @@ class Material:
         self._tokens: dict[str, texts.Tokens] = {}
 
     def batches(self, config: CalibrationConfig) -> "DataLoader[dict[str, Tensor]]":
-        """The windows of calibration and corrections, always in the same order. Raises TextError."""
+        """Return the windows for calibration and corrections, always in the same order.
+
+        Raises:
+            TextError: a text cannot be read or is too short.
+        """
         drawn = calibration_windows(config, self._tokenized)
         return DataLoader(texts.TokenWindows(drawn), batch_size=config.batch_size)
 
     def windows(self, config: EvaluateConfig) -> dict[str, Tensor]:
-        """Windows (N, length) of each evaluation text, by the name of its perplexity. Raises TextError."""
+        """Return the windows (N, length) of each evaluation text, by the name of its perplexity.
+
+        Raises:
+            TextError: a text cannot be read or is too short.
+        """
         wanted = {"perplexity": config.text, "perplexity_second": config.second}
         return {
             key: texts.windows(self._tokenized(text), config.length, config.windows, text)
@@ -159,7 +181,12 @@ class Material:
         }
 
     def measured(self, windows: Mapping[str, Tensor], config: EvaluateConfig) -> dict[str, Any]:
-        """Perplexity on the windows and accuracy on the tasks of the model as it now is, and the seconds it took."""
+        """Measure the current model: return its perplexity on the windows, accuracy on the tasks and the seconds taken.
+
+        Raises:
+            NonFiniteError: a perplexity or a log-likelihood is not finite.
+            TaskError: a task is unknown or does not load.
+        """
         watch = Stopwatch()
         found: dict[str, Any] = {}
         place(self.model)
@@ -196,7 +223,7 @@ def _found(job: Job) -> dict[str, Any]:
 def _gathered(
     job: Job, calibration: CalibrationConfig, compression: CompressionConfig, statistics: str
 ) -> dict[str, Any]:
-    """Gathers the statistics of a first calibration and writes them to a file."""
+    """Gather the statistics of a first calibration and write them to a file."""
     torch.manual_seed(calibration.seed)
     material = Material(job.settings.model)
     batches, watch = material.batches(calibration), Stopwatch()
@@ -218,11 +245,11 @@ def _gathered(
 def _compressed(
     job: Job, calibration: CalibrationConfig, compression: CompressionConfig, measure: EvaluateConfig
 ) -> dict[str, Any]:
-    """Compresses the model, from statistics that are there or its own, and measures it."""
+    """Compress the model, from shared statistics or newly gathered ones, and measure it."""
     torch.manual_seed(calibration.seed)
     material = Material(job.settings.model)
     windows = material.windows(measure)
-    gathers_more = job.statistics is None or len(steps(compression)) > 1
+    gathers_more = job.statistics is None or len(course(compression)) > 1
     report = compress(
         material.model,
         material.batches(calibration) if gathers_more else [],
@@ -247,7 +274,7 @@ def _compressed(
 
 
 def gathering_result(statistics: str | Path) -> Path:
-    """The file with the result of the job that gathered these statistics."""
+    """Return the path of the result of the job that gathered these statistics."""
     return Path(statistics).with_suffix(".json")
 
 

@@ -1,4 +1,4 @@
-"""The output folder of a comparison: what it may hold, and who may write to it."""
+"""Output folder of a comparison: its allowed content and its lock."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ from zssvd_lightning.errors import OutputError
 
 try:
     import fcntl
-except ImportError:  # there is none on Windows
+except ImportError:  # not available on Windows
     fcntl = None  # type: ignore[assignment]
 
 
@@ -19,7 +19,7 @@ CELLS, CALIBRATION = "cells", "calibration"
 
 
 LOCK = ".lock"
-"""File in `CELLS` that the comparison which is at work in the folder has locked."""
+"""File in `CELLS` that a running comparison locks."""
 
 
 OWN = {
@@ -27,15 +27,19 @@ OWN = {
     CELLS: re.compile(r"(dense|.+-(0\.\d+|\d(\.\d+)?e-\d+)--?\d+)\.(json|log)"),
     CALIBRATION: re.compile(r"seed--?\d+-[0-9a-f]{12}\.(pt|json|log)"),
 }
-"""Names of the files that a comparison writes, by their folder."""
+"""Patterns of the names of files that a comparison writes, by folder."""
 
 
 UNFINISHED = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
-"""What is left when writing a file is interrupted, as `replacing_file` names it."""
+"""Pattern of the names that `replacing_file` gives to temporary entries, which an interrupted write leaves behind."""
 
 
 def check_folder(path: str | Path) -> Path:
-    """The output folder, when it holds nothing but what a comparison wrote. Raises OutputError."""
+    """Return the absolute path of the output folder.
+
+    Raises:
+        OutputError: the path is a file, or the folder has content that no comparison wrote.
+    """
     path = Path(path).expanduser().resolve()
     if path.exists() and not path.is_dir():
         raise OutputError(f"output {path} is a file; name a folder")
@@ -55,12 +59,12 @@ def check_folder(path: str | Path) -> Path:
 
 
 def is_own(entry: Path, folder: str) -> bool:
-    """Whether a comparison writes what is there in `folder`, or has begun to."""
+    """Return True if a comparison wrote an entry of `folder`, completely or in part."""
     return bool(OWN[folder].fullmatch(entry.name)) or _is_unfinished(entry, folder)
 
 
 def clear_unfinished(path: Path) -> None:
-    """Removes what was left when writing files was interrupted."""
+    """Remove the temporary entries of interrupted writes."""
     for folder in OWN:
         for entry in list((path / folder).glob(".*")):
             if _is_unfinished(entry, folder):
@@ -69,10 +73,10 @@ def clear_unfinished(path: Path) -> None:
 
 @contextmanager
 def alone_in(path: Path) -> Iterator[None]:
-    """Makes the folders, and keeps other comparisons out of them within the block, where the system can.
+    """Create the folders and lock them against other comparisons within the block, where the system supports locks.
 
     Raises:
-        OutputError: they cannot be made, or another comparison is at work.
+        OutputError: the folders cannot be created, or another comparison is running in them.
     """
     try:
         (path / CELLS).mkdir(parents=True, exist_ok=True)
@@ -95,6 +99,6 @@ def alone_in(path: Path) -> Iterator[None]:
 
 
 def _is_unfinished(entry: Path, folder: str) -> bool:
-    """Whether it is what was left when writing it was interrupted."""
+    """Return True if an entry is the temporary entry of an interrupted write."""
     named = UNFINISHED.fullmatch(entry.name)
     return named is not None and bool(OWN[folder].fullmatch(named[1]))

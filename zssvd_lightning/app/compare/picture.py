@@ -1,4 +1,4 @@
-"""The picture of a comparison. Needs matplotlib."""
+"""Plot of a comparison. Needs matplotlib."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,27 +11,27 @@ logger = logging.getLogger(__name__)
 
 
 NARROWEST = 0.2
-"""Of the fraction kept, that the axis shows at least, so that the points of one prune ratio stand at one place."""
+"""Minimum range of the x-axis in fraction kept, so that points of the same prune ratio appear at one place."""
 
 
 HIGHEST = 100.0
-"""Times the lowest perplexity of a panel's curves, that it shows at most: broken models leave room for the others."""
+"""Top of a panel as a multiple of its lowest perplexity, so that broken models do not squeeze the other curves."""
 
 
 COLORS = 10
-"""In matplotlib's cycle."""
+"""Number of colors in matplotlib's cycle."""
 
 
 MARKERS = "osD^v"
-"""Each for as many curves as there are colors."""
+"""Markers; each is used for `COLORS` curves in a row."""
 
 
 class Curve(NamedTuple):
-    """One preset on one text."""
+    """Curve of one preset on one text."""
 
     preset: str
     kept: list[float]
-    """Fraction of the target parameters that stayed, by prune ratio."""
+    """Fraction of the target parameters kept, for each prune ratio."""
     perplexity: list[float]
     deviation: list[float]
     """Sample standard deviation over seeds."""
@@ -40,17 +40,19 @@ class Curve(NamedTuple):
 
 
 def draw(panels: Mapping[str, Sequence[Curve]], path: Path) -> bool:
-    """Draws perplexity against the fraction kept, a panel for each text; of curves too high for it the legend tells.
+    """Draw perplexity against the fraction kept, with one panel for each text.
+
+    Presets whose curves are above the top of their panels are marked in the legend.
 
     Args:
-        panels: curves by the title of their panel; nothing is drawn when there are none.
-        path: picture to write; its ending says which kind.
+        panels: curves by panel title; nothing is drawn if there are none.
+        path: file to write; its extension selects the format.
 
     Returns:
-        Whether there is a picture; without matplotlib a line is logged instead.
+        True if the plot was written. Without matplotlib, a warning is logged instead.
 
     Raises:
-        OutputError: the picture cannot be written.
+        OutputError: the file cannot be written.
     """
     if not panels:
         return False
@@ -85,7 +87,7 @@ def draw(panels: Mapping[str, Sequence[Curve]], path: Path) -> bool:
         left, right = axes.get_xlim()
         if (missing := NARROWEST - (right - left)) > 0:
             axes.set_xlim(left - missing / 2, right + missing / 2)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")  # the same in every panel
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")  # identical in every panel
     with replacing_file(path) as file:
         figure.savefig(file, dpi=120)
     return True

@@ -1,4 +1,4 @@
-"""What a comparison has found: means over seeds, as JSON, Markdown and a table for a terminal."""
+"""Results of a comparison: means over seeds, as JSON, Markdown and a table for a terminal."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,61 +22,61 @@ NAMES = JSON, MARKDOWN, PICTURE = "compare.json", "compare.md", "compare.png"
 
 
 TITLES = {"perplexity_second": "perplexity, second text", "peak_rss_bytes": "peak RSS (GB)"}
-"""Of the measures that have another title than their name."""
+"""Titles of the measures whose title differs from their name."""
 
 
 LARGE = 1e6
-"""From here on a perplexity is shown with an exponent."""
+"""Threshold from which a number is shown with an exponent."""
 
 
 LONGEST = 40
-"""Characters of an entry in the table for a terminal."""
+"""Maximum number of characters of an entry in the table for a terminal."""
 
 
 TASK = "accuracy/"
-"""What the name of the accuracy on a task begins with."""
+"""Prefix of the name of a task's accuracy."""
 
 
 class Spread(NamedTuple):
-    """A measure over seeds."""
+    """Mean and deviation of a measure over seeds."""
 
     mean: float
     deviation: float | None
-    """Sample standard deviation; None of one seed."""
+    """Sample standard deviation; None for a single seed."""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of one value or more."""
-        return cls(mean(values), stdev(values) if len(values) > 1 else None)  # of fractions, which do not overflow
+        """Compute the spread of one or more values."""
+        return cls(mean(values), stdev(values) if len(values) > 1 else None)  # uses fractions, so no overflow
 
 
 class Row(NamedTuple):
-    """One preset at one prune ratio, over the seeds that did not fail."""
+    """Row of the table: one preset at one prune ratio, over the seeds that did not fail."""
 
     preset: str
     prune_ratio: float
     seeds: list[int]
     measures: dict[str, Spread]
-    """By name; of the peak of memory the largest stands for the mean."""
+    """Spread of each measure, by name; for peak memory, `mean` is the largest value instead."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """All cells of a comparison."""
+    """Results of all cells of a comparison."""
 
     comparison: Comparison
     dense: Mapping[str, Any]
-    """What was measured, or an `error`."""
+    """Measurements of the dense model, or an `error`."""
     cells: Mapping[Cell, Mapping[str, Any]]
 
     @property
     def errors(self) -> dict[str, str]:
-        """What ended the cells that failed, by their names."""
+        """Errors that ended the failed cells, by cell name."""
         found = {"dense": self.dense, **{cell.name: result for cell, result in self.cells.items()}}
         return {name: result["error"] for name, result in found.items() if "error" in result}
 
     def rows(self) -> list[Row]:
-        """Means and spreads, in the order of the table; none where all seeds failed."""
+        """Return the rows in the order of the table; rows whose seeds all failed are left out."""
         groups: dict[tuple[str, float], dict[int, dict[str, float]]] = {}
         for cell, result in self.cells.items():
             if "error" not in result:
@@ -87,7 +87,7 @@ class Results:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types under the keys of `compare.json`, which says nothing of where it lies."""
+        """Return plain types under the keys of `compare.json`; the output folder is not included."""
         settings = asdict(self.comparison.config)
         del settings["output"]
         return {
@@ -102,7 +102,7 @@ class Results:
         }
 
     def markdown(self) -> str:
-        """A table, and under it what is in it."""
+        """Return a Markdown table, with a caption under it."""
         header, *lines = self._lines()
         rule = ["---", "---:"] + ["---:"] * (len(header) - 2)
         table = [
@@ -111,9 +111,9 @@ class Results:
         return "\n".join([*table, "", self._caption(), ""])
 
     def table(self) -> Table:
-        """The same, for a terminal, with errors cut short."""
+        """Return the table for a terminal, with shortened errors."""
         header, *lines = self._lines()
-        table = Table(  # of Text, since brackets in a plain string are markup
+        table = Table(  # entries are Text, because brackets in a plain string are markup
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             title=Text(self.comparison.dense.model.source, style="table.title"),
@@ -126,7 +126,7 @@ class Results:
         return table
 
     def curves(self) -> dict[str, list[Curve]]:
-        """For each text, perplexity against the fraction kept, by preset; the dense model is at 1."""
+        """Return, for each text, curves of perplexity against the fraction kept, one for each preset."""
         found: dict[str, list[Curve]] = {}
         for name in ("perplexity", "perplexity_second"):
             rows = [row for row in self.rows() if name in row.measures]
@@ -145,7 +145,7 @@ class Results:
         return found
 
     def _lines(self) -> Iterator[list[str]]:
-        """The entries of the table, from its header."""
+        """Yield the lines of the table, starting with the header."""
         rows = {(row.preset, row.prune_ratio): row for row in self.rows()}
         dense = {name: Spread(value, None) for name, value in measures(self.dense).items()}
         every = [dense, *(row.measures for row in rows.values())]
@@ -178,7 +178,10 @@ class Results:
 
 
 def measures(result: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of one cell that the table shows, by name: accuracy is `acc`, or what else a task is measured by."""
+    """Return the numbers of one cell that the table shows, by name.
+
+    The accuracy of a task is its metric `acc`, or its first metric if it has no `acc`.
+    """
     found = {name: result[name] for name in ("perplexity", "perplexity_second") if name in result}
     for task, scores in result.get("accuracy", {}).items():
         metrics = [metric for metric in scores if metric != "rows" and not metric.endswith(STDERR)]
@@ -191,7 +194,7 @@ def measures(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write_results(folder: Path, results: Results) -> None:
-    """Writes `compare.json`, `compare.md` and, where matplotlib is installed, `compare.png`.
+    """Write `compare.json`, `compare.md` and, if matplotlib is installed, `compare.png`.
 
     Raises:
         OutputError: a file cannot be written.
@@ -201,7 +204,7 @@ def write_results(folder: Path, results: Results) -> None:
     with replacing_file(folder / MARKDOWN) as file:
         file.write_text(results.markdown(), encoding="utf-8")
     if not draw(results.curves(), folder / PICTURE):
-        (folder / PICTURE).unlink(missing_ok=True)  # of other results
+        (folder / PICTURE).unlink(missing_ok=True)  # from earlier results
 
 
 def _over_seeds(name: str, found: Iterable[Mapping[str, float]]) -> Spread:

@@ -1,4 +1,4 @@
-"""The course of a comparison: every cell in a process of its own, and only those that are not there yet.
+"""Execution of a comparison: each cell runs in a separate process, unless its result already exists.
 
 ```
 OUTPUT/cells/dense.json                    the dense model
@@ -34,15 +34,15 @@ PROGRAM = "zssvd_lightning.app.compare"
 
 
 ENDINGS = (".pt", ".json", ".log")
-"""Of the files with shared statistics, what is large first."""
+"""Extensions of the files of shared statistics; the large file comes first."""
 
 
 Runner = Callable[[Job], int]
-"""Has a job done, and returns the exit code of its process, below 0 for a signal, as `subprocess` does."""
+"""Function that runs a job and returns the exit code of its process, below 0 for a signal, as in `subprocess`."""
 
 
 def in_a_process(job: Job) -> int:
-    """Does a job in a new process, whose output goes to a file beside the result."""
+    """Run a job in a new process, log its output to a file beside the result, and return the exit code."""
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     with Path(job.result).with_suffix(".log").open("wb") as log:
         return subprocess.run(  # noqa: S603
@@ -56,22 +56,22 @@ def in_a_process(job: Job) -> int:
 
 
 def compare(arguments: Sequence[str], runner: Runner = in_a_process, progress: bool = True) -> Results:
-    """Measures the dense model once, and every preset at every prune ratio with every calibration seed.
+    """Measure the dense model once, and every preset at every prune ratio with every calibration seed.
 
-    Cells that are in the output folder already are taken from there, when settings, versions, model and texts are the
-    same. One that fails is told of in the results, and the others still run.
+    Results already in the output folder are reused if settings, versions, model and texts are the same. If a cell
+    fails, the results contain its error and the other cells still run.
 
     Args:
         arguments: config files of `zssvd compress`, and settings; see `read_arguments`.
-        runner: how a job is done.
+        runner: function that runs a job.
         progress: whether to draw a progress bar.
 
     Returns:
-        The results, which are also in the output folder.
+        The results, which are also written to the output folder.
 
     Raises:
-        ConfigError: the arguments are not possible.
-        OutputError: the output folder holds something else, cannot be written, or another comparison writes to it.
+        ConfigError: the arguments are invalid.
+        OutputError: the output folder has other content, cannot be written, or is in use by another comparison.
         TaskError: a task is unknown or does not load.
     """
     comparison = read_arguments(arguments)
@@ -90,12 +90,12 @@ def compare(arguments: Sequence[str], runner: Runner = in_a_process, progress: b
 
 @contextmanager
 def _ended_by_exit() -> Iterator[None]:
-    """Makes SystemExit of SIGTERM within the block, so that what this process has started ends with it."""
+    """Turn SIGTERM into SystemExit within the block, so that processes started by this one end with it."""
 
     def end(number: int, _: Any) -> None:
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():  # which alone can be told of signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return
     before = signal.signal(signal.SIGTERM, end)
@@ -106,7 +106,10 @@ def _ended_by_exit() -> Iterator[None]:
 
 
 def gathering_settings(settings: Settings) -> Settings:
-    """What the statistics of a first calibration depend on, and the same for all cells that can share them."""
+    """Return the settings on which the statistics of a first calibration depend.
+
+    They are equal for all cells that can share the statistics.
+    """
     compression = settings.compression
     if settings.calibration is None or compression is None:
         raise ValueError("the dense model is not calibrated")
@@ -122,13 +125,13 @@ def gathering_settings(settings: Settings) -> Settings:
 
 
 def calibration_name(gathering: Settings) -> str:
-    """Of the files with the statistics that these settings lead to."""
+    """Return the stem of the names of the files with the statistics for these settings."""
     seed = 0 if gathering.calibration is None else gathering.calibration.seed
     return f"seed-{seed}-{sha256(json.dumps(asdict(gathering)).encode()).hexdigest()[:12]}"
 
 
 class _Course:
-    """One comparison on its way."""
+    """Execution of one comparison."""
 
     def __init__(self, output: Path, comparison: Comparison, runner: Runner) -> None:
         self.output = output
@@ -140,7 +143,7 @@ class _Course:
         self._failed: set[str] = set()
 
     def run(self, progress: bool) -> tuple[dict[str, Any], dict[Cell, dict[str, Any]]]:
-        """Results of the dense model and of each cell; cells that share statistics come one after the other."""
+        """Return the results of the dense model and of each cell; cells that share statistics run in succession."""
         groups: dict[str, list[Cell]] = {}
         seeds = self.comparison.config.seeds
         for cell in sorted(self.comparison.cells, key=lambda cell: seeds.index(cell.seed)):
@@ -160,7 +163,7 @@ class _Course:
         return dense, found
 
     def clear(self) -> None:
-        """Removes what interrupted comparisons left, and shared statistics, unless they are to be kept."""
+        """Remove leftovers of interrupted comparisons, and shared statistics unless `keep` is set."""
         clear_unfinished(self.output)
         for file in list(self.calibration.glob("*")):
             if is_own(file, CALIBRATION):
@@ -169,7 +172,7 @@ class _Course:
             self.calibration.rmdir()
 
     def _result(self, name: str, settings: Settings, shared: str | None = None) -> dict[str, Any]:
-        """What is there already, or what the runner makes of it."""
+        """Return the existing result of a cell, or run the cell."""
         path = self.cells / f"{name}.json"
         if (known := _finished(path, settings)) is not None:
             return known
@@ -182,7 +185,7 @@ class _Course:
         return self._done(job)
 
     def _statistics(self, shared: str, settings: Settings) -> dict[str, Any]:
-        """The result of gathering the statistics of a group of cells, which is done for the first of them."""
+        """Return the result of gathering the statistics of a group of cells; they are gathered for the first cell."""
         if shared not in self._gathered:
             file = self._file(shared)
             gathering = gathering_settings(settings)
@@ -196,7 +199,7 @@ class _Course:
         return self.calibration / f"{shared}.pt"
 
     def _done(self, job: Job) -> dict[str, Any]:
-        """The result of a job that is now done, or how its process ended without one."""
+        """Run a job and return its result, or an error with the way its process ended if it left no result."""
         path = Path(job.result)
         path.unlink(missing_ok=True)
         code = self.runner(job)
@@ -208,7 +211,7 @@ class _Course:
         return _failed(job, f"the process {how}; see {path.with_suffix('.log')}")
 
     def _forget(self, shared: str) -> None:
-        """Removes the statistics of a group of cells, unless they are to be kept; what tells of a failure stays."""
+        """Remove the statistics of a group of cells, unless `keep` is set; the log and error of a failure stay."""
         if "error" in self._gathered.pop(shared, {}):
             self._failed.add(shared)
         if self.comparison.config.keep:
@@ -218,13 +221,13 @@ class _Course:
 
 
 def _told(path: Path, settings: Settings) -> dict[str, Any] | None:
-    """The result of the job with these settings, or the error that ended it; None where that is not there."""
+    """Return the result or error of the job with these settings; None if the file has neither."""
     told = read_result(path)
     return told if told is not None and told.get("settings") == json.loads(json.dumps(asdict(settings))) else None
 
 
 def _finished(path: Path, settings: Settings) -> dict[str, Any] | None:
-    """What a job has found, when it was done with the same settings and versions, and of the same model and texts."""
+    """Return the result of a successful job with the same settings, versions, model and texts; None without one."""
     told = _told(path, settings)
     if told is None or "error" in told or told.get("versions") != versions():
         return None

@@ -1,0 +1,98 @@
+"""The state of a compression in a checkpoint: saved, checked, and taken up again."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.decomposition.decompose import Decomposition
+from zssvd_lightning.errors import CheckpointError
+from zssvd_lightning.selection.budget import Shape
+from zssvd_lightning.selection.components import Selection
+
+
+def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, Any]:
+    """Return everything up to the next truncation, as plain types and tensors, from which `take_up` goes on.
+
+    Weights are not in it: they are the model's. Collective; the team says which process has which tensors in it.
+
+    Args:
+        compression: the compression under way.
+        statistics: go on from the batches so far; False starts the gathering under way over.
+    """
+    run = compression
+    return {
+        "config": asdict(run.config),
+        "shapes": {name: list(shape) for name, shape in run.budget.shapes.items()},
+        "model_parameters": run.model_parameters,
+        "gathering": run.gathering.state_dict(so_far=statistics),
+        "originals": run.originals.state_dict(),
+        "factors": run.truncated.state_dict(),
+        "found": None if run.decomposition is None else run.decomposition.state_dict(run.targets),
+        "selection": None if run.selection is None else run.selection.state_dict(),
+        "step": None if run.last_step is None else list(run.last_step),
+        "lengths": None if run.step_lengths is None else dict(run.step_lengths),
+        "losses": list(run.losses),
+        "fractions": list(run.fractions),
+        "truncations": run.truncations,
+        "seconds": dict(run.stopwatch.seconds),
+    }
+
+
+def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
+    """Go on from a `state_of` a compression of the same model with the same settings.
+
+    The number of processes may have changed.
+
+    Raises:
+        CheckpointError: the settings or the target layers differ.
+    """
+    run = compression
+    refuse_other(state, run.config, run.budget.shapes)
+    if state["found"] is not None:
+        run.decomposition = Decomposition.of_state(state["found"], run.targets)
+        run.gathering.spectra = run.decomposition.spectra
+    run.gathering.load_state_dict(state["gathering"])
+    run.originals.load_state_dict(state["originals"])
+    run.truncated.load_state_dict(state["factors"])
+    run.selection = None if state["selection"] is None else Selection.of_state(state["selection"])
+    run.last_step = None if state["step"] is None else (state["step"][0], state["step"][1])
+    run.step_lengths = None if state["lengths"] is None else dict(state["lengths"])
+    run.model_parameters = state["model_parameters"]
+    run.truncations = state["truncations"]
+    run.gathering.calls_to_record = run.calls_to_record
+    run.losses, run.fractions = list(state["losses"]), list(state["fractions"])
+    run.stopwatch.seconds = dict(state["seconds"])
+
+
+def put_back(compression: Compression, state: Mapping[str, Any]) -> None:
+    """Undo what a compression had done to the weights when `state` was taken.
+
+    Raises:
+        CheckpointError: it was of other layers.
+    """
+    if state["originals"] is not None:
+        compression.originals.load_state_dict(state["originals"])
+        compression.restore()
+
+
+def refuse_other(
+    state: Mapping[str, Any], config: CompressionConfig, shapes: Mapping[str, Shape] | None = None
+) -> None:
+    """Raise CheckpointError when a saved compression had other settings, or other layers."""
+    mine = asdict(config)
+    differing = [f"{key} was {state['config'].get(key)!r} and is {mine[key]!r}" for key in mine]
+    differing = [text for key, text in zip(mine, differing, strict=True) if state["config"].get(key) != mine[key]]
+    if differing:
+        raise CheckpointError(
+            f"the checkpoint was taken in the middle of a compression with other settings ({'; '.join(differing)}); "
+            "go on with the same, or start from a checkpoint of before it"
+        )
+    saved = {name: tuple(shape) for name, shape in state["shapes"].items()}
+    if shapes is not None and saved != dict(shapes):
+        others = sorted(name for name in saved.keys() | shapes.keys() if saved.get(name) != shapes.get(name))
+        raise CheckpointError(
+            f"the checkpoint was taken in the middle of a compression of other layers: {len(others)} differ "
+            f"({', '.join(others[:3])}); go on with the model it was taken of"
+        )
