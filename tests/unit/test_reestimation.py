@@ -104,7 +104,7 @@ def test_ranks_follow_what_was_estimated_and_a_plan_says_the_same():
 @pytest.mark.parametrize("statistics", [True, False])
 def test_spectra_are_in_what_is_saved_until_they_are_truncated(statistics):
     config = CompressionConfig(0.4, **REESTIMATED, corrections=0, storage="mixed")
-    assert interrupted(config, padded_batches(), statistics).state_dict()["found"] is None
+    assert interrupted(config, padded_batches(), statistics).decomposition is None
 
 
 def test_in_a_fit_it_takes_its_batches_before_anything_is_truncated():

@@ -16,6 +16,7 @@ from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.pipeline import gather
+from zssvd_lightning.compression.snapshot import state_of, take_up
 from zssvd_lightning.correction.paired_forward import run_side_by_side
 from zssvd_lightning.correction.refit import REFIT_DAMPING, REFIT_PART, refitted_weight
 from zssvd_lightning.errors import CalibrationError, CheckpointError, ConfigError
@@ -163,11 +164,11 @@ def test_noted_batches_that_are_too_few_for_more_processes_are_refused(monkeypat
     gather(compression, token_batches(1), Phase.CALIBRATE)
     compression.take(course(config)[0])
     gather(compression, token_batches(1), Phase.CORRECT)
-    state = compression.state_dict()
+    state = state_of(compression)
     monkeypatch.setattr(type(compression.team), "rank", 1)
     monkeypatch.setattr(type(compression.team), "size", 2)
     with pytest.raises(CheckpointError, match="1 batches noted for a refit, which are too few for 2 processes"):
-        compression.load_state_dict(state)
+        take_up(compression, state)
 
 
 def call(rows=2, length=5, masked=True, **kwargs):

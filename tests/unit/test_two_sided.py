@@ -315,14 +315,14 @@ def test_a_natural_step_follows_the_fresh_gradient_in_the_metric_of_the_calibrat
     for step in course(config)[1:number]:
         gather(compression, batches, step.gathers)
         compression.take(step)
-    known = compression.state_dict()["lengths"]
+    known = compression.step_lengths
     gather(compression, batches, Phase.CORRECT)
     before = {
         name: (target.weight.clone(), compression.gathering.moments.mean_gradient(name))
         for name, target in compression.targets.items()
     }
     compression.take(course(config)[number])
-    lengths = compression.state_dict()["lengths"]
+    lengths = compression.step_lengths
     assert known == (None if number == 1 else lengths)
     name = min((n for n, layer in compression.report().layers.items() if layer.rank is not None), key=lengths.get)
     W, G = before[name]

@@ -1,4 +1,7 @@
-"""A whole run: which model, on which text, for how long, and what is measured and written; settings with meanings."""
+"""Settings of whole runs: model, texts, compression, evaluation and output, each with its meaning under it.
+
+`zssvd keys` and the help of the command line are made of these docstrings.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,17 +11,19 @@ from zssvd_lightning._validation import require, require_one_of
 from zssvd_lightning.config.compression import CompressionConfig
 
 EXPORTS = ("dense", "self_contained", "onnx")
+"""Formats of `zssvd export`."""
 
 
 PRECISIONS = ("32-true", "bf16-mixed")
+"""Precisions of calibration without a Trainer."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model."""
+    """Model to compress."""
 
     source: str = "???"
-    """`package:NAME` (a package that ships a GGUF file), a local folder, or a hub id."""
+    """Model source: `package:NAME` (a package that ships a GGUF file), a local folder, or a hub id."""
     dtype: str = "float32"
     """Floating-point type of the weights while compressing."""
     saved_dtype: str | None = None
@@ -31,17 +36,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """Which batches the statistics are taken on."""
+    """Batches from which the statistics are gathered."""
 
     text: str = "???"
-    """A text source: `package:NAME[:SPLIT]`, a local `.txt/.raw/.jsonl/.parquet`, or `datasets:NAME[:CONFIG]:SPLIT`;
-    `#FIELD` behind it names the field to read."""
+    """Text source: `package:NAME[:SPLIT]`, a local `.txt`, `.raw`, `.jsonl` or `.parquet` file, or
+    `datasets:NAME[:CONFIG]:SPLIT`. `#FIELD` at the end names the field to read."""
     second: str | None = None
-    """Another text source, of which every other window is then drawn."""
+    """Second text source, from which every other window is then drawn."""
     samples: int = 64
-    """Number of windows drawn from the text, or half from each, without replacement."""
+    """Number of windows, drawn without replacement from the text, or half from each of two."""
     correction_samples: int = 0
-    """Number of windows drawn beside those, which gradient steps go by first; with 0 they go by the same again."""
+    """Number of further windows, which gradient steps use first; with 0 they use those of the calibration again."""
     length: int = 512
     """Tokens in a window."""
     batch_size: int = 4
@@ -49,8 +54,8 @@ class CalibrationConfig:
     seed: int = 0
     """Seed of the draw."""
     precision: str = "32-true"
-    """Of the passes over the batches without a Trainer: `32-true` (that of the weights) or `bf16-mixed`, which is
-    faster on processors that multiply in bfloat16."""
+    """Precision of the passes over the batches: `32-true` (that of the weights) or `bf16-mixed`, which is faster on
+    processors that multiply in bfloat16."""
 
     def __post_init__(self) -> None:
         require(self.samples >= 1, "calibration.samples", self.samples, "1 or more")
@@ -71,16 +76,16 @@ class CalibrationConfig:
 
     @property
     def batches(self) -> int:
-        """How many batches `samples` are, which come before those of `correction_samples`."""
+        """Number of batches that `samples` fill; those of `correction_samples` come after them."""
         return -(-self.samples // self.batch_size)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What the factors are trained on after compression, and for how long; see `RunConfig.recovery`."""
+    """Text and length of the training after compression; see `RunConfig.recovery`."""
 
     text: str | None = None
-    """A text source; `calibration.text` when None."""
+    """Text source; `calibration.text` when None."""
     steps: int = 100
     """Optimizer steps."""
     length: int = 256
@@ -88,13 +93,13 @@ class TrainingConfig:
     batch_size: int = 4
     """Windows in a batch."""
     precision: str = "32-true"
-    """Of the whole fit, calibration included, as Lightning names it, such as `bf16-mixed`."""
+    """Precision of the whole fit, including calibration, as Lightning names it, such as `bf16-mixed`."""
     gradient_clip_val: float | None = 1.0
     """Largest norm of all gradients together; no limit when None."""
     dense_lr: float | None = None
-    """Highest learning rate of the dense model that is fine-tuned for comparison; that of the recovery when None."""
+    """Highest learning rate for the dense model fine-tuned for comparison; that of the recovery when None."""
     seed: int = 0
-    """Of the draw of windows."""
+    """Seed of the draw of windows."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "training.steps", self.steps, "1 or more")
@@ -107,14 +112,14 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What perplexity is measured on. No text, no evaluation."""
+    """Texts on which perplexity is measured. Without a text, nothing is measured."""
 
     text: str | None = None
-    """A text source, as in `calibration.text`; never one that anything was chosen on."""
+    """Text source, as in `calibration.text`; use one on which nothing was chosen."""
     second: str | None = None
-    """A text of another domain, reported beside the first."""
+    """Text source of another domain, reported beside the first."""
     windows: int = 16
-    """How many windows from the start of the text; 0 means the whole text."""
+    """Number of windows from the start of the text; 0 for the whole text."""
     length: int = 1024
     """Tokens in a window; the first of each is not predicted."""
 
@@ -125,23 +130,23 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig(EvaluationConfig):
-    """What `zssvd evaluate` measures: perplexity where there is a text, accuracy where there are tasks."""
+    """Measurements of `zssvd evaluate`: perplexity if there is a text, accuracy if there are tasks."""
 
     tasks: list[str] = field(default_factory=list)
     """Zero-shot tasks of EleutherAI's lm-evaluation-harness (`[piqa,arc_easy,winogrande]`), which reads their rows from
     the hub."""
     data: str | None = None
-    """Folder with `piqa_val.jsonl`, `arc_easy_test.jsonl` or `winogrande_val.jsonl`, rows `{goal, choices, gold}`,
-    `{question, choices, gold}` and `{sentence, choices, gold}`. Those tasks are read from it, and none from the hub."""
+    """Folder with `piqa_val.jsonl`, `arc_easy_test.jsonl` or `winogrande_val.jsonl`, with rows `{goal, choices, gold}`,
+    `{question, choices, gold}` and `{sentence, choices, gold}`. Tasks are then read from it, none from the hub."""
     include: str | None = None
     """Folder with the harness's YAML files of more tasks."""
     dense: str | None = None
-    """Model source to measure tasks on beside the one that is evaluated; for a folder of a run the model that was
-    compressed, unless this is null."""
+    """Source of a second model to measure tasks on; for the folder of a run the model that was compressed, unless this
+    is null."""
     limit: int | None = None
-    """Rows of each task, from the first; all when None."""
+    """Number of rows of each task, counted from the first; every row when None."""
     batch_size: int = 8
-    """Sequences of a task in a batch."""
+    """Number of sequences of a task in a batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,7 +156,7 @@ class EvaluateConfig(EvaluationConfig):
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What `zssvd export` writes."""
+    """Format of `zssvd export`."""
 
     format: str = "dense"
     """`dense` merges compressed layers, for tools that know no low rank; `self_contained` adds the code that
@@ -159,7 +164,7 @@ class ExportConfig:
     dtype: str | None = None
     """Floating-point type of the weights; as they were saved when None."""
     max_shard_size: str = "5GB"
-    """Size of each file of weights, at most."""
+    """Maximum size of each weight file."""
 
     def __post_init__(self) -> None:
         require_one_of("format", self.format, EXPORTS)
@@ -169,18 +174,18 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole `zssvd compress` run."""
+    """Settings of `zssvd compress`."""
 
     preset: str | None = None
-    """A method of the field by name (`best`, `zs-svd`, `svd-llm`, ...; see `presets/`), whose settings stand in for
-    those that `compression` leaves out. `load_config` puts them there."""
+    """Method by name (`best`, `zs-svd`, `svd-llm`, ...), whose settings apply where `compression` gives none. The
+    default method is that of the preset `zs-svd-line-search`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     recovery: dict[str, Any] | None = None
-    """How the factors are trained after compression: `method` (`lora`, `factors`, `singular_values`) and the fields of
-    its class in `ways.py`; only recipes that train take it."""
+    """Training after compression: `method` (`lora`, `factors`, `singular_values`) and the fields of its class in
+    `recovery/methods.py`. Only recipes that train accept it."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: str = "???"
-    """Folder that gets the compressed model, its tokenizer and `report.json`."""
+    """Output folder for the compressed model, its tokenizer and `report.json`."""

@@ -119,8 +119,8 @@ def decompose(
         with layers.team.together():
             if layer is not None:
                 name, W = layer.name, layer.weight
-                G = layer.moments.mean_gradient(name)
                 whitening = whitener.whitening(layer)
+                G = layer.moments.mean_gradient(name)
                 spectrum = spectrum_of(layers[name], W, whitening, *(() if lengths is None else (G, lengths[name])))
                 delta = spectrum.sensitivities(G)
                 if weigh:
@@ -157,9 +157,10 @@ def gradient_squares(
     for layer in brought_together(layers, statistics, shares, "gradients", progress=progress):
         with layers.team.together():
             if layer is not None:
+                whitening = whitener.whitening(layer)
                 G = layer.moments.mean_gradient(layer.name).to(accumulated(layer.weight.dtype))
-                squares[layer.name] = float(whitener.whitening(layer).whiten_gradient(G).square().sum())
-                del G
+                squares[layer.name] = float(whitening.whiten_gradient(G).square().sum())
+                del G, whitening
         del layer
     return layers.of_all_processes(squares)
 
