@@ -1,87 +1,154 @@
-"""`zssvd compress`, `plan`, `compare`, `evaluate`, `export` and `phases`."""
+"""`zssvd compress`, `plan`, `compare`, `evaluate`, `export`, `phases`, `init` and `keys`.
+
+Commands import torch and transformers when they run, so that a help text appears at once.
+"""
 
 import json
 import logging
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zssvd_lightning._files import check_output
-from zssvd_lightning.app.compare import compare as compare_presets
-from zssvd_lightning.app.pictures import draw_phases
-from zssvd_lightning.app.run import Run
-from zssvd_lightning.app.run_config import EvaluateConfig, ExportConfig, RunConfig
-from zssvd_lightning.compression.pipeline import compress as compress_model
-from zssvd_lightning.compression.pipeline import loss_in
-from zssvd_lightning.compression.pipeline import plan as plan_ranks
-from zssvd_lightning.compression.report import REPORT, Stopwatch, read_report
-from zssvd_lightning.config.loading import load_config
-from zssvd_lightning.errors import ConfigError, ModelSourceError, ZSSVDError
-from zssvd_lightning.evaluation import perplexity as evaluation
-from zssvd_lightning.evaluation import zero_shot
-from zssvd_lightning.hub.export import export_dense, export_onnx
-from zssvd_lightning.hub.saving import save_pretrained
-from zssvd_lightning.selection.plan import check_plan_output
-from zssvd_lightning.sources import texts
-from zssvd_lightning.sources.models import load_model, place
+from zssvd_lightning.app import settings as asked
+from zssvd_lightning.app.settings import meaning
+from zssvd_lightning.config.presets import PRESETS
+from zssvd_lightning.errors import ZSSVDError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
+    from zssvd_lightning.app.run import Run
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win over the file's.")
-]
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 T = TypeVar("T")
 
 
-Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|FILE.yaml",
+        help="A model source (package:NAME, a local folder, a hub id), or a YAML file of settings as `zssvd init` writes.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings; they win over those of a file."),
+]
+Ratio = Annotated[float | None, typer.Option(help=meaning("compression.prune_ratio"))]
+Preset = Annotated[str | None, typer.Option(help=meaning("preset"), autocompletion=lambda: list(PRESETS))]
+Dtype = Annotated[str | None, typer.Option(help=meaning("model.dtype"))]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{meaning('calibration.text')} Default: {asked.TRAIN_TEXT} if {asked.CORPUS} is installed, else "
+        f"{asked.FALLBACK_TEXT}."
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Device of the model: cpu, cuda, cuda:1, ...; by default the GPU if there is one.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors; exit codes are the same.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write the result to stdout as one JSON object.")]
+
+
+def _version(asked_for: bool) -> None:
+    if asked_for:
+        from zssvd_lightning import __version__
+
+        typer.echo(f"zssvd-lightning {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _main() -> None:
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Compress language models by zero-sum SVD truncation."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
 
 @app.command()
 def compress(
-    config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")], overrides: Overrides = None
+    source: Source,
+    overrides: Overrides = None,
+    ratio: Ratio = None,
+    preset: Preset = None,
+    out: Annotated[str | None, typer.Option(help=f"{meaning('output')} Required without a YAML file.")] = None,
+    dtype: Dtype = None,
+    text: Text = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{meaning('evaluation.text')} Default: {asked.TEST_TEXT} beside the default calibration text "
+            f"{asked.TRAIN_TEXT}, else none."
+        ),
+    ] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Compress a model: calibrate, truncate, factorize, evaluate, and write model and report.json to `output`."""
-    settings = load_config(RunConfig, config, overrides or ())
-    if settings.recovery is not None:
-        raise ConfigError(
-            "recovery trains the factors, for which a Trainer is needed: run recipes/compress_then_finetune.py with "
-            "this file, or leave it out with recovery=null"
-        )
-    run = Run(settings)
-    run.evaluate("dense")
-    report = _calibrated(run, compress_model)
-    run.evaluate("compressed")
-    run.save(report)
-    Console().print(report.table())
-    typer.echo(f"wrote {run.output / REPORT} and the model beside it")
+    """Compress a model: calibrate, truncate, factorize, evaluate, and write model and report.json to a folder.
+
+    Options win over the YAML file. `zssvd keys` lists all settings.
+    """
+    options = _options(ratio, preset, dtype, text) | {"output": out, "evaluation.text": evaluate}
+    with _streams(quiet, as_json):
+        settings = asked.read_run(source, overrides or (), options)
+
+        from zssvd_lightning.app.run import Run
+        from zssvd_lightning.compression.pipeline import compress as compress_model
+        from zssvd_lightning.compression.report import REPORT
+
+        run = Run(settings, not quiet, device=device)
+        run.evaluate("dense")
+        report = _calibrated(run, compress_model)
+        run.evaluate("compressed")
+        run.save(report)
+    line = f"wrote {run.output / REPORT} and the model beside it"
+    _show({**report.to_dict(), "output": str(run.output)}, line, quiet, as_json, report.table())
 
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
+    source: Source,
     file: Annotated[
         Path, typer.Argument(help="YAML file to write, to be reviewed and given as compression.plan=FILE.")
     ],
     overrides: Overrides = None,
+    ratio: Ratio = None,
+    preset: Preset = None,
+    dtype: Dtype = None,
+    text: Text = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the rank that compress would choose for every layer, and change nothing."""
-    check_plan_output(file)
-    run = Run(load_config(RunConfig, config, overrides or ()))
-    _calibrated(run, plan_ranks).write(file)
-    typer.echo(f"wrote {file}")
+    with _streams(quiet, as_json):
+        import yaml
+
+        from zssvd_lightning.compression.pipeline import plan as plan_ranks
+        from zssvd_lightning.selection.plan import check_plan_output
+
+        check_plan_output(file)
+        settings = asked.read_run(source, overrides or (), _options(ratio, preset, dtype, text), plans=True)
+
+        from zssvd_lightning.app.run import Run
+
+        run = Run(settings, not quiet, device=device, saves=False)
+        _calibrated(run, plan_ranks).write(file)
+        written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    _show({**written, "output": str(file)}, f"wrote {file}", quiet, as_json)
 
 
 @app.command()
@@ -93,15 +160,20 @@ def compare(
             help="YAML files of compress, and settings: of the comparison, and those that win over all files.",
         ),
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Measure several presets at several prune ratios and calibration seeds, and write a table to `output`.
 
-    Keys: output, prune_ratios, seeds, tasks, data, include, limit, batch_size, share_calibration, keep. Started again,
-    it goes on where it stopped. The exit code is 1 when a cell failed.
+    `zssvd keys compare` lists the settings. Started again, it goes on where it stopped. The exit code is 1 if a cell
+    failed.
     """
-    results = compare_presets(arguments or [])
-    Console().print(results.table())
-    typer.echo(f"wrote compare.json and compare.md to {results.comparison.config.output}")
+    with _streams(quiet):
+        from zssvd_lightning.app.compare import compare as compare_presets
+
+        results = compare_presets(arguments or [], progress=not quiet)
+    if not quiet:
+        _print(results.table())
+        typer.echo(f"wrote compare.json and compare.md to {results.comparison.config.output}")
     for name, error in results.errors.items():
         typer.secho(f"{name}: {error}", fg="red", err=True)
     if results.errors:
@@ -112,23 +184,32 @@ def compare(
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="Folder of a run, or any model source.")],
     overrides: Overrides = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="Floating-point type of the weights while measuring.")] = "float32",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Accepted for uniformity; the result is JSON anyway.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show nothing but the result and errors; exit codes are the same.")
+    ] = False,
 ) -> None:
-    """Perplexity and zero-shot accuracy of a saved model as JSON.
+    """Print perplexity and zero-shot accuracy of a saved model as JSON.
 
-    Keys: text, windows, length, by default those of the run; tasks, data, include, limit, batch_size, dense.
+    Text, windows and length are by default those of the run. `zssvd keys evaluate` lists the settings.
     """
-    settings = load_config(EvaluateConfig, None, _stripped(overrides or []), _recorded(model))
-    if settings.text is None and not settings.tasks:
-        raise ConfigError(f"{model} records no evaluation text; give one as text=SOURCE, or tasks as tasks=[piqa]")
-    dense = settings.dense if settings.tasks else None
-    tasks = zero_shot.load_tasks(settings.tasks, settings.data, settings.include) if settings.tasks else None
-    sources = {"model": model} if dense is None else {"dense": dense, "compressed": model}
-    models = {which: _loaded(which, source) for which, source in sources.items()}
-    measured: dict[str, Any] = {}
-    if settings.text is not None:
-        measured |= _perplexity(*next(reversed(models.values())), settings, settings.text)
-    if tasks is not None:
-        measured |= {"models": sources, **_accuracy(models, tasks, settings)}
+    with _streams(quiet, as_json=True):
+        from zssvd_lightning._numerics import DTYPES
+        from zssvd_lightning._validation import require_one_of
+        from zssvd_lightning.app.run import measure, recorded_evaluation
+        from zssvd_lightning.app.run_config import EvaluateConfig
+        from zssvd_lightning.config.loading import load_config
+
+        require_one_of("dtype", dtype, DTYPES)
+        entries = [override.removeprefix("evaluation.") for override in overrides or ()]  # as compress takes them
+        settings = load_config(EvaluateConfig, None, entries, recorded_evaluation(model))
+        measured, table = measure(model, settings, dtype=dtype, device=device, progress=not quiet)
+        if table is not None:
+            _print(table, err=True)
     typer.echo(json.dumps(measured))
 
 
@@ -137,19 +218,32 @@ def export(
     model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="Folder of a compressed model.")],
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
     overrides: Overrides = None,
+    dtype: Annotated[str | None, typer.Option(help=meaning("dtype", "ExportConfig"))] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write a model for other tools. Keys: format (dense, self_contained, onnx), dtype, max_shard_size."""
-    settings = load_config(ExportConfig, None, overrides or ())
-    check_output(folder, model)
-    loaded, tokenizer = load_model(model, settings.dtype or "auto")
-    if settings.format == "onnx":
-        export_onnx(loaded, folder, tokenizer)
-    elif settings.format == "dense":
-        export_dense(loaded, folder, tokenizer, settings.max_shard_size)
-    else:
-        report, shard = read_report(Path(model)), settings.max_shard_size
-        save_pretrained(loaded, folder, tokenizer, report=report, max_shard_size=shard, self_contained=True)
-    typer.echo(f"wrote {folder}")
+    """Write a model for other tools: dense, self-contained, or as an ONNX graph. See `zssvd keys export`."""
+    with _streams(quiet, as_json):
+        from zssvd_lightning.app.run_config import ExportConfig
+        from zssvd_lightning.compression.report import read_report
+        from zssvd_lightning.config.loading import load_config
+        from zssvd_lightning.hub.export import export_dense, export_onnx
+        from zssvd_lightning.hub.saving import save_pretrained
+        from zssvd_lightning.sources.models import load_model
+
+        settings = load_config(ExportConfig, None, asked.with_options(overrides or (), {"dtype": dtype}))
+        check_output(folder, model)
+        loaded, tokenizer = load_model(model, settings.dtype or "auto")
+        if settings.format == "onnx":
+            export_onnx(loaded, folder, tokenizer)
+        elif settings.format == "dense":
+            export_dense(loaded, folder, tokenizer, settings.max_shard_size)
+        else:
+            report, shard = read_report(Path(model)), settings.max_shard_size
+            save_pretrained(loaded, folder, tokenizer, report=report, max_shard_size=shard, self_contained=True)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    result = {"output": str(folder), "format": settings.format, "files": names}
+    _show(result, f"wrote {folder}", quiet, as_json)
 
 
 @app.command()
@@ -157,28 +251,96 @@ def phases(
     metrics: Annotated[Path, typer.Argument(help="metrics.csv of a CSVLogger.")],
     picture: Annotated[Path, typer.Argument(help="File to write, such as phases.png.")],
     loss: Annotated[str, typer.Option(help="Column with the training loss.")] = "loss",
+    quiet: Quiet = False,
 ) -> None:
     """Draw how a training run went through the phases of its compression."""
-    draw_phases(metrics, picture, loss)
-    typer.echo(f"wrote {picture}")
+    from zssvd_lightning.app.pictures import draw_phases
+
+    with _streams(quiet):
+        draw_phases(metrics, picture, loss)
+    _show({}, f"wrote {picture}", quiet)
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE.yaml", help="File to write; an existing one is refused.")],
+    model: Annotated[str | None, typer.Argument(help=meaning("model.source"))] = None,
+    preset: Preset = None,
+    ratio: Ratio = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a YAML file for compress in which every setting stands with its meaning."""
+    with _streams(quiet):
+        asked.write_template(file, model, preset, ratio)
+    more = "" if model else ", which lacks model.source"
+    _show({}, f"wrote {file}{more}; compress by it with: zssvd compress {file}", quiet)
+
+
+@app.command()
+def keys(
+    section: Annotated[
+        str | None,
+        typer.Argument(
+            help="Only these: model, calibration, compression, evaluation, training, ..., a single key, or the keys of "
+            f"another command: {', '.join(asked.COMMANDS)}."
+        ),
+    ] = None,
+) -> None:
+    """List every setting of compress and plan with type, default and meaning."""
+    typer.echo(asked.listing(section))
 
 
 def main() -> None:
-    """Entry point: errors of this package are one line on stderr and exit code 1."""
+    """Run the command line. Errors of this package are one line on stderr and exit code 1."""
     try:
         app()
     except ZSSVDError as error:
-        typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+        typer.secho(f"{type(error).__name__}: {' '.join(str(error).split())}", fg="red", err=True)
         raise SystemExit(1) from error
 
 
-def _stripped(overrides: list[str]) -> list[str]:
-    """`evaluation.text=...`, as `compress` takes it, means `text=...` here."""
-    return [override.removeprefix("evaluation.") for override in overrides]
+def _options(ratio: float | None, preset: str | None, dtype: str | None, text: str | None) -> dict[str, Any]:
+    """Return the options that compress and plan share by the keys they stand for."""
+    return {"compression.prune_ratio": ratio, "preset": preset, "model.dtype": dtype, "calibration.text": text}
 
 
-def _calibrated(run: Run, function: Callable[..., T]) -> T:
-    """What `compress` or `plan` makes of the model of a run, by its settings."""
+@contextmanager
+def _streams(quiet: bool, as_json: bool = False) -> Iterator[None]:
+    """Keep stdout for the result within the context, and show nothing at all if `quiet`. Errors pass through."""
+    with ExitStack() as stack:
+        if quiet:
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.WARNING)
+        elif as_json:
+            stack.enter_context(redirect_stdout(sys.stderr))
+        yield
+
+
+def _show(
+    result: Mapping[str, Any], line: str, quiet: bool, as_json: bool = False, table: "RenderableType | None" = None
+) -> None:
+    """Print the result as JSON, or a table and a line about it, or nothing."""
+    if as_json:
+        typer.echo(json.dumps(result))
+    elif not quiet:
+        if table is not None:
+            _print(table)
+        typer.echo(line)
+
+
+def _print(table: "RenderableType", err: bool = False) -> None:
+    from rich.console import Console
+
+    Console(stderr=err).print(table)
+
+
+def _calibrated(run: "Run", function: Callable[..., T]) -> T:
+    """Return the result of `compress` or `plan` for the model and settings of a run."""
+    from zssvd_lightning.compression.pipeline import loss_in
+
     calibration = run.config.calibration
     return function(
         run.model,
@@ -186,46 +348,5 @@ def _calibrated(run: Run, function: Callable[..., T]) -> T:
         run.config.compression,
         calibration_batches=calibration.batches,
         loss=loss_in(calibration.precision),
+        progress=run.progress,
     )
-
-
-def _loaded(which: str, source: str) -> Loaded:
-    try:
-        return load_model(source)
-    except ModelSourceError as error:
-        if which != "dense":
-            raise
-        raise ModelSourceError(f"dense: {error}; name it as dense=SOURCE, or leave it out with dense=null") from error
-
-
-def _perplexity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EvaluateConfig, text: str
-) -> dict[str, Any]:
-    place(model)
-    tokens = texts.tokenize(texts.load_text(text), tokenizer)
-    windows = texts.windows(tokens, settings.length, settings.windows, text)
-    return evaluation.perplexity(model, windows)._asdict()
-
-
-def _accuracy(models: dict[str, Loaded], tasks: zero_shot.Tasks, settings: EvaluateConfig) -> dict[str, Any]:
-    """Measures every model on the tasks, from the last, and lets go of it, so that the accelerator holds one."""
-    scores: dict[str, zero_shot.Scores] = {}
-    watch = Stopwatch()
-    while models:
-        which, (model, tokenizer) = models.popitem()
-        typer.echo(f"{', '.join(settings.tasks)}: {which}", err=True)
-        place(model)
-        with watch(which):
-            scores[which] = zero_shot.accuracy(model, tokenizer, tasks, settings.batch_size, settings.limit)
-    compared = zero_shot.side_by_side(dict(reversed(scores.items())))
-    Console(stderr=True).print(zero_shot.table(compared))
-    return {"tasks": compared, "task_seconds": watch.seconds}
-
-
-def _recorded(model: str) -> dict[str, Any]:
-    """The evaluation settings in the report of a run's folder, and the model it compressed as `dense`."""
-    path = Path(model) / REPORT
-    if not path.is_file():
-        return {}
-    config = json.loads(path.read_text(encoding="utf-8")).get("config", {})
-    return {**config.get("evaluation", {}), "dense": config.get("model", {}).get("source")}

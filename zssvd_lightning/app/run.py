@@ -1,18 +1,25 @@
-"""A whole run from a config: what stands before and after the compression, shared by the command line and recipes."""
+"""Whole runs and measurements from settings: all that surrounds a compression, for the command line and recipes."""
 
+import json
+import logging
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
+from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zssvd_lightning._files import check_output, replacing_folder
 from zssvd_lightning.app.pictures import draw
-from zssvd_lightning.app.run_config import RunConfig
+from zssvd_lightning.app.run_config import EvaluateConfig, RunConfig
 from zssvd_lightning.app.workspace import calibration_windows
-from zssvd_lightning.compression.report import Report, peak_rss_bytes, write_report
+from zssvd_lightning.compression.report import REPORT, Report, Stopwatch, peak_rss_bytes, write_report
+from zssvd_lightning.errors import ConfigError, ModelSourceError
 from zssvd_lightning.evaluation import perplexity as evaluation
+from zssvd_lightning.evaluation import zero_shot
 from zssvd_lightning.hub.loading import from_pretrained
 from zssvd_lightning.hub.model_card import write_card
 from zssvd_lightning.hub.saving import write_model
@@ -21,38 +28,49 @@ from zssvd_lightning.serialization.specs import specs_of
 from zssvd_lightning.sources import texts
 from zssvd_lightning.sources.models import load_model, place
 
+logger = logging.getLogger(__name__)
+
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
 
 class Run:
     """Model, tokenizer and texts of one run. Everything is loaded and checked at once, before any work is spent.
 
     Args:
-        config: the run's settings.
+        config: settings of the run.
         progress: whether to draw progress bars.
+        device: device of the model, such as `cuda:1`; the GPU if there is one, else the CPU, when None.
+        saves: whether `save` will be called, so that the output folder must be fit for it.
 
     Raises:
+        ConfigError: the device is not available.
         ModelSourceError: the model cannot be loaded.
         TextError: a text cannot be read or is too short.
         OutputError: the output folder holds something else.
     """
 
-    def __init__(self, config: RunConfig, progress: bool = True) -> None:
+    def __init__(
+        self, config: RunConfig, progress: bool = True, *, device: str | None = None, saves: bool = True
+    ) -> None:
         self.config = config
         self.progress = progress
-        self.output = check_output(config.output, config.model.source)
+        self.device = checked_device(device)
+        self.output = check_output(config.output, config.model.source) if saves else Path(config.output)
         torch.manual_seed(config.calibration.seed)
         self.model, self.tokenizer = load_model(config.model.source, config.model.dtype)
-        place(self.model)
+        _place(self.model, self.device)
         self.calibration = texts.TokenWindows(calibration_windows(config.calibration, self._tokens))
         self._windows = {key: self._evaluation_windows(text) for key, text in self._evaluation_texts().items()}
         self._perplexity: dict[str, dict[str, float]] = {key: {} for key in self._windows}
         self._evaluate_seconds = 0.0
 
     def calibration_loader(self) -> "DataLoader[dict[str, torch.Tensor]]":
-        """The windows of calibration and corrections in batches, always in the same order."""
+        """Return the windows of calibration and corrections in batches, always in the same order."""
         return DataLoader(self.calibration, batch_size=self.config.calibration.batch_size)
 
     def training_loader(self) -> "DataLoader[dict[str, torch.Tensor]]":
-        """As many batches of `training` as it has steps, always the same; after all windows the first come again.
+        """Return one batch for each step of `training`, always the same; after all windows the first come again.
 
         Raises:
             TextError: the text cannot be read or is shorter than a window.
@@ -64,31 +82,31 @@ class Run:
         return DataLoader(texts.TokenWindows(every[wanted]), batch_size=training.batch_size)
 
     def evaluate(self, which: str, model: PreTrainedModel | None = None) -> None:
-        """Measures perplexity on every evaluation text, as that of the `dense` or the `compressed` model.
+        """Measure perplexity on every evaluation text.
 
         Args:
-            which: key in the report.
-            model: another than the run's own.
+            which: key in the report, such as `dense` or `compressed`.
+            model: model to measure; the run's own when None.
         """
         model = model or self.model
-        place(model)
+        _place(model, self.device)
         for key, windows in self._windows.items():
             result = evaluation.perplexity(model, windows, desc=f"{key}, {which}", progress=self.progress)
             self._perplexity[key][which] = result.perplexity
             self._evaluate_seconds += result.seconds
 
     def save(self, report: Report, picture: bool = False) -> None:
-        """Completes `report` and writes it, the model and the tokenizer to the output folder, all or nothing.
+        """Complete `report` and write it, the model and the tokenizer to the output folder, all or nothing.
 
-        The model is cast to its `saved_dtype`. Where it is then another than was evaluated, as with storage in 8 bits,
-        what was written is loaded again, and evaluated as `reloaded` in the type the others were.
+        The model is cast to its `saved_dtype`. If that changes it, or its storage has 8 bits, the written model is
+        loaded again and evaluated as `reloaded`, in the type of the other evaluations.
 
         Args:
-            report: of the compression.
-            picture: whether to draw it as `report.png`, which needs matplotlib.
+            report: report of the compression.
+            picture: whether to draw the report as `report.png`, which needs matplotlib.
 
         Raises:
-            OutputError: writing failed; what was there before is untouched.
+            OutputError: writing failed; the previous content of the folder is unchanged.
         """
         dtype = getattr(torch, self.config.model.saved_dtype or self.config.model.dtype)
         changed = self.model.dtype != dtype or self.config.compression.storage in EIGHT_BIT
@@ -115,7 +133,7 @@ class Run:
             write_report(folder, report)
 
     def _expected_bytes(self, report: Report, size: int) -> int:
-        """Bytes that the numbers kept would take, those of targets being of 16 bits where the storage is of 8."""
+        """Return the bytes of all remaining numbers; those of targets have 16 bits if the storage has 8."""
         others = report.model_parameters_before - report.parameters_before
         return others * size + report.parameters_after * (2 if self.config.compression.storage in EIGHT_BIT else size)
 
@@ -129,3 +147,106 @@ class Run:
     def _evaluation_windows(self, text: str) -> torch.Tensor:
         settings = self.config.evaluation
         return texts.windows(self._tokens(text), settings.length, settings.windows, text)
+
+
+def checked_device(name: str | None) -> str | None:
+    """Return the name of a device if tensors can be kept on it.
+
+    Raises:
+        ConfigError: there is no such device, or it is not available.
+    """
+    if name is not None:
+        try:
+            torch.zeros(1, device=name).cpu()
+        except (RuntimeError, AssertionError, ImportError) as error:
+            cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"device {name!r} is not available here ({reason}); there are {', '.join(['cpu', *cuda])}"
+            ) from error
+    return name
+
+
+def _place(model: PreTrainedModel, device: str | None) -> None:
+    """Move a model to a device; to the GPU if there is one, else to the CPU, when None."""
+    if device is None:
+        place(model)
+    else:
+        nn.Module.to(model, device)
+
+
+def recorded_evaluation(model: str) -> dict[str, Any]:
+    """Return the evaluation settings in the report of a run's folder, and the model it compressed as `dense`."""
+    path = Path(model) / REPORT
+    if not path.is_file():
+        return {}
+    config = json.loads(path.read_text(encoding="utf-8")).get("config", {})
+    return {**config.get("evaluation", {}), "dense": config.get("model", {}).get("source")}
+
+
+def measure(
+    source: str,
+    settings: EvaluateConfig,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    progress: bool = True,
+) -> tuple[dict[str, Any], Table | None]:
+    """Measure perplexity and zero-shot accuracy of a saved model.
+
+    Args:
+        source: model source.
+        settings: text and tasks.
+        dtype: floating-point type of the weights.
+        device: device, as for `Run`.
+        progress: whether to draw progress bars.
+
+    Returns:
+        The measurements in plain types, and a table of the accuracies; None without tasks.
+
+    Raises:
+        ZSSVDError: a model, text, task or device is not available.
+    """
+    if settings.text is None and not settings.tasks:
+        raise ConfigError(f"{source} records no evaluation text; give one as text=SOURCE, or tasks as tasks=[piqa]")
+    device = checked_device(device)
+    dense = settings.dense if settings.tasks else None
+    tasks = zero_shot.load_tasks(settings.tasks, settings.data, settings.include) if settings.tasks else None
+    sources = {"model": source} if dense is None else {"dense": dense, "compressed": source}
+    models = {which: _loaded(which, each, dtype) for which, each in sources.items()}
+    measured: dict[str, Any] = {}
+    if settings.text is not None:
+        model, tokenizer = next(reversed(models.values()))
+        _place(model, device)
+        tokens = texts.tokenize(texts.load_text(settings.text), tokenizer)
+        windows = texts.windows(tokens, settings.length, settings.windows, settings.text)
+        measured |= evaluation.perplexity(model, windows, progress=progress)._asdict()
+    if tasks is None:
+        return measured, None
+    compared, seconds = _accuracy(models, tasks, settings, device)
+    measured |= {"models": sources, "tasks": compared, "task_seconds": seconds}
+    return measured, zero_shot.table(compared)
+
+
+def _loaded(which: str, source: str, dtype: str) -> Loaded:
+    try:
+        return load_model(source, dtype)
+    except ModelSourceError as error:
+        if which != "dense":
+            raise
+        raise ModelSourceError(f"dense: {error}; name it as dense=SOURCE, or leave it out with dense=null") from error
+
+
+def _accuracy(
+    models: dict[str, Loaded], tasks: zero_shot.Tasks, settings: EvaluateConfig, device: str | None
+) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """Return scores and seconds of every model. Each is released once measured, so that the device has one at a time."""
+    scores: dict[str, zero_shot.Scores] = {}
+    watch = Stopwatch()
+    while models:
+        which, (model, tokenizer) = models.popitem()
+        logger.info("%s: %s", ", ".join(settings.tasks), which)
+        _place(model, device)
+        with watch(which):
+            scores[which] = zero_shot.accuracy(model, tokenizer, tasks, settings.batch_size, settings.limit)
+    return zero_shot.side_by_side(dict(reversed(scores.items()))), watch.seconds

