@@ -38,9 +38,9 @@ from zssvd_lightning._registration import register_with_transformers
 if TYPE_CHECKING:
     from zssvd_lightning.app.run import Run
     from zssvd_lightning.app.run_config import RunConfig
-    from zssvd_lightning.callbacks.limits import scheduled_steps
     from zssvd_lightning.callbacks.prehab import LowRankPrehab
     from zssvd_lightning.callbacks.schedule import Schedule
+    from zssvd_lightning.callbacks.trainer.limits import scheduled_steps
     from zssvd_lightning.callbacks.zssvd import ZSSVDCallback
     from zssvd_lightning.compression.phase import Phase
     from zssvd_lightning.compression.pipeline import BatchReading, compress
@@ -113,7 +113,7 @@ _MODULES = {
     "quantize": "compression.quantization",
     "save_predictions": "recovery.teachers",
     "save_pretrained": "hub.saving",
-    "scheduled_steps": "callbacks.limits",
+    "scheduled_steps": "callbacks.trainer.limits",
 }
 """Where each public name is defined."""
 

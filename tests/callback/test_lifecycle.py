@@ -214,7 +214,7 @@ def test_validation_and_sanity_batches_are_not_counted():
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if callback.phase is Phase.CALIBRATE:
-                self.tokens = max(callback._lifecycle.compression.gathering.moments.tokens.values())
+                self.tokens = max(callback.statistics.tokens.values())
 
     callback, count = short(corrections=0), Count()
     fitted = trainer(count, callback, max_epochs=3, val_check_interval=1, num_sanity_val_steps=2)

@@ -172,9 +172,7 @@ class LosesPlan(L.Callback):
     def setup(self, trainer, pl_module, stage):
         (compression,) = [c for c in trainer.callbacks if isinstance(c, ZSSVDCallback)]
         name = "missing.yaml" if trainer.global_rank == 1 else "plan.yaml"
-        compression._lifecycle.config = dataclasses.replace(
-            compression.config, plan=f"{compression.config.plan}/{name}"
-        )
+        compression.config = dataclasses.replace(compression.config, plan=f"{compression.config.plan}/{name}")
 
 
 def test_a_plan_that_one_process_cannot_read_is_an_error_on_all(tmp_path):

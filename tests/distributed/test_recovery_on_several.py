@@ -99,7 +99,7 @@ def diverge(rank, size, folder, strategy):
     class Looks(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             if callback.phase is Phase.RECOVER:
-                found = callback._lifecycle.recovery._teacher
+                found = callback.run.life.recovery._teacher
                 assert isinstance(found, DenseTeacher)
                 teacher["sharded"] = all(isinstance(p, DTensor) for p in found.model.parameters())
 

@@ -25,5 +25,5 @@ class Keeps(ZSSVDCallback):
 
     def on_before_backward(self, trainer, pl_module, loss):
         if self.phase is Phase.CALIBRATE:
-            self.kept = self.kept or self._lifecycle.compression.gathering.moments
+            self.kept = self.kept or self.statistics
         super().on_before_backward(trainer, pl_module, loss)

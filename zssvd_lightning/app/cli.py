@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from zssvd_lightning.app.run import Run
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 T = TypeVar("T")
@@ -34,13 +34,12 @@ T = TypeVar("T")
 Source = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL|FILE.yaml",
-        help="A model source (package:NAME, a local folder, a hub id), or a YAML file of settings as `zssvd init` writes.",
+        metavar="MODEL",
+        help="Model source (package:NAME, a local folder or a hub id), or a YAML file such as `zssvd init` writes.",
     ),
 ]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings; they win over those of a file."),
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings; they win over those of a file.")
 ]
 Ratio = Annotated[float | None, typer.Option(help=meaning("compression.prune_ratio"))]
 Preset = Annotated[str | None, typer.Option(help=meaning("preset"), autocompletion=lambda: list(PRESETS))]
@@ -242,8 +241,7 @@ def export(
             report, shard = read_report(Path(model)), settings.max_shard_size
             save_pretrained(loaded, folder, tokenizer, report=report, max_shard_size=shard, self_contained=True)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    result = {"output": str(folder), "format": settings.format, "files": names}
-    _show(result, f"wrote {folder}", quiet, as_json)
+    _show({"output": str(folder), "format": settings.format, "files": names}, f"wrote {folder}", quiet, as_json)
 
 
 @app.command()

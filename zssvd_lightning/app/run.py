@@ -240,7 +240,7 @@ def _loaded(which: str, source: str, dtype: str) -> Loaded:
 def _accuracy(
     models: dict[str, Loaded], tasks: zero_shot.Tasks, settings: EvaluateConfig, device: str | None
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """Return scores and seconds of every model. Each is released once measured, so that the device has one at a time."""
+    """Return scores and seconds of every model, and release each once measured, so that the device holds one."""
     scores: dict[str, zero_shot.Scores] = {}
     watch = Stopwatch()
     while models:

@@ -67,8 +67,8 @@ WIDTH = 120
 
 
 HEADER = """\
-Settings of `zssvd compress {name}`. A line that starts with # and a key is a setting at its default{preset}:
-remove the # to change it. Other comments say what the settings mean. Keys beside them: `zssvd keys`."""
+Settings for `zssvd compress {name}`. Lines that begin with # and a key are settings at their defaults{preset};
+remove the # to change one. The other comments give the meaning of the settings below them."""
 
 
 class Key(NamedTuple):
@@ -232,6 +232,11 @@ def read_run(source: str, overrides: Sequence[str], options: Mapping[str, Any], 
         raise ConfigError("there is no output folder; name one by --out FOLDER")
     defaults: dict[str, Any] = {"calibration": {"text": NOT_GIVEN}, "evaluation": {"text": NOT_GIVEN}}
     settings = load_config(RunConfig, path, entries, defaults | ({"output": "."} if plans else {}))
+    if settings.recovery is not None and not plans:
+        raise ConfigError(
+            "recovery trains the factors, for which a Trainer is needed: run recipes/compress_then_finetune.py with "
+            "this file, or leave it out with recovery=null"
+        )
     calibration, evaluation = settings.calibration, settings.evaluation
     train, test = default_texts()
     if calibration.text == NOT_GIVEN:
@@ -288,7 +293,7 @@ def write_template(path: Path, model: str | None, preset: str | None, prune_rati
     }
     with replacing_file(path) as file:
         file.write_text(_template(path.name, values), encoding="utf-8")
-        load_config(RunConfig, file, [] if model else [f"model.source={CORPUS}"])
+        load_config(RunConfig, file, [] if model else ["model.source=MODEL"])
 
 
 def _template(name: str, values: Mapping[str, Any]) -> str:

@@ -6,15 +6,14 @@ with them takes place between two batches.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from zssvd_lightning._contexts import uncompiled
-from zssvd_lightning.calibration.hooks import Observation
-from zssvd_lightning.callbacks.guards import window_end
+from zssvd_lightning.callbacks.observed_batch import ObservedBatch
+from zssvd_lightning.callbacks.trainer.guards import window_end
 from zssvd_lightning.compression.course import Stage, course, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import GATHERING, Phase, phase_is_after
@@ -86,6 +85,11 @@ class Lifecycle:
         return self._compression
 
     @property
+    def active_recovery(self) -> RecoveryRun | None:
+        """The recovery under way."""
+        return self.recovery if self.recovery is not None and self.recovery.active else None
+
+    @property
     def has_touched(self) -> bool:
         """Whether there is something to put back."""
         return self._compression is not None or self._restored is not None
@@ -137,7 +141,7 @@ class Lifecycle:
         """The set point is reached."""
         self.phase = self._stages[0].gathers
 
-    def open(self, mask: Tensor | None, terms: float) -> "ObservedBatch":
+    def open(self, mask: Tensor | None, terms: float) -> ObservedBatch:
         """Puts a batch under observation. Collective for the first batch of a gathering."""
         self.close()
         if self.reference_terms is None:
@@ -316,34 +320,3 @@ class Lifecycle:
                     f"and calibration_epochs were {state['calibration']} and are {list(self._calibration)}); go on "
                     "with the same, or start from a checkpoint of before it"
                 )
-
-
-class ObservedBatch:
-    """A training batch between its first and its last hook.
-
-    Attributes:
-        terms: how many terms its mean loss runs over.
-        observation: see `observation.observing`.
-        complete: whether its loss and its gradients have come.
-        stepped: whether it closed an accumulation window.
-    """
-
-    def __init__(self, compression: Compression, phase: Phase, terms: float, mask: Tensor | None) -> None:
-        self.terms = terms
-        self.complete = False
-        self.stepped = False
-        with ExitStack() as stack:
-            stack.enter_context(compression.stopwatch(phase.value))
-            stack.enter_context(uncompiled())
-            self.observation: Observation = stack.enter_context(
-                compression.gathering.observing(mask, inputs=phase is Phase.CALIBRATE)
-            )
-            self._stack = stack.pop_all()
-
-    def during(self, context: AbstractContextManager[Entered]) -> Entered:
-        """Enters a context that ends with the observation."""
-        return self._stack.enter_context(context)
-
-    def close(self) -> None:
-        """Puts mode, flags, cache and hooks back."""
-        self._stack.close()

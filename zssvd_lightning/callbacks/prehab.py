@@ -29,10 +29,10 @@ from torch import Tensor
 
 from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.batches import token_mask
-from zssvd_lightning.callbacks import telemetry
-from zssvd_lightning.callbacks.guards import most_accumulated, refuse_early_compression, steps_in
-from zssvd_lightning.callbacks.limits import batch_is_over, batches_run
-from zssvd_lightning.callbacks.precision import loss_scale, scales
+from zssvd_lightning.callbacks.trainer import telemetry
+from zssvd_lightning.callbacks.trainer.guards import most_accumulated, refuse_early_compression, steps_in
+from zssvd_lightning.callbacks.trainer.limits import batch_is_over, batches_run
+from zssvd_lightning.callbacks.trainer.precision import loss_scale, scales
 from zssvd_lightning.callbacks.zssvd import ZSSVDCallback
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.distributed import Shards

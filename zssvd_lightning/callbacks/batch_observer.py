@@ -1,0 +1,96 @@
+"""Batches under observation: what the hooks of the callback do with a loss and its gradients."""
+
+import logging
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from zssvd_lightning.callbacks.batch_meaning import BatchMeaning
+from zssvd_lightning.callbacks.fit_context import FitContext
+from zssvd_lightning.callbacks.lifecycle import Lifecycle
+from zssvd_lightning.callbacks.trainer import telemetry
+from zssvd_lightning.callbacks.trainer.precision import ScalerAtRest, loss_scale, nothing_to_clip, scales, unscale
+
+logger = logging.getLogger(__name__)
+
+
+class BatchObserver:
+    """Gather statistics from the batches of a fit.
+
+    Args:
+        fit: what is borrowed of the run.
+        meaning: the callback, which knows its batches.
+    """
+
+    def __init__(self, fit: FitContext, meaning: BatchMeaning) -> None:
+        self._fit, self._meaning = fit, meaning
+        self._scaler: ScalerAtRest | None = None
+
+    def start_batch(self, trainer: L.Trainer, module: L.LightningModule, life: Lifecycle, batch: Any) -> None:
+        """Observe the batch, while batches give statistics."""
+        if life.gathering:
+            self._fit.adapter.unwrap_parameters()
+            self._fit.adapter.before_batch()
+            observed = life.open(self._meaning.token_mask(batch), self._meaning.loss_terms(batch))
+            self._fit.adapter.sync_requires_grad()
+            observed.during(nothing_to_clip(module))
+            self._scaler = observed.during(ScalerAtRest(trainer).resting())
+
+    def weigh_loss(self, trainer: L.Trainer, life: Lifecycle, loss: Tensor) -> None:
+        """Note the loss and turn its gradient from a mean into a sum over its terms.
+
+        Lightning has divided the loss by the accumulation factor and, in fp16, multiplied it by the loss scale; the
+        weights keep the scale and are relative to the first batch's terms, so that no gradient overflows.
+        """
+        accumulate = trainer.accumulate_grad_batches
+        if life.first_losses is not None:
+            life.first_losses.append(float(loss.detach()) * accumulate / loss_scale(trainer))
+        if life.batch is None or life.reference_terms is None:
+            return
+        life.batch.observation.forward_done()
+        scale = loss_scale(trainer)
+        mean = loss * (accumulate / scale)
+        life.compression.gathering.add_loss(mean, life.batch.terms, life.reference_terms / scale)
+        weight = life.batch.terms * accumulate / life.reference_terms
+        if weight != 1.0:
+            loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
+
+    def complete_batch(self, life: Lifecycle) -> None:
+        """Note that the batch has given its loss and its gradients."""
+        if life.batch is not None:
+            life.batch.complete = True
+
+    def take_gradients(self, trainer: L.Trainer, life: Lifecycle, optimizer: torch.optim.Optimizer) -> None:
+        """Take the gradients of the accumulation window, before clipping, and leave the optimizer none."""
+        if life.first_losses:
+            losses = math.fsum(life.first_losses) / len(life.first_losses)
+            everywhere = self._fit.adapter.team.gathered(losses)
+            telemetry.log(trainer, loss_after_truncation=math.fsum(everywhere) / len(everywhere))
+            life.first_losses = None
+        if life.batch is not None:
+            self._collect(trainer, life, optimizer)
+            optimizer.zero_grad(set_to_none=True)
+            life.batch.stepped = True
+
+    def take_gradients_without_step(self, trainer: L.Trainer, life: Lifecycle) -> None:
+        """Take gradients that no step follows, as where `optimizer_step` is overridden to leave some out."""
+        if life.gathering and life.compression.gathering.pending:
+            self._collect(trainer, life, None)
+
+    def _collect(self, trainer: L.Trainer, life: Lifecycle, optimizer: torch.optim.Optimizer | None) -> None:
+        """Take the gradients there are, before a step of `optimizer` if Lightning is about to take one."""
+        compression, unit = life.compression, life.reference_terms
+        self._fit.adapter.unwrap_parameters()
+        finite = unscale(trainer, optimizer, compression.targets.values())
+        if scales(trainer):
+            finite = all(compression.team.gathered(finite))
+        if unit is not None and finite:
+            compression.gathering.collect_gradients(unit)
+            return
+        logger.warning("gradients overflowed in float16; their batches are not counted and the loss scale drops")
+        compression.gathering.discard_gradients()
+        if self._scaler is not None:
+            self._scaler.overflowed = True

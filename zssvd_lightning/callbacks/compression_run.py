@@ -1,0 +1,338 @@
+"""The compression inside one fit: what the hooks of the callback do while batches give statistics."""
+
+import logging
+import math
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from zssvd_lightning.callbacks.batch_meaning import BatchMeaning
+from zssvd_lightning.callbacks.fit_context import FitContext
+from zssvd_lightning.callbacks.lifecycle import Lifecycle
+from zssvd_lightning.callbacks.recovery import RecoveryHooks
+from zssvd_lightning.callbacks.schedule import Schedule
+from zssvd_lightning.callbacks.trainer import telemetry
+from zssvd_lightning.callbacks.trainer.guards import (
+    most_accumulated,
+    refuse_stale_groups,
+    refuse_too_short,
+    refuse_uneven,
+    refuse_unsupported,
+)
+from zssvd_lightning.callbacks.trainer.limits import ExtendedLimits, stopping_now
+from zssvd_lightning.callbacks.trainer.other_callbacks import hold_early_stopping, start_ranking_afresh
+from zssvd_lightning.callbacks.trainer.precision import scales
+from zssvd_lightning.compression.phase import Phase
+from zssvd_lightning.compression.quantization import quantize_layers
+from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.errors import CalibrationError, CheckpointError, UnfinishedError
+from zssvd_lightning.layers.int8 import EightBitLinear
+from zssvd_lightning.layers.storage import EIGHT_BIT
+from zssvd_lightning.recovery.settings import Recovery
+from zssvd_lightning.selection.plan import check_plan_output
+from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixin
+from zssvd_lightning.serialization.specs import ranks_of
+
+logger = logging.getLogger(__name__)
+
+PLAN_FILE = "zssvd_plan.yaml"
+"""Name of the plan that a dry run writes, where it is given none."""
+
+
+class CompressionRun:
+    """One compression in the hooks of a fit, from the set point to factorization.
+
+    Args:
+        fit: what is borrowed of the run.
+        meaning: the callback, which knows its batches.
+        recovering: the part that trains the factors afterwards.
+        config: what to remove and how.
+        schedule: when.
+        recovery: settings of the recovery; None for the optimizer of the module.
+        dry_run: only write the plan, to this file; True for `zssvd_plan.yaml` in the folder of the logger.
+        progress: draw progress bars.
+
+    Attributes:
+        life: how far the compression has come.
+        recovers_from: global step of this fit at which the factors began to train; None before.
+        planned: this run was a dry run and has written its plan.
+    """
+
+    def __init__(
+        self,
+        fit: FitContext,
+        meaning: BatchMeaning,
+        recovering: RecoveryHooks,
+        config: CompressionConfig,
+        schedule: Schedule,
+        recovery: Recovery | None,
+        dry_run: bool | Path,
+        progress: bool,
+    ) -> None:
+        self.recovers_from: int | None = None
+        self.planned = False
+        self._fit, self._meaning, self._recovering = fit, meaning, recovering
+        self._config, self._schedule, self._recovery = config, schedule, recovery
+        self._dry_run, self._progress = dry_run, progress
+        self._compressed: weakref.ref[L.LightningModule] | None = None
+        self.life = self.fresh()
+
+    def fresh(self) -> Lifecycle:
+        """Return the lifecycle of a compression that has not begun."""
+        schedule = self._schedule
+        return Lifecycle(self._config, schedule.calibration_batches, schedule.calibration_epochs, self._recovery)
+
+    def batches_needed(self, batches_per_epoch: float, accumulate: int) -> int:
+        """Return the training batches from the start of an epoch until factorization, or until the plan is written."""
+        return self.fresh().batches_needed(batches_per_epoch, accumulate, first_only=self._dry_run is not False)
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Forget the compression of another module, and have the progress bar show the phase."""
+        self.planned = False
+        if self._fit.fitting and self.life.phase in (Phase.RECOVER, Phase.DONE):
+            if not self._has_compressed(module):
+                self._start_over()
+            else:
+                self.recovers_from = 0
+        if self._fit.fitting:
+            self._fit.borrow(telemetry.shown_on_bar(trainer, lambda: self._describe(trainer)))
+
+    def go_on_after(self, module: L.LightningModule) -> bool:
+        """Return True if this module is low-rank already and its factors train on; start over where it is not."""
+        if self.life.phase not in (Phase.RECOVER, Phase.DONE):
+            return False
+        if self._has_compressed(module):
+            self._compressed = weakref.ref(module)
+            return True
+        self._start_over()
+        return False
+
+    def begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Refuse runs that cannot be compressed in, before any batch is spent; go on from a checkpoint."""
+        adapter, life = self._fit.adapter, self.life
+        refuse_unsupported(trainer, module)
+        adapter.refuse_unsupported()
+        adapter.refuse_settings(self._config)
+        adapter.unwrap_parameters()
+        refuse_uneven(adapter.team.gathered(trainer.num_training_batches))
+        plan_path = None if self._dry_run is False else self._plan_path(trainer)
+        with adapter.team.together():
+            refuse_stale_groups(trainer, module)
+            if plan_path is not None and trainer.is_global_zero:
+                check_plan_output(plan_path)
+            if life.phase is Phase.WAIT:
+                life.epoch_length = math.inf
+                needed = self._meaning.batches_needed(trainer.num_training_batches, most_accumulated(trainer))
+                needed = (1 if self._schedule.extend_training else needed) + (self._recovery is not None)
+                refuse_too_short(trainer, self._schedule.start_epoch, self._schedule.start_step, needed)
+            if self._config.asks_model:
+                self._meaning.student(module)
+            life.attach(module, self._progress, adapter)
+            self._recovering.refuse(module, life)
+        gathering = life.compression.gathering
+        gathering.can_overflow, gathering.logits_model = scales(trainer), self._meaning.student
+        telemetry.log_phase(trainer, life.phase)
+        self.go_on_if_enough(trainer, module)
+
+    def start_batch(self, trainer: L.Trainer) -> None:
+        """Begin with the first batch at which the set point is reached."""
+        life, schedule = self.life, self._schedule
+        started = trainer.current_epoch >= schedule.start_epoch and trainer.global_step >= schedule.start_step
+        if life.phase is Phase.WAIT and started and not self.planned:
+            life.start()
+            telemetry.log_phase(trainer, life.phase)
+
+    def end_batch(self, trainer: L.Trainer, module: L.LightningModule, batch_idx: int) -> None:
+        """End the observation and, when enough was seen and the accumulation window is closed, go on."""
+        life = self.life
+        life.batches_into_epoch = batch_idx + 1
+        if (observed := life.batch) is None:
+            return
+        life.close()
+        if not observed.complete:
+            raise CalibrationError(
+                f"training_step gave no loss for calibration batch {batch_idx} of epoch {trainer.current_epoch}; "
+                "calibrate on batches that give one"
+            )
+        hold_early_stopping(trainer)
+        if self._schedule.extend_training:
+            self._fit.limits.add(trainer, observed.stepped, self._batches_per_epoch(trainer))
+        telemetry.log_progress(trainer, life.batches, life.limit(life.phase, self._batches_per_epoch(trainer)))
+        self.go_on_if_enough(trainer, module)
+
+    def end_epoch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Note how long an epoch is, which a loader without a length does not tell before, and go on if enough."""
+        self.life.close()
+        self.life.epoch_length = self.life.batches_into_epoch
+        if self._schedule.extend_training:
+            self._fit.limits.recount(trainer, self._batches_per_epoch(trainer))
+        self.go_on_if_enough(trainer, module)
+
+    def end_training(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Declare the work done. Raises UnfinishedError, with the model put back, when it is not."""
+        if self.life.phase is Phase.RECOVER:
+            self.life.phase = Phase.DONE
+            telemetry.log_phase(trainer, self.life.phase)
+        elif self.life.phase is not Phase.DONE and not self.planned:
+            self.give_up(module)
+
+    def quantize(self, module: L.LightningModule) -> None:
+        """Put the trained factors into 8 bits, if the storage is to have them; checkpoints of the fit are not."""
+        report, storage = self.life.report, self._config.storage
+        if self.life.phase is Phase.DONE and report is not None and storage in EIGHT_BIT:
+            layers = [
+                name
+                for name, layer in report.layers.items()
+                if layer.in_8_bits and not isinstance(module.get_submodule(name), EightBitLinear)
+            ]
+            quantize_layers(module, layers, storage, self.life.importances)
+
+    def leave_after_exception(self, module: L.LightningModule) -> None:
+        """Put everything back, unless the model was factorized already."""
+        if self.life.gathering:
+            for parameter in module.parameters():
+                parameter.grad = None
+        if self.life.phase not in (Phase.RECOVER, Phase.DONE):
+            self.abandon(module)
+
+    def give_up(self, module: L.LightningModule) -> None:
+        """Put the model back. Raises UnfinishedError always."""
+        phase, seen = self.life.phase, self.life.batches
+        self.abandon(module)
+        raise UnfinishedError(
+            f"training ended in phase '{phase}' after {seen} of its batches, before the model was factorized, and "
+            "the model was put back; train longer, start earlier, or lower calibration_batches, truncations or "
+            "corrections"
+        )
+
+    def abandon(self, module: L.LightningModule) -> None:
+        """Put the module and the Trainer's limits back, and start over."""
+        if self._fit.in_this_process:
+            touched, adapter = self.life.has_touched, self._fit.adapter
+            if touched:
+                adapter.unwrap_parameters()
+            self.life.abandon(module, adapter)
+            if touched:
+                adapter.sync_requires_grad()
+                adapter.discard_replaced()
+        self._fit.give_up_limits()
+        self.recovers_from = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the lifecycle and what it has taken of the training, as plain types and tensors."""
+        over, batch = self._fit.batch_is_over, self.life.batch
+        uncounted = self._schedule.extend_training and over and batch is not None
+        team = self._fit.adapter.team if self._fit.in_this_process else None
+        return self.life.state_dict(over, team) | {
+            "allowance": self._fit.limits.state_dict(uncounted, batch is not None and batch.stepped),
+            "recovers_from": self.recovers_from,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the state of a checkpoint, for a fit. Raises CheckpointError when it cannot."""
+        if self._fit.fitting:
+            self.life.load_state_dict(state)
+            self.recovers_from = state["recovers_from"]
+            self._fit.resumed = True
+
+    def refuse_checkpoint(self, checkpoint: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
+        """Raise CheckpointError for a checkpoint that a fit cannot go on from; nothing has been loaded then."""
+        if self._fit.fitting and any(n.endswith(("_codes", ".codes")) for n in checkpoint.get("state_dict", {})):
+            raise CheckpointError(
+                "the checkpoint was saved after its fit, with layers in 8 bits, which are not trained; go on from a "
+                "checkpoint of the fit itself"
+            )
+        if self._fit.fitting and state is not None:
+            self.refuse_state(state)
+
+    def refuse_state(self, state: Mapping[str, Any]) -> None:
+        """Raise CheckpointError for a callback state that this fit cannot go on from."""
+        self.life.check(state)
+        is_dense = self.life.is_dense_at(state["position"])
+        if self._dry_run is not False and (not is_dense or state["phase"] in (Phase.RECOVER, Phase.DONE)):
+            raise CheckpointError(
+                "a dry run starts from a dense model, but this checkpoint is of a truncated one; resume "
+                "from one of before the compression, or without dry_run"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy, or another process, gets."""
+        return self.__dict__ | {"_compressed": None}
+
+    def go_on_if_enough(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Leave CALIBRATE or CORRECT for what comes next, when it has its batches."""
+        life = self.life
+        if not life.enough(trainer.num_training_batches):
+            return
+        self._fit.adapter.unwrap_parameters()
+        if self._dry_run is not False and life.stage.truncates:
+            self._write_plan(trainer, module)
+            return
+        was_dense = life.is_dense
+        with life.changing_weights():
+            telemetry.log_stage(trainer, life.advance(), life.compression)
+            if was_dense:
+                start_ranking_afresh(trainer, "dense")
+            if life.phase is Phase.FACTORIZE:
+                self._factorize(trainer, module)
+        telemetry.log_phase(trainer, life.phase)
+
+    def _write_plan(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        path, plan = self._plan_path(trainer), self.life.compression.plan()
+        with self._fit.adapter.team.together():
+            if trainer.is_global_zero:
+                plan.write(path)
+        self.abandon(module)
+        self.planned = True
+        self._fit.borrow(stopping_now(trainer))
+        logger.info("dry run: the ranks are in %s; compress with plan=%s", path, path)
+
+    def _factorize(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        def set_up_optimizers() -> None:
+            self._fit.adapter.rebuild_optimizers()
+            refuse_stale_groups(trainer, module)
+
+        self.recovers_from = trainer.global_step
+        self._recovering.take_teacher(module, self.life)
+        self.life.factorize(trainer.global_step, set_up_optimizers)
+        self._fit.adapter.discard_replaced()
+        if (recovery := self.life.active_recovery) is not None:
+            recovery.rollback.keep(module)
+        start_ranking_afresh(trainer, "truncated")
+        self._compressed = weakref.ref(module)
+        if not isinstance(module, LowRankCheckpointMixin):
+            logger.info(
+                "%s.load_from_checkpoint takes LowRankCheckpointMixin as a base class from now on; a Trainer with "
+                "this callback loads its checkpoints without",
+                type(module).__name__,
+            )
+
+    def _has_compressed(self, module: L.LightningModule) -> bool:
+        """Return True if this module is the one behind the report, and still as low-rank as that says."""
+        report = self.life.report
+        if self._fit.resumed:
+            return True
+        if report is None or self._compressed is None or self._compressed() is not module:
+            return False
+        ranks = {name: layer.rank for name, layer in report.layers.items() if layer.rank is not None}
+        return ranks.items() <= ranks_of(module).items()
+
+    def _start_over(self) -> None:
+        self.life, self.recovers_from = self.fresh(), None
+        self._fit.limits = ExtendedLimits()
+
+    def _batches_per_epoch(self, trainer: L.Trainer) -> float:
+        return min(trainer.num_training_batches, self.life.epoch_length)
+
+    def _describe(self, trainer: L.Trainer) -> str:
+        life = self.life
+        if not life.gathering:
+            return life.phase.value
+        return f"{life.phase} {life.batches}/{life.limit(life.phase, self._batches_per_epoch(trainer))}"
+
+    def _plan_path(self, trainer: L.Trainer) -> Path:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        return folder / PLAN_FILE if isinstance(self._dry_run, bool) else self._dry_run
