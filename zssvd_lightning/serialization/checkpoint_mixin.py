@@ -21,8 +21,10 @@ class LowRankCheckpointMixin(nn.Module):
         CheckpointError: on loading, if the weights belong to another model; the module is then unchanged.
 
     Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> class MyModule(LowRankCheckpointMixin, L.LightningModule): ...
-        >>> class Theirs(LowRankCheckpointMixin, MyModule): ...  # for a class that you cannot change
+        >>> class Theirs(LowRankCheckpointMixin, BoringModel): ...  # for a class that you cannot change
     """
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
