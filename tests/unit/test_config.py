@@ -1,9 +1,12 @@
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from zssvd_lightning import CompressionConfig, RunConfig, ZSSVDCallback, load_config
+from zssvd_lightning import CompressionConfig, RunConfig, Schedule, ZSSVDCallback, load_config
+from zssvd_lightning.callbacks.schedule import CallbackSettings
 from zssvd_lightning.config.presets import FOLDER, PRESETS, settings_of
+from zssvd_lightning.config.settings import CompressionSettings, Settings
 from zssvd_lightning.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +96,8 @@ def test_config_is_frozen():
 
 def test_every_preset_is_a_valid_compression_and_cites_its_source():
     assert (
-        *("asvd", "best", "fwsvd", "io-svd", "mpifa", "plain-svd", "svd-llm", "zs-svd", "zs-svd-5x", "zs-svd-pivoted"),
+        *("asvd", "best", "fwsvd", "io-svd", "mpifa", "plain-svd"),
+        *("svd-llm", "zs-svd", "zs-svd-5x", "zs-svd-line-search", "zs-svd-pivoted"),
     ) == PRESETS
     for preset in PRESETS:
         assert CompressionConfig.of(preset, prune_ratio=0.3) == CompressionConfig(
@@ -128,3 +132,39 @@ def test_bits_are_chosen_by_rules_that_can():
     with pytest.raises(ConfigError, match="'mixed' leaves bits to be chosen by selection 'curvature'"):
         CompressionConfig(storage="mixed")
     assert CompressionConfig(storage="mixed", metric="two_sided", selection="curvature").storage == "mixed"
+
+
+def test_the_method_without_a_preset_is_the_one_that_has_a_name():
+    assert CompressionConfig() == CompressionConfig.of("zs-svd-line-search")
+
+
+def test_keyword_settings_are_the_fields_of_the_config():
+    assert set(Settings.__annotations__) == {field.name for field in fields(CompressionConfig)}
+    assert set(CallbackSettings.__annotations__) - {field.name for field in fields(Schedule)} == set(
+        CompressionSettings.__annotations__
+    )
+    for name in CallbackSettings.__annotations__:
+        assert f"    {name}: " in CallbackSettings.__doc__
+
+
+def test_a_config_and_settings_beside_it_are_refused():
+    with pytest.raises(ConfigError, match="preset, prune_ratio cannot be given too"):
+        CompressionConfig.asked(CompressionConfig(), "best", {"prune_ratio": 0.3})
+    assert CompressionConfig.asked(None, "best", {"prune_ratio": 0.3}) == CompressionConfig.of("best", prune_ratio=0.3)
+
+
+def test_flat_names_of_the_schedule_and_a_plan_of_a_dry_run_still_work_and_warn(tmp_path):
+    with pytest.warns(DeprecationWarning, match=r"schedule=Schedule\(start_step=3, extend_training=True\)"):
+        callback = ZSSVDCallback(0.3, start_step=3, extend_training=True)
+    assert callback.schedule == Schedule(start_step=3, extend_training=True)
+    with pytest.warns(DeprecationWarning, match="dry_run=FILE"):
+        callback = ZSSVDCallback(0.3, dry_run=True, plan=str(tmp_path / "plan.yaml"))
+    assert callback.dry_run == tmp_path / "plan.yaml"
+    assert callback.config.plan is None
+
+
+def test_unknown_settings_name_the_nearest_one():
+    with pytest.raises(ConfigError, match="did you mean 'corrections'"):
+        ZSSVDCallback(0.3, correctons=2)
+    with pytest.raises(ConfigError, match="did you mean 'start_step'"):
+        ZSSVDCallback(0.3, schedule={"start_stp": 2})

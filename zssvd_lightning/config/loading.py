@@ -37,10 +37,10 @@ def load_config(
     try:
         layers = [OmegaConf.create(dict(defaults or {})), *layers]
         layers += [_override(entry) for entry in overrides]
-        merged = OmegaConf.merge(OmegaConf.structured(schema), *layers)
+        merged = OmegaConf.merge(_structured(schema), *layers)
         if (preset := OmegaConf.select(merged, "preset")) is not None:
             require_one_of("preset", preset, PRESETS)
-            merged = OmegaConf.merge(OmegaConf.structured(schema), {"compression": settings_of(preset)}, *layers)
+            merged = OmegaConf.merge(_structured(schema), {"compression": settings_of(preset)}, *layers)
         loaded = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(str(error.full_key), schema)) from error
@@ -51,6 +51,18 @@ def load_config(
     if not isinstance(loaded, schema):
         raise TypeError(f"{schema} gave {type(loaded)}")
     return loaded
+
+
+def _structured(schema: type) -> DictConfig:
+    """Return the schema with its defaults, writable also where OmegaConf 2.3 makes frozen dataclasses read-only."""
+    config: DictConfig = OmegaConf.structured(schema)
+    nodes = [config]
+    while nodes:
+        node = nodes.pop()
+        OmegaConf.set_readonly(node, None)
+        children = [node[key] for key in node if not OmegaConf.is_missing(node, key)]
+        nodes += [child for child in children if isinstance(child, DictConfig)]
+    return config
 
 
 def _file(path: Path) -> DictConfig:

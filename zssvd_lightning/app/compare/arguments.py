@@ -1,7 +1,7 @@
 """Arguments of a comparison: config files and `key=value` settings become the cells of a table."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from zssvd_lightning._validation import closest, require
 from zssvd_lightning.app.run_config import CalibrationConfig, EvaluateConfig, ModelConfig, RunConfig
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.loading import load_config
+from zssvd_lightning.config.presets import PRESETS, settings_of
 from zssvd_lightning.errors import ConfigError
 
 OVERRIDE = re.compile(r"[\w.]+=")
@@ -38,6 +39,9 @@ class CompareConfig:
 
     output: str = "???"
     """Output folder for `compare.json`, `compare.md`, `compare.png` and a file for each cell."""
+    presets: list[str] = field(default_factory=list)
+    """Presets to run on the one YAML file that is given, each a row; when empty, each YAML file is a row. A row that
+    needs settings of its own is a file beside that one: `best` is `best.yaml` if there is one, else the preset."""
     prune_ratios: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.6])
     """Fractions of the target layers' parameters to remove, each in (0, 1)."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -62,6 +66,7 @@ class CompareConfig:
             require(
                 0 < len(values) == len(set(values)), name, values, "a list of one value or more, none of them twice"
             )
+        require(len(self.presets) == len(set(self.presets)), "presets", self.presets, "a list with no name twice")
         require(all(0.0 < p < 1.0 for p in self.prune_ratios), "prune_ratios", self.prune_ratios, "between 0 and 1")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
@@ -84,7 +89,7 @@ class Cell(NamedTuple):
     """Cell of the table: one compression."""
 
     preset: str
-    """Name of the preset: the stem of its config file."""
+    """Name of the row: the preset, or the stem of its config file."""
     prune_ratio: float
     seed: int
 
@@ -92,6 +97,14 @@ class Cell(NamedTuple):
     def name(self) -> str:
         """Stem of the names of the cell's files."""
         return f"{self.preset}-{self.prune_ratio}-{self.seed}"
+
+
+class Source(NamedTuple):
+    """Source of the settings of a row."""
+
+    path: str
+    preset: str | None = None
+    """Preset to apply to the file; None for that in the file."""
 
 
 @dataclass(frozen=True)
@@ -112,22 +125,27 @@ def read_arguments(arguments: Sequence[str]) -> Comparison:
             applied to all files, of `RunConfig`.
 
     Raises:
-        ConfigError: there are no files, two files have the same stem, files differ in model, layers or texts, a key is
-            unknown (the message suggests the nearest one) or has no effect, or a value is invalid here.
+        ConfigError: there are no files, or several with `presets`, two rows have the same name, files differ in model,
+            layers or texts, a preset or key is unknown (the message suggests the nearest one), a key has no effect, the
+            file overrides a preset, or a value is invalid here.
     """
     overrides = [entry for entry in arguments if OVERRIDE.match(entry)]
-    presets = _presets([entry for entry in arguments if not OVERRIDE.match(entry)])
+    files = [entry for entry in arguments if not OVERRIDE.match(entry)]
+    _require_files(files)
     own = [entry for entry in overrides if _key(entry) in _keys(CompareConfig)]
     others = [entry for entry in overrides if entry not in own]
     for entry in others:
         _refuse(_key(entry))
     config = load_config(CompareConfig, None, own)
+    if config.presets and any(_key(entry) == "preset" for entry in others):
+        raise ConfigError("preset is what rows differ in; give all its values as presets=[...]")
+    rows = _rows(files, config.presets)
     runs = {
-        (preset, prune_ratio): _run(path, [*others, f"compression.prune_ratio={prune_ratio}"], config)
-        for preset, path in presets.items()
+        (name, prune_ratio): _run(source, [*others, f"compression.prune_ratio={prune_ratio}"], config)
+        for name, source in rows.items()
         for prune_ratio in config.prune_ratios
     }
-    _require_one_model({presets[preset]: run for (preset, _), run in runs.items()})
+    _require_one_model({rows[name].path: run for (name, _), run in runs.items()})
     dense, *_ = (_settings(run, config) for run in runs.values())
     cells = {
         Cell(*key, seed): replace(settings, calibration=replace(run.calibration, seed=seed))
@@ -138,18 +156,40 @@ def read_arguments(arguments: Sequence[str]) -> Comparison:
     return Comparison(config, replace(dense, calibration=None, compression=None), cells)
 
 
-def _presets(files: Sequence[str]) -> dict[str, str]:
-    """Return the config files by preset name."""
-    presets: dict[str, str] = {}
+def _require_files(files: Sequence[str]) -> None:
     for file in files:
         if not file.endswith(".yaml"):
             raise ConfigError(f"argument {file!r} is neither a .yaml file nor of the form key=value")
-        other = presets.setdefault(name := Path(file).stem, file)
-        if other is not file:
-            raise ConfigError(f"{other} and {file} would both be the row {name!r}; rename one, or leave it out")
-    if not presets:
+    if not files:
         raise ConfigError("there is nothing to compare; name one YAML file or more, such as those in configs/")
-    return presets
+
+
+def _rows(files: Sequence[str], presets: Sequence[str]) -> dict[str, Source]:
+    """Return the sources of the rows by name."""
+    if presets and len(files) > 1:
+        raise ConfigError(
+            f"presets run on one YAML file, but there are {len(files)}: {', '.join(files)}; name one, or leave presets "
+            "out to have each file as a row"
+        )
+    sources = [_source(files[0], preset) for preset in presets] if presets else [Source(file) for file in files]
+    rows: dict[str, Source] = {}
+    for source in sources:
+        other = rows.setdefault(name := source.preset or Path(source.path).stem, source)
+        if other is not source:
+            raise ConfigError(
+                f"{other.path} and {source.path} would both be the row {name!r}; rename one, or leave it out"
+            )
+    return rows
+
+
+def _source(file: str, preset: str) -> Source:
+    """Return the file of that name beside the given one, or else the given file with the preset."""
+    beside = Path(file).with_name("") / f"{preset}.yaml"
+    if beside.is_file():
+        return Source(str(beside))
+    if preset not in PRESETS:
+        raise ConfigError(f"there is neither a preset {preset!r} nor a file {beside}{closest(preset, PRESETS)}")
+    return Source(file, preset)
 
 
 def _key(entry: str) -> str:
@@ -180,11 +220,15 @@ def _refuse(key: str) -> None:
         raise ConfigError(f"unknown key {key!r}{closest(key, [*_keys(CompareConfig), *valid])}")
 
 
-def _run(path: str, overrides: Sequence[str], config: CompareConfig) -> RunConfig:
+def _run(source: Source, overrides: Sequence[str], config: CompareConfig) -> RunConfig:
+    path, preset = source
+    chosen = [] if preset is None else [f"preset={preset}"]
     try:
-        run = load_config(RunConfig, path, overrides, {"output": config.output})
+        run = load_config(RunConfig, path, [*chosen, *overrides], {"output": config.output})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    if preset is not None:
+        _require_preset(run.compression, source, preset, {_key(entry) for entry in overrides})
     if run.recovery is not None:
         raise ConfigError(f"{path}: recovery is not part of a comparison; leave it out with recovery=null")
     if run.compression.plan is not None:
@@ -192,6 +236,16 @@ def _run(path: str, overrides: Sequence[str], config: CompareConfig) -> RunConfi
     if run.evaluation.text is None and run.evaluation.second is None and not config.tasks:
         raise ConfigError(f"{path}: nothing would be measured; give evaluation.text=SOURCE, or tasks as tasks=[piqa]")
     return run
+
+
+def _require_preset(compression: CompressionConfig, source: Source, preset: str, overridden: Collection[str]) -> None:
+    """Raise ConfigError if the file, rather than an argument, overrides a setting of the preset."""
+    for name, value in settings_of(preset).items():
+        key, found = f"compression.{name}", getattr(compression, name)
+        if found != value and not {"compression", key} & {*overridden}:
+            raise ConfigError(
+                f"{source.path}: {key} is {found!r}, but the preset {preset!r} has {value!r}; remove it from the file"
+            )
 
 
 def _require_one_model(runs: Mapping[str, RunConfig]) -> None:
