@@ -172,7 +172,8 @@ class LosesPlan(L.Callback):
     def setup(self, trainer, pl_module, stage):
         (compression,) = [c for c in trainer.callbacks if isinstance(c, ZSSVDCallback)]
         name = "missing.yaml" if trainer.global_rank == 1 else "plan.yaml"
-        compression.config = dataclasses.replace(compression.config, plan=f"{compression.config.plan}/{name}")
+        life = compression.run.life
+        life.config = dataclasses.replace(life.config, plan=f"{life.config.plan}/{name}")
 
 
 def test_a_plan_that_one_process_cannot_read_is_an_error_on_all(tmp_path):

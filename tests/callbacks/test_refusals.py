@@ -5,6 +5,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy, XLAStrategy
+from support.callbacks import short
 from support.models import CausalLM, assert_same_state, loader, state_of, token_batches, trainer
 
 from zssvd_lightning import LowRankLinear, Phase, ZSSVDCallback, strategies
@@ -103,7 +104,7 @@ def test_what_cannot_be_done_is_a_named_error_and_nothing_is_lost(case):
     build, batches, arguments, settings, error, message = CASES[case]
     module = build().train()
     before = state_of(module)
-    callback = ZSSVDCallback(**({"prune_ratio": 0.3, "correction_batches": 2, "progress": False} | arguments))
+    callback = short(**arguments)
     settings = {"max_epochs": 6} | settings
     with pytest.raises(error, match=message):
         trainer(callback, *settings.pop("callbacks", []), **settings).fit(module, loader(batches()))
@@ -156,7 +157,7 @@ def test_the_same_callback_works_after_a_failure():
 )
 def test_bad_arguments_are_refused_at_once(arguments):
     with pytest.raises(ConfigError, match=next(iter(arguments))):
-        ZSSVDCallback(**arguments)
+        short(**arguments)
 
 
 class Elsewhere(Strategy):
