@@ -25,7 +25,11 @@ def config(folder, *more):
     trainer |= {"enable_progress_bar": False, "enable_model_summary": False, "precision": "32-true"}
     trainer["logger"]["init_args"]["save_dir"] = str(folder)
     trainer["callbacks"][0]["init_args"]["dirpath"] = str(folder / "checkpoints")
-    trainer["callbacks"][-1]["init_args"] |= {"calibration_batches": 8, "corrections": 0, "include": "*.layers.?.*"}
+    trainer["callbacks"][-1]["init_args"] |= {
+        "schedule": {"calibration_batches": 8},
+        "corrections": 0,
+        "include": "*.layers.?.*",
+    }
     trainer["callbacks"] += more
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return str(folder / "config.yaml")
