@@ -41,10 +41,10 @@ def run(folder: Path, *commands: list[str]) -> None:
     """Commands at the same time."""
     logs = [folder / f"{number}.log" for number in range(len(commands))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(command, stderr=log.open("w"), env=environment)
-        for command, log in zip(commands, logs, strict=True)
-    ]
+    started = []
+    for command, log in zip(commands, logs, strict=True):
+        with log.open("w") as errors:
+            started.append(subprocess.Popen(command, stderr=errors, env=environment))
     try:
         for process, log in zip(started, logs, strict=True):
             assert process.wait(timeout=500) == 0, log.read_text()[-3000:]

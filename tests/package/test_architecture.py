@@ -36,6 +36,11 @@ def test_lightning_s_trainer_and_collectives_stay_in_their_packages(path):
         assert "torch.distributed" not in names
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_has_at_most_350_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+
+
 @pytest.mark.parametrize("folder", PACKAGES, ids=lambda folder: str(folder.relative_to(PACKAGE)))
 def test_a_package_has_at_most_twelve_files_beside_its_init(folder):
     assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 12

@@ -22,7 +22,8 @@ from zssvd_lightning.compression.snapshot import put_back, refuse_other, state_o
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.recovery.run import RecoveryRun, refuse_other_recovery
+from zssvd_lightning.recovery.run import RecoveryRun
+from zssvd_lightning.recovery.saved_state import refuse_other_recovery
 from zssvd_lightning.recovery.settings import Recovery
 from zssvd_lightning.strategies import StrategyAdapter
 from zssvd_lightning.whitening.rounding import Importance

@@ -1,7 +1,4 @@
-"""Recovery within a training run: the trained parameters, their optimizer, the loss and the final model.
-
-Shapes: see `teachers`.
-"""
+"""Recovery within a training run: the trained parameters, their optimizer, the loss and the final model."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -11,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning.distributed import Team
-from zssvd_lightning.errors import CheckpointError, RecoveryError, TeacherError
+from zssvd_lightning.errors import RecoveryError, TeacherError
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.registry import Factored
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.dense_copy import copied, refuse_too_large
 from zssvd_lightning.model.logits import logits_of
+from zssvd_lightning.model.replace import factored_layers
 from zssvd_lightning.model.targets import Target, local_part, matches
 from zssvd_lightning.recovery.rollback import Rollback
 from zssvd_lightning.recovery.settings import Recovery
@@ -33,12 +31,11 @@ class RecoveryRun:
         settings: method of recovery and its settings.
 
     Attributes:
-        active: whether the recovery is training the module.
-        began: global step at which the current stage began.
+        active: True while the recovery trains the module. `began` is the global step of its current stage.
         divergence: divergence from the teacher at the latest batch (nats).
         rollback: copy of the last weights that gave finite gradients.
-        horizon: number of optimizer steps of the recovery, and the `max_steps` and `max_epochs` it follows from.
-        over: whether the recovery has ended while the Trainer still has its optimizers.
+        horizon: optimizer steps of the recovery, and the `max_steps` and `max_epochs` they follow from.
+        over: True once the recovery has ended while the Trainer still has its optimizers.
     """
 
     def __init__(self, settings: Recovery) -> None:
@@ -230,7 +227,7 @@ class RecoveryRun:
         before = set(self._were_trainable)
         dense_name = {
             f"{name}.{part}": f"{name}.{'bias' if part.endswith('bias') else 'weight'}"
-            for name, layer in _low_rank(module)
+            for name, layer in factored_layers(module)
             for part, _ in layer.named_parameters()
         }
         for name, parameter in module.named_parameters():
@@ -331,7 +328,7 @@ class RecoveryRun:
 
     def _trained(self, module: nn.Module) -> Iterator[str]:
         before = set(self._were_trainable)
-        for name, layer in _low_rank(module):
+        for name, layer in factored_layers(module):
             if self.settings.chooses(name):
                 yield from (f"{name}.{p}" for p, _ in layer.named_parameters() if self.settings.trains(p, self.parts))
         for name, _ in module.named_parameters():
@@ -349,28 +346,3 @@ class RecoveryRun:
             if value is not None:
                 found[name] = value.detach()
         return found
-
-
-def refuse_other_recovery(state: Mapping[str, Any] | None, mine: RecoveryRun | None) -> None:
-    """Raise CheckpointError if a checkpoint was saved during another recovery, or after its recovery had ended.
-
-    Args:
-        state: state of the recovery in the checkpoint; None if the module's optimizer trained the factors.
-        mine: the recovery that would continue.
-    """
-    if state is not None and state["over"]:
-        raise CheckpointError(
-            "the checkpoint was saved after its fit, when the recovery was over; go on from a checkpoint of the fit "
-            "itself"
-        )
-    saved = None if state is None or not state["active"] else state["settings"]
-    settings = None if mine is None else mine.settings.to_dict()
-    if saved != settings and (saved is not None or state is None):
-        raise CheckpointError(
-            f"the checkpoint is of a training of the factors with recovery={saved}, and this callback has {settings}; "
-            "go on with the same, or start from a checkpoint of before it"
-        )
-
-
-def _low_rank(module: nn.Module) -> Iterator[tuple[str, Factored]]:
-    return ((name, part) for name, part in module.named_modules() if isinstance(part, Factored))

@@ -1,0 +1,28 @@
+"""Checks of the state of a recovery in a checkpoint."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from zssvd_lightning.errors import CheckpointError
+from zssvd_lightning.recovery.run import RecoveryRun
+
+
+def refuse_other_recovery(state: Mapping[str, Any] | None, mine: RecoveryRun | None) -> None:
+    """Raise CheckpointError if a checkpoint was saved during another recovery, or after its recovery had ended.
+
+    Args:
+        state: state of the recovery in the checkpoint; None if the module's optimizer trained the factors.
+        mine: the recovery that would continue.
+    """
+    if state is not None and state["over"]:
+        raise CheckpointError(
+            "the checkpoint was saved after its fit, when the recovery was over; go on from a checkpoint of the fit "
+            "itself"
+        )
+    saved = None if state is None or not state["active"] else state["settings"]
+    settings = None if mine is None else mine.settings.to_dict()
+    if saved != settings and (saved is not None or state is None):
+        raise CheckpointError(
+            f"the checkpoint is of a training of the factors with recovery={saved}, and this callback has {settings}; "
+            "go on with the same, or start from a checkpoint of before it"
+        )
