@@ -1,4 +1,4 @@
-"""The loss and the gradients that a calibration batch leaves behind, checked and collected."""
+"""Checks of the calibration loss, and collection of the gradients of a calibration batch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +12,11 @@ from zssvd_lightning.whitening.moments import Moments
 
 
 def checked_loss(loss: Any) -> Tensor:
-    """The loss, when it is one: a finite scalar with a graph behind it.
+    """Return the loss if it is a finite scalar with a graph.
 
     Raises:
-        CalibrationError: it is not a scalar tensor that gradients flow from.
-        NonFiniteError: it is NaN or infinite.
+        CalibrationError: the loss is not a scalar tensor with gradients.
+        NonFiniteError: the loss is NaN or infinite.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -31,10 +31,10 @@ def checked_loss(loss: Any) -> Tensor:
 
 
 def collect_gradients(targets: Mapping[str, Target], moments: Moments, weight: float) -> None:
-    """Adds `weight` times the gradients autograd left on the targets, and clears them.
+    """Add `weight` times the gradients on the targets to `moments`, and clear the gradients.
 
     Raises:
-        ZeroGradientError: a layer has run, but no gradient has come to it.
+        ZeroGradientError: a layer ran in the forward pass but got no gradient.
     """
     for name, target in targets.items():
         if (gradient := target.gradient) is not None:

@@ -1,1 +1,1 @@
-"""The method: the course of a compression, the engine that carries it out, its report, and `compress()`."""
+"""Compression: the sequence of stages, the engine that runs them, the report, and `compress()`."""

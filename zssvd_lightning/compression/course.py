@@ -1,4 +1,4 @@
-"""The course of a compression: its stages, each of which gathers statistics and then acts on the weights."""
+"""Sequence of stages of a compression. Each stage gathers statistics and then acts on the weights."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -9,27 +9,27 @@ from zssvd_lightning.config.compression import CompressionConfig
 
 
 class Act(StrEnum):
-    """Something that is done to the weights between two batches; the value names the method of `Compression`."""
+    """Operation between two batches. The value is the name of a method of `Compression`."""
 
     DECOMPOSE = "decompose"
-    """Take spectra, along whose components the curvature is then measured."""
+    """Computation of the spectra, along whose components the curvature is measured next."""
     TRUNCATE = "truncate"
-    """Decompose, select and truncate."""
+    """Decomposition, selection and truncation."""
     CORRECT = "correct"
-    """Take one projected gradient step (arXiv 2602.02848)."""
+    """Projected gradient step (arXiv 2602.02848)."""
     SHORTEN_STEP = "shorten_step"
-    """Go back along that step to the estimated minimum of the loss."""
+    """Move back along that step to the estimated minimum of the loss."""
     DESCEND = "descend"
-    """Take one natural gradient step, and truncate."""
+    """Natural gradient step, followed by truncation."""
     REFIT = "refit"
-    """Fit the truncated weights to the outputs of the dense layers."""
+    """Closed-form fit of the truncated weights to the outputs of the dense layers."""
 
 
 class Stage(NamedTuple):
-    """Statistics over some batches, and the acts that follow."""
+    """Phase of gathering statistics, and the acts that follow it."""
 
     gathers: Phase
-    """CALIBRATE (second moments and gradients) or CORRECT (gradients)."""
+    """CALIBRATE (second moments and gradients) or CORRECT (gradients only)."""
     acts: tuple[Act, ...]
 
     @property
@@ -39,7 +39,7 @@ class Stage(NamedTuple):
 
 
 def course(config: CompressionConfig) -> list[Stage]:
-    """Return the stages of a compression up to its factorization: a truncation, and rounds that end in another."""
+    """Return the stages before factorization: a truncation, then rounds that each end in another truncation."""
     truncation = Stage(Phase.CALIBRATE, (Act.TRUNCATE,))
     first = [truncation]
     if config.reestimate:
@@ -50,7 +50,7 @@ def course(config: CompressionConfig) -> list[Stage]:
 
 
 def to_first_truncation(stages: Sequence[Stage]) -> Sequence[Stage]:
-    """Return the first stages, up to one that truncates."""
+    """Return the stages up to and including the first one that truncates."""
     return stages[: [stage.truncates for stage in stages].index(True) + 1]
 
 

@@ -1,6 +1,6 @@
-"""The steps of the method on one model, each callable on its own: what the callback and the pipeline share.
+"""Engine that runs the steps of a compression on one model, shared by the callback and the pipeline.
 
-Weights are edited in place by `truncate` and `correct`; modules are replaced once, by `factorize`.
+Each step can be called on its own. `truncate` and `correct` edit weights in place; `factorize` replaces modules once.
 """
 
 import logging
@@ -41,24 +41,24 @@ logger = logging.getLogger(__name__)
 
 
 class Compression:
-    """One model on its way to low rank.
+    """Compression of one model.
 
     Args:
         model: any module with linear layers.
-        config: what to remove and how.
-        progress: whether to draw a bar over the long steps.
-        team: the processes that compress the model together.
-        replace: puts a layer in the place of another, `replace(model, old, new)`.
+        config: settings of the compression.
+        progress: draw progress bars for the long steps.
+        team: processes that compress the model together; None for one process.
+        replace: function that replaces a layer, `replace(model, old, new)`.
 
     Attributes:
-        gathering: the statistics that the next step will go by.
-        originals: what this process holds of the weights (m, n) as they were before the first truncation.
-        importances: of the truncated layers, for `quantize`; None unless they were asked for.
+        gathering: collector of the statistics for the next step.
+        originals: weights (m, n) before the first truncation, or this process's part of them.
+        importances: importance of each truncated layer, for `quantize`; None unless the settings need it.
 
     Raises:
-        TargetError: there is nothing to compress, or something that cannot be.
-        BudgetError: the rank floor makes the prune ratio impossible.
-        PlanError: the plan to follow cannot be read or is of another model.
+        TargetError: there is no layer to compress, or a selected layer cannot be compressed.
+        BudgetError: `min_rank_fraction` makes the prune ratio impossible.
+        PlanError: the plan cannot be read or belongs to another model.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Compression:
         self.importances: dict[str, Importance] | None = None
 
     def take(self, stage: Stage) -> None:
-        """Carry out the acts of a stage, by the statistics since the last one, and forget those."""
+        """Carry out the acts of a stage with the statistics since the last stage, then reset the statistics."""
         for act in stage.acts:
             getattr(self, act)()
         self.losses.append(self.gathering.moments.mean_loss)
@@ -114,7 +114,7 @@ class Compression:
 
     @torch.no_grad()
     def decompose(self) -> None:
-        """Spectra of all layers, along whose components the batches that follow tell the curvature.
+        """Compute the spectra of all layers. The next batches measure the curvature along their components.
 
         Raises:
             CalibrationError: see `truncate`.
@@ -124,16 +124,16 @@ class Compression:
 
     @torch.no_grad()
     def truncate(self, lengths: Mapping[str, float] | None = None) -> None:
-        """Decompose all layers, select ranks and truncate in place, by the statistics since the last stage.
+        """Decompose all layers, select ranks and truncate in place, with the statistics since the last stage.
 
-        Of several truncations each takes as much more as the one before.
+        If there are several truncations, each removes an equal share.
 
         Args:
-            lengths: step of each weight along its natural gradient first; none when None.
+            lengths: step of each weight along its natural gradient before truncation; None for no step.
 
         Raises:
-            CalibrationError: the statistics are missing, not finite or degenerate; the message names the layer.
-            ProcessFailedError: that, on another process.
+            CalibrationError: the statistics are missing, not finite or degenerate. The message names the layer.
+            ProcessFailedError: such an error occurred on another process.
         """
         decomposition, selection = self._select(self._budget_so_far(), lengths)
         with self.stopwatch("truncate"):
@@ -161,10 +161,10 @@ class Compression:
 
     @torch.no_grad()
     def descend(self) -> None:
-        """One projected step per matrix along the natural gradient at the truncated weights, and `truncate`.
+        """Take one projected step per matrix along the natural gradient at the truncated weights, then truncate.
 
-        Gradient and projection are those of the metric, in whose coordinates both happen at once. How far each weight
-        goes is fixed at the first step, by `natural_lengths`, and then falls on a line to zero; see `linear_decay`.
+        The gradient and the projection are computed in the coordinates of the metric, where step and truncation happen
+        together. `natural_lengths` sets the lengths at the first step; they then decay by `linear_decay`.
 
         Raises:
             CalibrationError: see `truncate`.
@@ -180,7 +180,7 @@ class Compression:
         self.truncate({name: part * length for name, length in self.step_lengths.items()})
 
     def _reaches(self) -> dict[str, float]:
-        """`<G, D>` of all layers, D being what truncation took. Collective."""
+        """Return `<G, D>` of each layer, where D is the original minus the truncated weight. Collective."""
         self.gathering.complete()
         products = []
         for name, target in self.targets.items():
@@ -190,12 +190,12 @@ class Compression:
 
     @torch.no_grad()
     def refit(self) -> None:
-        """Fits each truncated weight in closed form to what the dense model makes of the same batches, at its rank.
+        """Fit each truncated weight in closed form to the outputs of its dense layer on the same batches, at its rank.
 
-        One layer after the other, each from the inputs that the ones before it now leave; see `refitted_weight`.
+        Layers are fitted in order, given their current inputs after the refit of earlier layers; see `refitted_weight`.
 
         Raises:
-            CalibrationError: see `truncate`; or batches cannot be run again.
+            CalibrationError: as in `truncate`, or the batches cannot be run again.
         """
         if not self.originals:
             raise RuntimeError("refit() needs a truncate() before it")
@@ -212,7 +212,7 @@ class Compression:
 
     @torch.no_grad()
     def correct(self) -> None:
-        """One projected gradient step at the truncated weights, per matrix, against the kept original weights.
+        """Take one projected gradient step per matrix from the truncated toward the original weights.
 
         Raises:
             CalibrationError: a gradient is missing, zero or not finite.
@@ -234,7 +234,7 @@ class Compression:
 
     @torch.no_grad()
     def shorten_step(self) -> None:
-        """Goes back along the last step to where the loss is estimated to be least, from the loss at its end."""
+        """Scale the last step to the estimated minimum of the loss, given the loss after the full step."""
         if self.last_step is None:
             raise RuntimeError("shorten_step() needs a correct() before it")
         with self.stopwatch("correct"):
@@ -248,16 +248,16 @@ class Compression:
 
     @property
     def calls_to_record(self) -> int:
-        """Batches of each stage whose forward passes are recorded for a refit, from the first truncation on."""
+        """Number of batches per stage whose forward passes are recorded for a refit; 0 before the first truncation."""
         return self.config.correction_batches if self.config.refits and self.truncations else 0
 
     @property
     def rounds(self) -> int:
-        """Number of rounds that have followed the first truncation."""
+        """Number of completed rounds after the first truncation."""
         return max(0, self.truncations - 1)
 
     def plan(self) -> Plan:
-        """The ranks that `truncate` would choose now, from the same statistics; nothing changes.
+        """Return the ranks that `truncate` would choose from the current statistics, without changing weights.
 
         Raises:
             CalibrationError: see `truncate`.
@@ -266,10 +266,10 @@ class Compression:
         return Plan.of(selection, self.budget)
 
     def factorize(self, dress: Callable[[str, Factored], None] | None = None) -> None:
-        """Replaces every truncated layer by a low-rank one, in the form its storage has.
+        """Replace every truncated layer by a low-rank layer of the chosen storage.
 
         Args:
-            dress: is given each new layer, by name, while it is whole, before it is put in.
+            dress: called as `dress(name, layer)` with each new layer, while it is whole and before it is inserted.
         """
         self.gathering.forget()
         with self.stopwatch("factorize"):
@@ -282,7 +282,7 @@ class Compression:
             mark(self.model)
 
     def quantize(self) -> None:
-        """Puts factors, and with `hq` dense layers, into the 8 bits that the storage is to have; after `factorize`."""
+        """Convert layers to the 8-bit form of the storage, including dense layers for `hq`; call after `factorize`."""
         if self.config.storage not in EIGHT_BIT:
             return
         with self.stopwatch("store"):
@@ -298,7 +298,7 @@ class Compression:
             mark(self.model)
 
     def restore(self) -> None:
-        """Undoes everything: the dense layers and their original weights are back where they were."""
+        """Restore the dense layers and their original weights, and discard the compression so far."""
         for name, module in self._installed.items():
             self._replace(self.model, module, self.targets[name].module)
         self.originals.put_back()
@@ -341,7 +341,7 @@ class Compression:
             return found, self.team.decide_on_first(lambda: rule(found.components, budget))
 
     def _budget_so_far(self) -> Budget:
-        """What the next of several truncations is to reach: its share of what has to go beyond what storage does."""
+        """Return the budget of the next truncation: storage savings plus this truncation's share of the rest."""
         share = (self.truncations + 1) / self.config.truncations
         if share >= 1:
             return self.budget

@@ -1,4 +1,4 @@
-"""The phases of a compression inside a training run.
+"""Phases of a compression inside a training run.
 
 WAIT -> CALIBRATE -> TRUNCATE -> (CORRECT -> CALIBRATE -> TRUNCATE) x corrections -> FACTORIZE -> RECOVER -> DONE
 """
@@ -10,7 +10,7 @@ from typing import Any, Self
 
 
 class _WithOldName(EnumType):
-    """Answer to the British spelling of `FACTORIZE`, with a warning."""
+    """Metaclass that accepts the British spelling of `FACTORIZE`, with a warning."""
 
     def __getattr__(cls, name: str) -> Any:
         if name == "FACTORISE":
@@ -20,18 +20,18 @@ class _WithOldName(EnumType):
 
 
 class Phase(StrEnum, metaclass=_WithOldName):
-    """Where the compression stands."""
+    """Phase of a compression."""
 
     WAIT = "wait"
-    """Ordinary training, until the set point."""
+    """Ordinary training until compression starts."""
     CALIBRATE = "calibrate"
-    """Batches give statistics and change no weight."""
+    """Batches are used for statistics only; no weight changes."""
     TRUNCATE = "truncate"
-    """Between two batches: components are chosen and dropped, in place."""
+    """Between two batches, components are selected and dropped in place."""
     CORRECT = "correct"
-    """Batches give gradients: of a step, or along components."""
+    """Batches are used for gradients only: those of a step, or the curvature along components."""
     FACTORIZE = "factorize"
-    """Between two batches: low-rank layers go in, and optimizers are set up again."""
+    """Between two batches, layers are replaced by low-rank ones and optimizers are set up again."""
     RECOVER = "recover"
     """Ordinary training of the factors."""
     DONE = "done"
@@ -39,7 +39,7 @@ class Phase(StrEnum, metaclass=_WithOldName):
 
     @classmethod
     def _missing_(cls, value: object) -> Self | None:
-        """Read the British spelling, as checkpoints of version 0.1 have it."""
+        """Accept the British spelling, which checkpoints of version 0.1 contain."""
         return cls("factorize") if value == "factorise" else None
 
 
@@ -47,5 +47,5 @@ GATHERING = (Phase.CALIBRATE, Phase.CORRECT)
 
 
 def phase_is_after(state: Mapping[str, Any]) -> bool:
-    """Whether the model of a state is low-rank."""
+    """Return True if the model that belongs to a saved state is low-rank."""
     return Phase(state["phase"]) in (Phase.RECOVER, Phase.DONE)

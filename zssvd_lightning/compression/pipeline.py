@@ -1,4 +1,4 @@
-"""The whole method on any module, without a Trainer."""
+"""Compression of any module without a Trainer: `compress`, `calibrate` and `plan`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -29,15 +29,15 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The loss a transformers model computes itself: `model(**batch).loss`."""
+    """Return the loss that a transformers model computes itself: `model(**batch).loss`."""
     loss: Tensor = model(**batch).loss
     return loss
 
 
 def loss_in(precision: str) -> Loss:
-    """`model_loss` in a precision as Lightning names it: `32-true` (that of the weights) or `bf16-mixed`.
+    """Return `model_loss` in a Lightning precision: `32-true` (the type of the weights) or `bf16-mixed`.
 
-    Statistics are gathered in float32 either way.
+    Statistics are gathered in float32 in both cases.
     """
     if precision == "32-true":
         return model_loss
@@ -52,18 +52,18 @@ def loss_in(precision: str) -> Loss:
 
 @dataclass(frozen=True)
 class BatchReading:
-    """What a batch means. The defaults suit batches and models of transformers."""
+    """Functions that read a batch. The defaults suit batches and models of transformers."""
 
     loss: Loss = model_loss
-    """Mean loss of a batch, `loss(model, batch)`."""
+    """Function that returns the mean loss of a batch, `loss(model, batch)`."""
     mask: Callable[[Any], Tensor | None] = token_mask
-    """Positions (B, T) of a batch that are not padding, or None for all."""
+    """Function that returns the mask (B, T) of the positions that are not padding; None for all."""
     terms: Callable[[Any], float] = loss_terms
-    """Number of terms that the mean loss of a batch runs over."""
+    """Function that returns the number of terms in the mean loss of a batch."""
 
 
 class ReadingSettings(TypedDict, total=False):
-    """The fields of `BatchReading` as keyword arguments."""
+    """Fields of `BatchReading` as keyword arguments."""
 
     loss: Loss
     mask: Callable[[Any], Tensor | None]
@@ -88,24 +88,24 @@ def compress(
     """Compress `model` in place: calibrate, truncate, correct and truncate again, factorize, quantize.
 
     Args:
-        model: any module of `nn.Linear` or transformers' `Conv1D` layers.
-        batches: calibration batches; a list or a DataLoader, since every correction goes through them again.
-        config: what to remove and how; made of `preset` and the settings in `asked` when None.
-        preset: method by name, such as `best`; the defaults of `CompressionConfig` when None.
-        statistics: those of the first calibration, from `calibrate`, which may serve several compressions of equal
-            models; the batches are then gone through for corrections alone.
-        calibration_batches: how many batches, from the first, calibration takes; gradient steps go on with those after
-            them, and after the last with the first again. All of them when None.
+        model: any module with `nn.Linear` or transformers `Conv1D` layers.
+        batches: calibration batches, as a list or a DataLoader, because every correction iterates over them again.
+        config: settings of the compression; None to build them from `preset` and `asked`.
+        preset: name of a preset, such as `best`; None for the defaults of `CompressionConfig`.
+        statistics: result of `calibrate`, used for the first truncation. It can be reused for several compressions of
+            identical models. The batches are then used for corrections only.
+        calibration_batches: number of batches, from the first, that calibration uses; None for all. Gradient steps use
+            the batches after these, and start again at the first batch after the last.
         progress: draw progress bars.
-        asked: settings of `CompressionConfig`, such as `prune_ratio=0.3`, which win over the preset; and `loss`, `mask`
-            and `terms` of `BatchReading`, for other batches than those of transformers.
+        asked: settings of `CompressionConfig`, such as `prune_ratio=0.3`, which override the preset, and `loss`,
+            `mask` and `terms` of `BatchReading` for batches of other kinds than those of transformers.
 
     Returns:
         The report: ranks, parameters, predicted drift, calibration losses, seconds per step.
 
     Raises:
-        ZSSVDError: one of its kinds, by what went wrong. The model, its hooks, its training mode, its gradients and
-            its `requires_grad` flags are then as they were.
+        ZSSVDError: a subclass that depends on the error. The model, its hooks, its training mode, its gradients and its
+            `requires_grad` flags are then restored.
 
     Example:
         >>> report = compress(model, batches, prune_ratio=0.3, preset="best")  # doctest: +SKIP
@@ -116,7 +116,7 @@ def compress(
         for stage in course(config):
             if statistics is None:
                 gather(run, batches, stage.gathers, calibration_batches, reading)
-            else:  # let go of here, so that the truncation can free them
+            else:  # drop the reference, so that the truncation can free them
                 run.gathering.moments, statistics = _fitting(run, statistics), None
             run.take(stage)
         run.factorize()
@@ -134,10 +134,10 @@ def calibrate(
     progress: bool = True,
     **asked: Unpack[Asked],
 ) -> Moments:
-    """Return the statistics that the first truncation of `compress` would go by; the model stays as it is.
+    """Return the statistics for the first truncation of `compress`. The model does not change.
 
-    Takes the arguments of `compress`, and raises what it raises, but for errors of the budget: of the settings only
-    the layers and what the metric needs matter.
+    Arguments and errors are those of `compress`, except for errors of the budget. Only the settings that select layers
+    and those of the metric have an effect.
     """
     config, reading = _understood(config, preset, asked)
     statistics = StatisticsCollector(
@@ -160,9 +160,9 @@ def plan(
     progress: bool = True,
     **asked: Unpack[Asked],
 ) -> Plan:
-    """Return the ranks that the first truncation of `compress` would choose; the model stays as it is.
+    """Return the ranks that the first truncation of `compress` would choose. The model does not change.
 
-    Takes the arguments of `compress`, and raises what it raises.
+    Arguments and errors are those of `compress`.
     """
     config, reading = _understood(config, preset, asked)
     run = Compression(model, config, progress)
@@ -178,7 +178,7 @@ def plan(
 def _understood(
     config: CompressionConfig | None, preset: str | None, asked: Asked
 ) -> tuple[CompressionConfig, BatchReading]:
-    """Return what to do, and what a batch means. Raises ConfigError."""
+    """Return the settings and the functions that read a batch. Raises ConfigError for invalid settings."""
     settings: dict[str, Any] = dict(asked)
     reading = {field.name: settings.pop(field.name) for field in fields(BatchReading) if field.name in settings}
     return CompressionConfig.asked(config, preset, cast("Settings", settings)), BatchReading(**reading)
@@ -191,13 +191,14 @@ def gather(
     calibration_batches: int | None = None,
     reading: BatchReading | None = None,
 ) -> None:
-    """The statistics of one step, from one forward and one backward pass over each batch.
+    """Gather the statistics of one step, with one forward and one backward pass over each batch.
 
-    CALIBRATE takes second moments and gradients over the first `calibration_batches`, CORRECT the gradients over
-    `correction_batches`, of which every round takes the next. The other arguments are those of `compress`.
+    CALIBRATE gathers second moments and gradients over the first `calibration_batches` batches. CORRECT gathers
+    gradients over `correction_batches` batches, different ones in every round. The other arguments are those of
+    `compress`.
 
     Raises:
-        CalibrationError: there are no batches, fewer than promised, or one that cannot be used.
+        CalibrationError: there are no batches or fewer than expected, or a batch cannot be used.
     """
     first, limit = 0, _so_many(batches, calibration_batches)
     if phase is Phase.CORRECT:
@@ -213,7 +214,7 @@ def gather(
 def _observe(
     model: nn.Module, statistics: StatisticsCollector, batches: Iterable[Any], phase: Phase, reading: BatchReading
 ) -> None:
-    """One forward and one backward pass over each batch; CORRECT takes no second moments."""
+    """Run one forward and one backward pass over each batch. CORRECT takes no second moments."""
     device = next(model.parameters()).device
     for raw in batches:
         batch = move_data_to_device(raw, device)
@@ -230,7 +231,7 @@ def _observe(
 
 
 def _so_many(batches: Iterable[Any], calibration_batches: int | None) -> int | None:
-    """`calibration_batches`, if there are so many. Raises CalibrationError."""
+    """Return `calibration_batches`. Raises CalibrationError if there are fewer batches or it is below 1."""
     length = _length(batches)
     if calibration_batches is not None and not 1 <= calibration_batches <= (length or calibration_batches):
         raise CalibrationError(
@@ -241,10 +242,10 @@ def _so_many(batches: Iterable[Any], calibration_batches: int | None) -> int | N
 
 
 def _checked(batches: Iterable[Any], first: int, limit: int | None, step: str, *, progress: bool) -> Iterator[Any]:
-    """`limit` batches from number `first` on, and from the start again after the last, under a progress bar.
+    """Yield `limit` batches from index `first` on, starting again after the last, with a progress bar.
 
     Raises:
-        CalibrationError: there are fewer than promised.
+        CalibrationError: there are no batches, or fewer than expected.
     """
     turned = chain(islice(batches, first, None), islice(batches, first)) if first else batches
     promised = _length(batches)
@@ -262,7 +263,7 @@ def _checked(batches: Iterable[Any], first: int, limit: int | None, step: str, *
 
 
 def _fitting(compression: Compression, statistics: Moments) -> Moments:
-    """The statistics where the model is; their tensors are not copied if they are there. Raises CalibrationError."""
+    """Return the statistics on the model's device, copied only if needed. Raise CalibrationError if they do not fit."""
     widths = {leader: A.shape[0] for leader, A in statistics.input_sums.items()}
     for name, leader in statistics.leaders.items():
         target = compression.targets.get(name)
@@ -288,7 +289,7 @@ def _fitting(compression: Compression, statistics: Moments) -> Moments:
 def _length(batches: Iterable[Any]) -> int | None:
     try:
         return len(batches) if isinstance(batches, Sized) else None
-    except TypeError:  # a DataLoader over an IterableDataset has a __len__ that refuses
+    except TypeError:  # DataLoader.__len__ raises for an IterableDataset
         return None
 
 
@@ -303,7 +304,7 @@ def _undone_on_error(compression: Compression) -> Iterator[None]:
 
 @contextmanager
 def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
-    """Hides gradients the caller has on the model, and brings them back for the parameters that remain."""
+    """Remove the caller's gradients from the model, and restore them on exit for the parameters that remain."""
     before: Mapping[nn.Parameter, Tensor | None] = {p: p.grad for p in model.parameters()}
     for parameter in before:
         parameter.grad = None

@@ -1,4 +1,4 @@
-"""What a compression did: as a table, as JSON, as a picture."""
+"""Report of a compression, as a table and as JSON."""
 
 import json
 import math
@@ -27,14 +27,14 @@ VERSIONS = ("zssvd-lightning", "torch", "lightning", "transformers")
 
 
 class Stopwatch:
-    """Seconds by step; a step entered again adds up."""
+    """Timer that adds up the seconds of each step."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, step: str) -> Iterator[None]:
-        """Times the block as part of `step`."""
+        """Time the block as part of `step`."""
         start = time.perf_counter()
         try:
             yield
@@ -42,59 +42,59 @@ class Stopwatch:
             self.add(step, time.perf_counter() - start)
 
     def add(self, step: str, seconds: float) -> None:
-        """Adds seconds to `step`."""
+        """Add seconds to `step`."""
         self.seconds[step] = self.seconds.get(step, 0.0) + seconds
 
 
 class LayerReport(NamedTuple):
-    """One target after compression."""
+    """Report on one target layer after compression."""
 
     rank: int | None
-    """Components kept; None where the layer stays dense."""
+    """Number of remaining components; None if the layer stays dense."""
     shape: tuple[int, int]
-    """(m, n) of the dense weight."""
+    """Shape (m, n) of the dense weight."""
     kept: int
-    """Numbers it is kept in; two in 8 bits count as one."""
+    """Parameters of the layer after compression; two in 8 bits count as one."""
     in_8_bits: bool = False
-    """Whether all or most of them are in 8 bits."""
+    """True if all or most of these parameters are in 8 bits."""
 
 
 @dataclass
 class Report:
-    """What was asked, what was reached and what it cost.
+    """Settings, results and costs of a compression.
 
-    Parameters are those of the target layers alone; after compression, two in 8 bits count as one.
+    Unless stated otherwise, parameters are those of the target layers. Two parameters in 8 bits count as one.
     """
 
     asked: float
-    """Prune ratio asked for."""
+    """Requested prune ratio."""
     parameters_before: int
     parameters_after: int
     model_parameters_before: int
-    """Parameters of the whole model, embeddings and what else is no target included."""
+    """Parameters of the whole model, including embeddings and all other layers that are no targets."""
     layers: Mapping[str, LayerReport]
     predicted_drift: float
-    """First-order change of the calibration loss that the last truncation was predicted to bring (nats)."""
+    """Predicted first-order change of the calibration loss from the last truncation (nats)."""
     losses: list[float]
-    """Mean loss (nats) of each gathering, in their order: for calibration, for a correction, after its whole step."""
+    """Mean loss (nats) of each gathering in order: for calibration, for a correction, and after its full step."""
     correction_fractions: list[float]
-    """Which part of each projected step was taken."""
+    """Fraction of each projected step that was taken."""
     seconds: dict[str, float]
     """Wall-clock seconds by step."""
     perplexity: dict[str, float] | None = None
-    """Of the `dense` and the `compressed` model, and of the `reloaded` one where it is kept in fewer bits; of a run
-    with recovery those `dense`, `dense_finetuned`, `truncated` and `recovered`."""
+    """Perplexity of the `dense` and the `compressed` model, and of the `reloaded` one if it is saved in fewer bits.
+    For a run with recovery: `dense`, `dense_finetuned`, `truncated` and `recovered`."""
     perplexity_second: dict[str, float] | None = None
-    """The same on a text of another domain."""
+    """Perplexity on a text from another domain, with the same keys."""
     file_bytes: dict[str, int] | None = None
-    """Bytes on disk of the weights of the `compressed` model, `expected` ones of the numbers it keeps, and those of
-    the `dense` one in the same type."""
+    """Bytes of the weights on disk: of the `compressed` model, `expected` for the numbers it stores, and of the
+    `dense` model in the same type."""
     budget_in: str = "parameters"
-    """What the prune ratio is a fraction of: `parameters`, `bytes` or `flops` of the target layers."""
+    """Unit of the prune ratio: `parameters`, `bytes` or `flops` of the target layers."""
     reached: float = math.nan
-    """Fraction of that which went; of the parameters, where it is not given."""
+    """Removed fraction in that unit. If not given, the removed fraction of the parameters."""
     peak_rss_bytes: int = 0
-    """Largest resident memory of the process so far."""
+    """Peak resident memory of the process so far (bytes)."""
     seed: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -104,7 +104,7 @@ class Report:
 
     @classmethod
     def of(cls, run: "Compression") -> "Report":
-        """Return the report of a compression that has truncated."""
+        """Return the report of a compression after a truncation."""
         selection = run.selection
         if selection is None:
             raise RuntimeError("there is nothing to report before a truncation")
@@ -140,19 +140,19 @@ class Report:
 
     @property
     def perplexities(self) -> tuple[float, float] | None:
-        """Of the dense model and of what has become of it."""
+        """Perplexities of the dense and of the final model; None if not measured."""
         found = self.perplexity
         return (found["dense"], found.get("recovered", found.get("compressed", math.nan))) if found else None
 
     def within(self, prefix: str) -> "Report":
-        """The same with layer names as the submodule `prefix` knows them. Raises KeyError when one is outside it."""
+        """Return a copy with layer names relative to the submodule `prefix`. Raises KeyError if a layer is outside."""
         start = f"{prefix}."
         if outside := [name for name in self.layers if not name.startswith(start)]:
             raise KeyError(f"{outside[0]} is not within {prefix}")
         return replace(self, layers={name.removeprefix(start): layer for name, layer in self.layers.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types under the keys of `report.json`."""
+        """Return plain types under the keys of `report.json`."""
         optional = {
             "perplexity": self.perplexity,
             "perplexity_second": self.perplexity_second,
@@ -179,7 +179,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "Report":
-        """The report that `to_dict` wrote. Raises KeyError when an entry is missing."""
+        """Return the report that `to_dict` wrote. Raises KeyError if an entry is missing."""
         return cls(
             asked=saved["prune_ratio"]["asked"],
             parameters_before=saved["parameters"]["before"],
@@ -204,7 +204,7 @@ class Report:
         )
 
     def table(self) -> Table:
-        """Dense against compressed, for a terminal."""
+        """Return a table for the terminal that compares the dense and the compressed model."""
         table = Table(title=f"prune ratio {self.asked:g} of {self.budget_in} asked, {self.reached:.4f} reached")
         for column, justify in (("", "left"), ("dense", "right"), ("compressed", "right")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
@@ -232,12 +232,12 @@ class Report:
 
 
 def write_report(folder: Path, report: Report) -> None:
-    """Writes `report.json` into a folder."""
+    """Write `report.json` into a folder."""
     (folder / REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def read_report(folder: Path) -> Report | None:
-    """The report in a folder; None where there is none. Raises SavedModelError when it cannot be read."""
+    """Return the report in a folder, or None if there is none. Raises SavedModelError if it is unreadable."""
     path = folder / REPORT
     if not path.is_file():
         return None
@@ -248,9 +248,9 @@ def read_report(folder: Path) -> Report | None:
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident memory (bytes) this process alone has had; 0 where the system does not tell.
+    """Return the peak resident memory of this process (bytes), or 0 on systems that do not report it.
 
-    What `getrusage` tells on Linux begins with the peak of the process that started this one.
+    On Linux, `getrusage` is not used first because its value includes the peak of the parent process.
     """
     if sys.platform == "win32":
         return 0

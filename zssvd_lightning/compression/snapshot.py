@@ -1,4 +1,4 @@
-"""The state of a compression in a checkpoint: saved, checked, and taken up again."""
+"""State of a compression in a checkpoint: saving, checking and loading."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,13 +13,13 @@ from zssvd_lightning.selection.components import Selection
 
 
 def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, Any]:
-    """Return everything up to the next truncation, as plain types and tensors, from which `take_up` goes on.
+    """Return the state of a running compression as plain types and tensors, for `take_up`. Collective.
 
-    Weights are not in it: they are the model's. Collective; the team says which process has which tensors in it.
+    The model's weights are not included. The team determines which process gets which tensors.
 
     Args:
-        compression: the compression under way.
-        statistics: go on from the batches so far; False starts the gathering under way over.
+        compression: the running compression.
+        statistics: True to include the batches gathered so far. False restarts the current gathering.
     """
     run = compression
     return {
@@ -41,9 +41,9 @@ def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, 
 
 
 def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
-    """Go on from a `state_of` a compression of the same model with the same settings.
+    """Continue from a `state_of` of a compression of the same model with the same settings.
 
-    The number of processes may have changed.
+    The number of processes may differ.
 
     Raises:
         CheckpointError: the settings or the target layers differ.
@@ -67,10 +67,10 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
 
 
 def put_back(compression: Compression, state: Mapping[str, Any]) -> None:
-    """Undo what a compression had done to the weights when `state` was taken.
+    """Restore the weights from before the compression whose state is `state`.
 
     Raises:
-        CheckpointError: it was of other layers.
+        CheckpointError: the state belongs to other layers.
     """
     if state["originals"] is not None:
         compression.originals.load_state_dict(state["originals"])
@@ -80,7 +80,7 @@ def put_back(compression: Compression, state: Mapping[str, Any]) -> None:
 def refuse_other(
     state: Mapping[str, Any], config: CompressionConfig, shapes: Mapping[str, Shape] | None = None
 ) -> None:
-    """Raise CheckpointError when a saved compression had other settings, or other layers."""
+    """Raise CheckpointError if a saved compression had other settings or other layers."""
     mine = asdict(config)
     differing = [f"{key} was {state['config'].get(key)!r} and is {mine[key]!r}" for key in mine]
     differing = [text for key, text in zip(mine, differing, strict=True) if state["config"].get(key) != mine[key]]

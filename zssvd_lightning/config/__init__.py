@@ -1,1 +1,1 @@
-"""Everything that can be asked for: compression settings, presets, and reading YAML into dataclasses."""
+"""Compression settings, presets, and loading of YAML files into dataclasses."""

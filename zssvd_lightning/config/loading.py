@@ -1,4 +1,4 @@
-"""Settings from YAML files and `key=value` overrides into dataclasses, and checks of what they hold."""
+"""Loading of YAML files and `key=value` overrides into dataclasses, with checks of keys and values."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,17 +21,17 @@ def load_config(
     overrides: Sequence[str] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> T:
-    """Reads a YAML file and `key=value` overrides into the dataclass `schema`.
+    """Load a YAML file and `key=value` overrides into the dataclass `schema`.
 
     Args:
-        schema: one of the dataclasses of `config` and `run_config`, or another.
-        path: YAML file, or None for the defaults alone.
-        defaults: values that win over those of the dataclass, and over nothing else.
-        overrides: dot-list entries such as `compression.prune_ratio=0.4`; later ones win.
+        schema: a dataclass, such as those of `config` and `run_config`.
+        path: YAML file; None to use only the defaults.
+        defaults: values that override the defaults of the dataclass and have the lowest priority otherwise.
+        overrides: dot-list entries such as `compression.prune_ratio=0.4`. Later entries override earlier ones.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown (the nearest valid one is named), a mandatory
-            key has no value, or a value is of the wrong type or out of range.
+        ConfigError: the file is missing or not YAML, a key is unknown (the message names the closest valid key), a
+            mandatory key has no value, or a value has the wrong type or is out of range.
     """
     layers = [] if path is None else [_file(Path(path))]
     try:
@@ -54,7 +54,7 @@ def load_config(
 
 
 def _structured(schema: type) -> DictConfig:
-    """Return the schema with its defaults, writable also where OmegaConf 2.3 makes frozen dataclasses read-only."""
+    """Return the schema with its defaults. OmegaConf 2.3 makes frozen dataclasses read-only; undo that."""
     config: DictConfig = OmegaConf.structured(schema)
     nodes = [config]
     while nodes:

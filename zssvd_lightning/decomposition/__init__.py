@@ -1,1 +1,1 @@
-"""Statistics to spectra of all layers, truncated weights, and the original weights kept beside them."""
+"""Decomposition of all layers into spectra, truncation of the weights, and copies of the original weights."""

@@ -1,4 +1,4 @@
-"""The spectra of all layers, shared out among the processes of a team, and what selection sees of them."""
+"""Spectra of all layers, computed by the processes of a team, and the component scores that selection uses."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -25,19 +25,19 @@ from zssvd_lightning.whitening.spectrum import Spectrum
 
 @dataclass(frozen=True)
 class Decomposition:
-    """All layers decomposed, each by one process."""
+    """Decomposition of all layers, each computed by one process."""
 
     owners: Mapping[str, int]
-    """Name -> rank of the process that has decomposed the layer."""
+    """Name -> rank of the process that decomposed the layer."""
     spectra: Mapping[str, Spectrum]
-    """Name -> spectrum, on the CPU, of the layers of this process."""
+    """Name -> spectrum on the CPU, for the layers of this process."""
     components: Mapping[str, Components]
-    """Name -> scores of all layers, in module order."""
+    """Name -> component scores, for all layers in module order."""
     importances: Mapping[str, Importance]
-    """Name -> importance of each output and input, for the layers there are statistics of it."""
+    """Name -> importance of outputs and inputs; empty unless it was requested."""
 
     def everywhere(self, layers: LayerSet) -> "Decomposition":
-        """Return the same with the spectra of all layers on each process, on the layers' devices. Collective."""
+        """Return a copy with the spectra of all layers on every process, on the layers' devices. Collective."""
         spectra, team = {}, layers.team
         for name, target in layers.items():
             own, owner, sigma = self.spectra.get(name), self.owners[name], self.components[name].sigma
@@ -49,7 +49,7 @@ class Decomposition:
         return replace(self, owners=dict.fromkeys(layers, 0), spectra=spectra)
 
     def state_dict(self, layers: LayerSet) -> dict[str, Any]:
-        """Return plain types and tensors as the team saves them, once spectra are everywhere. Collective."""
+        """Return plain types and tensors in the form the team saves. Call it after `everywhere`. Collective."""
         to_save, team = {}, layers.team
         for name, spectrum in self.spectra.items():
             left = team.weight_to_save(spectrum.left, len(spectrum.left))
@@ -61,7 +61,7 @@ class Decomposition:
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any], targets: Mapping[str, Target]) -> "Decomposition":
-        """From a `state_dict`, everywhere."""
+        """Return the decomposition in a `state_dict`, with the spectra of all layers on every process."""
         components = {name: Components(**saved["components"]) for name, saved in state.items()}
         spectra = {
             name: Spectrum(saved["left"], components[name].sigma, saved["right"]).to(targets[name].weight.device)
@@ -71,15 +71,15 @@ class Decomposition:
 
 
 class LayerAtOwner(NamedTuple):
-    """A layer brought together at the process that decomposes it."""
+    """Weight and statistics of a layer, gathered at the process that decomposes it."""
 
     name: str
     leader: str
-    """Layer under whose name the second moment of their shared input is stored."""
+    """Layer under whose name the second moment of the shared input is stored."""
     weight: Tensor
-    """The whole weight (m, n)."""
+    """Whole weight (m, n)."""
     moments: Moments
-    """The whole statistics of the layer, and its input's where the previous layer of this process has another."""
+    """Whole statistics of the layer. The input second moment is included only for the first layer with that input."""
 
 
 def decompose(
@@ -94,21 +94,22 @@ def decompose(
 ) -> Decomposition:
     """Compute spectra and scores of all layers; layers that share an input share its whitening. Collective.
 
-    All processes work through their shares at the same time, layer by layer. Each holds the whole weight and
-    statistics of one layer at a time, the latest whitening, and on the CPU the spectra of its share.
+    All processes work through their shares at the same time, layer by layer. Each process holds the whole weight and
+    statistics of one layer at a time, the latest whitening and, on the CPU, the spectra of its share.
 
     Args:
         layers: the layers and the processes that hold them.
-        statistics: those of the layers.
+        statistics: calibration statistics of the layers.
         metric: coordinates of the SVD.
-        progress: draw a bar.
-        weigh: compute the importance of outputs and inputs too.
-        round_off: compute what keeping components in 8 bits would cost.
-        lengths: step of each weight along its gradient before its SVD; see `Spectrum.of`.
+        progress: draw a progress bar.
+        weigh: also compute the importance of outputs and inputs.
+        round_off: also compute the predicted cost of storing components in 8 bits.
+        lengths: step of each weight along its gradient before its SVD; see `Spectrum.of`. None for no step.
 
     Raises:
-        CalibrationError: statistics are missing, not finite or degenerate, or an SVD failed; names the layer.
-        ProcessFailedError: that, on another process.
+        CalibrationError: statistics are missing, not finite or degenerate, or an SVD failed. The message names the
+            layer.
+        ProcessFailedError: such an error occurred on another process.
     """
     spectra: dict[str, Spectrum] = {}
     components: dict[str, Components] = {}
@@ -149,7 +150,7 @@ def gradient_squares(
 ) -> dict[str, float]:
     """Return `<H, H>` of each layer, with the whitened gradient `H = R^-1 G L^-T`. Collective.
 
-    Takes the arguments of `decompose`, and raises what it raises.
+    Arguments and errors are those of `decompose`.
     """
     squares: dict[str, float] = {}
     whitener = Whitener(metric)
@@ -166,13 +167,13 @@ def gradient_squares(
 
 
 class Whitener:
-    """Build the whitening of one layer after another, and keep the input's for those that share it.
+    """Builder of whitenings, layer by layer, that reuses the input side for layers that share an input.
 
     Args:
         metric: coordinates of the SVD.
 
     Attributes:
-        jitters: name -> jitter that the Cholesky factorization of its second moment needed.
+        jitters: name -> jitter that the Cholesky factorization of the second moment needed.
     """
 
     def __init__(self, metric: Metric) -> None:
@@ -183,7 +184,7 @@ class Whitener:
     def whitening(self, layer: LayerAtOwner) -> Whitening:
         """Return the whitening of a layer. Raises CalibrationError; see `Metric`."""
         if self._inputs is None or self._inputs[0] != layer.leader:
-            self._inputs = None  # freed before the next is built
+            self._inputs = None  # free it before the next one is built
             self._inputs = layer.leader, self._metric.inputs(layer.moments, layer.name)
             self.jitters[layer.leader] = self._inputs[1].jitter
         outputs = self._metric.outputs(layer.moments, layer.name)
@@ -192,7 +193,7 @@ class Whitener:
 
 
 def shares_of(layers: LayerSet, statistics: StatisticsCollector, metric: Metric) -> list[list[str]]:
-    """Return the layers that each process decomposes, of about equal work. Collective."""
+    """Return the layers that each process decomposes, with about equal work for all. Collective."""
     statistics.complete()
     return share_out(layers, statistics.moments.leaders, layers.team.size, outputs=metric.needs_outputs)
 
@@ -200,14 +201,14 @@ def shares_of(layers: LayerSet, statistics: StatisticsCollector, metric: Metric)
 def brought_together(
     layers: LayerSet, statistics: StatisticsCollector, shares: list[list[str]], title: str, *, progress: bool
 ) -> Iterator[LayerAtOwner | None]:
-    """Yield the layers of this process, each whole, and None in turns where only others have one. Collective.
+    """Yield the layers of this process, each whole, and None in turns where only other processes have one. Collective.
 
     Args:
         layers: the layers.
-        statistics: complete statistics of them.
-        shares: layers of each process, from `shares_of`.
+        statistics: complete statistics of the layers.
+        shares: names of the layers of each process, from `shares_of`.
         title: name of the progress bar.
-        progress: draw it.
+        progress: draw the progress bar.
     """
     started: set[str] = set()
     with tqdm(total=len(layers), desc=title, unit="layer", disable=not progress) as bar:
@@ -220,7 +221,7 @@ def brought_together(
                     started.add(leader)
                     own = LayerAtOwner(name, leader, *layer) if layer is not None else own
                     del layer
-            handed, own = [own], None  # nothing here holds a layer that the caller has let go
+            handed, own = [own], None  # hold no reference to a layer that the caller has released
             yield handed.pop()
             bar.update(sum(name is not None for name in turn))
 
@@ -228,7 +229,7 @@ def brought_together(
 def spectrum_of(
     target: Target, weight: Tensor, whitening: Whitening, G: Tensor | None = None, length: float = 0.0
 ) -> Spectrum:
-    """As `Spectrum.of`, of a weight for the layer `target`. Raises CalibrationError, which names it."""
+    """Return `Spectrum.of` for a weight of the layer `target`. Raises CalibrationError that names the layer."""
     try:
         return Spectrum.of(weight, whitening, G, length)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The weights as they were before the first truncation: kept, put back, and carried through checkpoints."""
+"""Copies of the weights before the first truncation: creation, restoration and checkpoints."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from zssvd_lightning.errors import CheckpointError
 
 
 class Originals(Mapping[str, Tensor]):
-    """What this process holds of the original weights (m, n), by layer; empty until they are kept.
+    """Original weights (m, n) by layer name, or this process's part of them; empty until `keep` copies them.
 
     Args:
         layers: the layers and the processes that hold them.
@@ -22,32 +22,32 @@ class Originals(Mapping[str, Tensor]):
         self._held: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        """What this process holds of a layer's weight."""
+        """Return this process's part of the original weight of a layer."""
         return self._held[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Names of the layers."""
+        """Iterate over the names of the layers."""
         return iter(self._held)
 
     def __len__(self) -> int:
-        """How many weights are kept: of all layers or none."""
+        """Return the number of stored weights: one for every layer, or 0."""
         return len(self._held)
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Takes a copy of all weights, unless there is one."""
+        """Copy all weights, unless copies exist already."""
         if not self._held:
             self._held = {name: target.weight.clone() for name, target in self._targets.items()}
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Overwrites the weights of the model with those kept, and keeps them no longer."""
+        """Overwrite the weights of the model with the stored copies, and drop the copies."""
         for name, W in self._held.items():
             self._targets[name].assign(W)
         self._held = {}
 
     def state_dict(self) -> dict[str, Tensor] | None:
-        """The whole weights as the team saves them; None when there are none. Collective."""
+        """Return the whole weights in the form the team saves; None if nothing is stored. Collective."""
         if not self._held:
             return None
         to_save = {}
@@ -58,10 +58,10 @@ class Originals(Mapping[str, Tensor]):
         return to_save
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Takes what this process is to hold of a `state_dict`.
+        """Load this process's part of the weights in a `state_dict`.
 
         Raises:
-            CheckpointError: it has the weights of other layers.
+            CheckpointError: the state contains the weights of other layers.
         """
         if differing := sorted(() if state is None else state.keys() ^ self._targets.keys()):
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Share decompositions out over processes by their estimated work."""
+"""Distribution of decompositions over processes by their estimated work."""
 
 from collections.abc import Mapping
 
@@ -6,23 +6,32 @@ from zssvd_lightning.model.targets import Target
 
 
 def svd_work(m: int, n: int) -> float:
-    """Floating-point operations of a thin SVD of (m, n), by eigenvectors of its smaller square (Golub and Van Loan)."""
+    """Return the floating-point operations of a thin SVD of an (m, n) matrix through its smaller Gram matrix.
+
+    The count is that of Golub and Van Loan.
+    """
     long, short = max(m, n), min(m, n)
     return 4.0 * long * short**2 + 9.0 * short**3
 
 
 def whitening_work(n: int) -> float:
-    """Floating-point operations of the Cholesky factorization of (n, n), on either side."""
+    """Return the floating-point operations of one Cholesky factorization of an (n, n) second moment."""
     return n**3 / 3
 
 
 def share_out(
     targets: Mapping[str, Target], leaders: Mapping[str, str], size: int, *, outputs: bool = False
 ) -> list[list[str]]:
-    """Layers of each of `size` processes, so that all have about as much to do.
+    """Return the layers that each of `size` processes decomposes, so that all have about the same work.
 
-    Layers that share an input stay together. The costliest group goes first, to the process with the least so far.
-    With `outputs` there is a Cholesky factorization for the output of each too.
+    Layers that share an input stay together. Groups are assigned in order of decreasing work, each to the process with
+    the least work so far.
+
+    Args:
+        targets: layers by name.
+        leaders: layer -> the layer under whose name their shared second moment is stored.
+        size: number of processes.
+        outputs: True if the output side of each layer also takes a Cholesky factorization.
     """
     groups: dict[str, list[str]] = {}
     for name in targets:

@@ -1,7 +1,7 @@
-"""The format of compressed models on disk: the files of transformers, with the form of every layer in the config.
+"""Format of compressed models on disk: transformers files whose config describes the form of every layer.
 
-`AutoModelForCausalLM.from_pretrained(folder)` reads it once `zssvd_lightning` is imported. Without that, transformers
-does not know the model type and says so.
+`AutoModelForCausalLM.from_pretrained(folder)` can load such a folder once `zssvd_lightning` is imported. Without the
+import, transformers reports an unknown model type.
 """
 
 import json
@@ -19,9 +19,9 @@ from zssvd_lightning.serialization.specs import specs_of
 
 
 def mark(model: nn.Module) -> None:
-    """Has the configs of the transformers models in `model` tell of its compressed layers, however they are saved.
+    """Record the compressed layers in the configs of all transformers models in `model`.
 
-    Dense models lose such a mark.
+    The record is then part of the config, however the model is saved. It is removed from the configs of dense models.
     """
     seen: list[str] = []
     for name, module in model.named_modules():
@@ -31,10 +31,10 @@ def mark(model: nn.Module) -> None:
 
 
 def tell(config: PreTrainedConfig, specs: Mapping[str, dict[str, Any]]) -> None:
-    """Has one config tell of compressed layers, or no longer when `specs` is empty.
+    """Record the compressed layers in one config; remove the record if `specs` is empty.
 
     Raises:
-        SavedModelError: the config tells of another quantization already.
+        SavedModelError: the config already describes another quantization.
     """
     plain = getattr(type(config), "plain", type(config))
     found = getattr(config, "quantization_config", None)
@@ -50,14 +50,14 @@ def tell(config: PreTrainedConfig, specs: Mapping[str, dict[str, Any]]) -> None:
 
 @cache
 def _telling(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """A config class like `base` whose files are of the type of compressed models."""
+    """Return a subclass of `base` that is saved with the model type of compressed models."""
 
     class Telling(base):  # type: ignore[misc, valid-type]
         def to_json_string(self, use_diff: bool = True) -> str:
             told = json.loads(super().to_json_string(use_diff))
             return json.dumps(told | {BASE: told["model_type"], "model_type": METHOD}, indent=2, sort_keys=True) + "\n"
 
-        def __reduce__(self) -> Any:  # a class made here cannot be found by its name
+        def __reduce__(self) -> Any:  # pickle cannot look up a class created here by its name
             return _revived, (base, self.__dict__)
 
     Telling.plain = base
