@@ -1,4 +1,4 @@
-"""What the parts of the callback ask it about batches and the model; users override the methods in a subclass."""
+"""Interface through which the parts of the callback ask about batches and the model."""
 
 from typing import Any, Protocol
 
@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 
 class BatchMeaning(Protocol):
-    """The methods of `ZSSVDCallback` that say what a batch means."""
+    """Methods of `ZSSVDCallback` that interpret batches. Users override them in a subclass."""
 
     def token_mask(self, batch: Any) -> Tensor | None:
-        """Return the positions (B, T) of a batch that are not padding, or None for all."""
+        """Return the mask (B, T) of the positions of a batch that are not padding, or None for all."""
 
     def loss_terms(self, batch: Any) -> float:
-        """Return the number of terms that the mean loss of a batch runs over."""
+        """Return the number of terms in the mean loss of a batch."""
 
     def student(self, pl_module: L.LightningModule) -> nn.Module:
-        """Return the model with the logits that the loss is of."""
+        """Return the model whose logits the loss uses."""
 
     def batches_needed(self, batches_per_epoch: float = ..., accumulate: int = ...) -> int:
-        """Return the training batches from the start of an epoch until factorization."""
+        """Return the number of training batches from the start of an epoch until factorization."""

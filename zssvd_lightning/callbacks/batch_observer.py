@@ -1,4 +1,4 @@
-"""Batches under observation: what the hooks of the callback do with a loss and its gradients."""
+"""Observation of batches: handling of the loss and its gradients in the hooks of the callback."""
 
 import logging
 import math
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 class BatchObserver:
-    """Gather statistics from the batches of a fit.
+    """Observer that gathers statistics from the batches of a fit.
 
     Args:
-        fit: what is borrowed of the run.
-        meaning: the callback, which knows its batches.
+        fit: context of the run.
+        meaning: the callback, which interprets batches.
     """
 
     def __init__(self, fit: FitContext, meaning: BatchMeaning) -> None:
@@ -30,7 +30,7 @@ class BatchObserver:
         self._scaler: ScalerAtRest | None = None
 
     def start_batch(self, trainer: L.Trainer, module: L.LightningModule, life: Lifecycle, batch: Any) -> None:
-        """Observe the batch, while batches give statistics."""
+        """Start to observe the batch, if the current phase gathers statistics."""
         if life.gathering:
             self._fit.adapter.unwrap_parameters()
             self._fit.adapter.before_batch()
@@ -40,10 +40,11 @@ class BatchObserver:
             self._scaler = observed.during(ScalerAtRest(trainer).resting())
 
     def weigh_loss(self, trainer: L.Trainer, life: Lifecycle, loss: Tensor) -> None:
-        """Note the loss and turn its gradient from a mean into a sum over its terms.
+        """Record the loss, and scale its gradient from that of a mean to that of a sum over its terms.
 
-        Lightning has divided the loss by the accumulation factor and, in fp16, multiplied it by the loss scale; the
-        weights keep the scale and are relative to the first batch's terms, so that no gradient overflows.
+        Lightning divides the loss by the accumulation factor and, in fp16, multiplies it by the loss scale. The scaled
+        gradient keeps the loss scale and is relative to the number of terms of the first batch, so that it does not
+        overflow.
         """
         accumulate = trainer.accumulate_grad_batches
         if life.first_losses is not None:
@@ -59,12 +60,12 @@ class BatchObserver:
             loss.register_hook(lambda gradient: gradient * weight)  # type: ignore[no-untyped-call]
 
     def complete_batch(self, life: Lifecycle) -> None:
-        """Note that the batch has given its loss and its gradients."""
+        """Record that the loss and the gradients of the batch are complete."""
         if life.batch is not None:
             life.batch.complete = True
 
     def take_gradients(self, trainer: L.Trainer, life: Lifecycle, optimizer: torch.optim.Optimizer) -> None:
-        """Take the gradients of the accumulation window, before clipping, and leave the optimizer none."""
+        """Collect the gradients of the accumulation window before clipping, and clear them for the optimizer."""
         if life.first_losses:
             losses = math.fsum(life.first_losses) / len(life.first_losses)
             everywhere = self._fit.adapter.team.gathered(losses)
@@ -76,12 +77,12 @@ class BatchObserver:
             life.batch.stepped = True
 
     def take_gradients_without_step(self, trainer: L.Trainer, life: Lifecycle) -> None:
-        """Take gradients that no step follows, as where `optimizer_step` is overridden to leave some out."""
+        """Collect gradients that no step follows, for instance because an overridden `optimizer_step` skips steps."""
         if life.gathering and life.compression.gathering.pending:
             self._collect(trainer, life, None)
 
     def _collect(self, trainer: L.Trainer, life: Lifecycle, optimizer: torch.optim.Optimizer | None) -> None:
-        """Take the gradients there are, before a step of `optimizer` if Lightning is about to take one."""
+        """Collect the current gradients. `optimizer` is the one about to step, or None if no step follows."""
         compression, unit = life.compression, life.reference_terms
         self._fit.adapter.unwrap_parameters()
         finite = unscale(trainer, optimizer, compression.targets.values())

@@ -1,4 +1,4 @@
-"""What one run of a Trainer lends to the callback, and is given back on any exit."""
+"""Temporary overrides in one run of a Trainer, undone on any exit."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -15,12 +15,12 @@ Entered = TypeVar("Entered")
 
 
 class FitContext:
-    """The Trainer of the run, the adapter of its strategy, and everything that is overridden for as long as it lasts.
+    """Context of one run: its Trainer, the adapter of its strategy, and all temporary overrides.
 
     Attributes:
-        fitting: the run is a fit, and no validation, test or prediction.
-        resumed: the state of a checkpoint was loaded in this run.
-        limits: steps and epochs that the Trainer's limits were raised by.
+        fitting: True if the run is a fit; False for validation, test or prediction.
+        resumed: True if the state of a checkpoint was loaded in this run.
+        limits: steps and epochs by which the Trainer's limits were raised.
     """
 
     def __init__(self) -> None:
@@ -32,28 +32,28 @@ class FitContext:
 
     @property
     def adapter(self) -> StrategyAdapter:
-        """Adapter of the run's strategy. Raises RuntimeError before `setup`."""
+        """Adapter for the run's strategy. Raises RuntimeError before `setup`."""
         if self._adapter is None:
             raise RuntimeError("the strategy of the run is known from setup on")
         return self._adapter
 
     @property
     def in_this_process(self) -> bool:
-        """True once `setup` has run here; a launcher may run it in other processes alone."""
+        """True once `setup` has run in this process. A launcher may run it only in other processes."""
         return self._adapter is not None
 
     @property
     def trainer(self) -> L.Trainer | None:
-        """The Trainer of the run, while it lives."""
+        """Trainer of the run; None before the run or if the Trainer was deleted."""
         return None if self._trainer is None else self._trainer()
 
     @property
     def batch_is_over(self) -> bool:
-        """True if Lightning would not run the latest batch again after a restart."""
+        """True if Lightning would not repeat the latest batch after a restart."""
         return self.trainer is None or batch_is_over(self.trainer)
 
     def open(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        """Enter a run; what an earlier one borrowed is given back."""
+        """Enter a run, after undoing the overrides of an earlier run."""
         self.close()
         self._trainer, self.fitting, self.resumed = weakref.ref(trainer), stage == "fit", False
         self._adapter = adapter_for(trainer, module)
@@ -66,43 +66,44 @@ class FitContext:
         prepared: Callable[[Mapping[str, Any], bool], None],
         state_key: str,
     ) -> None:
-        """Have the module's structure follow the checkpoints it loads, until the context is closed.
+        """Make the module's structure follow the checkpoints it loads, until `close`.
 
         Args:
             trainer: the Trainer of the run.
-            module: the module it runs.
-            check: called with every checkpoint before it is loaded; raises when it must not be.
-            prepared: called with it once the structure is its own, and whether there were adapters before.
-            state_key: key of the callback's state in it.
+            module: the module of the run.
+            check: called with every checkpoint before it is loaded; raises to refuse the checkpoint.
+            prepared: called once the module has the structure of a checkpoint, with the checkpoint and True if the
+                module had adapters before.
+            state_key: key of the callback's state in the checkpoint.
         """
         loaded = self.borrow(borrowed_checkpoint_hooks(module, check, self.adapter.replace, prepared))
         self.borrow(self.adapter.checkpoints(loaded, state_key))
         self.on_close(lambda: self.limits.take_back(trainer))
 
     def borrow(self, context: AbstractContextManager[Entered]) -> Entered:
-        """Enter a context that lasts until `close`."""
+        """Enter a context manager until `close`, and return its value."""
         return self._borrowed.enter_context(context)
 
     def on_close(self, call: Callable[[], object]) -> None:
-        """Call a function on `close`."""
+        """Register a function to call on `close`."""
         self._borrowed.callback(call)
 
     def close(self) -> None:
-        """Give everything back that was borrowed."""
+        """Exit all contexts and call the registered functions."""
         self._borrowed.close()
 
     def take_up_limits(self, trainer: L.Trainer, state: Mapping[str, Any]) -> None:
-        """Raise the Trainer's limits as they were when the state was saved; a second call changes nothing."""
+        """Raise the Trainer's limits to those at the time of saving. A second call changes nothing."""
         self.limits.take_back(trainer)
         self.limits = ExtendedLimits(**state["allowance"])
         self.limits.grant(trainer)
 
     def give_up_limits(self) -> None:
-        """Give the Trainer its own limits again."""
+        """Restore the Trainer's original limits."""
         if self.trainer is not None:
             self.limits.take_back(self.trainer)
         self.limits = ExtendedLimits()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy, or another process, gets: nothing of the run under way."""
+        """Return the state for copies and other processes, without the current run."""
         return self.__dict__ | {"_trainer": None, "_adapter": None, "_borrowed": ExitStack()}

@@ -1,4 +1,4 @@
-"""One training batch under observation."""
+"""Observation of one training batch."""
 
 from contextlib import AbstractContextManager, ExitStack
 from typing import TypeVar
@@ -14,13 +14,13 @@ Entered = TypeVar("Entered")
 
 
 class ObservedBatch:
-    """A training batch between its first and its last hook.
+    """Training batch that is observed from its first to its last hook.
 
     Attributes:
-        terms: how many terms its mean loss runs over.
-        observation: see `observation.observing`.
-        complete: whether its loss and its gradients have come.
-        stepped: whether it closed an accumulation window.
+        terms: number of terms in the mean loss.
+        observation: observation of the model; see `calibration.hooks.observing`.
+        complete: True once the loss and the gradients were computed.
+        stepped: True if the batch ended an accumulation window.
     """
 
     def __init__(self, compression: Compression, phase: Phase, terms: float, mask: Tensor | None) -> None:
@@ -36,9 +36,9 @@ class ObservedBatch:
             self._stack = stack.pop_all()
 
     def during(self, context: AbstractContextManager[Entered]) -> Entered:
-        """Enters a context that ends with the observation."""
+        """Enter a context manager until the observation ends, and return its value."""
         return self._stack.enter_context(context)
 
     def close(self) -> None:
-        """Puts mode, flags, cache and hooks back."""
+        """Restore training mode, flags and cache setting, and remove the hooks."""
         self._stack.close()

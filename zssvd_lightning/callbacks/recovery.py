@@ -1,12 +1,12 @@
-"""When things happen in a recovery. What happens is in `recovery/run.py`.
+"""Hooks of a recovery. `recovery/run.py` does the work.
 
-| hook                       | what is done there                                                                |
+| hook                       | action                                                                            |
 |----------------------------|-----------------------------------------------------------------------------------|
-| configure_optimizers       | answered for the module, once its factors are trained                             |
-| training_step              | its loss is replaced, or added to, where the recovery distills                     |
-| on_before_optimizer_step   | weights whose loss and gradients are finite are kept, others given up             |
-| on_train_batch_end         | the next stage begins; how far the model is from its teacher is logged            |
-| on_fit_end                 | adapters are merged, and flags are what they were                                 |
+| configure_optimizers       | return the optimizer of the recovery, once the factors are trained                |
+| training_step              | replace the loss or add a term to it, if the recovery distills                    |
+| on_before_optimizer_step   | copy weights with finite loss and gradients, restore the last copy otherwise      |
+| on_train_batch_end         | start the next stage, log the divergence from the teacher                         |
+| on_fit_end                 | merge adapters, restore `requires_grad` flags                                     |
 """
 
 import functools
@@ -37,11 +37,11 @@ logger = logging.getLogger(__name__)
 
 
 class RecoveryHooks:
-    """The part of the callback that trains the factors, where it is told how.
+    """Part of the callback that trains the factors, if a recovery is set.
 
     Args:
-        fit: what is borrowed of the run.
-        meaning: the callback, which knows its batches and the model whose logits the loss is of.
+        fit: context of the run.
+        meaning: the callback, which interprets batches and knows the model whose logits the loss uses.
     """
 
     def __init__(self, fit: FitContext, meaning: BatchMeaning) -> None:
@@ -51,7 +51,7 @@ class RecoveryHooks:
         self._began: float | None = None
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, life: Callable[[], Lifecycle]) -> None:
-        """Have the module train by the recovery, once there is one."""
+        """Override optimizers and loss of the module, for the time when the recovery is active."""
         self._dressed_by_load = False
         if self._fit.fitting and (recovery := life().recovery) is not None:
             optimizers = functools.partial(self._optimizers, trainer, module, module.configure_optimizers, life)
@@ -60,29 +60,29 @@ class RecoveryHooks:
                 self._fit.borrow(changed_loss(module, functools.partial(self._loss, life)))
 
     def teardown(self, module: L.LightningModule, stage: str) -> None:
-        """Merge adapters that only a checkpoint has put on."""
+        """Merge adapters that were added only to load a checkpoint."""
         if stage != "fit" and self._dressed_by_load:
             adapters.merge_adapters(module, self._fit.adapter.replace, self._fit.adapter.whole)
         self._dressed_by_load = False
 
     def start_batch(self, life: Lifecycle) -> None:
-        """Note the time, during the recovery."""
+        """Record the start time of the batch during the recovery."""
         self._began = time.perf_counter() if life.phase is Phase.RECOVER else None
 
     def note_loss(self, trainer: L.Trainer, life: Lifecycle, loss: Tensor) -> None:
-        """Note that there was a loss, and whether it is finite, where gradients need not be."""
+        """Record that there was a loss. With a loss scale, under which gradients may overflow, also check the loss."""
         if (recovery := life.active_recovery) is not None:
             recovery.rollback.note_loss(finite=not scales(trainer) or bool(loss.isfinite()))
 
     def check_step(self, trainer: L.Trainer, module: L.LightningModule, life: Lifecycle) -> None:
-        """Keep weights that are good, or bring them back. Raises DivergedError then."""
+        """Copy good weights. If the loss or gradients are not finite, restore the last copy and raise DivergedError."""
         if (recovery := life.active_recovery) is not None:
             self._fit.adapter.unwrap_parameters()
             scale = loss_scale(trainer) if scales(trainer) else None
             recovery.rollback.check_gradients(module, self._fit.adapter.team, scale)
 
     def end_batch(self, trainer: L.Trainer, module: L.LightningModule, life: Lifecycle) -> None:
-        """Count the seconds, log the divergence, and begin the next stage when it is due."""
+        """Add up the seconds, log the divergence, and start the next stage when it is due."""
         if self._began is not None and life.report is not None:
             seconds = life.report.seconds
             seconds["recover"] = seconds.get("recover", 0.0) + time.perf_counter() - self._began
@@ -101,21 +101,21 @@ class RecoveryHooks:
             telemetry.log(trainer, recovery_stage=recovery.stage)
 
     def finish(self, module: L.LightningModule, life: Lifecycle) -> None:
-        """Leave a plain low-rank model, unless adapters are to stay."""
+        """End the recovery. The result is a plain low-rank model, unless the settings keep the adapters."""
         if (recovery := life.active_recovery) is not None:
             self._fit.adapter.unwrap_parameters()
             recovery.rollback.check_weights(module, self._fit.adapter.team)
             recovery.finish(module, self._fit.adapter, merge=recovery.settings.merges)
 
     def refuse(self, module: L.LightningModule, life: Lifecycle) -> None:
-        """Raise what can be told of a recovery before calibration is spent."""
+        """Raise the errors of a recovery that can be detected before calibration."""
         if (recovery := life.recovery) is not None:
             student = self._meaning.student(module) if recovery.settings.distills else None
             recovery.refuse(list(life.compression.targets), module, student, self._fit.adapter.processes_of_a_copy)
             self._watch(module, life)
 
     def take_teacher(self, module: L.LightningModule, life: Lifecycle) -> None:
-        """Keep the dense model, while its weights are at hand."""
+        """Copy the dense model as teacher, while the original weights are available."""
         recovery = life.recovery
         if recovery is None or not recovery.settings.distills:
             return
@@ -130,7 +130,7 @@ class RecoveryHooks:
         recovery.take_teacher(self._fit.adapter, student, inside)
 
     def resume(self, module: L.LightningModule, life: Lifecycle) -> None:
-        """Go on from a checkpoint of the recovery."""
+        """Continue from a checkpoint of the recovery."""
         if (recovery := life.active_recovery) is None:
             if life.recovery is not None:
                 logger.warning("the recovery is over; configure_optimizers trains the low-rank model from now on")
@@ -144,10 +144,10 @@ class RecoveryHooks:
     def prepare(
         self, module: L.LightningModule, life: Lifecycle, state: Mapping[str, Any] | None, *, had_adapters: bool
     ) -> bool:
-        """Take up the state of a checkpoint of the recovery, whose structure the module has by now.
+        """Load the state of a checkpoint of the recovery, once the module has the structure of that checkpoint.
 
         Returns:
-            Whether there was one.
+            True if there was such a state.
         """
         self._dressed_by_load = not had_adapters and bool(adapters.on(module))
         recovery = life.recovery
@@ -161,7 +161,7 @@ class RecoveryHooks:
         return True
 
     def leave_after_exception(self, trainer: L.Trainer, module: L.LightningModule, life: Lifecycle) -> None:
-        """Leave a plain low-rank model once all callbacks have dealt with an exception, and may have saved it."""
+        """End the recovery after all callbacks have handled an exception, since they may save a checkpoint."""
         recovery, own = life.active_recovery, trainer.strategy.on_exception
         if recovery is None:
             return
@@ -193,9 +193,9 @@ class RecoveryHooks:
 
 
 def _steps(recovery: RecoveryRun, trainer: L.Trainer) -> float:
-    """Optimizer steps of the whole recovery, as they were found to be when it began, unless limits have changed.
+    """Return the number of optimizer steps of the whole recovery, computed once unless the Trainer's limits change.
 
-    A resumed run does not ask the Trainer, which would load the data for it and forget how far they were gone through.
+    A resumed run does not ask the Trainer again. The Trainer would load the data and lose the position in it.
     """
     limits = (trainer.max_steps, trainer.max_epochs)
     if recovery.horizon is None or recovery.horizon[1:] != limits:

@@ -1,4 +1,4 @@
-"""The point of a training run at which the compression takes place, and how much of the run it takes."""
+"""Schedule of a compression within a training run: its start and its length."""
 
 import warnings
 from collections.abc import Mapping
@@ -11,15 +11,16 @@ from zssvd_lightning.config.settings import CompressionSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """When the compression takes place, and for how long.
+    """Start and length of the compression.
 
     Args:
         start_epoch: earliest epoch of the first calibration batch, from 0.
-        start_step: earliest global step of it; both must be reached.
-        calibration_batches: batches of one calibration, at most; the accumulation window they end in is completed.
-        calibration_epochs: the same limit in passes over the training data; the lower of the two holds.
-        extend_training: raise `max_steps` and `max_epochs` by what calibration and corrections take of them, so that
-            as many steps of training remain as without the callback; whole epochs are added.
+        start_step: earliest global step of the first calibration batch. Both conditions must hold.
+        calibration_batches: maximum number of batches per calibration. The accumulation window in which they end is
+            completed.
+        calibration_epochs: maximum number of passes over the training data per calibration. The lower limit applies.
+        extend_training: raise `max_steps` and `max_epochs` by the steps and epochs that calibration and corrections
+            use, so that as many training steps remain as without the callback. Epochs are added as whole epochs.
 
     Raises:
         ConfigError: a value is out of range.
@@ -41,7 +42,7 @@ class Schedule:
             require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
 
     def with_flat(self, settings: dict[str, Any]) -> "Schedule":
-        """Return the schedule with the fields that `settings` holds, which are taken out of it, with a warning."""
+        """Return the schedule updated with its fields in `settings`, which are removed there with a warning."""
         flat = {f.name: settings.pop(f.name) for f in fields(self) if f.name in settings}
         if not flat:
             return self
@@ -53,7 +54,7 @@ class Schedule:
 
 
 def schedule_of(given: Schedule | Mapping[str, Any]) -> Schedule:
-    """Return a schedule, made of a mapping of its fields where one is given.
+    """Return a schedule, built from a mapping of its fields if one is given.
 
     Raises:
         ConfigError: a field is unknown or out of range.
@@ -67,7 +68,7 @@ def schedule_of(given: Schedule | Mapping[str, Any]) -> Schedule:
 
 
 class CallbackSettings(CompressionSettings):
-    """The keyword arguments of the callback: those of a compression, and the old names of the fields of `Schedule`."""
+    """Keyword arguments of the callback: compression settings, and old names of the fields of `Schedule`."""
 
     start_epoch: NotRequired[int]
     start_step: NotRequired[int]
@@ -81,4 +82,4 @@ CallbackSettings.__doc__ = (
     + "".join(f"\n        {field.name}: old name of schedule.{field.name}." for field in fields(Schedule))
     + "\n"
 )
-"""Command lines show the meaning of each keyword from here."""
+"""Documentation of each keyword, which command lines show."""
