@@ -1,4 +1,4 @@
-"""The statistics of the batches between two steps of a compression, over all processes that see batches.
+"""Collection of the statistics between two steps of a compression, over the batches of all processes.
 
 Shapes: W and G are (m, n), the second moments A (n, n) and B (m, m).
 """
@@ -22,22 +22,22 @@ from zssvd_lightning.whitening.spectrum import Spectrum
 
 
 class StatisticsCollector:
-    """What the batches so far have given, and what those of an open accumulation window still owe.
+    """Collector of statistics, including batches of an open accumulation window whose gradients are not collected yet.
 
     Args:
-        model: the module the batches go through.
+        model: the module that the batches run through.
         layers: the layers to watch, and the processes that hold them.
-        output_side: by its name in `output_sides`, of which gradients by outputs second moments are taken too; of none
-            when None.
-        keep: whether second moments outlast a step, for those that have none of their own.
+        output_side: source of the output gradients, a key of `OUTPUT_GRADIENTS`; None to leave out their second
+            moments.
+        keep: True to reuse second moments in later steps that gather none.
 
     Attributes:
-        moments: of the batches whose gradients have come.
-        calls_to_record: of how many batches of each step the forward passes are noted, to be run again.
-        calls: those noted.
-        spectra: along whose components the curvature is watched; None where it is not.
-        can_overflow: whether gradients may be discarded, which takes memory for a second set of second moments.
-        logits_model: finds in the model that which batches are given to and whose logits the loss is of.
+        moments: statistics of the batches whose gradients are collected.
+        calls_to_record: number of batches per step whose forward passes are recorded, to be run again.
+        calls: the recorded forward passes.
+        spectra: spectra along whose components the curvature is measured; None if it is not.
+        can_overflow: True if gradients may be discarded, which takes memory for a second set of second moments.
+        logits_model: function that returns the part of the model that takes the batches and returns the logits.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class StatisticsCollector:
 
     @contextmanager
     def observing(self, mask: Tensor | None, inputs: bool = True) -> Iterator[Observation]:
-        """One batch under observation; see `observation.observing`."""
+        """Observe one batch; see `hooks.observing`."""
         into = self.moments
         if self.can_overflow:
             into = self._window
@@ -87,21 +87,21 @@ class StatisticsCollector:
 
     @property
     def pending(self) -> bool:
-        """Whether losses wait for their gradients."""
+        """True if losses were added whose gradients are not collected yet."""
         return bool(self._pending)
 
     def add_loss(self, loss: Tensor, terms: float, gradient_weight: float) -> None:
-        """Notes the mean loss of the batch under observation, until its gradient comes.
+        """Record the mean loss of the observed batch, until its gradients are collected.
 
         Args:
-            loss: with its graph.
-            terms: how many it is the mean of.
-            gradient_weight: by what the gradients that are about to come must be multiplied to be those of their sum.
+            loss: mean loss, with its graph.
+            terms: number of terms in the mean.
+            gradient_weight: factor that turns the gradients of the next backward pass into those of the sum of terms.
 
         Raises:
-            CalibrationError: there are no terms, or it is no loss.
-            NonFiniteError: it is NaN or infinite.
-            LogitsError: an output side is to be drawn from logits that the loss does not come from.
+            CalibrationError: there are no terms, or the loss is no scalar with a graph.
+            NonFiniteError: the loss is NaN or infinite.
+            LogitsError: output gradients are drawn from logits on which the loss does not depend.
         """
         if not terms > 0:
             raise CalibrationError(f"a calibration batch counts {terms} loss terms, but needs some; drop such batches")
@@ -113,7 +113,7 @@ class StatisticsCollector:
         self._observation.send_back(loss)
 
     def collect_gradients(self, weight: float) -> None:
-        """Adds the losses noted and `weight` times the gradients on the targets to the statistics, and clears both."""
+        """Add the recorded losses and `weight` times the gradients on the targets to the statistics, and clear both."""
         self.moments.absorb_moments(self._window)
         for loss, terms in self._pending:
             self.moments.add_loss(loss, terms)
@@ -121,36 +121,36 @@ class StatisticsCollector:
         collect_gradients(self._targets, self.moments, weight * self._team.gradients_divided_by)
 
     def discard_gradients(self) -> None:
-        """Forget the losses noted, the gradients on the targets and, with `can_overflow`, the inputs seen with them."""
+        """Discard the recorded losses, the gradients on the targets and, with `can_overflow`, the matching inputs."""
         self._pending = []
         self._window = Moments()
         for target in self._targets.values():
             target.module.weight.grad = None
 
     def start_afresh(self) -> None:
-        """Forgets the statistics, but for second moments that are kept."""
+        """Reset the statistics for the next step. With `keep`, second moments are stored for reuse."""
         if self._keep and self.moments.input_sums:
             self._kept = self.moments.second_moments(counted=self._team.rank == 0)
         self.moments, self.calls, self._counts_shared = Moments(), [], False
 
     def component_curvature(self, name: str) -> Tensor:
-        """Of the loss along each component of unit size (r,), over all batches; after `complete`. Collective."""
+        """Return the curvature of the loss along each unit-size component (r,); after `complete`. Collective."""
         if self.spectra is None:
             raise RuntimeError("the curvature along components was not watched")
         return self._team.over_batches(self._components(self.moments, name)) / self.moments.loss_terms
 
     def forget(self) -> None:
-        """Forgets all statistics."""
+        """Discard all statistics, including reusable second moments."""
         self._kept, self.moments, self.calls, self._counts_shared = None, Moments(), [], False
         self.spectra, self.calls_to_record = None, 0
 
     def complete(self) -> None:
-        """Recalls second moments that were kept, if these batches gave none, and has counts be those of all processes.
+        """Replace counts by totals over all processes, and reuse stored second moments if these batches have none.
 
-        Is called once all batches are over, and does nothing when called again. Collective.
+        Call it after the last batch. Further calls do nothing. Collective.
 
         Raises:
-            CalibrationError: layers share an input on one process and not on another.
+            CalibrationError: layers share an input on one process but not on another.
         """
         if self._counts_shared:
             return
@@ -160,12 +160,12 @@ class StatisticsCollector:
         self.moments.take_counts(self._team.gathered(self.moments.counts()))
 
     def layer_at(self, owner: int, name: str, *, inputs: bool) -> tuple[Tensor, Moments] | None:
-        """A layer's whole weight and statistics at its owner, None at the others; after `complete`. Collective.
+        """Return a layer's whole weight and statistics on its owner, None elsewhere; after `complete`. Collective.
 
         Args:
-            owner: rank of the process that needs it.
-            name: the layer.
-            inputs: whether the second moment comes along.
+            owner: rank of the process that needs the layer.
+            name: layer name.
+            inputs: True to include the input second moment.
         """
         target, moments = self._targets[name], self.moments
         leader = moments.leaders.get(name, name)
@@ -192,7 +192,7 @@ class StatisticsCollector:
         return weight, whole
 
     def second_moment(self, leader: str) -> Tensor:
-        """`A` (n, n) over all batches, at every process that has whole weights; after `complete`. Collective.
+        """Return `A` (n, n) over all batches, where processes have whole weights; after `complete`. Collective.
 
         Raises:
             CalibrationError: the layer never ran.
@@ -204,7 +204,7 @@ class StatisticsCollector:
         return total.second_moment(leader)
 
     def mean_gradient(self, name: str) -> Tensor:
-        """What this process holds of the mean gradient over all batches; after `complete`. Collective.
+        """Return this process's part of the mean gradient over all batches; after `complete`. Collective.
 
         Raises:
             ZeroGradientError: the loss does not depend on the layer.
@@ -216,10 +216,10 @@ class StatisticsCollector:
         return total.mean_gradient(name, self._team.over_rows)
 
     def state_dict(self, *, so_far: bool = True) -> dict[str, Any]:
-        """Plain types and tensors, as the team saves them. Collective.
+        """Return plain types and tensors in the form the team saves. Collective.
 
         Args:
-            so_far: whether to go on from the batches since the last step; without, they come anew.
+            so_far: True to include the batches since the last step. False discards them, so that the step restarts.
         """
         kept = None if self._kept is None else self._of_all(self._kept, self._team.gathered(self._kept.counts()))
         if not so_far:
@@ -241,7 +241,7 @@ class StatisticsCollector:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`; sums go to the first process, or in parts to all."""
+        """Load a `state_dict`. Sums go to the first process, or to all processes in parts."""
         self.moments = self._own(state["moments"])
         self._window = self._own(state["window"])
         self._kept = None if state.get("kept") is None else self._own(state["kept"])
@@ -252,7 +252,7 @@ class StatisticsCollector:
                 self._targets[name].leave_gradient(part)
 
     def _own_calls(self, saved: Sequence[Sequence[Any]]) -> list[Call]:
-        """Those that this process is to run again of the ones that all had. Raises CheckpointError if there is none."""
+        """Return this process's share of the saved calls. Raises CheckpointError if there are too few for all."""
         own = [Call(*call) for call in saved[self._team.rank :: self._team.size]]
         if saved and not own:
             raise CheckpointError(
@@ -266,38 +266,38 @@ class StatisticsCollector:
         return next(iter(self._targets.values())).weight.device
 
     def _generator(self) -> torch.Generator:
-        """Other draws for each batch and process, and the same when a batch comes again after a restart."""
+        """Return a generator seeded by batch and process; a batch repeated after a restart gets the same draws."""
         return torch.Generator(self._device).manual_seed(self._batch * self._team.size + self._team.rank)
 
     @property
     def _batch(self) -> int:
-        """How many batches of this step have given their loss."""
+        """Number of batches in this step whose loss was added."""
         return self.moments.batches + len(self._pending)
 
     def _inputs(self, moments: Moments, leader: str) -> Tensor:
-        """`X^T X` over the batches of this process."""
+        """Return `X^T X` over the batches of this process."""
         n, W = self._targets[leader].shape[1], self._targets[leader].weight
         own = moments.input_sums.get(leader)
         return torch.zeros(n, n, dtype=accumulated(W.dtype), device=W.device) if own is None else own
 
     def _output_sum(self, moments: Moments, name: str) -> Tensor:
-        """`D^T D` over the batches of this process."""
+        """Return `D^T D` over the batches of this process."""
         m, W = self._targets[name].shape[0], self._targets[name].weight
         own = moments.output_sums.get(name)
         return torch.zeros(m, m, dtype=accumulated(W.dtype), device=W.device) if own is None else own
 
     def _components(self, moments: Moments, name: str) -> Tensor:
-        """Squared derivatives by components over the batches of this process."""
+        """Return the summed squared derivatives by component (r,), over the batches of this process."""
         own, sigma = moments.component_sums.get(name), (self.spectra or {})[name].sigma
         return torch.zeros_like(sigma) if own is None else own
 
     def _gradient(self, gradients: Mapping[str, Tensor], name: str) -> Tensor:
-        """The summed gradient over the batches of this process, none of which may have run through the layer."""
+        """Return the summed gradient over the batches of this process; 0 if none of them reached the layer."""
         W, own = self._targets[name].weight, gradients.get(name)
         return torch.zeros_like(W, dtype=accumulated(W.dtype)) if own is None else own
 
     def _of_all(self, moments: Moments, counts: list[dict[str, Any]]) -> dict[str, Any]:
-        """The `state_dict` of the statistics over all processes."""
+        """Return the `state_dict` of the statistics over all processes."""
         total = Moments(dict(moments.leaders), batches=moments.batches)
         total.take_counts(counts)
         for leader in [name for name in self._targets if name in total.tokens]:
@@ -324,7 +324,7 @@ class StatisticsCollector:
         return to_save
 
     def _own(self, state: Mapping[str, Any]) -> Moments:
-        """What this process holds of saved statistics: its part of each sum, and the counts if it is the first."""
+        """Return this process's part of saved statistics. Only the first process gets the counts."""
         empty: dict[str, Any] = {"input_sums": {}, "gradient_sums": {}, "output_sums": {}, "component_sums": {}}
         moments = Moments(**{**state, **empty})
         if self._team.rank != 0:
@@ -343,6 +343,6 @@ class StatisticsCollector:
 
 
 def _mean(entries: tuple[tuple[float, float], ...]) -> tuple[float, float]:
-    """(mean loss, terms) of the batches that several processes saw at the same time."""
+    """Return the mean loss and the number of terms over batches that several processes saw at the same time."""
     terms = sum(entry[1] for entry in entries)
     return sum(loss * weight for loss, weight in entries) / terms, terms

@@ -1,1 +1,1 @@
-"""Everything that Lightning calls: the two callbacks and their parts."""
+"""Lightning callbacks for compression and prehab, and their parts."""

@@ -1,4 +1,4 @@
-"""The compression inside one fit: what the hooks of the callback do while batches give statistics."""
+"""Compression inside one fit, as driven by the hooks of the callback."""
 
 import logging
 import math
@@ -39,26 +39,26 @@ from zssvd_lightning.serialization.specs import ranks_of
 logger = logging.getLogger(__name__)
 
 PLAN_FILE = "zssvd_plan.yaml"
-"""Name of the plan that a dry run writes, where it is given none."""
+"""Default file name of the plan that a dry run writes."""
 
 
 class CompressionRun:
-    """One compression in the hooks of a fit, from the set point to factorization.
+    """One compression in the hooks of a fit, from its scheduled start to factorization.
 
     Args:
-        fit: what is borrowed of the run.
-        meaning: the callback, which knows its batches.
-        recovering: the part that trains the factors afterwards.
-        config: what to remove and how.
-        schedule: when.
+        fit: context of the run.
+        meaning: the callback, which interprets batches.
+        recovering: hooks that train the factors afterwards.
+        config: settings of the compression.
+        schedule: start and length of the compression.
         recovery: settings of the recovery; None for the optimizer of the module.
-        dry_run: only write the plan, to this file; True for `zssvd_plan.yaml` in the folder of the logger.
+        dry_run: only write the plan, to this file. True for `zssvd_plan.yaml` in the folder of the logger.
         progress: draw progress bars.
 
     Attributes:
-        life: how far the compression has come.
-        recovers_from: global step of this fit at which the factors began to train; None before.
-        planned: this run was a dry run and has written its plan.
+        life: lifecycle of the compression.
+        recovers_from: global step of this fit at which training of the factors started; None before.
+        planned: True if this run was a dry run and has written its plan.
     """
 
     def __init__(
@@ -81,16 +81,16 @@ class CompressionRun:
         self.life = self.fresh()
 
     def fresh(self) -> Lifecycle:
-        """Return the lifecycle of a compression that has not begun."""
+        """Return the lifecycle of a compression that has not started."""
         schedule = self._schedule
         return Lifecycle(self._config, schedule.calibration_batches, schedule.calibration_epochs, self._recovery)
 
     def batches_needed(self, batches_per_epoch: float, accumulate: int) -> int:
-        """Return the training batches from the start of an epoch until factorization, or until the plan is written."""
+        """Return the number of training batches from the start of an epoch until factorization or the written plan."""
         return self.fresh().batches_needed(batches_per_epoch, accumulate, first_only=self._dry_run is not False)
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Forget the compression of another module, and have the progress bar show the phase."""
+        """Discard the compression of another module, and show the phase on the progress bar."""
         self.planned = False
         if self._fit.fitting and self.life.phase in (Phase.RECOVER, Phase.DONE):
             if not self._has_compressed(module):
@@ -101,7 +101,7 @@ class CompressionRun:
             self._fit.borrow(telemetry.shown_on_bar(trainer, lambda: self._describe(trainer)))
 
     def go_on_after(self, module: L.LightningModule) -> bool:
-        """Return True if this module is low-rank already and its factors train on; start over where it is not."""
+        """Return True if this module is already low-rank, so that its factors train on; otherwise start over."""
         if self.life.phase not in (Phase.RECOVER, Phase.DONE):
             return False
         if self._has_compressed(module):
@@ -111,7 +111,7 @@ class CompressionRun:
         return False
 
     def begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Refuse runs that cannot be compressed in, before any batch is spent; go on from a checkpoint."""
+        """Refuse unsupported runs before the first batch, then start or continue from a checkpoint."""
         adapter, life = self._fit.adapter, self.life
         refuse_unsupported(trainer, module)
         adapter.refuse_unsupported()
@@ -138,7 +138,7 @@ class CompressionRun:
         self.go_on_if_enough(trainer, module)
 
     def start_batch(self, trainer: L.Trainer) -> None:
-        """Begin with the first batch at which the set point is reached."""
+        """Start the compression at the first batch that meets both conditions of the schedule."""
         life, schedule = self.life, self._schedule
         started = trainer.current_epoch >= schedule.start_epoch and trainer.global_step >= schedule.start_step
         if life.phase is Phase.WAIT and started and not self.planned:
@@ -146,7 +146,7 @@ class CompressionRun:
             telemetry.log_phase(trainer, life.phase)
 
     def end_batch(self, trainer: L.Trainer, module: L.LightningModule, batch_idx: int) -> None:
-        """End the observation and, when enough was seen and the accumulation window is closed, go on."""
+        """End the observation, and advance once there are enough batches and the accumulation window is closed."""
         life = self.life
         life.batches_into_epoch = batch_idx + 1
         if (observed := life.batch) is None:
@@ -164,7 +164,7 @@ class CompressionRun:
         self.go_on_if_enough(trainer, module)
 
     def end_epoch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Note how long an epoch is, which a loader without a length does not tell before, and go on if enough."""
+        """Record the length of the epoch, for loaders of unknown length, and advance if there are enough batches."""
         self.life.close()
         self.life.epoch_length = self.life.batches_into_epoch
         if self._schedule.extend_training:
@@ -172,7 +172,7 @@ class CompressionRun:
         self.go_on_if_enough(trainer, module)
 
     def end_training(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Declare the work done. Raises UnfinishedError, with the model put back, when it is not."""
+        """Finish the compression. If it is incomplete, restore the model and raise UnfinishedError."""
         if self.life.phase is Phase.RECOVER:
             self.life.phase = Phase.DONE
             telemetry.log_phase(trainer, self.life.phase)
@@ -180,7 +180,7 @@ class CompressionRun:
             self.give_up(module)
 
     def quantize(self, module: L.LightningModule) -> None:
-        """Put the trained factors into 8 bits, if the storage is to have them; checkpoints of the fit are not."""
+        """Convert the trained factors to 8 bits if the storage requires it. Checkpoints of the fit stay as they are."""
         report, storage = self.life.report, self._config.storage
         if self.life.phase is Phase.DONE and report is not None and storage in EIGHT_BIT:
             layers = [
@@ -191,7 +191,7 @@ class CompressionRun:
             quantize_layers(module, layers, storage, self.life.importances)
 
     def leave_after_exception(self, module: L.LightningModule) -> None:
-        """Put everything back, unless the model was factorized already."""
+        """Restore everything, unless the model was factorized already."""
         if self.life.gathering:
             for parameter in module.parameters():
                 parameter.grad = None
@@ -199,7 +199,7 @@ class CompressionRun:
             self.abandon(module)
 
     def give_up(self, module: L.LightningModule) -> None:
-        """Put the model back. Raises UnfinishedError always."""
+        """Restore the model and raise UnfinishedError."""
         phase, seen = self.life.phase, self.life.batches
         self.abandon(module)
         raise UnfinishedError(
@@ -209,7 +209,7 @@ class CompressionRun:
         )
 
     def abandon(self, module: L.LightningModule) -> None:
-        """Put the module and the Trainer's limits back, and start over."""
+        """Restore the module and the Trainer's limits, and return to WAIT."""
         if self._fit.in_this_process:
             touched, adapter = self.life.has_touched, self._fit.adapter
             if touched:
@@ -222,7 +222,7 @@ class CompressionRun:
         self.recovers_from = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the lifecycle and what it has taken of the training, as plain types and tensors."""
+        """Return the state of the compression and the extended limits, as plain types and tensors."""
         over, batch = self._fit.batch_is_over, self.life.batch
         uncounted = self._schedule.extend_training and over and batch is not None
         team = self._fit.adapter.team if self._fit.in_this_process else None
@@ -232,14 +232,14 @@ class CompressionRun:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the state of a checkpoint, for a fit. Raises CheckpointError when it cannot."""
+        """Load the state of a checkpoint in a fit. Raises CheckpointError if it does not match."""
         if self._fit.fitting:
             self.life.load_state_dict(state)
             self.recovers_from = state["recovers_from"]
             self._fit.resumed = True
 
     def refuse_checkpoint(self, checkpoint: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
-        """Raise CheckpointError for a checkpoint that a fit cannot go on from; nothing has been loaded then."""
+        """Raise CheckpointError if a fit cannot continue from a checkpoint. Nothing is loaded before."""
         if self._fit.fitting and any(n.endswith(("_codes", ".codes")) for n in checkpoint.get("state_dict", {})):
             raise CheckpointError(
                 "the checkpoint was saved after its fit, with layers in 8 bits, which are not trained; go on from a "
@@ -249,7 +249,7 @@ class CompressionRun:
             self.refuse_state(state)
 
     def refuse_state(self, state: Mapping[str, Any]) -> None:
-        """Raise CheckpointError for a callback state that this fit cannot go on from."""
+        """Raise CheckpointError if this fit cannot continue from a callback state."""
         self.life.check(state)
         is_dense = self.life.is_dense_at(state["position"])
         if self._dry_run is not False and (not is_dense or state["phase"] in (Phase.RECOVER, Phase.DONE)):
@@ -259,11 +259,11 @@ class CompressionRun:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy, or another process, gets."""
+        """Return the state for copies and other processes."""
         return self.__dict__ | {"_compressed": None}
 
     def go_on_if_enough(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Leave CALIBRATE or CORRECT for what comes next, when it has its batches."""
+        """Advance from CALIBRATE or CORRECT to the next phase, if there are enough batches."""
         life = self.life
         if not life.enough(trainer.num_training_batches):
             return
@@ -311,7 +311,7 @@ class CompressionRun:
             )
 
     def _has_compressed(self, module: L.LightningModule) -> bool:
-        """Return True if this module is the one behind the report, and still as low-rank as that says."""
+        """Return True if this module is the reported one and still has the reported ranks, or a resumed fit runs."""
         report = self.life.report
         if self._fit.resumed:
             return True

@@ -1,7 +1,7 @@
-"""How far a compression has come inside a training run, and everything a checkpoint must hold to go on from there.
+"""Progress of a compression inside a training run, and the state that a checkpoint needs to continue it.
 
-WAIT ends at the set point; CALIBRATE and CORRECT end when enough batches gave their statistics; what is then done
-with them takes place between two batches.
+WAIT ends at the scheduled start. CALIBRATE and CORRECT end once there are statistics of enough batches. The steps that
+use the statistics run between two batches.
 """
 
 import math
@@ -35,23 +35,24 @@ VERSION = 3
 
 
 class Lifecycle:
-    """One compression between the hooks of a training loop.
+    """Lifecycle of one compression in a training loop.
 
     Args:
-        config: what to remove and how.
-        calibration_batches: a calibration ends after so many batches, ...
-        calibration_epochs: ... or as many as so many passes over the training data hold, whichever is less.
+        config: settings of the compression.
+        calibration_batches: maximum number of batches per calibration.
+        calibration_epochs: maximum number of passes over the training data per calibration. The lower limit applies.
+        recovery: settings of the recovery; None to train with the optimizer of `configure_optimizers`.
 
     Attributes:
-        phase: where it stands.
-        report: what was done, from FACTORIZE on.
-        importances: of the low-rank layers, from FACTORIZE on, for `quantize`; None unless they are needed.
-        batch: the batch under observation.
-        reference_terms: loss terms of the first batch of a gathering, in multiples of which gradients are weighted.
-        batches_into_epoch: batches of this epoch that have ended.
-        epoch_length: batches in an epoch, once one has been seen.
-        first_losses: losses of the batches after FACTORIZE, until the first optimizer step; None at other times.
-        recovery: what the factors are trained by; None where it is what `configure_optimizers` returns.
+        phase: current phase.
+        report: report of the compression; None before FACTORIZE.
+        importances: importance of each low-rank layer after FACTORIZE, for `quantize`; None unless it is needed.
+        batch: the observed batch, if any.
+        reference_terms: number of loss terms of the first batch of a gathering; gradient weights are relative to it.
+        batches_into_epoch: number of finished batches in this epoch.
+        epoch_length: number of batches in an epoch; infinite until an epoch has ended.
+        first_losses: losses of the batches between FACTORIZE and the first optimizer step; None at other times.
+        recovery: the recovery; None to train with the optimizer of `configure_optimizers`.
     """
 
     def __init__(
@@ -80,52 +81,57 @@ class Lifecycle:
 
     @property
     def compression(self) -> Compression:
-        """The compression under way."""
+        """The current compression. Raises RuntimeError if none is in progress."""
         if self._compression is None:
             raise RuntimeError(f"no compression is under way in phase {self.phase!r}")
         return self._compression
 
     @property
     def active_recovery(self) -> RecoveryRun | None:
-        """The recovery under way."""
+        """The recovery if it is active, otherwise None."""
         return self.recovery if self.recovery is not None and self.recovery.active else None
 
     @property
     def has_touched(self) -> bool:
-        """Whether there is something to put back."""
+        """True if there are changes to undo."""
         return self._compression is not None or self._restored is not None
 
     @property
     def gathering(self) -> bool:
-        """Whether batches give statistics now."""
+        """True if the current phase gathers statistics."""
         return self.phase in GATHERING
 
     @property
     def batches(self) -> int:
-        """How many batches have given statistics to the step under way."""
+        """Number of batches in the statistics of the current stage."""
         return self._compression.gathering.moments.batches if self._compression is not None else 0
 
     def batches_needed(self, batches_per_epoch: float, accumulate: int, first_only: bool = False) -> int:
-        """Training batches from the start of an epoch until all steps (or those to the first truncation) are taken."""
+        """Return the number of training batches from the start of an epoch until the last (or first) truncation."""
         done = 0
         for stage in to_first_truncation(self._stages) if first_only else self._stages:
             done = window_end(done + self.limit(stage.gathers, batches_per_epoch), batches_per_epoch, accumulate)
         return done
 
     def limit(self, phase: Phase, batches_per_epoch: float) -> int:
-        """How many batches give statistics in `phase`."""
+        """Return the number of batches that `phase` gathers statistics from."""
         if phase is Phase.CORRECT:
             return self.config.correction_batches
         batches, epochs = self._calibration
         return int(min(batches, epochs * batches_per_epoch))
 
     def attach(self, model: nn.Module, progress: bool, adapter: StrategyAdapter) -> None:
-        """Begins on `model`, which the strategy of `adapter` runs, or goes on with it from a checkpoint.
+        """Start the compression of `model`, or continue it from a checkpoint.
+
+        Args:
+            model: the model to compress.
+            progress: draw progress bars.
+            adapter: adapter for the strategy that runs the model.
 
         Raises:
-            UnsupportedTrainingError: its layers are laid out over processes in a way that is not known.
-            CheckpointError: the checkpoint was of other layers or settings.
-            TargetError: there is nothing to compress.
+            UnsupportedTrainingError: layers are laid out over the processes in an unsupported way.
+            CheckpointError: the checkpoint belongs to other layers or settings.
+            TargetError: there is no layer to compress.
         """
         if self.phase in (Phase.RECOVER, Phase.DONE):
             return
@@ -139,11 +145,11 @@ class Lifecycle:
         self._compression, self._restored = compression, None
 
     def start(self) -> None:
-        """The set point is reached."""
+        """Enter the first phase that gathers statistics."""
         self.phase = self._stages[0].gathers
 
     def open(self, mask: Tensor | None, terms: float) -> ObservedBatch:
-        """Puts a batch under observation. Collective for the first batch of a gathering."""
+        """Start to observe a batch. Collective for the first batch of a gathering."""
         self.close()
         if self.reference_terms is None:
             self.reference_terms = max(self.compression.team.gathered(terms))
@@ -151,19 +157,19 @@ class Lifecycle:
         return self.batch
 
     def close(self) -> None:
-        """Ends the observation of a batch, also of one that was given up."""
+        """End the observation of a batch, even if the batch was aborted."""
         batch, self.batch = self.batch, None
         if batch is not None:
             batch.close()
 
     def enough(self, batches_per_epoch: float) -> bool:
-        """Whether the step under way has its statistics, all gradients included."""
+        """Return True if the statistics of the current stage are complete, including all gradients."""
         limit = self.limit(self.phase, min(batches_per_epoch, self.epoch_length))
         return self.gathering and self.batches >= limit and not self.compression.gathering.pending
 
     @contextmanager
     def changing_weights(self) -> Iterator[None]:
-        """Weights are not to be relied on until the block ends or the model is factorized."""
+        """Mark the weights as changing until the block ends. Checkpoints then contain the original weights."""
         self._changing = True
         try:
             yield
@@ -171,7 +177,7 @@ class Lifecycle:
             self._changing = False
 
     def advance(self) -> Stage:
-        """Takes the step under way, which it returns, and enters the phase that follows; within `changing_weights`."""
+        """Run the acts of the current stage, enter the next phase and return the stage; call in `changing_weights`."""
         stage = self.stage
         self.phase = Phase.TRUNCATE if stage.truncates else Phase.CORRECT
         self.reference_terms = None
@@ -183,24 +189,24 @@ class Lifecycle:
 
     @property
     def stage(self) -> Stage:
-        """The step under way."""
+        """The current stage."""
         return self._stages[self._position]
 
     @property
     def is_dense(self) -> bool:
-        """Whether no truncation has taken place yet."""
+        """True if no truncation has taken place yet."""
         return self.is_dense_at(self._position)
 
     def is_dense_at(self, position: int) -> bool:
-        """The same of the first so many steps."""
+        """Return True if none of the first `position` stages truncates."""
         return not any(stage.truncates for stage in self._stages[:position])
 
     def factorize(self, step: int, set_up_optimizers: Callable[[], None]) -> None:
-        """Puts the low-rank layers in, has the optimizers set up for them, and reports; within `changing_weights`.
+        """Insert the low-rank layers, set up their optimizers and create the report; call in `changing_weights`.
 
         Args:
-            step: the global one.
-            set_up_optimizers: is called with the layers in place.
+            step: current global step.
+            set_up_optimizers: called after the layers were inserted.
         """
         model, recovery = self.compression.model, self.recovery
         if recovery is None:
@@ -219,7 +225,7 @@ class Lifecycle:
         self.phase = Phase.RECOVER
 
     def abandon(self, model: nn.Module, adapter: StrategyAdapter) -> None:
-        """Puts the model back, also where a checkpoint was loaded into it but not gone on from, and starts over."""
+        """Restore the model, even from a loaded checkpoint that was not continued, and return to WAIT."""
         self.close()
         if self._compression is not None:
             self._compression.restore()
@@ -234,14 +240,14 @@ class Lifecycle:
         self.phase = Phase.WAIT
 
     def state_dict(self, batch_over: bool = True, team: Team | None = None) -> dict[str, Any]:
-        """Plain types and tensors, at whatever moment it is called.
+        """Return plain types and tensors; valid at any moment.
 
-        In the middle of a batch the gathering under way is left out, so that it starts over and no batch counts
-        twice; while weights change the whole compression is, and the original weights are in it instead.
+        In the middle of a batch, the current gathering is left out. It restarts after loading, so that no batch counts
+        twice. While weights change, the state is that before the compression, with the original weights.
 
         Args:
-            batch_over: whether the latest batch will not be run again, though it may still be under observation.
-            team: the processes of the run, which must all call it.
+            batch_over: True if the latest batch will not be repeated, even if it is still observed.
+            team: processes of the run, all of which must call this method; None outside a run.
         """
         phase, position, reference_terms, compression = self.phase, self._position, self.reference_terms, None
         changing = self._changing and self._compression is not None
@@ -268,7 +274,7 @@ class Lifecycle:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up a `state_dict`; the next `attach` goes on with its model.
+        """Load a `state_dict`. The next `attach` continues with its model.
 
         Raises:
             CheckpointError: see `check`.
@@ -289,11 +295,11 @@ class Lifecycle:
         self._restored = None if phase_is_after(state) else state
 
     def check(self, state: Mapping[str, Any]) -> None:
-        """Whether `load_state_dict` would take a state.
+        """Raise CheckpointError unless `load_state_dict` can load a state.
 
         Raises:
-            CheckpointError: it is none of this class, of another version, or of a compression under way with other
-                settings.
+            CheckpointError: the state is none of this class, has another version, or belongs to a compression with
+                other settings.
         """
         if not isinstance(state, Mapping) or "version" not in state:
             raise CheckpointError("the checkpoint holds no state of a ZSSVDCallback of this release; start afresh")

@@ -1,18 +1,18 @@
-"""Low-Rank Prehab (arXiv 2512.01980): training towards weights that lose less when they are truncated.
+"""Low-Rank Prehab (arXiv 2512.01980): training toward weights that lose less when they are truncated.
 
-What is minimized is `loss + lambda(t) mean_l R(W_l L_l)`, where R is a differentiable stand-in for the rank of a
-whitened weight; R is in `regularizers.py`, what is kept of a run in `preparing.py`.
+It minimizes `loss + lambda(t) mean_l R(W_l L_l)`, where R is a differentiable surrogate for the rank of a whitened
+weight. `prehab/regularizers.py` defines R, and `prehab/run.py` holds the state of a run.
 
-| hook                     | what is done there                                                                 |
+| hook                     | action                                                                             |
 |--------------------------|------------------------------------------------------------------------------------|
-| on_train_start           | is the run of a kind that has whole weights, and is there time before compression? |
-| on_train_batch_start     | the inputs of the first batches are watched; when enough were seen, lambda grows   |
-| on_before_backward       | watching ends, before activation checkpointing runs layers again                   |
-| on_before_optimizer_step | the gradient of the term is added, before clipping                                 |
-| on_train_batch_end       | the inputs of the batch are added to the second moments                            |
-| on_train_epoch_end       | watching of a skipped batch ends                                                   |
-| on_train_end             | the layers are let go                                                              |
-| teardown, on_exception   | hooks on the layers are taken off, wherever the run has come to                    |
+| on_train_start           | refuse runs without whole weights or without enough steps before compression       |
+| on_train_batch_start     | watch the inputs of the first batches, then start to increase lambda               |
+| on_before_backward       | stop watching before activation checkpointing runs layers again                    |
+| on_before_optimizer_step | add the gradient of the term, before clipping                                      |
+| on_train_batch_end       | add the inputs of the batch to the second moments                                  |
+| on_train_epoch_end       | stop watching a skipped batch                                                      |
+| on_train_end             | release the layers                                                                 |
+| teardown, on_exception   | remove the hooks from the layers, at any point of the run                          |
 """
 
 import logging
@@ -49,43 +49,46 @@ VERSION = 1
 
 
 class LowRankPrehab(L.Callback):
-    """Prepares a model for truncation by Low-Rank Prehab (arXiv 2512.01980), in ordinary training before it.
+    """Callback that prepares a model for truncation by Low-Rank Prehab (arXiv 2512.01980) during ordinary training.
 
-    The second moments of the layers' inputs are taken from the first training batches, which train the model as ever.
-    From then on it adds lambda(t) mean_l R(W_l L_l) to the training loss: lambda grows for `steps` optimizer steps and
-    then stays, until a `ZSSVDCallback` in the same Trainer begins, wherever that is in the list of callbacks, or the
-    fit ends. The `start_step` of `ZSSVDCallback` must leave room for it. Layers that are frozen when the fit starts
-    are left out. A fit that goes on from no checkpoint starts afresh.
+    The second moments of the layers' inputs come from the first training batches, which also train the model. After
+    that, the callback adds lambda(t) mean_l R(W_l L_l) to the training loss. Lambda grows for `steps` optimizer steps
+    and then stays constant, until the fit ends or a `ZSSVDCallback` in the same Trainer starts. The order of the two
+    callbacks does not matter, but the `start_step` of `ZSSVDCallback` must leave enough steps. Layers that are frozen
+    at the start of the fit are left out. A fit that does not resume from a checkpoint starts from the beginning.
 
-    The term comes as its gradient, to that of the loss, once per optimizer step and before gradients are clipped: the
-    training loss that the module logs is without it. A step for which float16 gradients overflow, or for which no
-    batch gave a loss, has no term.
+    Only the gradient of the term is added, once per optimizer step and before gradients are clipped. The training loss
+    that the module logs does not include the term. A step has no term if float16 gradients overflow or if no batch
+    returned a loss.
 
-    The paper's code trains a change to `W L`, with all else frozen; here the optimizer has W itself and whatever else
-    it was given, so that the learning rate acts in other coordinates and a good `weight` is another. There lambda grows
-    exponentially from 1e-4 to 10 over 10 steps for the stable rank (BERT), and is always 5 for the nuclear norm (ViT).
+    The paper's code trains an update of `W L` and freezes everything else. Here the optimizer trains W and all its
+    other parameters, so the learning rate acts in other coordinates and good values of `weight` differ. In the paper's
+    code, lambda grows exponentially from 1e-4 to 10 over 10 steps for the stable rank (BERT), and is constantly 5 for
+    the nuclear norm (ViT).
 
-    What it takes with the stable rank, beside A (n, n) for every group of layers that share an input, in memory and in
-    checkpoints: for every optimizer step the product `W A` of every layer, which is the work of a forward pass over n
-    tokens, and memory for a few matrices of the size of the largest layer in float32.
+    Costs with the stable rank: A (n, n) in memory and in checkpoints, for every group of layers that share an input;
+    per optimizer step the product `W A` of every layer, as much work as a forward pass over n tokens; and memory for a
+    few float32 matrices of the size of the largest layer.
 
     Args:
-        steps: optimizer steps over which lambda grows to `weight`, after those of `moment_batches`.
-        weight: lambda in the end.
-        schedule: how lambda grows, `linear` or `exponential` (from 1e-5 of `weight`).
-        regularizer: R, `stable_rank` (`||W L||_F^2 / ||W L||_2^2`) or `nuclear` (`||W L||_*`, not free of scale).
-        moment_batches: training batches the second moments are taken from, with the accumulation window they end in.
-        include: name patterns of the layers to regularize, as `ZSSVDCallback` takes them; all linear ones when None.
-        ignore: name patterns of layers to leave alone.
+        steps: number of optimizer steps over which lambda grows to `weight`, after those of `moment_batches`.
+        weight: final value of lambda.
+        schedule: growth of lambda, `linear` or `exponential` (from 1e-5 of `weight`).
+        regularizer: R, either `stable_rank` (`||W L||_F^2 / ||W L||_2^2`) or `nuclear` (`||W L||_*`, which depends on
+            the scale of W).
+        moment_batches: number of training batches for the second moments. The accumulation window in which they end is
+            completed.
+        include: name patterns of the layers to regularize, as in `ZSSVDCallback`; None for all linear layers.
+        ignore: name patterns of layers to leave out.
 
     Raises:
         ConfigError: an argument is out of range.
-        UnsupportedTrainingError: at the start of `fit`, when optimization is manual, the strategy keeps no whole
-            weights on a process, all layers are frozen, or a `ZSSVDCallback` would begin too early.
-        TargetError: at the start of `fit`, when there is no layer to regularize.
-        CheckpointError: at the start of `fit`, when the checkpoint is of a prehab of other layers or settings.
-        CalibrationError: during `fit`, when the first batches do not give the second moments.
-        NonFiniteError: during `fit`, when the term is NaN or infinite.
+        UnsupportedTrainingError: at the start of `fit`, if optimization is manual, no process has whole weights, all
+            layers are frozen, or a `ZSSVDCallback` would start too early.
+        TargetError: at the start of `fit`, if there is no layer to regularize.
+        CheckpointError: at the start of `fit`, if the checkpoint belongs to a prehab with other layers or settings.
+        CalibrationError: during `fit`, if the first batches do not provide the second moments.
+        NonFiniteError: during `fit`, if the term is NaN or infinite.
 
     Example:
         >>> prehab = LowRankPrehab(steps=200)
@@ -123,25 +126,28 @@ class LowRankPrehab(L.Callback):
         self._run_before = 0
 
     def token_mask(self, batch: Any) -> Tensor | None:
-        """Which positions (B, T) of a batch are not padding. Override for batches without an `attention_mask`."""
+        """Return the mask (B, T) of the positions of a batch that are not padding, or None for all.
+
+        Override this method for batches without an `attention_mask`.
+        """
         return token_mask(batch)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Starts afresh, in a fit."""
+        """Reset the state at the start of a fit."""
         self._fitting = stage == "fit"
         if self._fitting:
             self._trainer, self._run, self._run_before = weakref.ref(trainer), PrehabRun(), 0
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leaves no hook on the layers."""
+        """Remove all hooks from the layers."""
         self._watching.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leaves no hook on the layers."""
+        """Remove all hooks from the layers."""
         self._watching.close()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses runs that the term cannot be added in, before any batch is spent; goes on from a checkpoint."""
+        """Refuse unsupported runs before the first batch, then start or continue from a checkpoint."""
         if self._ended(trainer):
             return
         adapter = adapter_for(trainer, pl_module)
@@ -161,7 +167,7 @@ class LowRankPrehab(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Watches the inputs of the batch, or begins to regularize when enough were seen."""
+        """Watch the inputs of the batch, or start to regularize after enough batches."""
         self._watching.close()
         run = self._run
         self._run_before, run.vectors_before = batches_run(trainer), dict(run.vectors)
@@ -174,20 +180,20 @@ class LowRankPrehab(L.Callback):
             self._watching.enter_context(run.watching(self.token_mask(batch)))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Stops watching, before activation checkpointing runs layers again."""
+        """Stop watching before activation checkpointing runs layers again."""
         self._watching.close()
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Adds the gradient of the term, and tells loggers of it at the steps Lightning logs at."""
+        """Add the gradient of the term, and log it at the steps at which Lightning logs."""
         run = self._run
         if self._ended(trainer) or not run.kept or not _has_gradients(optimizer):
             return
         if scales(trainer) and not run.gradients_are_finite:
             return
         weight = self.weight * SCHEDULES[self.schedule](self._done(trainer.global_step + 1))
-        divides = getattr(optimizer, "_step_supports_amp_scaling", False)  # the loss scale out of gradients, as fused
+        divides = getattr(optimizer, "_step_supports_amp_scaling", False)  # fused optimizers divide by the loss scale
         regularizer = REGULARIZERS[self.regularizer]
         value = run.add_gradients(regularizer, weight * (loss_scale(trainer) if divides else 1.0))
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -196,23 +202,23 @@ class LowRankPrehab(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Adds the inputs of the batch to the second moments."""
+        """Add the inputs of the batch to the second moments."""
         self._watching.close()
         self._run.absorb()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stops watching a batch that was skipped."""
+        """Stop watching a batch that was skipped."""
         self._watching.close()
         self._run.window = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lets the layers go, and warns when the fit was too short."""
+        """Release the layers, and warn if the fit was too short."""
         if self._run.targets and self._done(trainer.global_step) < 1:
             self._warn("the fit has ended", trainer)
         self._run.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors, as they are between two batches at whatever moment it is called. Collective."""
+        """Return plain types and tensors in the state between two batches; valid at any moment. Collective."""
         trainer = None if self._trainer is None else self._trainer()
         over = trainer is None or batch_is_over(trainer)
         if over and trainer is not None and batches_run(trainer) > self._run_before:
@@ -220,7 +226,7 @@ class LowRankPrehab(L.Callback):
         return {"version": VERSION, "settings": self._settings(), **self._run.state_dict(over)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the state of a checkpoint, for a fit. Raises CheckpointError when it cannot."""
+        """Load the state of a checkpoint in a fit. Raises CheckpointError if it does not match."""
         if not self._fitting:
             return
         if state_dict.get("version") != VERSION:
@@ -238,7 +244,7 @@ class LowRankPrehab(L.Callback):
         self._run.load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What goes along with a copy, or to another process: nothing of the run under way."""
+        """Return the state for copies and other processes, without the current run."""
         return self.__dict__ | {"_trainer": None, "_run": PrehabRun(), "_watching": ExitStack()}
 
     def _settings(self) -> dict[str, Any]:
@@ -249,7 +255,7 @@ class LowRankPrehab(L.Callback):
         }
 
     def _ended(self, trainer: L.Trainer) -> bool:
-        """Whether a compression has begun, for which the layers are let go."""
+        """Return True if a compression has started, and release the layers in that case."""
         compression = _compression(trainer)
         if compression is None or compression.phase is Phase.WAIT:
             return False
@@ -259,14 +265,14 @@ class LowRankPrehab(L.Callback):
         return True
 
     def _begins_at(self, trainer: L.Trainer) -> float:
-        """The global step of the first gradient, as far as is known at the start of training."""
+        """Return the global step of the first gradient, as expected at the start of training."""
         if self._run.begins_at is not None:
             return self._run.begins_at
         missing = max(self.moment_batches - self._run.batches, 0)
         return trainer.global_step + steps_in(missing, trainer.num_training_batches, most_accumulated(trainer))
 
     def _done(self, step: int) -> float:
-        """Which fraction of the steps is done at a global step."""
+        """Return the fraction of `steps` that is done at a global step."""
         return 0.0 if self._run.begins_at is None else min((step - self._run.begins_at) / self.steps, 1.0)
 
     def _warn(self, event: str, trainer: L.Trainer) -> None:

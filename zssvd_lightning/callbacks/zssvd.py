@@ -1,26 +1,26 @@
-"""The callback: what happens at each hook of a training run. Each hook hands it to the parts that do it.
+"""Callback that compresses a model during a training run. Each hook calls the parts that do the work.
 
-| hook                     | what is done there                                                | by                   |
+| hook                     | action                                                            | parts                |
 |--------------------------|-------------------------------------------------------------------|----------------------|
-| setup                    | enter the run, follow its checkpoints, show the phase             | all parts            |
-| teardown                 | merge adapters of a checkpoint, give back what was borrowed       | recovering, fit      |
-| on_train_start           | refuse runs that cannot be compressed in, go on from a checkpoint | run, recovering      |
-| on_train_batch_start     | look for the set point, observe a calibration batch               | run, observer        |
-| on_before_backward       | check the loss, weight its gradient by its terms                  | recovering, observer |
-| on_after_backward        | note that the batch is complete                                   | observer             |
-| on_before_optimizer_step | take gradients from the optimizer, check those of recovery        | observer, recovering |
-| on_before_zero_grad      | take gradients that no step follows                               | observer             |
+| setup                    | enter the run, hook into its checkpoints, show the phase          | all parts            |
+| teardown                 | merge adapters from a checkpoint, undo all overrides              | recovering, fit      |
+| on_train_start           | refuse unsupported runs, or continue from a checkpoint            | run, recovering      |
+| on_train_batch_start     | start compression when it is due, observe a calibration batch     | run, observer        |
+| on_before_backward       | check the loss, weight its gradient by its number of terms        | recovering, observer |
+| on_after_backward        | record that the batch is complete                                 | observer             |
+| on_before_optimizer_step | collect calibration gradients, check recovery gradients           | observer, recovering |
+| on_before_zero_grad      | collect gradients that no optimizer step follows                  | observer             |
 | on_train_batch_end       | end the observation, enter the next phase or stage                | recovering, run      |
-| on_train_epoch_end       | the same, for loaders that do not tell their length               | run                  |
-| on_train_end             | declare the work done, or refuse to                               | run                  |
-| on_fit_end               | merge adapters, put factors into 8 bits                           | recovering, run      |
-| on_exception             | put everything back, unless the model was factorized              | all parts            |
+| on_train_epoch_end       | the same, for loaders of unknown length                           | run                  |
+| on_train_end             | finish, or raise UnfinishedError                                  | run                  |
+| on_fit_end               | merge adapters, convert factors to 8 bits                         | recovering, run      |
+| on_exception             | restore everything, unless the model was factorized               | all parts            |
 | state_dict               | save the state of the compression                                 | run                  |
-| load_state_dict          | take it up                                                        | run                  |
-| on_load_checkpoint       | raise the Trainer's limits as they were                           | fit                  |
-| on_save_checkpoint       | add the note for loads that know no low-rank layers               |                      |
+| load_state_dict          | load the state of the compression                                 | run                  |
+| on_load_checkpoint       | restore the extended limits of the Trainer                        | fit                  |
+| on_save_checkpoint       | add the note for loads without support for low-rank layers        |                      |
 
-How far the compression has come is in `lifecycle.py`, what is done to the model in `compression/`.
+`lifecycle.py` tracks the progress of the compression; `compression/` changes the model.
 """
 
 import functools
@@ -60,48 +60,49 @@ logger = logging.getLogger(__name__)
 
 
 class ZSSVDCallback(L.Callback):
-    """Compresses the model in the middle of `trainer.fit` by Zero Sum SVD (arXiv 2602.02848).
+    """Callback that compresses the model during `trainer.fit` by Zero Sum SVD (arXiv 2602.02848).
 
-    Works on any `LightningModule` with automatic optimization and one optimizer whose `training_step` returns a loss
-    that is a mean. During calibration dropout is off, no weight changes and the optimizer keeps its state, but the
-    batches count as steps for `max_steps` and schedulers. After factorization `configure_optimizers` runs again, or
-    with `recovery` its optimizer is set up, so the learning-rate schedule starts with the training of the factors.
-    Checkpoints can be resumed from at any point.
+    It works on any `LightningModule` with automatic optimization and one optimizer whose `training_step` returns a mean
+    loss. During calibration, dropout is off, no weight changes and the optimizer keeps its state, but the batches count
+    as steps for `max_steps` and schedulers. After factorization, `configure_optimizers` runs again, or the optimizer of
+    `recovery` is set up, so that the learning-rate schedule starts with the training of the factors. Training can
+    resume from a checkpoint of any phase.
 
     Args:
         prune_ratio: fraction of the target layers' parameters to remove, in (0, 1).
-        preset: method by name, such as `best`, `zs-svd` or `svd-llm` (see `config/presets/`). The defaults of
-            `CompressionConfig` when None, which are the preset `zs-svd-line-search`.
-        schedule: when the compression takes place: a `Schedule` or a mapping of its fields.
-        recovery: how the factors are trained, such as `LoRARecovery(rank=8, lr=1e-3)`, or a mapping of its `method`
-            (`lora`, `factors` or `singular_values`) and fields; by the optimizer of the module when None.
-        dry_run: only calibrate, write the ranks that would be chosen to this file, put everything back and stop. True
+        preset: name of a preset, such as `best`, `zs-svd` or `svd-llm` (see `config/presets/`). None for the defaults
+            of `CompressionConfig`, which are those of the preset `zs-svd-line-search`.
+        schedule: start and length of the compression: a `Schedule` or a mapping of its fields.
+        recovery: training of the factors, such as `LoRARecovery(rank=8, lr=1e-3)`, or a mapping of its `method`
+            (`lora`, `factors` or `singular_values`) and fields. None to train them with the module's optimizer.
+        dry_run: only calibrate, write the ranks that would be chosen to this file, restore the model and stop. True
             writes `zssvd_plan.yaml` in the folder of the logger.
         progress: draw a progress bar while spectra are computed.
-        compression: settings of `CompressionConfig`, such as `metric="two_sided"`; they win over the preset.
+        compression: settings of `CompressionConfig`, such as `metric="two_sided"`, which override the preset.
 
     Attributes:
-        phase: where the compression stands, a `Phase`.
-        report: what was done, from FACTORIZE on; None before.
-        recovers_from: the global step of this fit at which the factors began to train; None before.
+        phase: current `Phase` of the compression.
+        report: report of the compression; None before FACTORIZE.
+        recovers_from: global step of this fit at which training of the factors started; None before.
 
     Raises:
         ConfigError: an argument is out of range.
-        UnsupportedTrainingError: at the start of `fit`, when it is of a kind that cannot be compressed in or is too
-            short.
-        TargetError: at the start of `fit`, when there is nothing to compress.
-        PlanError: at the start of `fit`, when the plan cannot be read or is of another model.
-        OutputError: at the start of `fit`, when a dry run would overwrite a file.
-        CheckpointError: at the start of `fit`, `validate`, `test` or `predict`, when the checkpoint is of another
-            model, or of a compression with other settings. The model is then as it was.
-        LogitsError: at the start of `fit`, when drawn output sides, refits or distillation need the one model whose
-            logits the loss is of, and it is not known; override `student`.
-        RecoveryError: at the start of `fit` or at factorization, when nothing can be trained as `recovery` says, and
-            TeacherError, when there is nothing to distill from. The model is then put back.
-        DivergedError: during the recovery, when a loss or gradient is not finite; the low-rank model has its last
+        UnsupportedTrainingError: at the start of `fit`, if the run is too short or of an unsupported kind.
+        TargetError: at the start of `fit`, if there is no layer to compress.
+        PlanError: at the start of `fit`, if the plan cannot be read or belongs to another model.
+        OutputError: at the start of `fit`, if a dry run would overwrite a file.
+        CheckpointError: at the start of `fit`, `validate`, `test` or `predict`, if the checkpoint belongs to another
+            model or to a compression with other settings. The model is then unchanged.
+        LogitsError: at the start of `fit`, if drawn output gradients, refits or distillation need the model that
+            returns the logits, and it cannot be determined; override `student`.
+        RecoveryError: at the start of `fit` or at factorization, if `recovery` has nothing to train. The model is then
+            restored.
+        TeacherError: at the start of `fit` or at factorization, if there is nothing to distill from. The model is then
+            restored.
+        DivergedError: during the recovery, if a loss or gradient is not finite. The low-rank model then has its last
             good weights.
-        CalibrationError: during `fit`, when batches do not give the statistics needed. The model is then put back.
-        UnfinishedError: at the end of `fit`, when training stopped before the model was factorized.
+        CalibrationError: during `fit`, if batches do not provide the required statistics. The model is then restored.
+        UnfinishedError: at the end of `fit`, if training stopped before the model was factorized.
 
     Example:
         >>> trainer = L.Trainer(max_epochs=3, callbacks=[ZSSVDCallback(prune_ratio=0.4)])  # doctest: +SKIP
@@ -149,53 +150,53 @@ class ZSSVDCallback(L.Callback):
         dry_run: bool | str | Path = False,
         progress: bool = True,
     ) -> Self:
-        """Return the callback of a `CompressionConfig`, as recipes have one; the rest is as for the class."""
+        """Return a callback for a `CompressionConfig`, such as that of a recipe. Other arguments: see the class."""
         return cls(**asdict(config), schedule=schedule, recovery=recovery, dry_run=dry_run, progress=progress)
 
     @property
     def phase(self) -> Phase:
-        """Where the compression stands."""
+        """Current phase of the compression."""
         return self.run.life.phase
 
     @property
     def report(self) -> Report | None:
-        """What was done, from FACTORIZE on; None before."""
+        """Report of the compression; None before FACTORIZE."""
         return self.run.life.report
 
     @property
     def recovers_from(self) -> int | None:
-        """Global step of this fit at which the factors began to train; None before."""
+        """Global step of this fit at which training of the factors started; None before."""
         return self.run.recovers_from
 
     @property
     def statistics(self) -> Moments:
-        """Statistics of the stage under way. Raises RuntimeError when no compression is under way."""
+        """Statistics of the current stage. Raises RuntimeError if no compression is in progress."""
         return self.run.life.compression.gathering.moments
 
     def token_mask(self, batch: Any) -> Tensor | None:
-        """Return the positions (B, T) of a batch that are not padding, or None for all.
+        """Return the mask (B, T) of the positions of a batch that are not padding, or None for all.
 
-        Override it for batches without an `attention_mask`.
+        Override this method for batches without an `attention_mask`.
         """
         return token_mask(batch)
 
     def loss_terms(self, batch: Any) -> float:
-        """Return the number of terms that the mean loss of a batch runs over.
+        """Return the number of terms in the mean loss of a batch.
 
-        Override it for batches without `labels`.
+        Override this method for batches without `labels`.
         """
         return loss_terms(batch)
 
     def student(self, pl_module: L.LightningModule) -> nn.Module:
-        """Return the model with the logits that the loss is of. Override it where that is not one of transformers."""
+        """Return the model whose logits the loss uses. Override this method if it is no transformers model."""
         return model_with_logits(pl_module)
 
     def batches_needed(self, batches_per_epoch: float = math.inf, accumulate: int = 1) -> int:
-        """Return the training batches from the start of an epoch until the model is factorized."""
+        """Return the number of training batches from the start of an epoch until the model is factorized."""
         return self.run.batches_needed(batches_per_epoch, accumulate)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Have the module's structure follow its checkpoints, and the progress bar show the phase."""
+        """Make the module's structure follow the checkpoints it loads, and show the phase on the progress bar."""
         self.fit.open(trainer, pl_module, stage)
         self.run.setup(trainer, pl_module)
         prepared = functools.partial(self._prepared, pl_module)
@@ -203,14 +204,14 @@ class ZSSVDCallback(L.Callback):
         self.recovering.setup(trainer, pl_module, self._life)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give back what `setup` borrowed. Raises UnfinishedError when a fit ended without a batch of its own."""
+        """Undo the overrides of `setup`. Raises UnfinishedError if a fit without batches ended while gathering."""
         self.recovering.teardown(pl_module, stage)
         self.fit.close()
         if self.run.life.gathering and stage == "fit":
             self.run.give_up(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse runs that cannot be compressed in, before any batch is spent; go on from a checkpoint."""
+        """Refuse unsupported runs before the first batch, or continue from a checkpoint."""
         if not self.run.go_on_after(pl_module):
             self.run.begin(trainer, pl_module)
             return
@@ -221,78 +222,78 @@ class ZSSVDCallback(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Observe the batch, once the set point is reached and until enough was seen."""
+        """Start compression when it is due, and observe the batch while statistics are gathered."""
         self.recovering.start_batch(self.run.life)
         self.run.start_batch(trainer)
         self.observer.start_batch(trainer, pl_module, self.run.life, batch)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Note the loss and turn its gradient from a mean into a sum over its terms."""
+        """Record the loss, and scale its gradient from that of a mean to that of a sum over its terms."""
         self.recovering.note_loss(trainer, self.run.life, loss)
         self.observer.weigh_loss(trainer, self.run.life, loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note that the batch has given its loss and its gradients."""
+        """Record that the loss and the gradients of the batch are complete."""
         self.observer.complete_batch(self.run.life)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Take the gradients of the accumulation window, before clipping, and leave the optimizer none."""
+        """Collect the gradients of the accumulation window before clipping, and clear them for the optimizer."""
         self.observer.take_gradients(trainer, self.run.life, optimizer)
         self.recovering.check_step(trainer, pl_module, self.run.life)
 
     def on_before_zero_grad(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Take gradients that no step follows, as where `optimizer_step` is overridden to leave some out."""
+        """Collect gradients that no step follows, for instance because an overridden `optimizer_step` skips steps."""
         self.observer.take_gradients_without_step(trainer, self.run.life)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """End the observation and, when enough was seen and the accumulation window is closed, go on."""
+        """End the observation, and advance once there are enough batches and the accumulation window is closed."""
         self.recovering.end_batch(trainer, pl_module, self.run.life)
         self.run.end_batch(trainer, pl_module, batch_idx)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note how long an epoch is, which a loader without a length does not tell before, and go on if enough."""
+        """Record the length of the epoch, for loaders of unknown length, and advance if there are enough batches."""
         self.run.end_epoch(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Declare the work done. Raises UnfinishedError, with the model put back, when it is not."""
+        """Finish the compression. If it is incomplete, restore the model and raise UnfinishedError."""
         self.run.end_training(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merge adapters, and put the trained factors into 8 bits if the storage is to have them."""
+        """Merge adapters, and convert the trained factors to 8 bits if the storage requires it."""
         self.recovering.finish(pl_module, self.run.life)
         self.run.quantize(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Put everything back, unless the model was factorized already."""
+        """Restore everything, unless the model was factorized already."""
         self.run.leave_after_exception(pl_module)
         self.recovering.leave_after_exception(trainer, pl_module, self.run.life)
         self.teardown(trainer, pl_module, "fit" if self.fit.fitting else str(trainer.state.fn))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the lifecycle and what it has taken of the training, as plain types and tensors."""
+        """Return the state of the compression and the extended limits, as plain types and tensors."""
         return self.run.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint, for a fit. Raises CheckpointError when it cannot."""
+        """Load the state of a checkpoint in a fit. Raises CheckpointError if it does not match."""
         self.run.load_state_dict(state_dict)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raise the Trainer's limits as they were when the checkpoint was saved, before it compares with them."""
+        """Raise the Trainer's limits to those at the time of saving, before the Trainer compares progress with them."""
         if self.fit.fitting and (state := checkpoint["callbacks"].get(self.state_key)) is not None:
             self.fit.take_up_limits(trainer, state)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the note for loads that know nothing of low-rank layers, also after a run."""
+        """Add the note for loads without support for low-rank layers. It is also added after the run."""
         checkpoint["state_dict"].update(note(pl_module))
 
     def refuse_state(self, state: Mapping[str, Any]) -> None:
-        """Raise CheckpointError for a callback state that this fit cannot go on from; nothing has been loaded then."""
+        """Raise CheckpointError if this fit cannot continue from a callback state. Nothing is loaded before."""
         self.run.refuse_state(state)
 
     def _life(self) -> Lifecycle:
@@ -308,7 +309,7 @@ class ZSSVDCallback(L.Callback):
 
 
 def refuse_contradictions(config: CompressionConfig, recovery: Recovery | None) -> None:
-    """Raise ConfigError for a recovery that cannot train what the compression leaves."""
+    """Raise ConfigError if the recovery cannot train the layers that the compression creates."""
     if recovery is None:
         return
     recovery.refuse_storage(config.storage)

@@ -1,6 +1,6 @@
-"""8 bits: the forms in which `remap` and `hq` keep layers, and which rows of the factors stay in 16 bits.
+"""Conversion of layers to 8 bits for storage `remap` and `hq`, with the choice of rows that stay in 16 bits.
 
-Shapes: W (m, n), up (m, k), down (k, n). Rounding is that of the factors as they are stored, after un-whitening.
+Shapes: W (m, n), up (m, k), down (k, n). Rounding is applied to the stored factors, after whitening is undone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,18 +23,18 @@ from zssvd_lightning.whitening.rounding import Importance
 
 
 def quantize(model: nn.Module, storage: str = "remap", importances: Mapping[str, Importance] | None = None) -> None:
-    """Turns all low-rank layers of `model`, adapters on them included, into 8-bit ones, in place.
+    """Convert all low-rank layers of `model` to 8 bits in place, after merging their adapters.
 
     Args:
-        model: any module, compressed with the same `storage`, so that its ranks are those of the budget.
-        storage: `remap` leaves as many rows or columns of the larger factor in 16 bits as it has more than the
-            smaller; `hq` has all in 8 bits, and the dense layers that could have been compressed too.
-        importances: of the layers by name; given them, `remap` chooses what stays in 16 bits by what rounding costs,
-            over all layers, instead of the last rows or columns of each.
+        model: any module, compressed with the same `storage` so that its ranks fit the budget.
+        storage: `remap` leaves the rows or columns by which the larger factor exceeds the smaller in 16 bits. `hq`
+            stores everything in 8 bits, including dense layers that could have been compressed.
+        importances: layer name -> importance. If given, `remap` chooses the rows and columns in 16 bits over all
+            layers, by the predicted cost of rounding. Otherwise the last rows or columns of each layer stay in 16 bits.
 
     Raises:
-        QuantizationError: there is no low-rank layer, one is pivoted, an importance is missing, or a weight is not
-            finite.
+        QuantizationError: the storage does not put all layers in 8 bits, there is no low-rank layer, a layer is
+            pivoted, an importance is missing, or a weight is not finite.
     """
     if storage not in ("remap", "hq"):
         raise QuantizationError(f"storage {storage!r} has not all layers in 8 bits; there are 'remap' and 'hq'")
@@ -49,7 +49,7 @@ def quantize(model: nn.Module, storage: str = "remap", importances: Mapping[str,
     if not names:
         raise QuantizationError(f"{type(model).__name__} has no low-rank layer; compress it with storage={storage!r}")
     if storage == "hq":
-        with suppress(TargetError):  # all that could be were made low-rank
+        with suppress(TargetError):  # every possible target is low-rank already
             names += find_targets(model)
     quantize_layers(model, names, storage, importances)
 
@@ -57,7 +57,7 @@ def quantize(model: nn.Module, storage: str = "remap", importances: Mapping[str,
 def quantize_layers(
     model: nn.Module, names: Iterable[str], storage: str, importances: Mapping[str, Importance] | None = None
 ) -> None:
-    """Puts the layers of these names into the form that `storage` has for them, in place; see `quantize`."""
+    """Convert the named layers in place to the form that `storage` defines; see `quantize`."""
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     for name, new in in_8_bits(layers, storage, importances).items():
         replace_module(model, layers[name], new)
@@ -65,14 +65,14 @@ def quantize_layers(
 
 
 def in_8_bits_already(model: nn.Module) -> bool:
-    """Whether `model` has layers in 8 bits."""
+    """Return True if `model` has layers in 8 bits."""
     return any(isinstance(module, EightBitLinear) for module in model.modules())
 
 
 def in_8_bits(
     layers: Mapping[str, Dense | LowRankLinear], storage: str, importances: Mapping[str, Importance] | None = None
 ) -> dict[str, CompressedLinear]:
-    """The 8-bit forms of layers, by name; `remap` has none for dense ones. See `quantize`."""
+    """Return the 8-bit forms of layers by name. `remap` has none for dense layers. See `quantize`."""
     for name, layer in layers.items():
         if not all(parameter.isfinite().all() for parameter in layer.parameters()):
             raise QuantizationError(f"{name} has weights that are NaN or infinite, which 8 bits would hide")
@@ -94,12 +94,13 @@ def in_8_bits(
 
 
 def rounding_costs(layer: LowRankLinear, found: Importance) -> tuple[Tensor, Tensor]:
-    """What it is predicted to cost to keep a row of `up` (m,) or a column of `down` (n,) in 8 bits.
+    """Return the predicted cost of storing each row of `up` (m,) and each column of `down` (n,) in 8 bits.
 
-    To second order, an error E of W costs `1/2 sum_i B_i E_i A E_i^T` with B_i the importance of output i. A row e of
-    errors in `up` gives `B_i sum_c e_c^2 s_c`, since factors of a whitened SVD have `down A down^T = diag(s)`, with s
-    the squared norms of the columns of `up`; nearly so after some training. A column e of errors in `down` at input j
-    gives `A_jj sum_c e_c^2 sum_i B_i up_ic^2`. (Loss-aware remapping is an idea of IO-SVD, arXiv 2605.15626.)
+    To second order, an error E of W costs `1/2 sum_i B_i E_i A E_i^T`, where B_i is the importance of output i. A row e
+    of errors in `up` costs `B_i sum_c e_c^2 s_c`, where s are the squared norms of the columns of `up`, because the
+    factors of a whitened SVD satisfy `down A down^T = diag(s)`. After training this holds approximately. A column e of
+    errors in `down` at input j costs `A_jj sum_c e_c^2 sum_i B_i up_ic^2`. Loss-aware remapping is an idea of IO-SVD
+    (arXiv 2605.15626).
     """
     up, down = layer.up.weight.detach().float(), layer.down.weight.detach().float()
     stored_up, stored_down = Int8LowRankLinear.of(layer, *_none(layer)).factors()
@@ -124,7 +125,10 @@ def _last(layer: LowRankLinear) -> tuple[Tensor, Tensor]:
 def _costliest(
     layers: Mapping[str, LowRankLinear], importances: Mapping[str, Importance]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """As many numbers in 16 bits as with `_last`, at most, in the rows and columns that save most per number."""
+    """Return the rows and columns to leave in 16 bits: those that save the most predicted cost per parameter.
+
+    They contain at most as many parameters as `_last` leaves in 16 bits.
+    """
     if missing := sorted(layers.keys() - importances.keys()):
         raise QuantizationError(f"no importance of {', '.join(missing[:3])}; compress with rows_in_16_bits=loss_aware")
     room = sum(layer.rank * abs(layer.out_features - layer.in_features) for layer in layers.values())

@@ -1,4 +1,4 @@
-"""What is removed, and by which rule: every setting of a compression, with its meaning under it."""
+"""Settings of a compression, each with its documentation below it. `zssvd keys` shows these texts."""
 
 from dataclasses import dataclass, fields
 from typing import Self, Unpack
@@ -17,70 +17,74 @@ CORRECTION_STEPS = ("projected", "natural", "refit")
 
 @dataclass(frozen=True)
 class CompressionConfig:
-    """What is removed, and by which rule.
+    """Settings of a compression.
 
     Raises:
-        ConfigError: a value is outside its range or not one of the names there are.
+        ConfigError: a value is out of range or not a known name, or two settings contradict each other.
     """
 
     prune_ratio: float = 0.2
     """Fraction of the target layers' parameters to remove, in (0, 1): 0.4 keeps 60 %."""
     metric: str = "input"
-    """Coordinates the SVD is taken in: `none` (plain SVD), `rows` (FWSVD), `diagonal` (ASVD), `input` (whitened by the
-    input second moment: SVD-LLM, ZS-SVD) or `two_sided` (by that of the gradients at the output too)."""
+    """Coordinates of the SVD: `none` (plain SVD), `rows` (FWSVD), `diagonal` (ASVD), `input` (whitened by the second
+    moment of the inputs: SVD-LLM, ZS-SVD) or `two_sided` (also whitened by the second moment of the output
+    gradients)."""
     output_side: str = "empirical"
-    """Which gradients at the output those are: `empirical` (of the batch's own labels), `sampled` (of labels drawn from
-    the model's predictions) or `top_k` (of the divergence over its likeliest tokens, IO-SVD); the last two take another
-    backward pass."""
+    """Source of the output gradients, for metrics that use them: `empirical` (the labels of the batch), `sampled`
+    (labels drawn from the model's predictions) or `top_k` (the divergence over the most likely tokens, IO-SVD).
+    `sampled` and `top_k` take an additional backward pass per batch."""
     reestimate: bool = False
-    """Before the first truncation, estimate the curvature along each component from `correction_batches` batches more,
-    where metric `two_sided` takes it for 1 (EK-FAC); for rules that go by curvature."""
+    """Estimate the curvature of the loss along each component before the first truncation, from `correction_batches`
+    additional batches (EK-FAC). False assumes a curvature of 1. Requires metric `two_sided` and a selection rule that
+    uses curvature."""
     selection: str = "zero_sum"
     """Rule that drops components: `zero_sum` (the paper), `abs_delta`, `abs_delta_unordered`, `most_negative`,
-    `sigma`, `uniform` (the same fraction of every matrix, as SVD-LLM does), `effective_rank` (D-Rank), `curvature`
-    (least sum of half the squared singular values, for metric `two_sided`), `curvature_first_order` or
+    `sigma`, `uniform` (the same fraction of every matrix, as in SVD-LLM), `effective_rank` (D-Rank), `curvature`
+    (smallest sum of half the squared singular values, for metric `two_sided`), `curvature_first_order` or
     `zero_sum_curvature`."""
     truncations: int = 1
-    """In how many truncations the prune ratio is reached, in equal parts, with fresh statistics or a correction between
-    one and the next."""
+    """Number of truncations that reach the prune ratio, in equal parts. Between two truncations, statistics are
+    gathered again or a correction takes place."""
     corrections: int = 1
-    """How many times a gradient step and a new truncation follow the first one."""
+    """Number of corrections after the first truncation. Each is a gradient step and a new truncation, or a refit."""
     correction_step: str = "projected"
-    """Which step: `projected` on the gradient, as long as what truncation took reaches along it (the paper), `natural`,
-    both gradient and projection as the metric measures them, `step_radius` long, or `refit`, none along a gradient:
-    each weight is fitted in closed form to the outputs of its dense layer, from the inputs it gets now, at the same
+    """Step of a correction. `projected` (the paper): along the gradient, up to the point nearest to the original
+    weight. `natural`: the same in the coordinates of the metric, with the length `step_radius`. `refit`: no gradient
+    step; each weight is fitted in closed form to the outputs of its dense layer, given its current inputs, at the same
     rank."""
     step_radius: float = 0.03
-    """How long the first `natural` step is, over all weights together and as the metric measures it: half of its square
-    is a divergence between predictions, in nats a token. Each further one is shorter by the same, on a line that is
-    zero after the last: so noise averages out."""
+    """Length of the first `natural` step, over all weights together and in the coordinates of the metric. Half of its
+    square estimates the divergence between the predictions before and after, in nats per token. The length decreases
+    linearly and would reach zero one step after the last, so that noise averages out."""
     fresh_moments: bool = True
-    """Take all statistics anew for the truncation after a step, as the paper does; without, the second moments of the
-    first calibration go on to be used, and rules that go by delta see the gradient from before a `projected` step."""
+    """Gather all statistics again for the truncation after a step, as in the paper. False reuses the second moments of
+    the first calibration. Rules based on delta then use the gradient from before the `projected` step or, with
+    `line_search`, from the end of the full step."""
     correction_batches: int = 8
-    """How many batches the gradient of one step is averaged over."""
+    """Number of batches over which the gradient of one step is averaged."""
     line_search: bool = True
-    """Take only the part of each `projected` step at which the loss is estimated to be least, from as many batches
-    again; without, all of it, as the paper does."""
+    """Scale each `projected` step to the minimum of a parabola through the loss (uses another `correction_batches`
+    batches). False takes the full step, as in the paper."""
     budget_in: str = "parameters"
-    """What `prune_ratio` is a fraction of: the target layers' `parameters` (two in 8 bits count as one), `bytes` of
-    weights saved in 16 bits, or `flops` of a token's forward pass."""
+    """Unit of `prune_ratio`, counted over the target layers: `parameters` (two in 8 bits count as one), `bytes` of
+    weights saved in 16 bits, or `flops` of the forward pass per token."""
     storage: str = "factors"
-    """How matrices are kept: `factors` in the model's type, `remap` in 8 bits but for what the larger factor has more,
-    which makes a component cost `max(m, n)` instead of `m + n`, `hq` all in 8 bits, for prune ratios above 0.5, `mixed`
-    each matrix in 16 or in 8 bits, as the selection chooses, or `pivoted`, the same function as `factors` in
-    `k (m + n - k)` numbers."""
+    """Storage of compressed layers, for an (m, n) weight of rank k. `factors`: two factors in the model's type.
+    `remap`: factors in 8 bits, except the rows by which the larger factor exceeds the smaller; a component then costs
+    `max(m, n)` instead of `m + n`. `hq`: everything in 8 bits, for prune ratios above 0.5. `mixed`: each matrix in 16
+    or 8 bits, chosen by the selection rule. `pivoted`: the same function as `factors` in `k (m + n - k)` numbers."""
     rows_in_16_bits: str = "last"
-    """Which rows of the factors `remap` leaves in 16 bits: the `last`, or by `loss_aware` choice over all layers."""
+    """Rows of the factors that `remap` leaves in 16 bits: the `last` ones, or (`loss_aware`) those over all layers
+    whose rounding is predicted to cost most."""
     min_rank_fraction: float = 0.0
-    """No matrix gets a rank below this fraction of the highest rank that saves anything, in [0, 1]."""
+    """Lowest rank of a matrix, as a fraction in [0, 1] of the highest rank that saves anything."""
     include: list[str] | None = None
-    """Name patterns of the layers to compress (`*.q_proj`, or `re:` and a regular expression); all when None."""
+    """Name patterns of the layers to compress, such as `*.q_proj`, or `re:` and a regular expression. None means all
+    linear layers."""
     ignore: list[str] | None = None
-    """Name patterns of layers to leave alone, in the same form."""
+    """Name patterns of layers to leave unchanged, in the same form as `include`."""
     plan: str | None = None
-    """A YAML file with the rank of every layer, as a dry run writes it; `prune_ratio` and `selection` then do not
-    choose."""
+    """YAML file with the rank of every layer, as written by a dry run. It replaces `prune_ratio` and `selection`."""
 
     def __post_init__(self) -> None:
         require(0.0 < self.prune_ratio < 1.0, "prune_ratio", self.prune_ratio, "strictly between 0 and 1")
@@ -127,14 +131,14 @@ class CompressionConfig:
 
     @classmethod
     def of(cls, preset: str | None = None, **given: Unpack[Settings]) -> Self:
-        """Return the settings of a preset, overridden by those given. A value of None counts as not given.
+        """Return the settings of a preset, overridden by the given ones. A value of None counts as not given.
 
         Args:
-            preset: name of a file in `presets/`; the defaults of this class when None.
-            given: fields of this class; one pattern for `include` or `ignore` may be a plain string.
+            preset: name of a file in `presets/`; None for the defaults of this class.
+            given: fields of this class. `include` and `ignore` may be a single pattern as a string.
 
         Raises:
-            ConfigError: there is no such preset, no such setting, or a value is out of range.
+            ConfigError: the preset or a setting is unknown, or a value is out of range.
         """
         if preset is not None:
             require_one_of("preset", preset, PRESETS)
@@ -152,10 +156,10 @@ class CompressionConfig:
 
     @classmethod
     def asked(cls, config: Self | None, preset: str | None, settings: Settings) -> Self:
-        """Return `config`, or what `of` makes of a preset and settings.
+        """Return `config` if it is given, otherwise the result of `of` for the preset and settings.
 
         Raises:
-            ConfigError: there are both.
+            ConfigError: both are given.
         """
         if config is None:
             return cls.of(preset, **settings)
@@ -166,20 +170,20 @@ class CompressionConfig:
 
     @property
     def watches_outputs(self) -> str | None:
-        """The output side that calibration gathers, None where the metric has none."""
+        """Source of the output gradients that calibration collects; None if the metric does not use them."""
         return self.output_side if METRICS[self.metric].needs_outputs else None
 
     @property
     def asks_model(self) -> bool:
-        """Whether the model itself, within what is compressed, has to be known: for its logits, or to be run again."""
+        """True if the model inside the module must be known, either for its logits or to run it again."""
         return self.watches_outputs not in (None, "empirical") or (self.refits and self.corrections > 0)
 
     @property
     def refits(self) -> bool:
-        """Whether corrections are closed-form refits."""
+        """True if corrections are closed-form refits."""
         return self.correction_step == "refit"
 
     @property
     def weighs_rows(self) -> bool:
-        """Whether calibration has to tell what errors in outputs and inputs cost."""
+        """True if calibration must estimate the cost of errors in outputs and inputs."""
         return self.rows_in_16_bits == "loss_aware"

@@ -1,4 +1,4 @@
-"""From spectra and a selection to truncated weights, and to the low-rank layers that are swapped in at the end.
+"""Truncated weights, computed from spectra and a selection, and the low-rank layers that replace the dense ones.
 
 Shapes: up (m, k), down (k, n), W_k (m, n).
 """
@@ -22,23 +22,23 @@ from zssvd_lightning.model.targets import local_part
 
 
 class Factors(NamedTuple):
-    """`W_k = up @ down`."""
+    """Factors of a truncated weight, `W_k = up @ down`."""
 
     up: Tensor
     down: Tensor
 
     def to(self, like: Tensor) -> "Factors":
-        """The same on the device and in the type of `like`."""
+        """Return the factors on the device and in the type of `like`."""
         return Factors(self.up.to(like), self.down.to(like))
 
 
 def truncated_weight(factors: Factors) -> Tensor:
-    """`W_k = (U_k sqrt(S_k)) (sqrt(S_k) V_k^T L^-1)` (m, n)."""
+    """Return `W_k = (U_k sqrt(S_k)) (sqrt(S_k) V_k^T L^-1)` (m, n)."""
     return factors.up @ factors.down
 
 
 def low_rank_layer(old: Dense, factors: Factors, bias: Tensor | None) -> LowRankLinear:
-    """The layer of two factors that takes the place of `old`.
+    """Return the layer of two factors that replaces `old`.
 
     Bias, `requires_grad` flags, training mode and forward and backward hooks carry over.
     """
@@ -49,7 +49,7 @@ def low_rank_layer(old: Dense, factors: Factors, bias: Tensor | None) -> LowRank
 
 
 def pivoted_layer(old: Dense, factors: Factors, bias: Tensor | None, rows: Tensor) -> PivotedLinear:
-    """The layer of pivot rows that takes the place of `old`, as `low_rank_layer`; `rows` are of `pivots_first`."""
+    """Return the pivoted layer that replaces `old`, as in `low_rank_layer`. `rows` comes from `pivots_first`."""
     new = PivotedLinear.like(old, rank=len(factors.down)).to_empty(device=factors.up.device)
     new.fill(*factors, bias, rows)
     carry_hooks(new, old)
@@ -57,17 +57,17 @@ def pivoted_layer(old: Dense, factors: Factors, bias: Tensor | None, rows: Tenso
 
 
 class TruncatedWeights:
-    """The factors of all truncated layers, of which each process holds what its team says.
+    """Factors of all truncated layers, or this process's part of them, as its team determines.
 
-    They are of the type of the weights, or wider where pivot rows and coefficients are to be made of them, so that
-    those are rounded once.
+    Factors have the type of the weights. With storage `pivoted` they have a wider type, so that the pivot rows and
+    coefficients computed from them are rounded only once.
 
     Args:
         layers: the layers and the processes that hold them.
-        storage: how the layers are kept; the 8-bit ones are made of factors later.
+        storage: storage of the low-rank layers. 8-bit layers are created from the factors later.
 
     Attributes:
-        held: what this process holds, by layer.
+        held: this process's part of the factors, by layer name.
     """
 
     def __init__(self, layers: LayerSet, storage: str = "factors") -> None:
@@ -77,20 +77,20 @@ class TruncatedWeights:
         self._known_finite = False
 
     def __iter__(self) -> Iterator[str]:
-        """Names of the truncated layers."""
+        """Iterate over the names of the truncated layers."""
         return iter(self.held)
 
     def __len__(self) -> int:
-        """How many layers are truncated."""
+        """Return the number of truncated layers."""
         return len(self.held)
 
     def take(self, found: Decomposition, name: str, kept: Tensor) -> None:
-        """Takes the components `kept` (k,) of a layer from the process that has decomposed it. Collective."""
+        """Store the factors of the components with indices `kept` (k,), sent by the layer's owner. Collective."""
         owner = found.owners[name]
         self.put(name, owner, len(kept), found.spectra[name].factors(kept) if owner == self._team.rank else None)
 
     def put(self, name: str, owner: int, k: int, factors: tuple[Tensor, Tensor] | None) -> None:
-        """Takes factors of rank k that process `owner` has, and the others not. Collective."""
+        """Store factors of rank k, which only process `owner` passes; the others pass None. Collective."""
         like, (m, n), (up, down) = self._like(name), self._targets[name].shape, factors or (None, None)
         self.held[name] = Factors(
             self._team.from_owner(owner, up, (m, k), like),
@@ -99,17 +99,17 @@ class TruncatedWeights:
         self._known_finite = False
 
     def truncated(self, name: str) -> Tensor:
-        """What this process holds of a layer's truncated weight, in the type of the weight. Collective."""
+        """Return this process's part of a layer's truncated weight, in the type of the weight. Collective."""
         target = self._targets[name]
         with _exact_on(target.weight.device):
             W = truncated_weight(self._whole(name)).to(target.weight.dtype)
         return self._team.part(W, target.split)
 
     def layer(self, name: str) -> Factored:
-        """The whole low-rank layer for the place of a truncated one. Collective.
+        """Return the whole low-rank layer that replaces a truncated layer. Collective.
 
         Raises:
-            NonFiniteError: the factors of this layer or another hold NaN or infinite values.
+            NonFiniteError: the factors of this or another layer contain NaN or infinite values.
         """
         self._refuse_non_finite()
         old, factors = self._targets[name].module, self._whole(name)
@@ -117,12 +117,12 @@ class TruncatedWeights:
         with _exact_on(factors.up.device):
             if self._storage != PivotedLinear.kind:
                 return low_rank_layer(old, factors, bias)
-            # processors may round differently, and then choose other rows
+            # processes may round differently and would then choose different rows
             rows = self._team.decide_on_first(lambda: pivots_first(factors.up))
             return pivoted_layer(old, factors, bias, rows)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
-        """Factors by layer, as the team saves them. Collective."""
+        """Return the factors by layer name, in the form the team saves. Collective."""
         to_save = {}
         for name, (up, down) in self.held.items():
             saved = (
@@ -134,7 +134,7 @@ class TruncatedWeights:
         return to_save
 
     def load_state_dict(self, state: Mapping[str, Sequence[Tensor]]) -> None:
-        """Takes what this process is to hold of a `state_dict`."""
+        """Load this process's part of the factors in a `state_dict`."""
         for name, pair in state.items():
             self.held[name] = Factors(*map(self._team.part, pair)).to(self._like(name))
         self._known_finite = False
@@ -144,13 +144,13 @@ class TruncatedWeights:
         return Factors(self._team.whole(up, self._targets[name].shape[0]), self._team.whole(down, up.shape[1]))
 
     def _like(self, name: str) -> Tensor:
-        """An empty tensor on the device and in the type of a layer's factors."""
+        """Return an empty tensor with the device and type of a layer's factors."""
         weight = self._targets[name].weight
         wide = accumulated(weight.dtype)
         return weight.new_empty(0, dtype=wide if self._storage == PivotedLinear.kind else weight.dtype)
 
     def _refuse_non_finite(self) -> None:
-        """Raises NonFiniteError unless all factors are finite; of all layers, before the first is made. Collective."""
+        """Raise NonFiniteError unless the factors of all layers are finite. Runs before the first layer. Collective."""
         if self._known_finite:
             return
         device = next(iter(self.held.values())).up.device
@@ -169,6 +169,6 @@ class TruncatedWeights:
 
 @contextmanager
 def _exact_on(device: torch.device) -> Iterator[None]:
-    """Products are made in the type of what is multiplied, whatever training does."""
+    """Compute matrix products in the type of their operands, regardless of autocast and precision settings."""
     with exact_products(), torch.autocast(device.type, enabled=False):
         yield

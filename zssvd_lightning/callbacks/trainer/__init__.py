@@ -1,1 +1,1 @@
-"""Dealings with the rest of Lightning: guards, limits, precision, loss, checkpoints, other callbacks, loggers."""
+"""Interaction with the rest of Lightning: guards, limits, precision, loss, checkpoints, callbacks and loggers."""

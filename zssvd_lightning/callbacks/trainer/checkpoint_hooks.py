@@ -1,6 +1,8 @@
-"""Lightning checkpoints of compressed modules: saved so that a plain load says what it lacks, loaded by shape.
+"""Hooks for Lightning checkpoints of compressed modules.
 
-Weights tell by their names and shapes which layers are low-rank, so `save_weights_only` checkpoints load as well.
+Saved checkpoints contain a note, so that a load without support for low-rank layers reports what is missing. On
+loading, the names and shapes of the weights determine which layers are low-rank. `save_weights_only` checkpoints
+therefore load as well.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,16 +27,17 @@ def borrowed_checkpoint_hooks(
     replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
     prepared: Callable[[Mapping[str, Any], bool], None] | None = None,
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Has the module's structure follow the checkpoints it loads, and low-rank ones carry a note, within the context.
+    """Override the module's checkpoint hooks: it takes the structure of loaded checkpoints, and saved ones get a note.
 
     Args:
-        module: the module that a Trainer runs.
-        check: is given every checkpoint that is to be loaded, and raises when it should not be.
-        replace: puts a layer in the place of another, `replace(model, old, new)`.
-        prepared: is given every such checkpoint once the structure is its own, and whether there were adapters before.
+        module: the module of a Trainer.
+        check: called with every checkpoint before it is loaded; raises to refuse the checkpoint.
+        replace: function that replaces a layer, `replace(model, old, new)`.
+        prepared: called once the module has the structure of a checkpoint, with the checkpoint and True if the module
+            had adapters before.
 
-    Returns:
-        What makes the structure that of a checkpoint.
+    Yields:
+        A function that gives the module the structure of a checkpoint.
     """
     load = _Load(module, module.on_load_checkpoint, check, replace, prepared)
     with overridden(module, on_load_checkpoint=load, on_save_checkpoint=_Save(module, module.on_save_checkpoint)):
@@ -43,7 +46,7 @@ def borrowed_checkpoint_hooks(
 
 @dataclass
 class _Load:
-    """The module's own hook, and then its structure made that of the weights. Copies go with copies of the module."""
+    """Load hook that calls the module's hook, then adopts the structure of the weights. Copied with the module."""
 
     module: L.LightningModule
     own: Callable[[dict[str, Any]], None]
@@ -53,7 +56,7 @@ class _Load:
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         self.own(checkpoint)
-        if "state_dict" in checkpoint:  # strategies that load weights themselves have prepared for it
+        if "state_dict" in checkpoint:  # strategies that load weights themselves call prepare
             self.prepare(checkpoint)
 
     def prepare(self, checkpoint: Mapping[str, Any]) -> None:
@@ -71,7 +74,7 @@ class _Load:
 
 @dataclass
 class _Save:
-    """The module's own hook, and then a note for loads that know nothing of low-rank layers."""
+    """Save hook that calls the module's hook, then adds the note for loads without support for low-rank layers."""
 
     module: L.LightningModule
     own: Callable[[dict[str, Any]], None]

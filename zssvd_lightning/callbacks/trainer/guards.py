@@ -1,4 +1,4 @@
-"""Which training runs can be compressed in, and what to do about the others."""
+"""Checks that refuse training runs in which a model cannot be compressed."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from zssvd_lightning.errors import UnsupportedTrainingError
 
 
 def window_end(batches: int, batches_per_epoch: float, accumulate: int) -> int:
-    """The first batch count from `batches` on at which an optimizer step is taken; an epoch's last batch takes one."""
+    """Return the first batch count >= `batches` with an optimizer step. The last batch of an epoch has one."""
     into_epoch = batches if math.isinf(batches_per_epoch) else batches % int(batches_per_epoch)
     whole = math.ceil(into_epoch / accumulate) * accumulate
     return batches - into_epoch + int(min(whole, batches_per_epoch))
 
 
 def _batches(steps: float, batches_per_epoch: float, accumulate: int) -> float:
-    """Batches in so many optimizer steps from the start of an epoch; an epoch's last step may take fewer."""
+    """Return the batches in `steps` optimizer steps from the start of an epoch, whose last step may have fewer."""
     if math.isinf(batches_per_epoch) or math.isinf(steps):
         return steps * accumulate
     epochs, rest = divmod(steps, math.ceil(batches_per_epoch / accumulate))
@@ -30,7 +30,7 @@ def _batches(steps: float, batches_per_epoch: float, accumulate: int) -> float:
 
 
 def steps_in(batches: float, batches_per_epoch: float, accumulate: int) -> float:
-    """Optimizer steps in so many batches from the start of an epoch; an epoch's last step may take fewer batches."""
+    """Return the optimizer steps in `batches` from the start of an epoch, whose last step may have fewer batches."""
     if math.isinf(batches):
         return batches
     if math.isinf(batches_per_epoch):
@@ -40,7 +40,7 @@ def steps_in(batches: float, batches_per_epoch: float, accumulate: int) -> float
 
 
 def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Raises UnsupportedTrainingError for runs, and beside callbacks, that a model cannot be compressed in."""
+    """Raise UnsupportedTrainingError if the optimization or another callback does not allow compression."""
     if not pl_module.automatic_optimization:
         raise UnsupportedTrainingError(
             f"{type(pl_module).__name__} optimizes manually, so gradients cannot be taken between backward and step; "
@@ -65,10 +65,11 @@ def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None
 
 
 def refuse_stale_groups(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Checks what `configure_optimizers` gave, before any work is spent and again after layers were replaced.
+    """Check the optimizers of `configure_optimizers`, before compression and again after layers were replaced.
 
     Raises:
-        UnsupportedTrainingError: it returned parameters that are gone, or a trainable one is not in exactly one group.
+        UnsupportedTrainingError: an optimizer has parameters that are no longer in the model, or a trainable parameter
+            is not in exactly one group.
     """
     grouped = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
     present = {id(p) for p in pl_module.parameters()}
@@ -89,17 +90,17 @@ def refuse_stale_groups(trainer: L.Trainer, pl_module: L.LightningModule) -> Non
 
 
 def most_accumulated(trainer: L.Trainer) -> int:
-    """The largest accumulation factor the run will have."""
+    """Return the largest accumulation factor of the run."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     scheduled = [max(c.scheduling.values()) for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
     return max([trainer.accumulate_grad_batches, *scheduled])
 
 
 def refuse_uneven(batches: Sequence[float]) -> None:
-    """Raises UnsupportedTrainingError when processes have loaders of different length.
+    """Raise UnsupportedTrainingError if the loaders of the processes have different lengths.
 
     Args:
-        batches: in an epoch, of every process.
+        batches: number of batches in an epoch, for every process.
     """
     if len(set(batches)) > 1:
         raise UnsupportedTrainingError(
@@ -109,13 +110,13 @@ def refuse_uneven(batches: Sequence[float]) -> None:
 
 
 def refuse_too_short(trainer: L.Trainer, start_epoch: int, start_step: int, batches_needed: int) -> None:
-    """Raises UnsupportedTrainingError when the fit ends before the model would be factorized.
+    """Raise UnsupportedTrainingError if the fit ends before the model is factorized.
 
     Args:
-        trainer: at the start of training.
-        start_epoch: compression starts no earlier than this epoch.
-        start_step: compression starts no earlier than this global step.
-        batches_needed: from the start of compression to factorization.
+        trainer: the Trainer at the start of training.
+        start_epoch: earliest epoch of the compression.
+        start_step: earliest global step of the compression.
+        batches_needed: number of batches from the start of the compression to factorization.
     """
     accumulate, per_epoch = most_accumulated(trainer), trainer.num_training_batches
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - trainer.current_epoch
@@ -134,14 +135,14 @@ def refuse_too_short(trainer: L.Trainer, start_epoch: int, start_step: int, batc
 def refuse_early_compression(
     trainer: L.Trainer, start_epoch: int, start_step: int, begins_at: float, steps: int
 ) -> None:
-    """Raises UnsupportedTrainingError when a compression would begin before a prehab has had its steps.
+    """Raise UnsupportedTrainingError if a compression would start before the prehab has taken all its steps.
 
     Args:
-        trainer: at the start of training.
-        start_epoch: compression starts no earlier than this epoch.
-        start_step: compression starts no earlier than this global step.
-        begins_at: the global step of prehab's first gradient.
-        steps: how many it takes.
+        trainer: the Trainer at the start of training.
+        start_epoch: earliest epoch of the compression.
+        start_step: earliest global step of the compression.
+        begins_at: global step of the first gradient of the prehab.
+        steps: number of optimizer steps of the prehab.
     """
     accumulate, per_epoch = most_accumulated(trainer), trainer.num_training_batches
     of_epochs = start_epoch * steps_in(per_epoch, per_epoch, accumulate) if start_epoch else 0

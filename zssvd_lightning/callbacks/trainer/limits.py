@@ -1,4 +1,4 @@
-"""The limits of a training run, raised by what a compression takes of it."""
+"""Limits of a training run, raised by the batches that a compression uses."""
 
 import math
 from collections.abc import Iterator
@@ -11,40 +11,40 @@ import lightning as L
 
 @dataclass
 class ExtendedLimits:
-    """Steps and epochs on top of `max_steps` and `max_epochs`; limits that are not set stay so."""
+    """Additional steps and epochs beyond `max_steps` and `max_epochs`. Limits that are not set stay unset."""
 
     steps: int = 0
-    """Optimizer steps taken by calibration and corrections."""
+    """Number of optimizer steps used by calibration and corrections."""
     batches: int = 0
-    """Their batches."""
+    """Number of batches used by calibration and corrections."""
     epochs: int = 0
-    """Whole epochs that hold as many batches."""
+    """Number of whole epochs needed for these batches."""
     _granted: tuple[int, int] = (0, 0)
-    """Steps and epochs the Trainer has been given so far."""
+    """Steps and epochs already added to the Trainer's limits."""
 
     def add(self, trainer: L.Trainer, stepped: bool, batches_per_epoch: float) -> None:
-        """Counts a batch, and raises the limits by it."""
+        """Count a batch, and raise the limits accordingly."""
         self.batches += 1
         self.steps += stepped
         self.recount(trainer, batches_per_epoch)
 
     def recount(self, trainer: L.Trainer, batches_per_epoch: float) -> None:
-        """Raises the limits, once it is known how long an epoch is."""
+        """Raise the limits for the given length of an epoch."""
         self.epochs = 0 if math.isinf(batches_per_epoch) else math.ceil(self.batches / batches_per_epoch)
         self.grant(trainer)
 
     def grant(self, trainer: L.Trainer) -> None:
-        """Raises the Trainer's limits to what they were, and this on top."""
+        """Raise the Trainer's limits to its original limits plus these steps and epochs."""
         self._raise(trainer, self.steps - self._granted[0], self.epochs - self._granted[1])
         self._granted = (self.steps, self.epochs)
 
     def take_back(self, trainer: L.Trainer) -> None:
-        """Gives the Trainer its own limits again."""
+        """Restore the Trainer's original limits."""
         self._raise(trainer, -self._granted[0], -self._granted[1])
         self._granted = (0, 0)
 
     def state_dict(self, one_more: bool = False, stepped: bool = False) -> dict[str, Any]:
-        """The counts, with `one_more` batch that is over but not added yet."""
+        """Return the counts, including a finished batch that is not added yet if `one_more`; `stepped` as in `add`."""
         return {"steps": self.steps + (one_more and stepped), "batches": self.batches + one_more, "epochs": self.epochs}
 
     @staticmethod
@@ -57,7 +57,7 @@ class ExtendedLimits:
 
 @contextmanager
 def stopping_now(trainer: L.Trainer) -> Iterator[None]:
-    """Has the training end after this batch, whatever `min_epochs` and `min_steps`, which are back after the block."""
+    """Stop the training after this batch, ignoring `min_epochs` and `min_steps`, which are restored on exit."""
     loop = trainer.fit_loop
     before = loop.min_epochs, loop.epoch_loop.min_steps
     loop.min_epochs, loop.epoch_loop.min_steps = None, None
@@ -69,22 +69,22 @@ def stopping_now(trainer: L.Trainer) -> Iterator[None]:
 
 
 def batch_is_over(trainer: L.Trainer) -> bool:
-    """Whether Lightning would not run the latest batch again, were it to go on from a checkpoint saved now."""
+    """Return True if Lightning would not repeat the latest batch after resuming from a checkpoint saved now."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return bool(progress.processed == progress.ready)
 
 
 def batches_run(trainer: L.Trainer) -> int:
-    """Batches of the epoch that ran or are running: not those skipped by an `on_train_batch_start` that returned -1."""
+    """Return the started batches of the epoch, without those skipped because `on_train_batch_start` returned -1."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return int(progress.started)
 
 
 def scheduled_steps(trainer: L.Trainer) -> float:
-    """How many optimizer steps a learning-rate schedule made now will see: ask it in `configure_optimizers`.
+    """Return the number of optimizer steps for a learning-rate schedule; call it in `configure_optimizers`.
 
-    That is all the training at first, and the recovery when `configure_optimizers` runs again after factorization, or
-    in a run that was resumed from there.
+    Before factorization this is the whole training. When `configure_optimizers` runs again after factorization, or in a
+    run resumed from there, it is the recovery.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     begun = [start for callback in callbacks if (start := getattr(callback, "recovers_from", None)) is not None]

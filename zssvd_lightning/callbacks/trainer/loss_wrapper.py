@@ -1,4 +1,4 @@
-"""A change of one's own to the loss of somebody else's training step."""
+"""Replacement of the loss that the training step of a module returns."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -11,27 +11,27 @@ from torch import Tensor
 from zssvd_lightning._contexts import overridden
 
 Change = Callable[[Tensor, Any], Tensor]
-"""From a loss and the batch it is of to the loss that is trained on."""
+"""Function that takes a loss and its batch and returns the loss to train on."""
 
 
 def changed_loss(module: L.LightningModule, change: Change) -> AbstractContextManager[None]:
-    """Within the context `module.training_step` returns `change(loss, batch)` in place of its loss.
+    """Return a context in which `module.training_step` returns `change(loss, batch)` in place of its loss.
 
-    A step that returns no loss is left alone.
+    A step that returns no loss is not changed.
     """
     return overridden(module, training_step=_ChangedStep(module.training_step, change))
 
 
 class _ChangedStep:
-    """A training step with a change to its loss."""
+    """Training step with a changed loss."""
 
     def __init__(self, own: Callable[..., Any], change: Change) -> None:
-        functools.update_wrapper(self, own)  # Lightning looks at the signature
+        functools.update_wrapper(self, own)  # Lightning inspects the signature
         self.own = own
         self.change = change
 
     def __reduce__(self) -> Any:
-        """Copies and pickles have no change, which ends with the training it was made for."""
+        """Copy and pickle the original step without the change, which applies only to the current training."""
         return _itself, (self.own,)
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What other callbacks remember of the dense model's scores, and how they are made to forget it."""
+"""Reset of the scores of the dense model that other callbacks store."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -11,14 +11,14 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 
 def start_ranking_afresh(trainer: L.Trainer, so_far: str) -> None:
-    """Makes every `ModelCheckpoint` and `EarlyStopping` rank from nothing; checkpoints so far stay on disk.
+    """Reset the ranking of every `ModelCheckpoint` and `EarlyStopping`. Existing checkpoints stay on disk.
 
-    Later checkpoints get names of their own (`last-v1.ckpt` beside `last.ckpt`, as Lightning numbers them; where it is
-    told not to, those so far are renamed). Scores measured so far count as the worst until they are measured again.
+    Later checkpoints get new names, numbered by Lightning (`last-v1.ckpt` in addition to `last.ckpt`). If numbering is
+    disabled, existing checkpoints are renamed. Current scores count as the worst until they are measured again.
 
     Args:
-        trainer: whose callbacks they are.
-        so_far: what the model was until now, for the names of its checkpoints.
+        trainer: the Trainer with the callbacks.
+        so_far: name of the model's state until now, which is added to renamed checkpoints.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint):
@@ -31,20 +31,20 @@ def start_ranking_afresh(trainer: L.Trainer, so_far: str) -> None:
 
 
 def hold_early_stopping(trainer: L.Trainer) -> None:
-    """Keeps `EarlyStopping` from counting a score that cannot improve, since no weight changes between batches."""
+    """Keep `EarlyStopping` from counting scores that cannot improve while no weight changes."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EarlyStopping):
             stop_waiting(callback)
 
 
 def stop_waiting(stopping: EarlyStopping) -> None:
-    """The next score counts as the first."""
+    """Reset `EarlyStopping`, so that the next score counts as the first."""
     stopping.wait_count = 0
     stopping.best_score = _worst(stopping.mode)
 
 
 def _release(checkpoint: ModelCheckpoint, trainer: L.Trainer, so_far: str) -> None:
-    """Forgets the files and scores, so that no file is deleted or overwritten by what comes later."""
+    """Clear the tracked files and scores, so that later checkpoints do not delete or overwrite existing files."""
     if not checkpoint._enable_version_counter and trainer.is_global_zero:  # noqa: SLF001
         tracked = {checkpoint.last_model_path, checkpoint.best_model_path, *checkpoint.best_k_models}
         for path in filter(None, tracked):
@@ -59,7 +59,7 @@ def _release(checkpoint: ModelCheckpoint, trainer: L.Trainer, so_far: str) -> No
 
 
 def _set_aside(path: str, so_far: str) -> None:
-    """Renames a checkpoint that the next one of its name would overwrite."""
+    """Rename a checkpoint that a later one of the same name would overwrite."""
     files, name = get_filesystem(path), PurePath(path)
     if not files.exists(path):
         return

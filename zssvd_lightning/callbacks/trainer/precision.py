@@ -1,4 +1,4 @@
-"""What stands between a gradient and the optimizer: the loss scale of float16 training, and clipping."""
+"""Handling of the loss scale of float16 training, and of gradient clipping."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,31 +13,31 @@ from zssvd_lightning.model.targets import Target
 
 
 def loss_scale(trainer: L.Trainer) -> float:
-    """What losses are multiplied by before backward; 1 unless the run is of precision `16-mixed`."""
+    """Return the factor by which losses are multiplied before backward; 1 unless the precision is `16-mixed`."""
     return float(trainer.precision_plugin.scaler.get_scale()) if scales(trainer) else 1.0  # type: ignore[attr-defined]
 
 
 def scales(trainer: L.Trainer) -> bool:
-    """Whether the run multiplies its losses, so that gradients may overflow."""
+    """Return True if the run scales its losses, so that gradients may overflow."""
     plugin = trainer.precision_plugin
     return isinstance(plugin, MixedPrecision) and plugin.scaler is not None
 
 
 def unscale(trainer: L.Trainer, optimizer: torch.optim.Optimizer | None, targets: Iterable[Target]) -> bool:
-    """Takes the loss scale off the gradients that Lightning has not taken it off.
+    """Divide gradients by the loss scale, unless Lightning has already done so.
 
     Args:
-        trainer: whose loss scale it is.
-        optimizer: the one whose step Lightning is about to take; None when it takes none.
+        trainer: the Trainer with the loss scale.
+        optimizer: the optimizer that is about to step; None if no step follows.
         targets: layers with gradients.
 
     Returns:
-        Whether all are finite, which without a loss scale is left to be found out at truncation.
+        True if all gradients are finite. Without a loss scale always True; truncation checks the gradients then.
     """
     if not scales(trainer):
         return True
     scale, unscaled = loss_scale(trainer), set()
-    if optimizer is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):  # as fused ones do
+    if optimizer is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):  # unlike fused optimizers
         unscaled = {id(p) for group in optimizer.param_groups for p in group["params"]}
     finite = True
     for target in targets:
@@ -50,12 +50,15 @@ def unscale(trainer: L.Trainer, optimizer: torch.optim.Optimizer | None, targets
 
 
 class ScalerAtRest:
-    """Stands in for a gradient scaler's step and update, which need gradients, while there are none.
+    """Replacement for the step and update of a gradient scaler while the optimizer has no gradients.
 
-    The loss scale stays, or falls as it does after an overflow.
+    Both need gradients. Meanwhile the loss scale stays the same, or decreases as usual after an overflow.
 
     Args:
-        trainer: whose scaler it is; without one nothing is done.
+        trainer: the Trainer with the scaler. Without a scaler, nothing is replaced.
+
+    Attributes:
+        overflowed: True if gradients have overflowed, so that the next update decreases the loss scale.
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
@@ -64,7 +67,7 @@ class ScalerAtRest:
 
     @contextmanager
     def resting(self) -> Iterator[Self]:
-        """The scaler does nothing of its own within the block."""
+        """Replace the step and update of the scaler within the block."""
         if self._scaler is None:
             yield self
             return
@@ -72,7 +75,7 @@ class ScalerAtRest:
             yield self
 
     def _step(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
-        """Steps nothing."""
+        """Skip the step."""
 
     def _update(self, new_scale: float | None = None) -> None:
         scale = self._scaler.get_scale() * (self._scaler.get_backoff_factor() if self.overflowed else 1.0)
@@ -80,5 +83,5 @@ class ScalerAtRest:
 
 
 def nothing_to_clip(module: L.LightningModule) -> AbstractContextManager[None]:
-    """Keeps gradients from being clipped where they have been taken away, which clipping by value does not stand."""
+    """Return a context without gradient clipping, because clipping by value fails without gradients."""
     return overridden(module, configure_gradient_clipping=lambda *_, **__: None)

@@ -1,20 +1,21 @@
-"""What loggers and the progress bar are told while a model is compressed inside a training run.
+"""Metrics for loggers and the progress bar while a model is compressed inside a training run.
 
-| metric                             | when             | meaning                                                     |
-|------------------------------------|------------------|-------------------------------------------------------------|
-| zssvd/phase                        | every phase      | its number, in the order of `Phase`                         |
-| zssvd/gathered, zssvd/to_gather    | as Lightning logs | batches seen by a calibration or correction, of how many   |
-| zssvd/predicted_drift              | every truncation | first-order change of the loss (nats)                       |
-| zssvd/kept_parameters, zssvd/pruned | every truncation | of the target layers: how many stay, which part goes       |
-| zssvd/loss_before_truncation       | every truncation | mean loss of the calibration before it (nats)               |
-| zssvd/loss_after_truncation        | soon after each  | mean loss of the next batches at those weights (nats): of   |
-|                                    |                  | the correction, or those before recovery's first step       |
-| zssvd/step_fraction                | every correction | which part of the projected step was taken                  |
-| zssvd/prehab_weight                | as Lightning logs | lambda of `LowRankPrehab`                                   |
-| zssvd/stable_rank, zssvd/nuclear_norm | as Lightning logs | its mean of R over the layers                            |
-| zssvd/distillation                 | as Lightning logs | divergence from the dense model (nats)                      |
-| zssvd/recovery_stage               | every stage      | its number                                                  |
-| zssvd/rank/LAYER                   | every truncation | rank of a layer; its full rank where it stays dense         |
+| metric                                | logged            | meaning                                                  |
+|---------------------------------------|-------------------|----------------------------------------------------------|
+| zssvd/phase                           | every phase       | index of the phase, in the order of `Phase`              |
+| zssvd/gathered, zssvd/to_gather       | as Lightning logs | batches of a calibration or correction: done and needed  |
+| zssvd/predicted_drift                 | every truncation  | predicted first-order change of the loss (nats)          |
+| zssvd/kept_parameters                 | every truncation  | parameters that remain in the target layers              |
+| zssvd/pruned                          | every truncation  | removed fraction, in the unit of the budget              |
+| zssvd/loss_before_truncation          | every truncation  | mean loss of the calibration before it (nats)            |
+| zssvd/loss_after_truncation           | after truncation  | mean loss of the next batches at those weights (nats):   |
+|                                       |                   | of a correction, or before the first recovery step       |
+| zssvd/step_fraction                   | every correction  | fraction of the projected step that was taken            |
+| zssvd/prehab_weight                   | as Lightning logs | lambda of `LowRankPrehab`                                |
+| zssvd/stable_rank, zssvd/nuclear_norm | as Lightning logs | mean over layers of the regularizer of `LowRankPrehab`   |
+| zssvd/distillation                    | as Lightning logs | divergence from the dense model (nats)                   |
+| zssvd/recovery_stage                  | every stage       | index of the recovery stage                              |
+| zssvd/rank/LAYER                      | every truncation  | rank of a layer; its full rank if it stays dense         |
 """
 
 from collections.abc import Callable
@@ -32,24 +33,24 @@ PREFIX = "zssvd/"
 
 
 def log(trainer: L.Trainer, **metrics: float) -> None:
-    """Sends metrics to every logger, at the current step."""
+    """Send metrics to every logger at the current step."""
     for logger in trainer.loggers:
         logger.log_metrics({f"{PREFIX}{name}": float(value) for name, value in metrics.items()}, trainer.global_step)
 
 
 def log_phase(trainer: L.Trainer, phase: Phase) -> None:
-    """Sends the number of a phase."""
+    """Log the index of a phase."""
     log(trainer, phase=list(Phase).index(phase))
 
 
 def log_progress(trainer: L.Trainer, gathered: int, to_gather: int) -> None:
-    """Sends how many batches a gathering has seen, as often as Lightning logs."""
+    """Log the number of gathered batches, as often as Lightning logs and after the last batch."""
     if gathered % trainer.log_every_n_steps == 0 or gathered == to_gather:  # type: ignore[attr-defined]
         log(trainer, gathered=gathered, to_gather=to_gather)
 
 
 def log_stage(trainer: L.Trainer, stage: Stage, compression: Compression) -> None:
-    """Sends what a step of the compression did."""
+    """Log the results of a stage of the compression."""
     if stage.acts[0] in (Act.CORRECT, Act.DESCEND, Act.REFIT):
         log(trainer, loss_after_truncation=compression.losses[-1])
     if Act.SHORTEN_STEP in stage.acts or (Act.CORRECT in stage.acts and not compression.config.line_search):
@@ -59,7 +60,7 @@ def log_stage(trainer: L.Trainer, stage: Stage, compression: Compression) -> Non
 
 
 def shown_on_bar(trainer: L.Trainer, text: Callable[[], str]) -> AbstractContextManager[None]:
-    """Adds `compression: text()` to what the progress bar, of whatever kind, shows within the context."""
+    """Return a context in which a progress bar of any kind also shows `compression: text()`."""
     bar = trainer.progress_bar_callback
     if bar is None:
         return nullcontext()
