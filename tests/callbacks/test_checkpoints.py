@@ -376,3 +376,27 @@ def test_configure_model_several_networks_ties_and_shared_layers(tmp_path):
     resume = {"ckpt_path": str(tmp_path / "step=4.ckpt")}
     trainer(short(prune_ratio=0.6), max_epochs=4).fit(resumed, loader(token_batches()), **resume)
     assert ranks_of(resumed) == ranks_of(module)
+
+
+FORMAT = {
+    "": (
+        "version phase position calibration terms_unit batches_into_epoch epoch_length first_losses compression report "
+        "recovery importances allowance recovers_from"
+    ),
+    "compression": (
+        "config shapes model_parameters gathering originals factors found selection step lengths losses fractions "
+        "truncations seconds"
+    ),
+    "gathering": "moments window kept pending gradients calls",
+}
+"""Keys of version 3 of the callback's state, which checkpoints on disk have. Another set of keys is another version."""
+
+
+def test_the_keys_of_the_state_in_checkpoints_are_those_of_its_version(tmp_path):
+    callback = short()
+    fitted = trainer(callback, every_step(tmp_path), max_epochs=6, enable_checkpointing=True)
+    fitted.fit(CausalLM(), loader(token_batches()))
+    saved = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    assert saved["version"] == 3
+    parts = {"": saved, "compression": saved["compression"], "gathering": saved["compression"]["gathering"]}
+    assert {name: set(part) for name, part in parts.items()} == {n: set(keys.split()) for n, keys in FORMAT.items()}

@@ -263,7 +263,7 @@ class Lifecycle:
             "phase": phase.value,
             "position": position,
             "calibration": list(self._calibration),
-            "reference_terms": reference_terms,
+            "terms_unit": reference_terms,
             "batches_into_epoch": self.batches_into_epoch,
             "epoch_length": self.epoch_length,
             "first_losses": None if self.first_losses is None else list(self.first_losses),
@@ -283,7 +283,7 @@ class Lifecycle:
         self.batch, self._compression = None, None
         self.phase = Phase(state["phase"])
         self._position = state["position"]
-        self.reference_terms = state["reference_terms"]
+        self.reference_terms = state["terms_unit"]
         self.batches_into_epoch = state["batches_into_epoch"]
         self.epoch_length = state["epoch_length"]
         self.first_losses = state["first_losses"]

@@ -1,4 +1,4 @@
-"""All forms that a linear layer can be kept in, and how to make one of any from any other.
+"""Registry of the forms of a linear layer, and conversion of a layer into any of them.
 
 Shapes: W (m, n). Needs nothing but torch and transformers, so that a saved folder can carry it.
 """
@@ -16,7 +16,7 @@ from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
 
 Factored = LowRankLinear | PivotedLinear
-"""Those that a truncated weight is put into at first, and trained in."""
+"""Forms of a truncated weight in which it can be trained."""
 
 
 KINDS: dict[str, type[CompressedLinear]] = {

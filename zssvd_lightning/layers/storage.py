@@ -1,4 +1,4 @@
-"""How a matrix of some rank is kept, and so what each rank costs, in each unit that a budget can have.
+"""Storage forms of a matrix, and the cost of each rank in every unit that a budget can have.
 
 Shapes: a matrix is (m, n), of rank k.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 
 
 class Kept(NamedTuple):
-    """What a matrix is kept in."""
+    """Numbers that a matrix is stored in."""
 
     wide: int = 0
     """Numbers in 16 bits."""
@@ -70,11 +70,11 @@ class Storage:
     """One way to keep matrices. Costs are in a unit, by its name in `UNITS`."""
 
     low_rank: Callable[[int, int, int], Kept]
-    """What (m, n) is kept in at rank k."""
+    """Numbers that store (m, n) at rank k."""
     dense: Callable[[int, int], Kept] = dense_weight
-    """What (m, n) is kept in where it stays dense."""
+    """Numbers that store a dense (m, n)."""
     in_8_bits: Optional["Storage"] = None
-    """How it is kept in 8 bits, where that is a choice to be made for each matrix."""
+    """The 8-bit alternative, if the selection rule chooses it for each matrix; None otherwise."""
 
     def low_rank_cost(self, m: int, n: int, rank: int, unit: str = "parameters") -> int:
         """Cost of (m, n) in its low-rank form."""
@@ -127,7 +127,7 @@ as with `hq`."""
 
 
 ROWS_IN_16_BITS = ("last", "loss_aware")
-"""How `remap` chooses what stays in 16 bits."""
+"""Ways in which `remap` chooses the rows that stay in 16 bits."""
 
 
 EIGHT_BIT = ("remap", "hq", "mixed")
@@ -135,5 +135,5 @@ EIGHT_BIT = ("remap", "hq", "mixed")
 
 
 def is_in_8_bits(storage: str, rank: int | None) -> bool:
-    """Whether a layer of that rank, None being dense, is in 8 bits with that storage, whatever a rule chooses."""
+    """Return True if a storage always keeps a layer of this rank, None for dense, in 8 bits."""
     return storage == "hq" or (storage == "remap" and rank is not None)
