@@ -1,3 +1,4 @@
+from importlib import metadata
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Single
 from support.callbacks import short
 from support.models import CausalLM, assert_same_state, loader, state_of, token_batches, trainer
 
-from zssvd_lightning import LowRankLinear, Phase, ZSSVDCallback, strategies
+from zssvd_lightning import LowRankLinear, Phase, ZSSVDCallback
 from zssvd_lightning.errors import (
     BudgetError,
     CalibrationError,
@@ -184,7 +185,7 @@ class SpecialAdapter(SingleDeviceAdapter):
 
 def test_an_entry_point_adds_an_adapter(monkeypatch):
     point = EntryPoint("special", f"{__name__}:SpecialAdapter", "zssvd_lightning.strategies")
-    monkeypatch.setattr(strategies, "entry_points", lambda group: [point] if group == point.group else [])
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [point] if group == point.group else [])
     found = adapter_for(SimpleNamespace(strategy=Special("cpu")), CausalLM())
     assert type(found) is SpecialAdapter
     assert type(adapter_for(SimpleNamespace(strategy=SingleDeviceStrategy("cpu")), CausalLM())) is SingleDeviceAdapter

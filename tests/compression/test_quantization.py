@@ -11,7 +11,7 @@ from zssvd_lightning.compression.quantization import in_8_bits, rounding_costs
 from zssvd_lightning.errors import BudgetError, QuantizationError
 from zssvd_lightning.layers.int8 import EightBitLinear, Int8Linear, Int8LowRankLinear, bfloat16_scale, rounded
 from zssvd_lightning.layers.registry import dense_like, layer_like
-from zssvd_lightning.layers.storage import STORAGES
+from zssvd_lightning.selection.storages import STORAGES
 from zssvd_lightning.whitening.rounding import Importance, importance
 
 WIDE = {

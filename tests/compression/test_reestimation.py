@@ -17,7 +17,7 @@ from zssvd_lightning.compression.pipeline import gather, plan
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Components
-from zssvd_lightning.selection.rules import BY_CURVATURE, RULES
+from zssvd_lightning.selection.rules import RULES
 from zssvd_lightning.whitening.cholesky import Root, Whitening, safe_cholesky
 from zssvd_lightning.whitening.spectrum import Spectrum
 
@@ -75,7 +75,7 @@ def test_it_is_gathered_over_the_tokens_that_count(build):
         torch.testing.assert_close(found, expected[name] / terms, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("rule", BY_CURVATURE)
+@pytest.mark.parametrize("rule", RULES.those(lambda rule: rule.uses_curvature))
 def test_a_curvature_of_four_counts_as_singular_values_of_twice_the_size(rule):
     shapes = {"a": (8, 8), "b": (8, 8)}
     budget = Budget(shapes, 0.5)
@@ -120,5 +120,5 @@ def test_in_a_fit_it_takes_its_batches_before_anything_is_truncated():
 
 @pytest.mark.parametrize("settings", [{"metric": "input"}, {"selection": "zero_sum"}])
 def test_rules_and_metrics_that_do_not_go_by_curvature_have_nothing_to_estimate(settings):
-    with pytest.raises(ConfigError, match="reestimate is of the curvature in metric 'two_sided'"):
+    with pytest.raises(ConfigError, match="reestimate needs metric 'two_sided'"):
         CompressionConfig(**REESTIMATED | settings)

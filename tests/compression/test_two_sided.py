@@ -389,7 +389,7 @@ def test_every_round_of_corrections_takes_the_next_batches():
 
 def test_settings_that_do_not_go_together_are_refused():
     for settings, message in (
-        ({"correction_step": "natural"}, "goes by metric 'two_sided'"),
+        ({"correction_step": "natural"}, "needs metric 'two_sided'"),
         ({"truncations": 2, "plan": "plan.yaml"}, "reached by one truncation"),
         ({"budget_in": "bytes", "storage": "remap", "rows_in_16_bits": "loss_aware"}, "does not count"),
     ):

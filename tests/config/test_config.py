@@ -129,7 +129,7 @@ def test_the_callback_takes_a_preset_and_what_is_given_wins():
 
 
 def test_bits_are_chosen_by_rules_that_can():
-    with pytest.raises(ConfigError, match="'mixed' leaves bits to be chosen by selection 'curvature'"):
+    with pytest.raises(ConfigError, match="'mixed' needs selection 'curvature'"):
         CompressionConfig(storage="mixed")
     assert CompressionConfig(storage="mixed", metric="two_sided", selection="curvature").storage == "mixed"
 

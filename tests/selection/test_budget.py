@@ -8,8 +8,9 @@ from zssvd_lightning.compression.quantization import in_8_bits
 from zssvd_lightning.errors import BudgetError
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
-from zssvd_lightning.layers.storage import EIGHT_BIT, STORAGES, UNITS, break_even_rank
+from zssvd_lightning.layers.storage import UNITS, break_even_rank
 from zssvd_lightning.selection.budget import Budget
+from zssvd_lightning.selection.storages import STORAGES
 
 sizes = st.integers(1, 300)
 
@@ -55,7 +56,7 @@ def stored_as(storage, m, n, k):
     if k is not None:
         form = PivotedLinear if storage == "pivoted" else LowRankLinear
         layer = form.from_factors(up, down, None)
-    return in_8_bits({"layer": layer}, storage).get("layer", layer) if storage in EIGHT_BIT else layer
+    return in_8_bits({"layer": layer}, storage).get("layer", layer) if STORAGES[storage].rounds else layer
 
 
 @pytest.mark.parametrize("k", [1, 4, None])

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
-from zssvd_lightning.layers.storage import STORAGES
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.candidates import Options, of_dropping, of_rounding
 from zssvd_lightning.selection.knapsack import least_loss
 from zssvd_lightning.selection.proportional import effective_rank_of, proportional_ranks
+from zssvd_lightning.selection.storages import STORAGES
 
 
 def random_options(seed, matrices=4, most=6, *, falling=True):

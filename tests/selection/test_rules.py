@@ -6,12 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zssvd_lightning.errors import BudgetError, CalibrationError, ConfigError
-from zssvd_lightning.layers.storage import STORAGES, UNITS, break_even_rank
+from zssvd_lightning.layers.storage import UNITS, break_even_rank
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Components
-from zssvd_lightning.selection.rules import CHOOSE_BITS, RULES, abs_delta, curvature, effective_rank, zero_sum
+from zssvd_lightning.selection.rules import RULES, abs_delta, curvature, effective_rank, zero_sum
+from zssvd_lightning.selection.storages import STORAGES
 
 GREEDY = ["zero_sum", "zero_sum_curvature", "abs_delta", "abs_delta_unordered", "most_negative", "sigma"]
+CHOOSE_BITS = RULES.those(lambda rule: rule.chooses_bits)
 ONE_FORM = [name for name in RULES if name not in CHOOSE_BITS]
 shapes = st.lists(st.tuples(st.integers(3, 14), st.integers(3, 14)), min_size=1, max_size=5)
 

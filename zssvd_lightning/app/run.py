@@ -23,7 +23,6 @@ from zssvd_lightning.evaluation import zero_shot
 from zssvd_lightning.hub.loading import from_pretrained
 from zssvd_lightning.hub.model_card import write_card
 from zssvd_lightning.hub.saving import write_model
-from zssvd_lightning.layers.storage import EIGHT_BIT
 from zssvd_lightning.serialization.specs import specs_of
 from zssvd_lightning.sources import texts
 from zssvd_lightning.sources.models import load_model, place
@@ -109,7 +108,7 @@ class Run:
             OutputError: writing failed; the previous content of the folder is unchanged.
         """
         dtype = getattr(torch, self.config.model.saved_dtype or self.config.model.dtype)
-        changed = self.model.dtype != dtype or self.config.compression.storage in EIGHT_BIT
+        changed = self.model.dtype != dtype or self.config.compression.form.rounds
         nn.Module.to(self.model, dtype)
         report.seed = self.config.calibration.seed
         report.config = asdict(self.config)
@@ -135,7 +134,7 @@ class Run:
     def _expected_bytes(self, report: Report, size: int) -> int:
         """Return the bytes of all remaining numbers; those of targets have 16 bits if the storage has 8."""
         others = report.model_parameters_before - report.parameters_before
-        return others * size + report.parameters_after * (2 if self.config.compression.storage in EIGHT_BIT else size)
+        return others * size + report.parameters_after * (2 if self.config.compression.form.rounds else size)
 
     def _evaluation_texts(self) -> dict[str, str]:
         wanted = {"perplexity": self.config.evaluation.text, "perplexity_second": self.config.evaluation.second}

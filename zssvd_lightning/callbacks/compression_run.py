@@ -30,7 +30,6 @@ from zssvd_lightning.compression.quantization import quantize_layers
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.errors import CalibrationError, CheckpointError, UnfinishedError
 from zssvd_lightning.layers.int8 import EightBitLinear
-from zssvd_lightning.layers.storage import EIGHT_BIT
 from zssvd_lightning.recovery.settings import Recovery
 from zssvd_lightning.selection.plan import check_plan_output
 from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixin
@@ -181,14 +180,14 @@ class CompressionRun:
 
     def quantize(self, module: L.LightningModule) -> None:
         """Convert the trained factors to 8 bits if the storage requires it. Checkpoints of the fit stay as they are."""
-        report, storage = self.life.report, self._config.storage
-        if self.life.phase is Phase.DONE and report is not None and storage in EIGHT_BIT:
+        report = self.life.report
+        if self.life.phase is Phase.DONE and report is not None and self._config.form.rounds:
             layers = [
                 name
                 for name, layer in report.layers.items()
                 if layer.in_8_bits and not isinstance(module.get_submodule(name), EightBitLinear)
             ]
-            quantize_layers(module, layers, storage, self.life.importances)
+            quantize_layers(module, layers, self._config.storage, self.life.importances)
 
     def leave_after_exception(self, module: L.LightningModule) -> None:
         """Restore everything, unless the model was factorized already."""

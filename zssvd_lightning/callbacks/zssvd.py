@@ -49,7 +49,6 @@ from zssvd_lightning.compression.quantization import in_8_bits_already
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.errors import ConfigError
-from zssvd_lightning.layers.storage import EIGHT_BIT
 from zssvd_lightning.model.logits import model_with_logits
 from zssvd_lightning.recovery.methods import recovery_of
 from zssvd_lightning.recovery.settings import Recovery
@@ -313,7 +312,7 @@ def refuse_contradictions(config: CompressionConfig, recovery: Recovery | None) 
     if recovery is None:
         return
     recovery.refuse_storage(config.storage)
-    if not recovery.merges and config.storage in EIGHT_BIT:
+    if not recovery.merges and config.form.rounds:
         raise ConfigError(f"storage {config.storage!r} needs merged factors; set recovery.merge to true")
     if recovery.rescales and config.weighs_rows:
         raise ConfigError(

@@ -1,15 +1,15 @@
 """Sequence of stages of a compression. Each stage gathers statistics and then acts on the weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.config.compression import CompressionConfig
 
 
 class Act(StrEnum):
-    """Operation between two batches. The value is the name of a method of `Compression`."""
+    """Operation between two batches: a method of `Compression`, or a key of `corrections.STEPS`."""
 
     DECOMPOSE = "decompose"
     """Computation of the spectra, along whose components the curvature is measured next."""
@@ -30,12 +30,12 @@ class Stage(NamedTuple):
 
     gathers: Phase
     """CALIBRATE (second moments and gradients) or CORRECT (gradients only)."""
-    acts: tuple[Act, ...]
-
-    @property
-    def truncates(self) -> bool:
-        """True if the model is truncated at the end of the stage."""
-        return self.acts[-1] in (Act.TRUNCATE, Act.DESCEND, Act.REFIT)
+    acts: tuple[Act | Callable[[Any], None], ...]
+    """Acts, and steps of registered corrections, which are called with the `Compression`."""
+    truncates: bool = True
+    """True if the model is truncated at the end of the stage."""
+    corrects: bool = False
+    """True if the stage begins with a correction."""
 
 
 def course(config: CompressionConfig) -> list[Stage]:
@@ -43,7 +43,7 @@ def course(config: CompressionConfig) -> list[Stage]:
     truncation = Stage(Phase.CALIBRATE, (Act.TRUNCATE,))
     first = [truncation]
     if config.reestimate:
-        first = [Stage(Phase.CALIBRATE, (Act.DECOMPOSE,)), Stage(Phase.CORRECT, (Act.TRUNCATE,))]
+        first = [Stage(Phase.CALIBRATE, (Act.DECOMPOSE,), truncates=False), Stage(Phase.CORRECT, (Act.TRUNCATE,))]
     rounds = max(config.corrections, config.truncations - 1)
     corrected = _correction(config, truncation)
     return first + corrected * config.corrections + [truncation] * (rounds - config.corrections)
@@ -55,12 +55,14 @@ def to_first_truncation(stages: Sequence[Stage]) -> Sequence[Stage]:
 
 
 def _correction(config: CompressionConfig, truncation: Stage) -> list[Stage]:
-    if config.correction_step != "projected":
-        act = Act.DESCEND if config.correction_step == "natural" else Act.REFIT
-        return [Stage(Phase.CALIBRATE if config.fresh_moments else Phase.CORRECT, (act,))]
-    stages = [Stage(Phase.CORRECT, (Act.CORRECT,))]
-    if config.line_search:
-        stages.append(Stage(Phase.CORRECT, (Act.SHORTEN_STEP,)))
+    correction = config.correction
+    step = Act(correction.step) if isinstance(correction.step, str) else correction.step
+    if correction.truncates:
+        return [Stage(Phase.CALIBRATE if config.fresh_moments else Phase.CORRECT, (step,), corrects=True)]
+    stages = [Stage(Phase.CORRECT, (step,), truncates=False, corrects=True)]
+    if correction.searches and config.line_search:
+        stages.append(Stage(Phase.CORRECT, (Act.SHORTEN_STEP,), truncates=False))
     if config.fresh_moments:
         return [*stages, truncation]
-    return [*stages[:-1], Stage(Phase.CORRECT, (*stages[-1].acts, Act.TRUNCATE))]
+    *before, last = stages
+    return [*before, last._replace(acts=(*last.acts, Act.TRUNCATE), truncates=True)]

@@ -1,6 +1,6 @@
 """Engine that runs the steps of a compression on one model, shared by the callback and the pipeline.
 
-Each step can be called on its own. `truncate` and `correct` edit weights in place; `factorize` replaces modules once.
+`take` runs a stage of the course. `truncate` and `correct` edit weights in place; `factorize` replaces modules once.
 """
 
 import logging
@@ -11,30 +11,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from zssvd_lightning._numerics import accumulated, exact_products
+from zssvd_lightning._numerics import exact_products
 from zssvd_lightning.calibration.collector import StatisticsCollector
-from zssvd_lightning.calibration.recorded_calls import together
-from zssvd_lightning.compression.course import Stage
+from zssvd_lightning.compression.corrections import STEPS, CorrectionStep
+from zssvd_lightning.compression.course import Act, Stage
 from zssvd_lightning.compression.quantization import in_8_bits
 from zssvd_lightning.compression.report import Report, Stopwatch
 from zssvd_lightning.config.compression import CompressionConfig
-from zssvd_lightning.correction.paired_forward import run_side_by_side
-from zssvd_lightning.correction.refit import Refit
-from zssvd_lightning.correction.steps import best_fraction, linear_decay, natural_lengths, projected_step
-from zssvd_lightning.decomposition.decompose import Decomposition, decompose, gradient_squares
+from zssvd_lightning.decomposition.decompose import Decomposition, decompose
 from zssvd_lightning.decomposition.factors import TruncatedWeights
 from zssvd_lightning.decomposition.originals import Originals
 from zssvd_lightning.distributed import LayerSet, Team
+from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.layers.registry import Factored
-from zssvd_lightning.layers.storage import EIGHT_BIT
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Selection
 from zssvd_lightning.selection.plan import Plan
-from zssvd_lightning.selection.rules import RULES
 from zssvd_lightning.serialization.transformers_config import mark
-from zssvd_lightning.whitening.metrics import METRICS
 from zssvd_lightning.whitening.rounding import Importance
 
 logger = logging.getLogger(__name__)
@@ -74,7 +69,7 @@ class Compression:
         self._replace = replace
         self.config = config
         self.targets = LayerSet(find_targets(model, config.include, config.ignore), self.team)
-        self.metric = METRICS[config.metric]
+        self.metric = config.metric_used
         self.budget = Budget(
             {name: target.shape for name, target in self.targets.items()},
             config.prune_ratio,
@@ -106,9 +101,24 @@ class Compression:
         self.importances: dict[str, Importance] | None = None
 
     def take(self, stage: Stage) -> None:
-        """Carry out the acts of a stage with the statistics since the last stage, then reset the statistics."""
+        """Carry out the acts of a stage with the statistics since the last stage, then reset the statistics.
+
+        Raises:
+            ConfigError: the step of a registered correction truncated although it states that it does not, or the
+                other way round.
+        """
+        truncations = self.truncations
         for act in stage.acts:
-            getattr(self, act)()
+            if act in (Act.DECOMPOSE, Act.TRUNCATE):
+                getattr(self, act)()
+            else:
+                self.correct(STEPS[act] if isinstance(act, Act) else act)
+        if self.truncations != truncations + stage.truncates:
+            raise ConfigError(
+                f"correction_step {self.config.correction_step!r} states truncates="
+                f"{self.config.correction.truncates}, so its step must "
+                + ("end with a truncation" if self.config.correction.truncates else "not truncate")
+            )
         self.losses.append(self.gathering.moments.mean_loss)
         self.gathering.start_afresh()
 
@@ -160,91 +170,17 @@ class Compression:
             )
 
     @torch.no_grad()
-    def descend(self) -> None:
-        """Take one projected step per matrix along the natural gradient at the truncated weights, then truncate.
-
-        The gradient and the projection are computed in the coordinates of the metric, where step and truncation happen
-        together. `natural_lengths` sets the lengths at the first step; they then decay by `linear_decay`.
+    def correct(self, step: CorrectionStep) -> None:
+        """Complete the statistics since the last stage and take a correction step with them.
 
         Raises:
-            CalibrationError: see `truncate`.
-        """
-        if not self.originals:
-            raise RuntimeError("descend() needs a truncate() before it")
-        if self.step_lengths is None:
-            with self.stopwatch("correct"), exact_products():
-                reaches = self._reaches()
-                squares = gradient_squares(self.targets, self.gathering, self.metric, progress=self.progress)
-                self.step_lengths = natural_lengths(reaches, squares, self.config.step_radius)
-        part = linear_decay(self.rounds, self.config.corrections)
-        self.truncate({name: part * length for name, length in self.step_lengths.items()})
-
-    def _reaches(self) -> dict[str, float]:
-        """Return `<G, D>` of each layer, where D is the original minus the truncated weight. Collective."""
-        self.gathering.complete()
-        products = []
-        for name, target in self.targets.items():
-            g = self.gathering.mean_gradient(name)
-            products.append((g * (self.originals[name].to(g) - target.weight.to(g))).sum())
-        return dict(zip(self.targets, self.team.over_rows(torch.stack(products)).tolist(), strict=True))
-
-    @torch.no_grad()
-    def refit(self) -> None:
-        """Fit each truncated weight in closed form to the outputs of its dense layer on the same batches, at its rank.
-
-        Layers are fitted in order, given their current inputs after the refit of earlier layers; see `refitted_weight`.
-
-        Raises:
-            CalibrationError: as in `truncate`, or the batches cannot be run again.
-        """
-        if not self.originals:
-            raise RuntimeError("refit() needs a truncate() before it")
-        with self.stopwatch("correct"), exact_products():
-            self.gathering.complete()
-            layers = {name: self.targets[name] for name in self.truncated}
-            calls, self.gathering.calls = self.gathering.calls, []
-            with self.team.together():
-                call = together(calls)
-            model = self.gathering.logits_model(self.model)
-            refit = Refit(self.targets, self.originals, self.gathering, self.truncated, self.metric)
-            run_side_by_side(model, call, layers, self.originals, refit.meet)
-        self.truncations += 1
-
-    @torch.no_grad()
-    def correct(self) -> None:
-        """Take one projected gradient step per matrix from the truncated toward the original weights.
-
-        Raises:
-            CalibrationError: a gradient is missing, zero or not finite.
+            CalibrationError: a statistic that the step needs is missing, zero or not finite.
         """
         if not self.originals:
             raise RuntimeError("correct() needs a truncate() before it")
         with self.stopwatch("correct"):
             self.gathering.complete()
-            slopes = []
-            for name, target in self.targets.items():
-                g = self.gathering.mean_gradient(name)
-                W = target.weight.to(accumulated(target.weight.dtype))
-                stepped = projected_step(W, self.originals[name], g, self.team.over_rows)
-                slopes.append((g * (stepped - W)).sum())
-                target.assign(stepped)
-            slope = float(self.team.over_rows(torch.stack(slopes).sum()))
-            self.last_step = (self.gathering.moments.mean_loss, slope)
-            self.fractions.append(1.0)
-
-    @torch.no_grad()
-    def shorten_step(self) -> None:
-        """Scale the last step to the estimated minimum of the loss, given the loss after the full step."""
-        if self.last_step is None:
-            raise RuntimeError("shorten_step() needs a correct() before it")
-        with self.stopwatch("correct"):
-            self.gathering.complete()
-            fraction = best_fraction(*self.last_step, self.gathering.moments.mean_loss)
-            for name in self.truncated:
-                target = self.targets[name]
-                target.assign(torch.lerp(self.truncated.truncated(name), target.weight, fraction))
-            self.last_step = None
-            self.fractions[-1] = fraction
+        step(self)
 
     @property
     def calls_to_record(self) -> int:
@@ -283,7 +219,7 @@ class Compression:
 
     def quantize(self) -> None:
         """Convert layers to the 8-bit form of the storage, including dense layers for `hq`; call after `factorize`."""
-        if self.config.storage not in EIGHT_BIT:
+        if not self.config.form.rounds:
             return
         with self.stopwatch("store"):
             report = self.report()
@@ -337,7 +273,7 @@ class Compression:
     def _select(self, budget: Budget, lengths: Mapping[str, float] | None = None) -> tuple[Decomposition, Selection]:
         found = self._decomposed(lengths) if self.decomposition is None else self._with_curvature(self.decomposition)
         with self.stopwatch("select"):
-            rule = RULES[self.config.selection] if self.followed_plan is None else self.followed_plan.rule
+            rule = self.config.rule if self.followed_plan is None else self.followed_plan.rule
             return found, self.team.decide_on_first(lambda: rule(found.components, budget))
 
     def _budget_so_far(self) -> Budget:

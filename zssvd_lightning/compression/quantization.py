@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning.errors import QuantizationError, TargetError
-from zssvd_lightning.layers.base import CompressedLinear, Dense, carry_hooks, shape_of
-from zssvd_lightning.layers.int8 import EightBitLinear, Int8Linear, Int8LowRankLinear, balance
+from zssvd_lightning.layers.base import CompressedLinear, Dense, carry_hooks
+from zssvd_lightning.layers.int8 import EightBitLinear, Int8LowRankLinear, balance
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.storage import round_all
 from zssvd_lightning.model.adapters import merge_adapters
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.selection.storages import STORAGES
 from zssvd_lightning.serialization.transformers_config import mark
 from zssvd_lightning.whitening.rounding import Importance
 
@@ -36,8 +38,10 @@ def quantize(model: nn.Module, storage: str = "remap", importances: Mapping[str,
         QuantizationError: the storage does not put all layers in 8 bits, there is no low-rank layer, a layer is
             pivoted, an importance is missing, or a weight is not finite.
     """
-    if storage not in ("remap", "hq"):
-        raise QuantizationError(f"storage {storage!r} has not all layers in 8 bits; there are 'remap' and 'hq'")
+    form = STORAGES.get(storage)
+    if form is None or form.rounded is None:
+        those = " and ".join(map(repr, STORAGES.those(lambda form: form.rounded is not None)))
+        raise QuantizationError(f"storage {storage!r} has not all layers in 8 bits; there are {those}")
     pivoted = (name for name, module in model.named_modules() if isinstance(module, PivotedLinear))
     if name := next(pivoted, None):
         raise QuantizationError(
@@ -48,7 +52,7 @@ def quantize(model: nn.Module, storage: str = "remap", importances: Mapping[str,
     names = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
     if not names:
         raise QuantizationError(f"{type(model).__name__} has no low-rank layer; compress it with storage={storage!r}")
-    if storage == "hq":
+    if form.rounded_dense is not None:
         with suppress(TargetError):  # every possible target is low-rank already
             names += find_targets(model)
     quantize_layers(model, names, storage, importances)
@@ -77,15 +81,16 @@ def in_8_bits(
         if not all(parameter.isfinite().all() for parameter in layer.parameters()):
             raise QuantizationError(f"{name} has weights that are NaN or infinite, which 8 bits would hide")
     low_rank = {name: layer for name, layer in layers.items() if isinstance(layer, LowRankLinear)}
-    if storage != "remap":
-        wide = {name: _none(layer) for name, layer in low_rank.items()}
-    elif importances is None:
-        wide = {name: _last(layer) for name, layer in low_rank.items()}
-    else:
+    form = STORAGES[storage].in_8_bits or STORAGES[storage]
+    made: dict[str, CompressedLinear] = {}
+    if form.weighs_rows and importances is not None:
         wide = _costliest(low_rank, importances)
-    made: dict[str, CompressedLinear] = {n: Int8LowRankLinear.of(layer, *wide[n]) for n, layer in low_rank.items()}
-    if storage != "remap":
-        made |= {n: Int8Linear.of(layer) for n, layer in layers.items() if not isinstance(layer, LowRankLinear)}
+        made |= {name: Int8LowRankLinear.of(layer, *wide[name]) for name, layer in low_rank.items()}
+    elif form.rounded is not None:
+        made |= {name: form.rounded(layer) for name, layer in low_rank.items()}
+    if form.rounded_dense is not None:
+        dense = {name: layer for name, layer in layers.items() if not isinstance(layer, LowRankLinear)}
+        made |= {name: form.rounded_dense(layer) for name, layer in dense.items()}
     for name, new in made.items():
         if not all(value.isfinite().all() for value in new.state_dict().values()):
             raise QuantizationError(f"{name} has entries that float16 cannot hold beside others; use storage='factors'")
@@ -103,7 +108,7 @@ def rounding_costs(layer: LowRankLinear, found: Importance) -> tuple[Tensor, Ten
     (arXiv 2605.15626).
     """
     up, down = layer.up.weight.detach().float(), layer.down.weight.detach().float()
-    stored_up, stored_down = Int8LowRankLinear.of(layer, *_none(layer)).factors()
+    stored_up, stored_down = round_all(layer).factors()
     shift, _ = balance(up, down)
     up_error, down_error = stored_up / shift - up, stored_down * shift[:, None] - down
     outputs, inputs = found.outputs.to(up), found.inputs.to(up)
@@ -112,22 +117,12 @@ def rounding_costs(layer: LowRankLinear, found: Importance) -> tuple[Tensor, Ten
     return rows, columns
 
 
-def _none(layer: LowRankLinear) -> tuple[Tensor, Tensor]:
-    m, n = shape_of(layer)
-    return torch.zeros(m, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
-
-
-def _last(layer: LowRankLinear) -> tuple[Tensor, Tensor]:
-    m, n = shape_of(layer)
-    return torch.arange(m) >= min(m, n), torch.arange(n) >= min(m, n)
-
-
 def _costliest(
     layers: Mapping[str, LowRankLinear], importances: Mapping[str, Importance]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the rows and columns to leave in 16 bits: those that save the most predicted cost per parameter.
 
-    They contain at most as many parameters as `_last` leaves in 16 bits.
+    They contain at most as many parameters as `round_all_but_last` leaves in 16 bits.
     """
     if missing := sorted(layers.keys() - importances.keys()):
         raise QuantizationError(f"no importance of {', '.join(missing[:3])}; compress with rows_in_16_bits=loss_aware")

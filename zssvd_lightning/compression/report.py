@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.table import Table
 
 from zssvd_lightning.errors import SavedModelError
-from zssvd_lightning.layers.storage import is_in_8_bits
 
 if TYPE_CHECKING:
     from zssvd_lightning.compression.engine import Compression
@@ -115,7 +114,7 @@ class Report:
                 rank,
                 run.budget.shapes[name],
                 counted.kept_of(name, rank, eight_bit=name in selection.eight_bit),
-                name in selection.eight_bit or is_in_8_bits(run.config.storage, rank),
+                name in selection.eight_bit or run.config.form.rounds_at(rank),
             )
             for name, rank in ranks.items()
         }

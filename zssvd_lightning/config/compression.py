@@ -1,18 +1,19 @@
 """Settings of a compression, each with its documentation below it. `zssvd keys` shows these texts."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Self, Unpack
 
 from zssvd_lightning._validation import require, require_one_of
+from zssvd_lightning.config.corrections import CORRECTIONS, Correction
 from zssvd_lightning.config.presets import PRESETS, settings_of
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.errors import ConfigError
-from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, STORAGES, UNITS
-from zssvd_lightning.selection.rules import BY_CURVATURE, CHOOSE_BITS, RULES
-from zssvd_lightning.whitening.metrics import METRICS
+from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, UNITS, Storage
+from zssvd_lightning.selection.rules import RULES, Rule
+from zssvd_lightning.selection.storages import STORAGES
+from zssvd_lightning.whitening.metrics import METRICS, Metric
 from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
-
-CORRECTION_STEPS = ("projected", "natural", "refit")
 
 
 @dataclass(frozen=True)
@@ -97,36 +98,41 @@ class CompressionConfig:
         require_one_of("output_side", self.output_side, OUTPUT_GRADIENTS)
         require_one_of("selection", self.selection, RULES)
         require_one_of("budget_in", self.budget_in, UNITS)
-        require_one_of("correction_step", self.correction_step, CORRECTION_STEPS)
+        require_one_of("correction_step", self.correction_step, CORRECTIONS)
         require_one_of("storage", self.storage, STORAGES)
         require_one_of("rows_in_16_bits", self.rows_in_16_bits, ROWS_IN_16_BITS)
-        if self.correction_step == "natural" and self.metric != "two_sided":
+        metric, rule, form = self.metric_used, self.rule, self.form
+        measures = _either(METRICS.those(lambda metric: metric.measures_loss))
+        if self.correction.needs_loss_metric and not metric.measures_loss:
             raise ConfigError(
-                f"correction_step 'natural' goes by metric 'two_sided', and the metric is {self.metric!r}"
+                f"correction_step {self.correction_step!r} needs metric {measures}, but metric is {self.metric!r}"
             )
         if self.truncations > 1 and self.plan is not None:
             raise ConfigError(f"a plan is reached by one truncation, and truncations is {self.truncations}")
-        if self.reestimate and (self.metric != "two_sided" or self.selection not in BY_CURVATURE):
+        if self.reestimate and not (metric.measures_loss and rule.uses_curvature):
             raise ConfigError(
-                f"reestimate is of the curvature in metric 'two_sided', for selection "
-                f"{' or '.join(map(repr, BY_CURVATURE))}, and they are {self.metric!r} and {self.selection!r}"
+                f"reestimate needs metric {measures} and selection "
+                f"{_either(RULES.those(lambda rule: rule.uses_curvature))}, but metric is {self.metric!r} and "
+                f"selection is {self.selection!r}"
             )
         if self.truncations > 1 and self.corrections and self.refits:
             raise ConfigError("a refit keeps the ranks there are, so they can be reached by one truncation alone")
-        if self.budget_in == "bytes" and self.rows_in_16_bits == "loss_aware":
+        if self.budget_in == "bytes" and self.weighs_rows:
             raise ConfigError(
                 "rows_in_16_bits 'loss_aware' keeps an order of rows beside, which a budget in bytes does not count; "
                 "keep the 'last' rows, or have budget_in 'parameters'"
             )
-        if self.storage == "mixed" and self.selection not in CHOOSE_BITS and self.plan is None:
+        if form.in_8_bits is not None and not rule.chooses_bits and self.plan is None:
             raise ConfigError(
-                f"storage 'mixed' leaves bits to be chosen by selection {' or '.join(map(repr, CHOOSE_BITS))}, and it "
-                f"is {self.selection!r}"
+                f"storage {self.storage!r} needs selection {_either(RULES.those(lambda rule: rule.chooses_bits))}, "
+                f"but selection is {self.selection!r}"
             )
-        if self.rows_in_16_bits == "loss_aware" and (self.storage, self.metric) != ("remap", "input"):
+        if self.weighs_rows and not (form.weighs_rows and metric.weighs_rows):
             raise ConfigError(
-                f"rows_in_16_bits is 'loss_aware', which needs storage 'remap' and metric 'input', and they are "
-                f"{self.storage!r} and {self.metric!r}"
+                f"rows_in_16_bits 'loss_aware' needs storage "
+                f"{_either(STORAGES.those(lambda form: form.weighs_rows))} and metric "
+                f"{_either(METRICS.those(lambda metric: metric.weighs_rows))}, but storage is {self.storage!r} and "
+                f"metric is {self.metric!r}"
             )
 
     @classmethod
@@ -169,21 +175,47 @@ class CompressionConfig:
         return config
 
     @property
+    def metric_used(self) -> Metric:
+        """The metric itself."""
+        return METRICS[self.metric]
+
+    @property
+    def rule(self) -> Rule:
+        """The selection rule itself."""
+        return RULES[self.selection]
+
+    @property
+    def form(self) -> Storage:
+        """The storage itself."""
+        return STORAGES[self.storage]
+
+    @property
+    def correction(self) -> Correction:
+        """The correction step itself."""
+        return CORRECTIONS[self.correction_step]
+
+    @property
     def watches_outputs(self) -> str | None:
         """Source of the output gradients that calibration collects; None if the metric does not use them."""
-        return self.output_side if METRICS[self.metric].needs_outputs else None
+        return self.output_side if self.metric_used.needs_outputs else None
 
     @property
     def asks_model(self) -> bool:
         """True if the model inside the module must be known, either for its logits or to run it again."""
-        return self.watches_outputs not in (None, "empirical") or (self.refits and self.corrections > 0)
+        side = self.watches_outputs
+        draws = side is not None and OUTPUT_GRADIENTS[side] is not None
+        return draws or (self.refits and self.corrections > 0)
 
     @property
     def refits(self) -> bool:
         """True if corrections are closed-form refits."""
-        return self.correction_step == "refit"
+        return self.correction.refits
 
     @property
     def weighs_rows(self) -> bool:
         """True if calibration must estimate the cost of errors in outputs and inputs."""
         return self.rows_in_16_bits == "loss_aware"
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(map(repr, names))

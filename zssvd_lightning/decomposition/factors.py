@@ -17,8 +17,9 @@ from zssvd_lightning.errors import NonFiniteError
 from zssvd_lightning.layers.base import Dense, carry_hooks
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear, pivots_first
-from zssvd_lightning.layers.registry import Factored
+from zssvd_lightning.layers.registry import Factored, trained_form
 from zssvd_lightning.model.targets import local_part
+from zssvd_lightning.selection.storages import STORAGES
 
 
 class Factors(NamedTuple):
@@ -37,20 +38,24 @@ def truncated_weight(factors: Factors) -> Tensor:
     return factors.up @ factors.down
 
 
-def low_rank_layer(old: Dense, factors: Factors, bias: Tensor | None) -> LowRankLinear:
+def low_rank_layer(
+    old: Dense, factors: Factors, bias: Tensor | None, form: type[LowRankLinear] = LowRankLinear
+) -> LowRankLinear:
     """Return the layer of two factors that replaces `old`.
 
     Bias, `requires_grad` flags, training mode and forward and backward hooks carry over.
     """
-    new = LowRankLinear.like(old, rank=len(factors.down)).to_empty(device=factors.up.device)
+    new = form.like(old, rank=len(factors.down)).to_empty(device=factors.up.device)
     new.fill(*factors, bias)
     carry_hooks(new, old)
     return new
 
 
-def pivoted_layer(old: Dense, factors: Factors, bias: Tensor | None, rows: Tensor) -> PivotedLinear:
+def pivoted_layer(
+    old: Dense, factors: Factors, bias: Tensor | None, rows: Tensor, form: type[PivotedLinear] = PivotedLinear
+) -> PivotedLinear:
     """Return the pivoted layer that replaces `old`, as in `low_rank_layer`. `rows` comes from `pivots_first`."""
-    new = PivotedLinear.like(old, rank=len(factors.down)).to_empty(device=factors.up.device)
+    new = form.like(old, rank=len(factors.down)).to_empty(device=factors.up.device)
     new.fill(*factors, bias, rows)
     carry_hooks(new, old)
     return new
@@ -72,7 +77,7 @@ class TruncatedWeights:
 
     def __init__(self, layers: LayerSet, storage: str = "factors") -> None:
         self._targets, self._team = layers, layers.team
-        self._storage = storage
+        self._form = trained_form(STORAGES[storage].layer)
         self.held: dict[str, Factors] = {}
         self._known_finite = False
 
@@ -115,11 +120,11 @@ class TruncatedWeights:
         old, factors = self._targets[name].module, self._whole(name)
         bias = None if old.bias is None else self._team.whole(local_part(old.bias.detach()), len(old.bias))
         with _exact_on(factors.up.device):
-            if self._storage != PivotedLinear.kind:
-                return low_rank_layer(old, factors, bias)
-            # processes may round differently and would then choose different rows
-            rows = self._team.decide_on_first(lambda: pivots_first(factors.up))
-            return pivoted_layer(old, factors, bias, rows)
+            if issubclass(self._form, PivotedLinear):
+                # processes may round differently and would then choose different rows
+                rows = self._team.decide_on_first(lambda: pivots_first(factors.up))
+                return pivoted_layer(old, factors, bias, rows, self._form)
+            return low_rank_layer(old, factors, bias, self._form)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """Return the factors by layer name, in the form the team saves. Collective."""
@@ -147,7 +152,7 @@ class TruncatedWeights:
         """Return an empty tensor with the device and type of a layer's factors."""
         weight = self._targets[name].weight
         wide = accumulated(weight.dtype)
-        return weight.new_empty(0, dtype=wide if self._storage == PivotedLinear.kind else weight.dtype)
+        return weight.new_empty(0, dtype=wide if issubclass(self._form, PivotedLinear) else weight.dtype)
 
     def _refuse_non_finite(self) -> None:
         """Raise NonFiniteError unless the factors of all layers are finite. Runs before the first layer. Collective."""

@@ -25,6 +25,14 @@ KINDS: dict[str, type[CompressedLinear]] = {
 """The forms there are, by the name that saved configs give them."""
 
 
+def trained_form(kind: str) -> type[LowRankLinear] | type[PivotedLinear]:
+    """The form of that kind, to put a truncated weight into."""
+    form = KINDS[kind]
+    if not issubclass(form, Factored):
+        raise TypeError(f"factors cannot be trained as {form.__name__}, which is no {Factored}")
+    return form
+
+
 def layer_like(old: Dense | CompressedLinear, spec: Mapping[str, Any]) -> CompressedLinear:
     """A layer on the meta device for the place of `old`, of the kind and the sizes that `spec` tells."""
     return KINDS[spec["kind"]].like(old, **{key: value for key, value in spec.items() if key != "kind"})

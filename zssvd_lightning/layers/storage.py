@@ -7,7 +7,12 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
+
+if TYPE_CHECKING:  # layers load transformers, and costs do not
+    from zssvd_lightning.layers.base import CompressedLinear, Dense
+    from zssvd_lightning.layers.int8 import Int8LowRankLinear
+    from zssvd_lightning.layers.low_rank import LowRankLinear
 
 
 class Kept(NamedTuple):
@@ -65,6 +70,24 @@ def factor_codes(m: int, n: int, k: int) -> Kept:
     return Kept(codes=k * (m + n), beside=2 * k, products=k * (m + n))
 
 
+def round_all(layer: "LowRankLinear") -> "Int8LowRankLinear":
+    """Return a layer with both factors in 8 bits, as `factor_codes` counts it."""
+    return _rounded(layer, layer.out_features, layer.in_features)
+
+
+def round_all_but_last(layer: "LowRankLinear") -> "Int8LowRankLinear":
+    """Return a layer with the last rows or columns of the larger factor in 16 bits, as `remapped` counts it."""
+    square = min(layer.out_features, layer.in_features)
+    return _rounded(layer, square, square)
+
+
+def round_dense(layer: "Dense") -> "CompressedLinear":
+    """Return a dense layer in 8 bits, as `dense_codes` counts it."""
+    from zssvd_lightning.layers.int8 import Int8Linear
+
+    return Int8Linear.of(layer)
+
+
 @dataclass(frozen=True)
 class Storage:
     """One way to keep matrices. Costs are in a unit, by its name in `UNITS`."""
@@ -75,6 +98,25 @@ class Storage:
     """Numbers that store a dense (m, n)."""
     in_8_bits: Optional["Storage"] = None
     """The 8-bit alternative, if the selection rule chooses it for each matrix; None otherwise."""
+    layer: str = "low_rank"
+    """Kind of the layers that hold factors and are trained: a subclass of `LowRankLinear` or `PivotedLinear`."""
+    rounded: Callable[["LowRankLinear"], "CompressedLinear"] | None = None
+    """Function that returns a low-rank layer in 8 bits, at the end of training. None if it keeps its type."""
+    rounded_dense: Callable[["Dense"], "CompressedLinear"] | None = None
+    """Function that returns a dense layer in 8 bits, at the end of training. None if it keeps its type."""
+    weighs_rows: bool = False
+    """True if some rows and columns stay in 16 bits, and `rows_in_16_bits: loss_aware` may choose them."""
+    classes: tuple[type["CompressedLinear"], ...] = ()
+    """Layer classes of this storage that are not part of the package; registration makes them loadable."""
+
+    @property
+    def rounds(self) -> bool:
+        """True if layers may end in 8 bits."""
+        return self.in_8_bits is not None or self.rounded is not None or self.rounded_dense is not None
+
+    def rounds_at(self, rank: int | None) -> bool:
+        """Return True if a layer of this rank, None for dense, always ends in 8 bits."""
+        return (self.rounded_dense if rank is None else self.rounded) is not None
 
     def low_rank_cost(self, m: int, n: int, rank: int, unit: str = "parameters") -> int:
         """Cost of (m, n) in its low-rank form."""
@@ -109,31 +151,32 @@ def break_even_rank(m: int, n: int) -> int:
     return (m * n - 1) // (m + n)
 
 
-HQ = Storage(factor_codes, dense_codes)
+def _rounded(layer: "LowRankLinear", rows: int, columns: int) -> "Int8LowRankLinear":
+    """Round the first rows of `up` and the first columns of `down`."""
+    import torch
+
+    from zssvd_lightning.layers.int8 import Int8LowRankLinear
+
+    outputs, inputs = torch.arange(layer.out_features), torch.arange(layer.in_features)
+    return Int8LowRankLinear.of(layer, outputs >= rows, inputs >= columns)
 
 
-STORAGES = {
+HQ = Storage(factor_codes, dense_codes, rounded=round_all, rounded_dense=round_dense)
+
+
+STORAGES: dict[str, Storage] = {
     "factors": Storage(factors),
-    "pivoted": Storage(pivoted),
-    "remap": Storage(remapped),
+    "pivoted": Storage(pivoted, layer="pivoted"),
+    "remap": Storage(remapped, rounded=round_all_but_last, weighs_rows=True),
     "hq": HQ,
     "mixed": Storage(factors, in_8_bits=HQ),
 }
-"""By name. `factors`: up and down, in the model's type. `pivoted`: the same function in `k (m + n - k)` numbers, so
-that every rank but the full one is less than dense (PIFA, arXiv 2501.19090). `remap`: in 8 bits, but for as many rows
-or columns of the larger factor as it has more than the smaller (Dobi-SVD, arXiv 2502.02723). `hq`: everything in 8
-bits, which takes half of the budget alone (half-quantized, arXiv 2602.02848). `mixed`: each matrix as with `factors` or
-as with `hq`."""
+"""By name, including those registered through `selection.storages`. `factors`: up and down, in the model's type.
+`pivoted`: the same function in `k (m + n - k)` numbers, so that every rank but the full one is less than dense (PIFA,
+arXiv 2501.19090). `remap`: in 8 bits, but for as many rows or columns of the larger factor as it has more than the
+smaller (Dobi-SVD, arXiv 2502.02723). `hq`: everything in 8 bits, which takes half of the budget alone (half-quantized,
+arXiv 2602.02848). `mixed`: each matrix as with `factors` or as with `hq`."""
 
 
 ROWS_IN_16_BITS = ("last", "loss_aware")
 """Ways in which `remap` chooses the rows that stay in 16 bits."""
-
-
-EIGHT_BIT = ("remap", "hq", "mixed")
-"""Storages with layers in 8 bits: the low-rank ones, all of them, or those that a rule has chosen."""
-
-
-def is_in_8_bits(storage: str, rank: int | None) -> bool:
-    """Return True if a storage always keeps a layer of this rank, None for dense, in 8 bits."""
-    return storage == "hq" or (storage == "remap" and rank is not None)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from zssvd_lightning._registry import Registry
 from zssvd_lightning._validation import require, require_one_of
 from zssvd_lightning.config.loading import load_config
 from zssvd_lightning.errors import ConfigError, RecoveryError
@@ -203,9 +204,19 @@ class SingularValueRecovery(Recovery):
         return "ia3_" in parameter
 
 
-METHODS: dict[str, type[Recovery]] = {
-    kind.method: kind for kind in (LoRARecovery, FactorRecovery, SingularValueRecovery)
-}
+def _wrong(name: str, entry: Any) -> str | None:
+    if not isinstance(entry, type) or not issubclass(entry, Recovery):
+        return "a subclass of Recovery"
+    return None if entry.method == name else f"a subclass of Recovery whose method is {name!r}, not {entry.method!r}"
+
+
+METHODS: Registry[type[Recovery]] = Registry(
+    "recovery method",
+    "zssvd_lightning.recoveries",
+    {kind.method: kind for kind in (LoRARecovery, FactorRecovery, SingularValueRecovery)},
+    _wrong,
+)
+"""Methods by name; `register` adds one."""
 
 
 def recovery_of(settings: Recovery | Mapping[str, Any] | None) -> Recovery | None:

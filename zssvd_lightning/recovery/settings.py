@@ -12,7 +12,8 @@ from zssvd_lightning._validation import closest, require, require_one_of
 from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
-from zssvd_lightning.layers.registry import Factored
+from zssvd_lightning.layers.registry import Factored, trained_form
+from zssvd_lightning.layers.storage import STORAGES
 from zssvd_lightning.model.adapters import PARTS, Adapter
 from zssvd_lightning.model.targets import matches
 
@@ -132,8 +133,9 @@ class Recovery(ABC):
         return self.targets is None or any(matches(name, pattern) for pattern in self.targets)
 
     def refuse_storage(self, storage: str) -> None:
-        """Raise ConfigError if the method adds adapters to factors and the storage has no two factors."""
-        if storage == PivotedLinear.kind and self.adapter(PARTS) is not None:
+        """Raise ConfigError if the method adds adapters to factors and a storage, or a kind of layer, has no two."""
+        form = STORAGES[storage].layer if storage in STORAGES else storage
+        if issubclass(trained_form(form), PivotedLinear) and self.adapter(PARTS) is not None:
             raise ConfigError(
                 f"recovery by {self.method!r} is put on the two factors of a layer, and storage {storage!r} has none; "
                 "recover by 'factors', which trains pivot rows and coefficients, or keep storage 'factors'"

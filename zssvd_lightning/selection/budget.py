@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from zssvd_lightning.errors import BudgetError
-from zssvd_lightning.layers.storage import STORAGES, UNITS, Storage, dense_weight
+from zssvd_lightning.layers.storage import UNITS, Storage, dense_weight
+from zssvd_lightning.selection.storages import STORAGES
 
 Shape = tuple[int, int]
 """Shape (m, n) of a matrix: outputs, inputs."""
@@ -32,7 +33,7 @@ class Budget:
     min_rank_fraction: float = 0.0
     """Rank floor of each matrix, as a fraction of its highest low rank."""
     storage: str = "factors"
-    """Storage of the matrices: a key of `layers.storage.STORAGES`."""
+    """Storage of the matrices: a key of `storages.STORAGES`."""
     planned: bool = False
     """True if the ranks come from a plan, so that `prune_ratio` is not checked."""
     unit: str = "parameters"

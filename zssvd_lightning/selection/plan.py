@@ -9,10 +9,10 @@ import yaml
 
 from zssvd_lightning._files import replacing_file
 from zssvd_lightning.errors import OutputError, PlanError
-from zssvd_lightning.layers.storage import STORAGES
 from zssvd_lightning.selection.budget import Budget, Shape
 from zssvd_lightning.selection.components import Components, Selection
-from zssvd_lightning.selection.rules import of_ranks
+from zssvd_lightning.selection.rules import Rule, of_ranks
+from zssvd_lightning.selection.storages import STORAGES
 
 VERSION = 1
 """Version of the file format."""
@@ -44,7 +44,7 @@ class Plan:
     highest: Mapping[str, int]
     """Name -> largest rank at which the layer costs less than dense."""
     storage: str = "factors"
-    """Storage of the layers: a key of `layers.storage.STORAGES`."""
+    """Storage of the layers: a key of `storages.STORAGES`."""
     drifts: Mapping[str, float] | None = None
     """Name -> predicted first-order change of the loss, nats. None for a plan read from a file."""
     eight_bit: frozenset[str] = frozenset()
@@ -109,8 +109,12 @@ class Plan:
         with replacing_file(path) as file:
             file.write_text(header + text, encoding="utf-8")
 
-    def rule(self, matrices: Mapping[str, Components], budget: Budget) -> Selection:
-        """Return the selection that follows this plan. This method is a `rules.Rule`."""
+    @property
+    def rule(self) -> Rule:
+        """Rule that follows this plan."""
+        return Rule(self._select, chooses_bits=True)
+
+    def _select(self, matrices: Mapping[str, Components], budget: Budget) -> Selection:
         full = {name: len(components.sigma) for name, components in matrices.items()}
         ranks = {name: full[name] if k is None else k for name, k in self.ranks.items()}
         return of_ranks(matrices, budget, ranks, self.eight_bit)

@@ -9,12 +9,13 @@ rank, and `knapsack` or `proportional` solves for all matrices together.
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping
-from functools import wraps
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from zssvd_lightning._registry import Registry, instance_of
 from zssvd_lightning.errors import BudgetError, CalibrationError, ConfigError
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.candidates import Options, of_dropping, of_rounding
@@ -23,40 +24,41 @@ from zssvd_lightning.selection.knapsack import least_loss
 from zssvd_lightning.selection.proportional import effective_rank_of, proportional_ranks
 from zssvd_lightning.selection.queues import Candidate, Queue, SmallestFirst, ZeroSum
 
-CHOOSE_BITS = ("curvature", "curvature_first_order")
-"""Rules that can choose between 8 and 16 bits per matrix, as storage `mixed` requires."""
-
-
-BY_CURVATURE = ("curvature", "curvature_first_order", "zero_sum_curvature")
-"""Rules that use the second-order change of the loss."""
-
-
-Rule = Callable[[Mapping[str, Components], Budget], Selection]
+Select = Callable[[Mapping[str, Components], Budget], Selection]
 """Function that selects the remaining components of all matrices within a budget."""
 
 
-def of_one_form(rule: Rule) -> Rule:
-    """Wrap a rule to raise ConfigError for storage that leaves the choice of bits to selection."""
+@dataclass(frozen=True)
+class Rule:
+    """Selection rule, which is called like its function.
 
-    @wraps(rule)
-    def refusing(matrices: Mapping[str, Components], budget: Budget) -> Selection:
-        if budget.chooses_bits:
+    Raises:
+        ConfigError: on a call, if the storage leaves a choice of bits that the rule cannot make.
+    """
+
+    select: Select
+    """The function."""
+    chooses_bits: bool = False
+    """True if it can choose between 8 and 16 bits per matrix, as storage `mixed` requires."""
+    uses_curvature: bool = False
+    """True if it uses the second-order change of the loss."""
+
+    def __call__(self, matrices: Mapping[str, Components], budget: Budget) -> Selection:
+        """Select the remaining components of all matrices within the budget."""
+        if budget.chooses_bits and not self.chooses_bits:
+            name = getattr(self.select, "__name__", repr(self.select))
             raise ConfigError(
-                f"selection {rule.__name__!r} cannot choose between 8 and 16 bits, as storage {budget.storage!r} asks "
-                f"of it; use selection {' or '.join(CHOOSE_BITS)}"
+                f"selection {name!r} cannot choose between 8 and 16 bits, as storage {budget.storage!r} asks "
+                f"of it; use selection {' or '.join(RULES.those(lambda rule: rule.chooses_bits))}"
             )
-        return rule(matrices, budget)
-
-    return refusing
+        return self.select(matrices, budget)
 
 
-@of_one_form
 def zero_sum(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """Apply the zero-sum rule: two heaps, with the running sum of delta held near zero (arXiv 2602.02848)."""
     return _drop_until_met(matrices, budget, ZeroSum(lambda offer: abs(offer.delta)))
 
 
-@of_one_form
 def zero_sum_curvature(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """Apply the zero-sum rule with candidates ordered by second-order change of the loss per mean component cost.
 
@@ -66,31 +68,26 @@ def zero_sum_curvature(matrices: Mapping[str, Components], budget: Budget) -> Se
     return _drop_until_met(matrices, budget, ZeroSum(lambda offer: offer.second_order / offer.cost))
 
 
-@of_one_form
 def abs_delta(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """Drop the smallest |delta| first, where each matrix offers only its smallest remaining sigma."""
     return _drop_until_met(matrices, budget, SmallestFirst(lambda offer: abs(offer.delta)))
 
 
-@of_one_form
 def abs_delta_unordered(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """Drop the smallest |delta| first, regardless of sigma. The result need not be a truncation of the matrix."""
     return _drop_until_met(matrices, budget, SmallestFirst(lambda offer: abs(offer.delta)), _by_abs_delta)
 
 
-@of_one_form
 def most_negative(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """Drop the smallest signed delta first: the component predicted to lower the loss most."""
     return _drop_until_met(matrices, budget, SmallestFirst(lambda offer: offer.delta))
 
 
-@of_one_form
 def sigma(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """Drop the smallest singular value first, over all matrices."""
     return _drop_until_met(matrices, budget, SmallestFirst(lambda offer: offer.sigma))
 
 
-@of_one_form
 def uniform(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """Remove the same fraction of every matrix, as SVD-LLM does (arXiv 2403.07378).
 
@@ -110,7 +107,6 @@ def uniform(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     return of_ranks(matrices, budget, ranks)
 
 
-@of_one_form
 def effective_rank(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """Choose ranks in proportion to `sqrt(R / c)`, where R is the effective rank and c the mean component cost.
 
@@ -152,22 +148,24 @@ def of_ranks(
     return _selection(matrices, budget, {name: torch.arange(rank) for name, rank in ranks.items()}, eight_bit)
 
 
-RULES: dict[str, Rule] = {
-    rule.__name__: rule
-    for rule in (
-        zero_sum,
-        zero_sum_curvature,
-        abs_delta,
-        abs_delta_unordered,
-        most_negative,
-        sigma,
-        uniform,
-        effective_rank,
-        curvature,
-        curvature_first_order,
-    )
-}
-"""Rules by name."""
+RULES: Registry[Rule] = Registry(
+    "selection",
+    "zssvd_lightning.rules",
+    {
+        "zero_sum": Rule(zero_sum),
+        "zero_sum_curvature": Rule(zero_sum_curvature, uses_curvature=True),
+        "abs_delta": Rule(abs_delta),
+        "abs_delta_unordered": Rule(abs_delta_unordered),
+        "most_negative": Rule(most_negative),
+        "sigma": Rule(sigma),
+        "uniform": Rule(uniform),
+        "effective_rank": Rule(effective_rank),
+        "curvature": Rule(curvature, chooses_bits=True, uses_curvature=True),
+        "curvature_first_order": Rule(curvature_first_order, chooses_bits=True, uses_curvature=True),
+    },
+    instance_of(Rule),
+)
+"""Rules by name; `register` adds one."""
 
 
 def _by_sigma(components: Components) -> Tensor:

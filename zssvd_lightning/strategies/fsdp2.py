@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 
 from zssvd_lightning._contexts import overridden
 from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.config.corrections import CORRECTIONS
 from zssvd_lightning.distributed import Shards, Team
 from zssvd_lightning.errors import CheckpointError, UnsupportedTrainingError
-from zssvd_lightning.layers.storage import EIGHT_BIT
 from zssvd_lightning.model.dense_copy import COMPILED, copied
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import Target, local_part
@@ -75,12 +75,13 @@ class FSDP2Adapter(StrategyAdapter):
                 "reestimate keeps the whole spectra of all layers on every process, which has a part of the weights "
                 "under FSDP2; compress under DDP or on one device, or leave it out"
             )
-        if config.corrections and config.refits:
+        if config.corrections and not config.correction.splits_by_rows:
+            able = " or ".join(map(repr, CORRECTIONS.those(lambda correction: correction.splits_by_rows)))
             raise UnsupportedTrainingError(
-                "correction_step 'refit' changes whole weights in the middle of a forward pass, but under FSDP2 each "
-                "process has a part of them; compress under DDP or on one device, or use 'projected' or 'natural'"
+                f"correction_step {config.correction_step!r} changes whole weights, but under FSDP2 each process has "
+                f"only some of their rows; compress under DDP or on one device, or use {able}"
             )
-        if config.storage in EIGHT_BIT:
+        if config.form.rounds:
             raise UnsupportedTrainingError(
                 f"storage {config.storage!r} puts whole factors into 8 bits when the fit ends, but under FSDP2 each "
                 "process has a part of them; compress under DDP or on one device, or keep storage='factors'"

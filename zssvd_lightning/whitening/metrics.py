@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from zssvd_lightning._numerics import in_float64
+from zssvd_lightning._registry import Registry, instance_of
 from zssvd_lightning.whitening.cholesky import FIRST_JITTER, Root, safe_cholesky
 from zssvd_lightning.whitening.moments import Moments
 
@@ -27,6 +28,11 @@ class Metric:
     """Builder of R."""
     needs_outputs: bool = False
     """True if R needs output-gradient second moments, which calibration then collects."""
+    measures_loss: bool = False
+    """True if half of a squared singular value estimates the loss from dropping the component. Natural steps and
+    `reestimate` need this."""
+    weighs_rows: bool = False
+    """True if `rounding.importance` holds in these coordinates: inputs are white, and outputs are unchanged."""
 
 
 def identity(moments: Moments, name: str) -> Root:
@@ -71,14 +77,19 @@ OUTPUT_DAMPING = 1e-2
 """Damping of B, relative to the mean of its diagonal."""
 
 
-METRICS = {
-    "none": Metric(identity, identity),
-    "rows": Metric(identity, output_scale, needs_outputs=True),
-    "diagonal": Metric(input_scale, identity),
-    "input": Metric(input_root, identity),
-    "two_sided": Metric(damped_input_root, damped_output_root, needs_outputs=True),
-}
-"""Metrics by name.
+METRICS: Registry[Metric] = Registry(
+    "metric",
+    "zssvd_lightning.metrics",
+    {
+        "none": Metric(identity, identity),
+        "rows": Metric(identity, output_scale, needs_outputs=True),
+        "diagonal": Metric(input_scale, identity),
+        "input": Metric(input_root, identity, weighs_rows=True),
+        "two_sided": Metric(damped_input_root, damped_output_root, needs_outputs=True, measures_loss=True),
+    },
+    instance_of(Metric),
+)
+"""Metrics by name; `register` adds one.
 
 | name      | weighting                                                                                                |
 |-----------|----------------------------------------------------------------------------------------------------------|

@@ -51,7 +51,7 @@ def log_progress(trainer: L.Trainer, gathered: int, to_gather: int) -> None:
 
 def log_stage(trainer: L.Trainer, stage: Stage, compression: Compression) -> None:
     """Log the results of a stage of the compression."""
-    if stage.acts[0] in (Act.CORRECT, Act.DESCEND, Act.REFIT):
+    if stage.corrects:
         log(trainer, loss_after_truncation=compression.losses[-1])
     if Act.SHORTEN_STEP in stage.acts or (Act.CORRECT in stage.acts and not compression.config.line_search):
         log(trainer, step_fraction=compression.fractions[-1])

@@ -1,0 +1,105 @@
+"""Correction steps of a compression. Each changes the truncated weights in place, given the statistics since then."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from zssvd_lightning._numerics import accumulated, exact_products
+from zssvd_lightning.calibration.recorded_calls import together
+from zssvd_lightning.compression.course import Act
+from zssvd_lightning.correction.paired_forward import run_side_by_side
+from zssvd_lightning.correction.refit import Refit
+from zssvd_lightning.correction.steps import best_fraction, linear_decay, natural_lengths, projected_step
+from zssvd_lightning.decomposition.decompose import gradient_squares
+
+if TYPE_CHECKING:
+    from zssvd_lightning.compression.engine import Compression
+
+CorrectionStep = Callable[["Compression"], None]
+"""Function that changes the weights of a compression in place."""
+
+
+def projected(compression: "Compression") -> None:
+    """Take one projected gradient step per matrix from the truncated toward the original weights."""
+    gathering, over_rows = compression.gathering, compression.team.over_rows
+    with compression.stopwatch("correct"):
+        slopes = []
+        for name, target in compression.targets.items():
+            g = gathering.mean_gradient(name)
+            W = target.weight.to(accumulated(target.weight.dtype))
+            stepped = projected_step(W, compression.originals[name], g, over_rows)
+            slopes.append((g * (stepped - W)).sum())
+            target.assign(stepped)
+        slope = float(over_rows(torch.stack(slopes).sum()))
+        compression.last_step = (gathering.moments.mean_loss, slope)
+        compression.fractions.append(1.0)
+
+
+def shorten_step(compression: "Compression") -> None:
+    """Scale the last projected step to the estimated minimum of the loss, given the loss after the full step."""
+    if compression.last_step is None:
+        raise RuntimeError("shorten_step() needs a projected() before it")
+    with compression.stopwatch("correct"):
+        fraction = best_fraction(*compression.last_step, compression.gathering.moments.mean_loss)
+        for name in compression.truncated:
+            target = compression.targets[name]
+            target.assign(torch.lerp(compression.truncated.truncated(name), target.weight, fraction))
+        compression.last_step = None
+        compression.fractions[-1] = fraction
+
+
+def descend(compression: "Compression") -> None:
+    """Take one projected step per matrix along the natural gradient at the truncated weights, then truncate.
+
+    The gradient and the projection are computed in the coordinates of the metric, where step and truncation happen
+    together. `natural_lengths` sets the lengths at the first step; they then decay by `linear_decay`.
+    """
+    targets, config = compression.targets, compression.config
+    if compression.step_lengths is None:
+        with compression.stopwatch("correct"), exact_products():
+            squares = gradient_squares(
+                targets, compression.gathering, compression.metric, progress=compression.progress
+            )
+            compression.step_lengths = natural_lengths(_reaches(compression), squares, config.step_radius)
+    part = linear_decay(compression.rounds, config.corrections)
+    compression.truncate({name: part * length for name, length in compression.step_lengths.items()})
+
+
+def refit(compression: "Compression") -> None:
+    """Fit each truncated weight in closed form to the outputs of its dense layer on the same batches, at its rank.
+
+    Layers are fitted in order, given their current inputs after the refit of earlier layers; see `refitted_weight`.
+
+    Raises:
+        CalibrationError: the batches cannot be run again.
+    """
+    gathering, targets, originals = compression.gathering, compression.targets, compression.originals
+    with compression.stopwatch("correct"), exact_products():
+        layers = {name: targets[name] for name in compression.truncated}
+        calls, gathering.calls = gathering.calls, []
+        with compression.team.together():
+            call = together(calls)
+        model = gathering.logits_model(compression.model)
+        refit = Refit(targets, originals, gathering, compression.truncated, compression.metric)
+        run_side_by_side(model, call, layers, originals, refit.meet)
+    compression.truncations += 1
+
+
+STEPS: dict[Act, CorrectionStep] = {
+    Act.CORRECT: projected,
+    Act.SHORTEN_STEP: shorten_step,
+    Act.DESCEND: descend,
+    Act.REFIT: refit,
+}
+"""Steps by their names in the course."""
+
+
+def _reaches(compression: "Compression") -> dict[str, float]:
+    """Return `<G, D>` of each layer, where D is the original minus the truncated weight. Collective."""
+    products = []
+    for name, target in compression.targets.items():
+        g = compression.gathering.mean_gradient(name)
+        products.append((g * (compression.originals[name].to(g) - target.weight.to(g))).sum())
+    sums = compression.team.over_rows(torch.stack(products))
+    return dict(zip(compression.targets, sums.tolist(), strict=True))
