@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)  ## Compress SmolLM2-135M inside a Trainer.fit; table, text and picture in outputs/demo
-	$(BIN)/python recipes/compress.py configs/smollm2-135m/demo.yaml
+	$(BIN)/python -m recipes.compress configs/smollm2-135m/demo.yaml
 
 test: lint types unit  ## Lint, type check and all tests
 

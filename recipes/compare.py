@@ -1,4 +1,4 @@
-"""Compare ways to compress a model: `python recipes/compare.py CONFIG... output=FOLDER [key=value ...]`.
+"""Compare ways to compress a model: `python -m recipes.compare CONFIG... output=FOLDER [key=value ...]`.
 
 Each config is a row of the table at each of `prune_ratios=[0.2,0.4,0.6]`, a mean over `seeds=[0,1,2]`. Stopped and
 started again, it goes on with the cells that are missing. It is `zssvd compare`; from Python,

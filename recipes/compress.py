@@ -1,4 +1,4 @@
-"""Compress a language model inside a Trainer: `python recipes/compress.py CONFIG [key=value ...]`.
+"""Compress a language model inside a Trainer: `python -m recipes.compress CONFIG [key=value ...]`.
 
 The pieces are the ones of any Lightning project: a module, a data module, a Trainer. Copy it and put yours in.
 """

@@ -1,4 +1,4 @@
-"""Compress, and train what is left, in one fit: `python recipes/compress_then_finetune.py CONFIG [key=value ...]`.
+"""Compress, and train what is left, in one fit: `python -m recipes.compress_then_finetune CONFIG [key=value ...]`.
 
 The dense model is then trained for as many steps on the same text, so that the report tells recovery from adaptation.
 """
@@ -10,11 +10,11 @@ from itertools import chain, cycle, islice
 
 import lightning as L
 import torch
-from compress import CausalLM
 from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from recipes.compress import CausalLM
 from zssvd_lightning import Phase, Run, RunConfig, Schedule, ZSSVDCallback, load_config
 from zssvd_lightning.compression.report import Stopwatch
 from zssvd_lightning.errors import ConfigError

@@ -1,10 +1,10 @@
 """A training run from Lightning's command line, with compression in it.
 
-`python recipes/train.py fit --config configs/smollm2-135m/train.yaml [--ckpt_path last] [--trainer.max_steps 20 ...]`
-`python recipes/train.py validate --config configs/smollm2-135m/train.yaml --ckpt_path last`
+`python -m recipes.train fit --config configs/smollm2-135m/train.yaml [--ckpt_path last] [--trainer.max_steps 20 ...]`
+`python -m recipes.train validate --config configs/smollm2-135m/train.yaml --ckpt_path last`
 
 On several devices, with what differs in a second file, `ddp.yaml` or `fsdp2.yaml`:
-`python recipes/train.py fit --config configs/smollm2-135m/train.yaml --config configs/smollm2-135m/ddp.yaml`
+`python -m recipes.train fit --config configs/smollm2-135m/train.yaml --config configs/smollm2-135m/ddp.yaml`
 
 Nothing in the module or the data knows of compression but the mixin, which lets the module load its own compressed
 checkpoints. Copy it and put yours in.

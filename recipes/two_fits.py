@@ -2,16 +2,16 @@
 
 The first is `recipes/train.py`, on one device, under DDP, or under FSDP2 with `save_distributed_checkpoint: false`; it
 may end as soon as the model is low-rank, and the newest of its checkpoints is the one to go on from:
-`python recipes/train.py fit --config configs/smollm2-135m/train.yaml --trainer.max_steps 10`
+`python -m recipes.train fit --config configs/smollm2-135m/train.yaml --trainer.max_steps 10`
 The second builds the low-rank model from it before the strategy wraps or shards it:
-`python recipes/two_fits.py fit --config configs/smollm2-135m/second-fit.yaml --trainer.strategy fsdp
+`python -m recipes.two_fits fit --config configs/smollm2-135m/second-fit.yaml --trainer.strategy fsdp
     --model.compressed outputs/train/checkpoints/last-v2.ckpt`
 """
 
 import torch
 from lightning.pytorch.cli import LightningCLI
-from train import CausalLM, Text
 
+from recipes.train import CausalLM, Text
 from zssvd_lightning import LowRankLinear
 
 

@@ -37,7 +37,6 @@ from zssvd_lightning.errors import CalibrationError, ConfigError, OutputError, T
 from zssvd_lightning.evaluation.perplexity import Perplexity
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "compare.py"
 
 
 @pytest.fixture(scope="module")
@@ -747,7 +746,7 @@ def test_the_command_and_the_recipe(run, workshop, tmp_path, monkeypatch, capsys
         return ended(main, "zssvd", "compare", *arguments)
 
     def recipe(*arguments):
-        return ended(lambda: runpy.run_path(str(RECIPE), run_name="__main__"), str(RECIPE), *arguments)
+        return ended(lambda: runpy.run_module("recipes.compare", run_name="__main__"), "compare", *arguments)
 
     errors = {"zero-sum-0.4-0": "BudgetError: no"}
     for call in (zssvd, recipe):

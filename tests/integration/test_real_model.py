@@ -25,7 +25,7 @@ SMALL = [
 
 def test_recipe_compresses_a_real_model_that_evaluate_reads_back(tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
-    recipe = runpy.run_path(str(ROOT / "recipes" / "compress.py"))
+    recipe = runpy.run_module("recipes.compress")
     recipe["main"](str(ROOT / "configs" / "smollm2-135m" / "demo.yaml"), *SMALL, f"output={output}")
     printed = capsys.readouterr().out
     assert "perplexity" in printed

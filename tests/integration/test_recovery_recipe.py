@@ -45,9 +45,8 @@ def settings(folder):
 
 
 @pytest.fixture
-def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    return runpy.run_path(str(ROOT / "recipes" / "compress_then_finetune.py"))
+def recipe():
+    return runpy.run_module("recipes.compress_then_finetune")
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -44,7 +44,7 @@ def run(folder: Path, *commands: list[str]) -> None:
     started = []
     for command, log in zip(commands, logs, strict=True):
         with log.open("w") as errors:
-            started.append(subprocess.Popen(command, stderr=errors, env=environment))
+            started.append(subprocess.Popen(command, stderr=errors, env=environment, cwd=ROOT))
     try:
         for process, log in zip(started, logs, strict=True):
             assert process.wait(timeout=500) == 0, log.read_text()[-3000:]
@@ -72,7 +72,7 @@ def metric(folder: Path, name: str) -> list[float]:
 def replicated(tmp_path_factory):
     """The main recipe under DDP on two nodes."""
     folder = tmp_path_factory.mktemp("ddp")
-    recipe = [str(ROOT / "recipes" / "train.py"), "fit", "--config", config(folder, "train.yaml")]
+    recipe = ["-m", "recipes.train", "fit", "--config", config(folder, "train.yaml")]
     several = ["--config", str(CONFIGS / "ddp.yaml"), "--trainer.devices", "1", "--trainer.num_nodes", "2"]
     run(folder, *nodes(folder, 2, *recipe, *several))
     return folder
@@ -82,7 +82,7 @@ def replicated(tmp_path_factory):
 def sharded(tmp_path_factory):
     """The main recipe under FSDP2, whose processes Lightning starts."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    recipe = [sys.executable, str(ROOT / "recipes" / "train.py"), "fit", "--config", config(folder, "train.yaml")]
+    recipe = [sys.executable, "-m", "recipes.train", "fit", "--config", config(folder, "train.yaml")]
     run(folder, [*recipe, "--config", str(CONFIGS / "fsdp2.yaml")])
     return folder
 
@@ -100,7 +100,7 @@ def test_a_second_fit_trains_the_low_rank_model_in_shards(replicated, tmp_path):
     (checkpoint,) = (replicated / "checkpoints").glob("last*.ckpt")
     saved = torch.load(checkpoint, mmap=True)["state_dict"]
     assert any(name.endswith("q_proj.up.weight") for name in saved)
-    recipe = [sys.executable, str(ROOT / "recipes" / "two_fits.py"), "fit"]
+    recipe = [sys.executable, "-m", "recipes.two_fits", "fit"]
     settings = ["--config", config(tmp_path, "second-fit.yaml"), "--config", str(CONFIGS / "fsdp2.yaml")]
     run(tmp_path, [*recipe, *settings, "--model.compressed", str(checkpoint), "--trainer.max_steps", "2"])
     (first,) = metric(tmp_path, "val_perplexity")[:1]

@@ -36,10 +36,15 @@ def config(folder, *more):
 
 
 def fit(folder, *more):
-    command = [sys.executable, str(ROOT / "recipes" / "train.py"), "fit", "--config", config(folder, *more)]
+    command = [sys.executable, "-m", "recipes.train", "fit", "--config", config(folder, *more)]
     paths = {"PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run(
-        [*command, "--ckpt_path", "last"], check=False, capture_output=True, text=True, env=os.environ | paths
+        [*command, "--ckpt_path", "last"],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | paths,
     )
     return done.returncode, done.stderr
 

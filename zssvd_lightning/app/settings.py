@@ -234,7 +234,7 @@ def read_run(source: str, overrides: Sequence[str], options: Mapping[str, Any], 
     settings = load_config(RunConfig, path, entries, defaults | ({"output": "."} if plans else {}))
     if settings.recovery is not None and not plans:
         raise ConfigError(
-            "recovery trains the factors, for which a Trainer is needed: run recipes/compress_then_finetune.py with "
+            "recovery trains the factors, which needs a Trainer: run `python -m recipes.compress_then_finetune` with "
             "this file, or leave it out with recovery=null"
         )
     calibration, evaluation = settings.calibration, settings.evaluation

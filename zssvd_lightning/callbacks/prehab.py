@@ -29,11 +29,11 @@ from torch import Tensor
 
 from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.batches import token_mask
+from zssvd_lightning.callbacks.schedule import ScheduledCompression
 from zssvd_lightning.callbacks.trainer import telemetry
 from zssvd_lightning.callbacks.trainer.guards import most_accumulated, refuse_early_compression, steps_in
 from zssvd_lightning.callbacks.trainer.limits import batch_is_over, batches_run
 from zssvd_lightning.callbacks.trainer.precision import loss_scale, scales
-from zssvd_lightning.callbacks.zssvd import ZSSVDCallback
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.distributed import Shards
 from zssvd_lightning.errors import CheckpointError, UnsupportedTrainingError
@@ -304,6 +304,6 @@ def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
-def _compression(trainer: L.Trainer) -> ZSSVDCallback | None:
+def _compression(trainer: L.Trainer) -> ScheduledCompression | None:
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, ZSSVDCallback)), None)
+    return next((callback for callback in callbacks if isinstance(callback, ScheduledCompression)), None)

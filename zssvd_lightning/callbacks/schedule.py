@@ -3,9 +3,11 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NotRequired
+from typing import Any, NotRequired, Protocol, runtime_checkable
 
 from zssvd_lightning._validation import require, require_one_of
+from zssvd_lightning.compression.phase import Phase
+from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.settings import CompressionSettings
 
 
@@ -65,6 +67,22 @@ def schedule_of(given: Schedule | Mapping[str, Any]) -> Schedule:
     for name in given:
         require_one_of("schedule", name, names)
     return Schedule(**given)
+
+
+@runtime_checkable
+class ScheduledCompression(Protocol):
+    """Callback that compresses the model at a scheduled point of the fit, such as `ZSSVDCallback`."""
+
+    schedule: Schedule
+    """Start and length of the compression."""
+
+    @property
+    def phase(self) -> Phase:
+        """Current phase of the compression."""
+
+    @property
+    def report(self) -> Report | None:
+        """Report of the compression; None before factorization."""
 
 
 class CallbackSettings(CompressionSettings):

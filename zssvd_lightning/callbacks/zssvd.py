@@ -37,6 +37,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
+from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.batches import loss_terms, token_mask
 from zssvd_lightning.callbacks.batch_observer import BatchObserver
 from zssvd_lightning.callbacks.compression_run import CompressionRun
@@ -120,6 +121,7 @@ class ZSSVDCallback(L.Callback):
     ) -> None:
         settings: dict[str, Any] = dict(compression)
         self.schedule = schedule_of(schedule).with_flat(settings)
+        require(isinstance(dry_run, bool | str | Path), "dry_run", dry_run, "True, False or the path of a file")
         self.dry_run: bool | Path = dry_run if isinstance(dry_run, bool) else Path(dry_run)
         if dry_run is True and settings.get("plan") is not None:
             self.dry_run = Path(settings.pop("plan"))
