@@ -29,6 +29,8 @@ def require(holds: bool, name: str, value: object, range_: str) -> None:
 
 def require_one_of(name: str, value: str, valid: Iterable[str]) -> None:
     """Raise ConfigError, naming the closest valid value, unless `value` is valid."""
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} is {value!r}, but must be a name, one of {', '.join(valid)}")
     if value not in valid:
         raise ConfigError(f"{name} is {value!r}{closest(value, valid)}")
 

@@ -19,6 +19,8 @@ from support.models import (
 from torch import nn
 
 from zssvd_lightning import LowRankCheckpointMixin, LowRankLinear, Phase
+from zssvd_lightning.compression.corrections import STEPS
+from zssvd_lightning.compression.course import Act
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.serialization.specs import ranks_of
@@ -277,18 +279,21 @@ def test_a_checkpoint_from_the_middle_of_a_batch_gathers_anew(tmp_path, hook, st
     assert len(resumed.report.losses) == len(callback.report.losses)
 
 
-@pytest.mark.parametrize("act", ["truncate", "correct", "shorten_step"])
+@pytest.mark.parametrize("act", [Act.TRUNCATE, Act.CORRECT, Act.SHORTEN_STEP])
 def test_a_checkpoint_from_when_weights_change_starts_over_with_the_originals(tmp_path, monkeypatch, act):
     module = Bare()
     before = weights(module)
-    original = getattr(Compression, act)
+    original = STEPS.get(act, Compression.truncate)
 
     def saves(self):
         original(self)
         fitted.save_checkpoint(tmp_path / "middle.ckpt")
         raise ConnectionError
 
-    monkeypatch.setattr(Compression, act, saves)
+    if act in STEPS:
+        monkeypatch.setitem(STEPS, act, saves)
+    else:
+        monkeypatch.setattr(Compression, act, saves)
     fitted = trainer(short(), max_epochs=6)
     with pytest.raises(ConnectionError):
         fitted.fit(module, loader(token_batches()))

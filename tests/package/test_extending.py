@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import re
 import sys
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from support.callbacks import short
 from support.models import CausalLM, loader, tiny_llama, token_batches, trainer
 from torch import nn
@@ -20,15 +22,34 @@ from zssvd_lightning import CompressionConfig, LowRankLinear, compress, save_pre
 from zssvd_lightning._registry import Registry, instance_of
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.config.corrections import CORRECTIONS, Correction
-from zssvd_lightning.errors import ConfigError, UnsupportedTrainingError
+from zssvd_lightning.errors import (
+    ConfigError,
+    NonFiniteError,
+    QuantizationError,
+    SavedModelError,
+    UnsupportedTrainingError,
+)
 from zssvd_lightning.layers import registry
 from zssvd_lightning.layers.int8 import Int8LowRankLinear
-from zssvd_lightning.layers.storage import Storage, factors
+from zssvd_lightning.layers.storage import (
+    Kept,
+    Storage,
+    factor_codes,
+    factors,
+    pivoted,
+    remapped,
+    round_all,
+    round_all_but_last,
+    round_except,
+)
 from zssvd_lightning.recovery.methods import METHODS, FactorRecovery, recovery_of
+from zssvd_lightning.recovery.settings import Recovery
+from zssvd_lightning.selection.components import Selection
 from zssvd_lightning.selection.rules import RULES, Rule
 from zssvd_lightning.selection.storages import STORAGES
 from zssvd_lightning.serialization.specs import rebuild, specs_of
-from zssvd_lightning.strategies import ADAPTERS, FSDP2Adapter, SingleDeviceAdapter
+from zssvd_lightning.strategies import ADAPTERS, FSDP2Adapter, SingleDeviceAdapter, StrategyAdapter
+from zssvd_lightning.whitening.cholesky import Root
 from zssvd_lightning.whitening.metrics import METRICS, Metric, identity
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
@@ -219,9 +240,23 @@ def test_layers_that_cannot_be_told_apart_are_refused():
     class Same(LowRankLinear):
         kind = "same"
 
-    for form in (Same, LowRankLinear):
-        with pytest.raises(ConfigError, match=r"storage 'same' is .*a found_in of their own"):
-            STORAGES.register("same", Storage(factors, classes=(form,)))
+    class Alike(LowRankLinear):
+        kind = "alike"
+
+        @classmethod
+        def found_in(cls, weights, name):
+            return super().found_in(weights, name)
+
+    for forms, why in (
+        ((Same,), "a found_in of its own"),
+        ((LowRankLinear,), "a kind of its own"),
+        ((Spectral, Spectral), "a kind of its own"),
+        ((Alike,), "Alike finds LowRankLinear"),
+        ((nn.Linear,), "subclasses of CompressedLinear"),
+        ([Spectral], "a tuple of"),
+    ):
+        with pytest.raises(ConfigError, match=rf"storage 'same' is .*{why}"):
+            STORAGES.register("same", Storage(factors, classes=forms))
     assert "same" not in STORAGES
 
 
@@ -273,15 +308,15 @@ def test_a_correction_in_a_fit_is_resumed_like_ours(model, tmp_path):
 @pytest.mark.parametrize(
     ("truncates", "step", "must"),
     [
-        (True, lambda compression: None, "must end with a truncation"),
+        (True, lambda compression: None, "must call truncate"),
         (False, Compression.truncate, "must not truncate"),
     ],
 )
 def test_a_correction_that_does_other_than_it_states_is_named_and_undone(model, truncates, step, must):
     CORRECTIONS.register("liar", Correction(step, truncates=truncates))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ConfigError, match=f"'liar' states truncates={truncates}, so its step {must}"):
-        compress(model, token_batches(), CompressionConfig(correction_step="liar", fresh_moments=False), progress=False)
+    with pytest.raises(ConfigError, match=f"'liar' states truncates={truncates}, so it {must}"):
+        compress(model, token_batches(), CompressionConfig(correction_step="liar"), progress=False)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
@@ -348,8 +383,22 @@ def test_an_adapter_serves_a_strategy():
     class Idle(SingleDeviceAdapter):
         serves = ()
 
-    with pytest.raises(ConfigError, match="that serves a strategy"):
+    class Inherits(SingleDeviceAdapter):
+        """Forgets `serves`, and would take over every fit on one device."""
+
+    class Second(SingleDeviceAdapter):
+        serves = (SingleDeviceStrategy,)
+
+    class Sharded(StrategyAdapter):
+        serves = (FSDPStrategy,)
+
+    with pytest.raises(ConfigError, match="a `serves` of its own"):
         ADAPTERS.register("idle", Idle)
+    with pytest.raises(ConfigError, match="a `serves` of its own"):
+        ADAPTERS.register("inherits", Inherits)
+    with pytest.raises(ConfigError, match="that none serves yet, but SingleDeviceAdapter does"):
+        ADAPTERS.register("second", Second)
+    ADAPTERS.register("sharded", Sharded)  # strategies that are refused can be added
 
 
 @pytest.mark.parametrize(
@@ -433,3 +482,204 @@ def test_a_registry_is_a_mapping_that_grows():
     assert numbers.those(lambda number: number > 1) == ["two"]
     with pytest.raises(KeyError):
         numbers["three"]
+
+
+def symmetric(moments, name):
+    values, V = torch.linalg.eigh(moments.second_moment(name).double())
+    return Root(V @ values.clamp_min(1e-6).sqrt().diag() @ V.T)
+
+
+@pytest.mark.parametrize(
+    ("builder", "why"),
+    [
+        (symmetric, "must return a lower triangular S"),
+        (lambda moments, name: Root(torch.eye(5)), r"must return S of shape .*, not \(5, 5\)"),
+        (
+            lambda moments, name: Root(moments.second_moment(name).diagonal() * torch.nan),
+            "returned S with entries that are NaN",
+        ),
+        (
+            lambda moments, name: Root(moments.second_moment(name).diagonal() * 0),
+            "returned S .* with zeros on its diagonal",
+        ),
+        (lambda moments, name: moments.second_moment(name), "must return a Root, not Tensor"),
+    ],
+)
+def test_a_root_that_would_give_wrong_weights_is_refused_and_the_model_left_alone(model, builder, why):
+    METRICS.register("mine", Metric(inputs=builder, outputs=identity))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigError, match=rf"of the metric {why}.*\(for model\.layers"):
+        compress(model, token_batches(), CompressionConfig(metric="mine", corrections=0), progress=False)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def chosen(ranks, **more):
+    def select(matrices, budget):
+        kept = {name: None if k is None else torch.arange(k) for name, k in ranks(matrices, budget).items()}
+        return Selection(**{"kept": kept, "drifts": dict.fromkeys(matrices, 0.0)} | more)
+
+    return select
+
+
+@pytest.mark.parametrize(
+    ("select", "why"),
+    [
+        (chosen(lambda ms, b: {n: b.highest_rank(n) for n in ms}), "parameters, but prune_ratio 0.6 allows"),
+        (chosen(lambda ms, b: dict.fromkeys(ms)), "but prune_ratio 0.6 allows"),
+        (chosen(lambda ms, b: dict.fromkeys(ms, 1)), "its lowest rank is"),
+        (chosen(lambda ms, b: {n: min(b.shapes[n]) for n in ms}), "larger than dense; return None"),
+        (chosen(lambda ms, b: {n: min(b.shapes[n]) + 1 for n in ms}), "must be ascending and below"),
+        (chosen(lambda ms, b: dict.fromkeys(list(ms)[1:], 5)), "must name all layers and no other"),
+        (chosen(lambda ms, b: dict.fromkeys(ms, 5), drifts={}), "drifts of selection 'mine' must name all layers"),
+        (chosen(lambda ms, b: dict.fromkeys(ms, 5), eight_bit=frozenset({"x"})), "leaves no such choice"),
+        (lambda ms, b: Selection({name: [0, 1] for name in ms}, dict.fromkeys(ms, 0.0)), "must be a tensor of indices"),
+        (lambda ms, b: Selection(dict.fromkeys(ms, torch.zeros(3).long()), dict.fromkeys(ms, 0.0)), "ascending"),
+        (lambda ms, b: dict.fromkeys(ms, 5), "returned dict, but must return a Selection"),
+    ],
+)
+def test_a_rule_that_returns_no_selection_within_the_budget_is_named(model, select, why):
+    RULES.register("mine", Rule(select))
+    with pytest.raises(ConfigError, match=why):
+        config = CompressionConfig(0.6, selection="mine", corrections=0, min_rank_fraction=0.2)
+        compress(model, token_batches(), config, progress=False)
+
+
+def to_rank_one(layer):
+    return round_all(LowRankLinear.from_factors(layer.up.weight[:, :1], layer.down.weight[:1], None))
+
+
+@pytest.mark.parametrize("rounded", [lambda layer: None, lambda layer: nn.Linear(3, 3), to_rank_one])
+def test_a_rounded_layer_is_of_the_same_shape_and_rank(model, rounded):
+    STORAGES.register("mine", Storage(factor_codes, rounded=rounded))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(QuantizationError, match=r"'mine' turned .* a CompressedLinear of the same shape and rank"):
+        compress(model, token_batches(), CompressionConfig(0.6, storage="mine", corrections=0), progress=False)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("storage", "why"),
+    [
+        (Storage(pivoted, layer="pivoted", rounded=round_all), "pivoted layers have no form in 8 bits"),
+        (Storage(factors, layer="nosuch"), "whose layer is low_rank or pivoted"),
+        (Storage(factors, layer="int8_low_rank"), "whose layer is low_rank or pivoted"),
+        (Storage(lambda m, n, k: Kept()), "grow with the rank"),
+        (Storage(lambda m, n, k: Kept(wide=k * (m + n))), r"grow with the rank, not \[0, 0, 0, 0\]\.\.\. flops"),
+        (Storage(lambda m, n, k: Kept(wide=99 - k, products=k)), "grow with the rank"),
+        (Storage(lambda m, n, k: k * (m + n)), "return Kept"),
+        (Storage("factors"), "are functions"),
+        (Storage(factors, in_8_bits="hq"), "in_8_bits is None or"),
+    ],
+)
+def test_a_storage_that_could_not_work_is_refused_at_once(storage, why):
+    with pytest.raises(ConfigError, match=why):
+        STORAGES.register("mine", storage)
+
+
+def test_loss_aware_rounding_is_that_of_the_storage(model):
+    seen = []
+
+    def rounded_except(layer, rows, columns):
+        seen.append(int(rows.sum()) * layer.rank + int(columns.sum()) * layer.rank)
+        return round_except(layer, rows, columns)
+
+    STORAGES.register("mine", Storage(remapped, rounded=round_all_but_last, rounded_except=rounded_except))
+    STORAGES.register("fixed", Storage(remapped, rounded=round_all_but_last))
+    config = CompressionConfig(0.4, storage="mine", rows_in_16_bits="loss_aware", corrections=0)
+    report = compress(model, token_batches(), config, progress=False)
+    low_rank = [layer for layer in report.layers.values() if layer.rank]
+    assert len(seen) == len(low_rank)
+    assert 0 < sum(seen) <= sum(layer.rank * abs(layer.shape[0] - layer.shape[1]) for layer in low_rank)
+    with pytest.raises(ConfigError, match="'loss_aware' needs storage 'remap' or 'mine'"):
+        CompressionConfig(storage="fixed", rows_in_16_bits="loss_aware")
+
+
+def test_a_self_contained_folder_with_layers_it_cannot_carry_is_refused(model, tmp_path):
+    STORAGES.register("spectral", Storage(factors, layer="spectral", classes=(Spectral,)))
+    compress(model, token_batches(), CompressionConfig(storage="spectral", corrections=0), progress=False)
+    with pytest.raises(SavedModelError, match=r"is a Spectral of test_extending.* does not carry"):
+        save_pretrained(model, tmp_path / "saved", self_contained=True)
+    assert not (tmp_path / "saved").exists()
+
+
+SPECTRAL = Storage(factors, layer="spectral", classes=(Spectral,))
+
+
+def test_a_saved_folder_finds_the_installed_package_of_its_layers(monkeypatch, model, tmp_path):
+    STORAGES.register("spectral", SPECTRAL)
+    compress(model, token_batches(), CompressionConfig(storage="spectral", corrections=0), progress=False)
+    save_pretrained(model, tmp_path / "saved")
+    batch = token_batches()[0]
+    expected = model(**batch).logits
+    del STORAGES._entries["spectral"], registry.KINDS["spectral"]
+    with pytest.raises(SavedModelError, match=r"'spectral', but only .* import the package that registers"):
+        type(model).from_pretrained(tmp_path / "saved")
+    offered(monkeypatch, EntryPoint("spectral", f"{__name__}:SPECTRAL", "zssvd_lightning.storages"))
+    torch.testing.assert_close(type(model).from_pretrained(tmp_path / "saved")(**batch).logits, expected)
+
+
+def test_a_correction_that_leaves_nan_is_named(model):
+    def broken(compression):
+        target = next(iter(compression.targets.values()))
+        target.assign(target.weight * torch.nan)
+
+    CORRECTIONS.register("broken", Correction(broken))
+    with pytest.raises(NonFiniteError, match=r"correction_step 'broken' left a weight of model\.layers"):
+        compress(model, token_batches(), CompressionConfig(correction_step="broken"), progress=False)
+
+
+@pytest.mark.parametrize("flag", ["refits", "searches"])
+def test_flags_of_our_own_corrections_are_refused(flag):
+    with pytest.raises(ConfigError, match="which are for steps of this package"):
+        CORRECTIONS.register("mine", Correction(lambda compression: None, **{flag: True}))
+
+
+def test_a_recovery_is_a_dataclass_with_a_method():
+    class Bare(FactorRecovery):
+        method = "bare"
+        clip: float = 1.0
+
+    @dataclass(frozen=True)
+    class Nameless(FactorRecovery):
+        clip: float = 1.0
+
+    @dataclass(frozen=True)
+    class Abstract(Recovery):
+        method = "abstract"
+
+    for kind, why in ((Bare, r"decorate it with @dataclass"), (Nameless, "its own `method"), (Abstract, "abstract")):
+        with pytest.raises(ConfigError, match=why):
+            METHODS.register(kind.__name__.lower(), kind)
+
+
+def test_two_packages_that_offer_one_name_are_told_apart(monkeypatch):
+    group = "zssvd_lightning.rules"
+    offered(monkeypatch, EntryPoint("mine", f"{__name__}:MINE", group), EntryPoint("mine", "other:RULE", group))
+    with pytest.raises(ConfigError, match=r"several packages have an entry point 'mine'.*other:RULE"):
+        CompressionConfig(selection="mine")
+
+
+def test_a_module_that_registers_another_name_is_told_so(monkeypatch):
+    offered(monkeypatch, EntryPoint("mine", "json", "zssvd_lightning.rules"))
+    with pytest.raises(ConfigError, match="is a module that registers no selection 'mine'"):
+        CompressionConfig(selection="mine")
+
+
+def test_a_broken_strategy_of_another_package_ends_no_fit(monkeypatch, caplog, model):
+    offered(monkeypatch, EntryPoint("broken", "no_such_package", "zssvd_lightning.strategies"))
+    callback = short(calibration_batches=4, corrections=0)
+    trainer(callback).fit(CausalLM(model), loader(token_batches(12)))
+    assert callback.phase == "done"
+    assert "no_such_package" in caplog.text
+    assert "left out" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["", 3, None])
+def test_a_name_is_a_string(name):
+    with pytest.raises(ConfigError, match="must be a string that is not empty"):
+        METRICS.register(name, METRICS["input"])
+
+
+def test_an_object_in_place_of_its_name_is_refused():
+    with pytest.raises(ConfigError, match=r"metric is Metric.*must be a name, one of none, rows"):
+        CompressionConfig(metric=METRICS["input"])

@@ -22,7 +22,7 @@ from zssvd_lightning.decomposition.decompose import Decomposition, decompose
 from zssvd_lightning.decomposition.factors import TruncatedWeights
 from zssvd_lightning.decomposition.originals import Originals
 from zssvd_lightning.distributed import LayerSet, Team
-from zssvd_lightning.errors import ConfigError
+from zssvd_lightning.errors import ConfigError, NonFiniteError
 from zssvd_lightning.layers.registry import Factored
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import find_targets
@@ -97,6 +97,7 @@ class Compression:
         self.decomposition: Decomposition | None = None
         self.selection: Selection | None = None
         self.truncated = TruncatedWeights(self.targets, config.storage)
+        self._may_truncate = True
         self._installed: dict[str, nn.Module] = {}
         self.importances: dict[str, Importance] | None = None
 
@@ -104,21 +105,14 @@ class Compression:
         """Carry out the acts of a stage with the statistics since the last stage, then reset the statistics.
 
         Raises:
-            ConfigError: the step of a registered correction truncated although it states that it does not, or the
-                other way round.
+            CalibrationError: statistics are missing, zero or not finite; see `truncate` and `correct`.
+            ConfigError: a registered correction does not do what it states; see `correct`.
         """
-        truncations = self.truncations
         for act in stage.acts:
             if act in (Act.DECOMPOSE, Act.TRUNCATE):
                 getattr(self, act)()
             else:
                 self.correct(STEPS[act] if isinstance(act, Act) else act)
-        if self.truncations != truncations + stage.truncates:
-            raise ConfigError(
-                f"correction_step {self.config.correction_step!r} states truncates="
-                f"{self.config.correction.truncates}, so its step must "
-                + ("end with a truncation" if self.config.correction.truncates else "not truncate")
-            )
         self.losses.append(self.gathering.moments.mean_loss)
         self.gathering.start_afresh()
 
@@ -145,6 +139,8 @@ class Compression:
             CalibrationError: the statistics are missing, not finite or degenerate. The message names the layer.
             ProcessFailedError: such an error occurred on another process.
         """
+        if not self._may_truncate:
+            raise ConfigError(f"{self._step_name} states truncates=False, so it must not truncate")
         decomposition, selection = self._select(self._budget_so_far(), lengths)
         with self.stopwatch("truncate"):
             self.originals.keep()
@@ -175,12 +171,29 @@ class Compression:
 
         Raises:
             CalibrationError: a statistic that the step needs is missing, zero or not finite.
+            NonFiniteError: the step left a weight that is NaN or infinite.
+            ConfigError: the step truncated although `Correction.truncates` is False, or the other way round.
         """
         if not self.originals:
             raise RuntimeError("correct() needs a truncate() before it")
         with self.stopwatch("correct"):
             self.gathering.complete()
-        step(self)
+        truncates, done = self.config.correction.truncates, self.truncations
+        self._may_truncate = truncates
+        try:
+            step(self)
+        finally:
+            self._may_truncate = True
+        if self.truncations != done + truncates:
+            raise ConfigError(f"{self._step_name} states truncates=True, so it must call truncate() once")
+        with self.team.together():
+            for name, target in self.targets.items():
+                if not target.weight.isfinite().all():
+                    raise NonFiniteError(f"{self._step_name} left a weight of {name} that is NaN or infinite")
+
+    @property
+    def _step_name(self) -> str:
+        return f"correction_step {self.config.correction_step!r}"
 
     @property
     def calls_to_record(self) -> int:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning.errors import QuantizationError, TargetError
-from zssvd_lightning.layers.base import CompressedLinear, Dense, carry_hooks
-from zssvd_lightning.layers.int8 import EightBitLinear, Int8LowRankLinear, balance
+from zssvd_lightning.layers.base import CompressedLinear, Dense, carry_hooks, shape_of
+from zssvd_lightning.layers.int8 import EightBitLinear, balance
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
 from zssvd_lightning.layers.storage import round_all
@@ -83,19 +83,29 @@ def in_8_bits(
     low_rank = {name: layer for name, layer in layers.items() if isinstance(layer, LowRankLinear)}
     form = STORAGES[storage].in_8_bits or STORAGES[storage]
     made: dict[str, CompressedLinear] = {}
-    if form.weighs_rows and importances is not None:
+    if form.rounded_except is not None and importances is not None:
         wide = _costliest(low_rank, importances)
-        made |= {name: Int8LowRankLinear.of(layer, *wide[name]) for name, layer in low_rank.items()}
+        made |= {name: form.rounded_except(layer, *wide[name]) for name, layer in low_rank.items()}
     elif form.rounded is not None:
         made |= {name: form.rounded(layer) for name, layer in low_rank.items()}
     if form.rounded_dense is not None:
-        dense = {name: layer for name, layer in layers.items() if not isinstance(layer, LowRankLinear)}
+        dense = {name: layer for name, layer in layers.items() if isinstance(layer, Dense)}
         made |= {name: form.rounded_dense(layer) for name, layer in dense.items()}
     for name, new in made.items():
+        old = layers[name]
+        if not isinstance(new, CompressedLinear) or shape_of(new) != shape_of(old) or _rank(new) != _rank(old):
+            raise QuantizationError(
+                f"storage {storage!r} turned {name} {shape_of(old)} of rank {_rank(old)} into {new!r}, but must return "
+                "a CompressedLinear of the same shape and rank"
+            )
         if not all(value.isfinite().all() for value in new.state_dict().values()):
             raise QuantizationError(f"{name} has entries that float16 cannot hold beside others; use storage='factors'")
-        carry_hooks(new, layers[name])
+        carry_hooks(new, old)
     return made
+
+
+def _rank(layer: nn.Module) -> int | None:
+    return getattr(layer, "rank", None)
 
 
 def rounding_costs(layer: LowRankLinear, found: Importance) -> tuple[Tensor, Tensor]:

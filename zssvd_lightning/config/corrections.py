@@ -17,17 +17,22 @@ class Correction:
     """True if the step ends with its own truncation. Otherwise a truncation follows it."""
     needs_loss_metric: bool = False
     """True if the step is taken in the coordinates of a metric that measures the loss (`Metric.measures_loss`)."""
-    refits: bool = False
-    """True if the step keeps the ranks and runs the last batches again."""
-    searches: bool = False
-    """True if `line_search` may shorten the step."""
     splits_by_rows: bool = False
     """True if the step also works when each process holds some rows of every weight, as under FSDP2."""
+    refits: bool = False
+    """True if the step keeps the ranks and runs the last batches again. Only for steps of this package."""
+    searches: bool = False
+    """True if `line_search` may shorten the step. Only for steps of this package."""
 
 
 def _wrong(name: str, entry: Any) -> str | None:
-    fits = isinstance(entry, Correction) and callable(entry.step)
-    return None if fits else "an instance of Correction whose step is a function"
+    if not isinstance(entry, Correction) or not callable(entry.step):
+        return "an instance of Correction whose step is a function"
+    return (
+        "a Correction without `refits` and `searches`, which are for steps of this package"
+        if (entry.refits or entry.searches)
+        else None
+    )
 
 
 CORRECTIONS: Registry[Correction] = Registry(

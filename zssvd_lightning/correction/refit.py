@@ -73,8 +73,10 @@ class Refit:
         return A, C
 
     def _fitted(self, name: str, A: Tensor, C: Tensor, moments: Moments, rank: int) -> tuple[Tensor, Tensor]:
-        whitening = Whitening(self._metric.inputs(moments, name), self._metric.outputs(moments, name))
         W = refitted_weight(self._originals[name], A, C)
+        m, n = W.shape
+        metric = self._metric
+        whitening = Whitening(metric.input_root(moments, name, n), metric.output_root(moments, name, m))
         return spectrum_of(self._targets[name], W, whitening).factors(torch.arange(rank, device=W.device))
 
 

@@ -182,12 +182,12 @@ class Whitener:
         self._inputs: tuple[str, Root] | None = None
 
     def whitening(self, layer: LayerAtOwner) -> Whitening:
-        """Return the whitening of a layer. Raises CalibrationError; see `Metric`."""
+        """Return the whitening of a layer. Errors are those of `Metric.input_root`."""
         if self._inputs is None or self._inputs[0] != layer.leader:
             self._inputs = None  # free it before the next one is built
-            self._inputs = layer.leader, self._metric.inputs(layer.moments, layer.name)
+            self._inputs = layer.leader, self._metric.input_root(layer.moments, layer.name, layer.weight.shape[1])
             self.jitters[layer.leader] = self._inputs[1].jitter
-        outputs = self._metric.outputs(layer.moments, layer.name)
+        outputs = self._metric.output_root(layer.moments, layer.name, layer.weight.shape[0])
         self.jitters[f"the output of {layer.name}"] = outputs.jitter
         return Whitening(self._inputs[1], outputs)
 

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.layers import base, int8, low_rank, pivoted, registry
 
 CARRIED = (base, low_rank, pivoted, int8, registry)
@@ -77,7 +78,17 @@ def carry_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     Args:
         model: compressed model of transformers.
         folder: folder of the saved model.
+
+    Raises:
+        SavedModelError: a layer is of a class outside this package, whose code is not copied.
     """
+    carried = {module.__name__ for module in CARRIED}
+    for name, layer in model.named_modules():
+        if isinstance(layer, base.CompressedLinear) and type(layer).__module__ not in carried:
+            raise SavedModelError(
+                f"{name} is a {type(layer).__name__} of {type(layer).__module__}, whose code a self-contained folder "
+                "does not carry; save with self_contained=False"
+            )
     architecture, config = type(model).__name__, type(model.config).__name__
     for module in CARRIED:
         path = Path(str(module.__file__))

@@ -10,6 +10,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
 if TYPE_CHECKING:  # layers load transformers, and costs do not
+    from torch import Tensor
+
     from zssvd_lightning.layers.base import CompressedLinear, Dense
     from zssvd_lightning.layers.int8 import Int8LowRankLinear
     from zssvd_lightning.layers.low_rank import LowRankLinear
@@ -81,6 +83,13 @@ def round_all_but_last(layer: "LowRankLinear") -> "Int8LowRankLinear":
     return _rounded(layer, square, square)
 
 
+def round_except(layer: "LowRankLinear", rows: "Tensor", columns: "Tensor") -> "Int8LowRankLinear":
+    """Return a layer in 8 bits, except the marked rows of `up` (m,) and columns of `down` (n,)."""
+    from zssvd_lightning.layers.int8 import Int8LowRankLinear
+
+    return Int8LowRankLinear.of(layer, rows, columns)
+
+
 def round_dense(layer: "Dense") -> "CompressedLinear":
     """Return a dense layer in 8 bits, as `dense_codes` counts it."""
     from zssvd_lightning.layers.int8 import Int8Linear
@@ -104,8 +113,10 @@ class Storage:
     """Function that returns a low-rank layer in 8 bits, at the end of training. None if it keeps its type."""
     rounded_dense: Callable[["Dense"], "CompressedLinear"] | None = None
     """Function that returns a dense layer in 8 bits, at the end of training. None if it keeps its type."""
-    weighs_rows: bool = False
-    """True if some rows and columns stay in 16 bits, and `rows_in_16_bits: loss_aware` may choose them."""
+    rounded_except: Callable[["LowRankLinear", "Tensor", "Tensor"], "CompressedLinear"] | None = None
+    """Function that returns a low-rank layer in 8 bits, except the rows of `up` marked in a boolean (m,) and the
+    columns of `down` marked in a boolean (n,). `rows_in_16_bits: loss_aware` needs it, and marks as many entries as
+    `remap` leaves in 16 bits. None if the choice is fixed."""
     classes: tuple[type["CompressedLinear"], ...] = ()
     """Layer classes of this storage that are not part of the package; registration makes them loadable."""
 
@@ -113,6 +124,11 @@ class Storage:
     def rounds(self) -> bool:
         """True if layers may end in 8 bits."""
         return self.in_8_bits is not None or self.rounded is not None or self.rounded_dense is not None
+
+    @property
+    def weighs_rows(self) -> bool:
+        """True if the rows and columns that stay in 16 bits can be chosen."""
+        return self.rounded_except is not None
 
     def rounds_at(self, rank: int | None) -> bool:
         """Return True if a layer of this rank, None for dense, always ends in 8 bits."""
@@ -155,10 +171,8 @@ def _rounded(layer: "LowRankLinear", rows: int, columns: int) -> "Int8LowRankLin
     """Round the first rows of `up` and the first columns of `down`."""
     import torch
 
-    from zssvd_lightning.layers.int8 import Int8LowRankLinear
-
     outputs, inputs = torch.arange(layer.out_features), torch.arange(layer.in_features)
-    return Int8LowRankLinear.of(layer, outputs >= rows, inputs >= columns)
+    return round_except(layer, outputs >= rows, inputs >= columns)
 
 
 HQ = Storage(factor_codes, dense_codes, rounded=round_all, rounded_dense=round_dense)
@@ -167,7 +181,7 @@ HQ = Storage(factor_codes, dense_codes, rounded=round_all, rounded_dense=round_d
 STORAGES: dict[str, Storage] = {
     "factors": Storage(factors),
     "pivoted": Storage(pivoted, layer="pivoted"),
-    "remap": Storage(remapped, rounded=round_all_but_last, weighs_rows=True),
+    "remap": Storage(remapped, rounded=round_all_but_last, rounded_except=round_except),
     "hq": HQ,
     "mixed": Storage(factors, in_8_bits=HQ),
 }

@@ -3,6 +3,7 @@
 Each method is a class of settings; `METHODS` maps method names to classes, for YAML.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -207,6 +208,10 @@ class SingularValueRecovery(Recovery):
 def _wrong(name: str, entry: Any) -> str | None:
     if not isinstance(entry, type) or not issubclass(entry, Recovery):
         return "a subclass of Recovery"
+    if "__dataclass_fields__" not in vars(entry) or inspect.isabstract(entry):
+        return "a dataclass that defines all abstract methods of Recovery; decorate it with @dataclass(frozen=True)"
+    if "method" not in vars(entry):
+        return f"a subclass of Recovery with its own `method = {name!r}`"
     return None if entry.method == name else f"a subclass of Recovery whose method is {name!r}, not {entry.method!r}"
 
 

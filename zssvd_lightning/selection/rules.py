@@ -19,6 +19,7 @@ from zssvd_lightning._registry import Registry, instance_of
 from zssvd_lightning.errors import BudgetError, CalibrationError, ConfigError
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.candidates import Options, of_dropping, of_rounding
+from zssvd_lightning.selection.checks import checked
 from zssvd_lightning.selection.components import Components, Selection
 from zssvd_lightning.selection.knapsack import least_loss
 from zssvd_lightning.selection.proportional import effective_rank_of, proportional_ranks
@@ -33,7 +34,8 @@ class Rule:
     """Selection rule, which is called like its function.
 
     Raises:
-        ConfigError: on a call, if the storage leaves a choice of bits that the rule cannot make.
+        ConfigError: on a call, if the storage leaves a choice of bits that the rule cannot make, or the result is no
+            selection within the budget.
     """
 
     select: Select
@@ -45,13 +47,14 @@ class Rule:
 
     def __call__(self, matrices: Mapping[str, Components], budget: Budget) -> Selection:
         """Select the remaining components of all matrices within the budget."""
+        registered = RULES.those(lambda rule: rule is self)
+        name = registered[0] if registered else getattr(self.select, "__name__", repr(self.select))
         if budget.chooses_bits and not self.chooses_bits:
-            name = getattr(self.select, "__name__", repr(self.select))
             raise ConfigError(
                 f"selection {name!r} cannot choose between 8 and 16 bits, as storage {budget.storage!r} asks "
                 f"of it; use selection {' or '.join(RULES.those(lambda rule: rule.chooses_bits))}"
             )
-        return self.select(matrices, budget)
+        return checked(self.select(matrices, budget), matrices, budget, name)
 
 
 def zero_sum(matrices: Mapping[str, Components], budget: Budget) -> Selection:
@@ -163,7 +166,7 @@ RULES: Registry[Rule] = Registry(
         "curvature": Rule(curvature, chooses_bits=True, uses_curvature=True),
         "curvature_first_order": Rule(curvature_first_order, chooses_bits=True, uses_curvature=True),
     },
-    instance_of(Rule),
+    instance_of(Rule, "select"),
 )
 """Rules by name; `register` adds one."""
 

@@ -11,6 +11,7 @@ from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.layers.int8 import Int8LowRankLinear
 from zssvd_lightning.layers.registry import KINDS, Factored, layer_like
 from zssvd_lightning.model.replace import replace_module
+from zssvd_lightning.selection.storages import STORAGES
 
 
 def specs_of(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -40,9 +41,11 @@ def rebuild(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
         if not isinstance(old, (nn.Linear, Conv1D)):
             raise SavedModelError(f"the config has {name} compressed, but the model has no linear layer there")
         if spec.get("kind") not in KINDS:
+            STORAGES.loaded()
+        if spec.get("kind") not in KINDS:
             raise SavedModelError(
-                f"the config has {name} as {spec.get('kind')!r}, this release knows {', '.join(KINDS)}; upgrade "
-                "zssvd-lightning"
+                f"the config has {name} as {spec.get('kind')!r}, but only {', '.join(KINDS)} are known here; import "
+                "the package that registers this storage, or upgrade zssvd-lightning"
             )
         try:
             new = layer_like(old, spec)

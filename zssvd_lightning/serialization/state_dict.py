@@ -19,6 +19,7 @@ from zssvd_lightning.layers.registry import KINDS, dense_like, layer_like
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.adapters import Adapter
 from zssvd_lightning.model.replace import inside_compressed, replace_module
+from zssvd_lightning.selection.storages import STORAGES
 from zssvd_lightning.serialization.specs import specs_of
 
 NAMED = 3
@@ -46,6 +47,7 @@ def match_structure(
     Raises:
         CheckpointError: the weights belong to another model; the message lists names and shapes that do not fit.
     """
+    STORAGES.loaded()  # their layers are looked for too
     replaced: dict[str, Dense | CompressedLinear] = {}
     successors: dict[int, Dense | CompressedLinear] = {}
     told = adapters.told_in(weights)

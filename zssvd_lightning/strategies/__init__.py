@@ -8,6 +8,7 @@ class is used.
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies import Strategy
 
 from zssvd_lightning._registry import Registry
 from zssvd_lightning.strategies.base import SingleDeviceAdapter, StrategyAdapter
@@ -27,8 +28,18 @@ __all__ = [
 
 
 def _wrong(name: str, entry: Any) -> str | None:
-    fits = isinstance(entry, type) and issubclass(entry, StrategyAdapter) and entry.serves
-    return None if fits else "a subclass of StrategyAdapter that serves a strategy"
+    if not isinstance(entry, type) or not issubclass(entry, StrategyAdapter):
+        return "a subclass of StrategyAdapter"
+    serves = vars(entry).get("serves")
+    if not isinstance(serves, tuple) or not serves or not all(_is_strategy(kind) for kind in serves):
+        return "a StrategyAdapter with a `serves` of its own: a tuple of subclasses of Strategy"
+    for other in ADAPTERS.those(lambda known: known is not RefusedAdapter and not set(known.serves).isdisjoint(serves)):
+        return f"the adapter of a strategy that none serves yet, but {other} does; subclass the strategy"
+    return None
+
+
+def _is_strategy(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Strategy)
 
 
 ADAPTERS: Registry[type[StrategyAdapter]] = Registry(
@@ -37,13 +48,13 @@ ADAPTERS: Registry[type[StrategyAdapter]] = Registry(
     {kind.__name__: kind for kind in (SingleDeviceAdapter, DDPAdapter, FSDP2Adapter, RefusedAdapter)},
     _wrong,
 )
-"""Adapters by name; `register` adds one. If two serve the same class of strategies, the later one is used."""
+"""Adapters by name; `register` adds one. A strategy is served by the adapter of its nearest base class."""
 
 
 def adapter_for(trainer: L.Trainer, module: L.LightningModule) -> StrategyAdapter:
     """Return the adapter for the strategy of a Trainer; a `RefusedAdapter` for an unsupported strategy."""
     serving: dict[type, type[StrategyAdapter]] = {
-        kind: adapter for adapter in ADAPTERS.values() for kind in adapter.serves
+        kind: adapter for adapter in ADAPTERS.loaded().values() for kind in adapter.serves
     }
     nearest = next((serving[kind] for kind in type(trainer.strategy).__mro__ if kind in serving), RefusedAdapter)
     return nearest(trainer, module)

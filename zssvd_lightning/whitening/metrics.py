@@ -7,6 +7,7 @@ from torch import Tensor
 
 from zssvd_lightning._numerics import in_float64
 from zssvd_lightning._registry import Registry, instance_of
+from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.whitening.cholesky import FIRST_JITTER, Root, safe_cholesky
 from zssvd_lightning.whitening.moments import Moments
 
@@ -33,6 +34,19 @@ class Metric:
     `reestimate` need this."""
     weighs_rows: bool = False
     """True if `rounding.importance` holds in these coordinates: inputs are white, and outputs are unchanged."""
+
+    def input_root(self, moments: Moments, name: str, n: int) -> Root:
+        """Return L for a layer with n inputs.
+
+        Raises:
+            CalibrationError: the moments are missing or degenerate.
+            ConfigError: the builder returned no valid root. The message names builder and layer.
+        """
+        return _checked(self.inputs(moments, name), n, self.inputs, name)
+
+    def output_root(self, moments: Moments, name: str, m: int) -> Root:
+        """Return R for a layer with m outputs. Errors are those of `input_root`."""
+        return _checked(self.outputs(moments, name), m, self.outputs, name)
 
 
 def identity(moments: Moments, name: str) -> Root:
@@ -77,6 +91,10 @@ OUTPUT_DAMPING = 1e-2
 """Damping of B, relative to the mean of its diagonal."""
 
 
+ROWS_AT_ONCE = 1024
+"""Rows of a root that are checked at once, which bounds the memory of the check."""
+
+
 METRICS: Registry[Metric] = Registry(
     "metric",
     "zssvd_lightning.metrics",
@@ -87,7 +105,7 @@ METRICS: Registry[Metric] = Registry(
         "input": Metric(input_root, identity, weighs_rows=True),
         "two_sided": Metric(damped_input_root, damped_output_root, needs_outputs=True, measures_loss=True),
     },
-    instance_of(Metric),
+    instance_of(Metric, "inputs", "outputs"),
 )
 """Metrics by name; `register` adds one.
 
@@ -106,3 +124,26 @@ METRICS: Registry[Metric] = Registry(
 def _floored(squares: Tensor) -> Tensor:
     """Return mean squares (n,) in float64, clamped from below so that dividing by them does not amplify noise."""
     return in_float64(squares).clamp_min(float(squares.mean()) * FIRST_JITTER)
+
+
+def _checked(root: Root, size: int, builder: Side, name: str) -> Root:
+    if not isinstance(root, Root):
+        wrong: str | None = f"must return a Root, not {type(root).__name__}"
+    else:
+        wrong = _wrong(root.S, size)
+    if wrong is not None:
+        raise ConfigError(f"{getattr(builder, '__name__', builder)!r} of the metric {wrong} (for {name})")
+    return root
+
+
+def _wrong(S: Tensor | None, size: int) -> str | None:
+    if S is None:
+        return None
+    if not isinstance(S, Tensor) or tuple(S.shape) not in {(size,), (size, size)}:
+        return f"must return S of shape ({size},) or ({size}, {size}), not {tuple(getattr(S, 'shape', ()))}"
+    if not S.isfinite().all() or not (S if S.ndim == 1 else S.diagonal()).all():
+        return "returned S with entries that are NaN or infinite, or with zeros on its diagonal"
+    rows = range(0, size if S.ndim == 2 else 0, ROWS_AT_ONCE)
+    if any(S[i : i + ROWS_AT_ONCE, i:].triu(1).any() for i in rows):
+        return "must return a lower triangular S, such as a Cholesky factor"
+    return None
