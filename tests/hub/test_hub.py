@@ -355,7 +355,7 @@ def changed(key, value):
     [
         (changed("rank", 999), r"should be .*999.*the folder does not hold the weights"),
         (changed("rank", "many"), "which is no such layer"),
-        (changed("kind", "magic"), "'magic', this release knows low_rank"),
+        (changed("kind", "magic"), "'magic', but only low_rank"),
         (lambda c: c["quantization_config"].update(version=99), "upgrade zssvd-lightning"),
         (
             lambda c: c["quantization_config"]["layers"].update({"model.nowhere": {"kind": "int8"}}),
