@@ -6,7 +6,7 @@
 
 Covers tiny models over every metric, selection and storage, and SmolLM2-135M over five presets with 4 windows of 128
 tokens. Uses only names that `zssvd_lightning` exports. A result that is an error counts by its type. Both files must
-come from the same machine and the same torch: other processors round sums differently.
+come from the same machine, torch and number of threads (`OMP_NUM_THREADS`), which all change how sums are rounded.
 """
 
 import copy

@@ -1,8 +1,9 @@
 """Loading of YAML files and `key=value` overrides into dataclasses, with checks of keys and values."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -37,10 +38,11 @@ def load_config(
     try:
         layers = [OmegaConf.create(dict(defaults or {})), *layers]
         layers += [_override(entry) for entry in overrides]
-        merged = OmegaConf.merge(_structured(schema), *layers)
+        merged = OmegaConf.merge(_structured(schema, layers), *layers)
         if (preset := OmegaConf.select(merged, "preset")) is not None:
             require_one_of("preset", preset, PRESETS)
-            merged = OmegaConf.merge(_structured(schema), {"compression": settings_of(preset)}, *layers)
+            layers.insert(0, OmegaConf.create({"compression": settings_of(preset)}))
+            merged = OmegaConf.merge(_structured(schema, layers), *layers)
         loaded = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(str(error.full_key), schema)) from error
@@ -53,16 +55,25 @@ def load_config(
     return loaded
 
 
-def _structured(schema: type) -> DictConfig:
-    """Return the schema with its defaults. OmegaConf 2.3 makes frozen dataclasses read-only; undo that."""
+def _structured(schema: type, layers: Sequence[DictConfig]) -> DictConfig:
+    """Return the schema with its defaults, ready to be merged with `layers`."""
     config: DictConfig = OmegaConf.structured(schema)
-    nodes = [config]
-    while nodes:
-        node = nodes.pop()
-        OmegaConf.set_readonly(node, None)
-        children = [node[key] for key in node if not OmegaConf.is_missing(node, key)]
-        nodes += [child for child in children if isinstance(child, DictConfig)]
+    _make_writable(config, schema, layers)
     return config
+
+
+def _make_writable(config: DictConfig, schema: type, layers: Sequence[DictConfig]) -> None:
+    """Undo that OmegaConf 2.3 makes the nodes of frozen dataclasses read-only, including those that `layers` create."""
+    OmegaConf.set_readonly(config, None)
+    for name, hint in get_type_hints(schema).items():
+        kind = next((part for part in (hint, *get_args(hint)) if isinstance(part, type) and is_dataclass(part)), None)
+        if kind is None or OmegaConf.is_missing(config, name):
+            continue
+        given = [part for layer in layers if isinstance(part := OmegaConf.select(layer, name), DictConfig)]
+        if config[name] is None and given:
+            config[name] = OmegaConf.structured(kind)
+        if config[name] is not None:
+            _make_writable(config[name], kind, given)
 
 
 def _file(path: Path) -> DictConfig:
