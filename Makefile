@@ -35,18 +35,18 @@ unit: $(READY)  ## Tests alone, in two processes of a thread each
 
 # Both take other versions than constraints.txt, in environments of their own. They download several gigabytes on Linux,
 # where the releases of torch on PyPI are CUDA builds. Warnings of other versions are no errors.
-BESIDE := OMP_NUM_THREADS=1 bin/python -m pytest --numprocesses 2 --dist loadfile -W default --ignore tests/integration
+BESIDE := bin/python -m pytest --numprocesses 2 --dist loadfile -W default --ignore tests/integration
 
 lowest:  ## The tests without the recipes, on the lowest versions that pyproject.toml declares
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet uv
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --upgrade --resolution lowest-direct --editable '.[dev]'
-	.venv-lowest/$(BESIDE)
+	OMP_NUM_THREADS=1 .venv-lowest/$(BESIDE)
 
 newest:  ## The same on the newest versions
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
-	.venv-newest/$(BESIDE)
+	OMP_NUM_THREADS=1 .venv-newest/$(BESIDE)
 
 bench: $(READY)  ## Time a whole compression against a plain forward and backward over the same batches
 	$(BIN)/python benchmarks/bench.py configs/smollm2-135m/zs-20.yaml $(BENCH)

@@ -1,12 +1,26 @@
-"""Every Python block of the README runs, in order, with a small model in place of the reader's own."""
+"""Every Python block of the README and the docs runs, with a small model in place of the reader's own."""
 
-import ast
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
-from support.models import CausalLM, loader, tiny_llama, tiny_tokenizer, token_batches
+import torch
+import torch.distributed.checkpoint
+from support.models import CausalLM, loader, tiny_llama, tiny_tokenizer, token_batches, trainer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from zssvd_lightning import (
+    LoRARecovery,
+    LowRankCheckpointMixin,
+    Schedule,
+    ZSSVDCallback,
+    compress,
+    save_pretrained,
+)
+from zssvd_lightning.model.adapters import on
 
 README = Path(__file__).parents[2] / "README.md"
 PAGES = sorted((README.parent / "docs").glob("*.md"))
@@ -41,12 +55,79 @@ def test_commands_name_files_that_are_there():
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_of_the_docs_compile_and_import_what_there_is(page):
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        tree = ast.parse(block)
-        imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-        exec(compile(ast.Module(imports, []), str(page), "exec"), {})
+def blocks_of(page):
+    return re.findall(r"```python\n(.*?)```", (README.parent / "docs" / page).read_text(), re.DOTALL)
+
+
+def low_rank(**names):
+    model = tiny_llama()
+    report = compress(model, token_batches(), prune_ratio=0.3, corrections=0, progress=False)
+    return {"model": model, "tokenizer": tiny_tokenizer(), "callback": SimpleNamespace(report=report)} | names
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**token_batches(1)[0]).logits
+
+
+def test_there_is_a_test_for_every_page_with_python():
+    pages = {page.name for page in PAGES if blocks_of(page.name)}
+    assert pages == {"deployment.md", "recovery.md", "scaling.md", "extending.md"}  # the last: tests/package
+
+
+def test_blocks_of_deployment_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks_of("deployment.md")
+    names = low_rank()
+    expected = logits(names["model"])
+    exec(block, names)
+    torch.testing.assert_close(logits(names["model"]), expected)
+    assert "30." in (tmp_path / "mine" / "README.md").read_text()
+
+
+def test_blocks_of_recovery_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    predictions, adapter = blocks_of("recovery.md")
+    exec(predictions, {"dense_model": tiny_llama(), "dataloader": loader(token_batches(2))})
+    assert list((tmp_path / "predictions").iterdir())
+
+    module = CausalLM(tiny_llama())
+    recovery = LoRARecovery(rank=2, clip_rank=True, lr=1e-2, merge=False)
+    settings = {"corrections": 0, "recovery": recovery, "schedule": Schedule(calibration_batches=4)}
+    trainer(ZSSVDCallback(0.3, **settings, progress=False)).fit(module, loader(token_batches(12)))
+    expected = logits(module.model.eval())
+    save_pretrained(module.model, "mine")
+    names = {"module": module}
+    exec(adapter, names)
+    torch.testing.assert_close(logits(names["model"].eval()), expected)
+    torch.testing.assert_close(logits(module.model), expected, rtol=1e-3, atol=1e-4)
+    assert not on(module.model)
+
+
+class Sharded(LowRankCheckpointMixin, CausalLM):
+    """A module that can load its compressed checkpoints."""
+
+
+def test_blocks_of_scaling_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shard, convert = blocks_of("scaling.md")
+    names = {"fully_shard": fully_shard}
+    exec(shard, names)
+    module = Sharded(tiny_llama())
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("data_parallel",))
+        names["configure_model"](SimpleNamespace(model=module.model, device_mesh=mesh))
+        assert isinstance(module.model, FSDPModule)
+        assert all(isinstance(block, FSDPModule) for block in module.model.model.layers)
+    finally:
+        torch.distributed.destroy_process_group()
+
+    compressed = Sharded(low_rank()["model"])
+    checkpoint, again = tmp_path / "distributed", Sharded(tiny_llama())
+    torch.distributed.checkpoint.save({"state_dict": compressed.state_dict()}, checkpoint_id=checkpoint, no_dist=True)
+    exec(convert, {"torch": torch, "module": again, "checkpoint": checkpoint})
+    torch.testing.assert_close(logits(again.model), logits(compressed.model))
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)

@@ -281,6 +281,19 @@ def test_a_model_without_an_adapter_has_none_to_save(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+def test_adapters_that_one_folder_cannot_describe_are_not_saved(tmp_path):
+    model = low_rank_llama()
+    low_rank = [(name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+    for index, (name, module) in enumerate(low_rank):
+        adapter = LoRARecovery(rank=2, clip_rank=True, peft={"use_rslora": index % 2 == 1})
+        if (found := adapter.adapter(("down", "up"), module.rank)) is not None:
+            found.attach(name, module)
+    assert len(on(model)) > 2
+    with pytest.raises(RecoveryError, match=r"differs from that of .* in more than its rank"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_adapters_are_off_for_a_while_and_on_again_after_an_error():
     model = dressed_llama(LoRARecovery(rank=2, clip_rank=True))
     perturb(model)

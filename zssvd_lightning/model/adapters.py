@@ -37,6 +37,9 @@ PARTS = ("down", "up")
 FOLDER = "adapter"
 """Folder of the adapter, next to the weights of a saved model."""
 
+RANK_OPTIONS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules")
+"""Options of an adapter that PEFT's files give for each layer."""
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -209,7 +212,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         folder: output folder, created if missing.
 
     Raises:
-        RecoveryError: the model has no adapter.
+        RecoveryError: the model has no adapter, or adapters that one folder cannot describe.
     """
     layers = on(model)
     if not layers:
@@ -219,6 +222,11 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         )
     by_layer = {name: Adapter.of(layer.adapter or "") for name, layer in layers.items()}
     adapter = next(iter(by_layer.values()))
+    if other := [name for name, each in by_layer.items() if _apart_from_ranks(each) != _apart_from_ranks(adapter)]:
+        raise RecoveryError(
+            f"the adapter of {other[0]} differs from that of {next(iter(by_layer))} in more than its rank, but PEFT "
+            "has one set of options for all layers; merge_adapters(model) first"
+        )
     parts = {f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in PARTS}
     factors = {name: factor for name, factor in parts.items() if not isinstance(factor, nn.Linear)}
     kept = {"target_modules": list(factors), "inference_mode": True}
@@ -235,6 +243,10 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         if f".{NAME}" in key
     }
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _apart_from_ranks(adapter: Adapter) -> tuple[str, dict[str, Any]]:
+    return adapter.kind, {key: value for key, value in adapter.options.items() if key not in RANK_OPTIONS}
 
 
 def _in_peft(key: str) -> str:
