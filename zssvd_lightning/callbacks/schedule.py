@@ -26,6 +26,9 @@ class Schedule:
 
     Raises:
         ConfigError: a value is out of range.
+
+    Example:
+        >>> schedule = Schedule(start_step=100, calibration_batches=64, extend_training=True)
     """
 
     start_epoch: int = 0

@@ -108,7 +108,17 @@ def compress(
             `requires_grad` flags are then restored.
 
     Example:
-        >>> report = compress(model, batches, prune_ratio=0.3, preset="best")  # doctest: +SKIP
+        For a transformers model and batches that it is called with, `compress(model, batches, prune_ratio=0.3)` is
+        enough. Other models need to say what their loss is:
+
+        >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> batches = [(torch.randn(64, 16), torch.randint(8, (64,))) for _ in range(8)]
+        >>> def loss(model, batch):
+        ...     return nn.functional.cross_entropy(model(batch[0]), batch[1])
+        >>> terms = lambda batch: len(batch[1])
+        >>> report = compress(model, batches, prune_ratio=0.3, loss=loss, terms=terms, progress=False)
+        >>> report.reached >= 0.3
+        True
     """
     config, reading = _understood(config, preset, asked)
     run = Compression(model, config, progress)

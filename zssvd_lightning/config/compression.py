@@ -22,6 +22,10 @@ class CompressionConfig:
 
     Raises:
         ConfigError: a value is out of range or not a known name, or two settings contradict each other.
+
+    Example:
+        >>> CompressionConfig.of("best", prune_ratio=0.4).selection
+        'curvature'
     """
 
     prune_ratio: float = 0.2

@@ -28,6 +28,9 @@ def from_pretrained(folder: str | Path, dtype: str | torch.dtype | None = "auto"
         SavedModelError: files are damaged, or weights are missing, unexpected or of the wrong shape, so that the model
             would be partly random.
         ConfigError: `dtype` is not a type of torch.
+
+    Example:
+        >>> model = from_pretrained("mine", device_map="auto")  # doctest: +SKIP
     """
     wanted = _type(options.pop("torch_dtype", dtype))
     settings = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True} | options

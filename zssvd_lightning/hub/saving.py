@@ -49,6 +49,9 @@ def save_pretrained(
         OutputError: the folder has other content, or cannot be written; its previous content is unchanged.
         SavedModelError: the model is not a transformers model or transformers does not know its type, or
             `self_contained` is set for a dense model.
+
+    Example:
+        >>> save_pretrained(model, "mine", tokenizer, report=report)  # doctest: +SKIP
     """
     with replacing_folder(folder) as temporary:
         write_model(model, temporary, tokenizer, max_shard_size, self_contained=self_contained)

@@ -23,6 +23,10 @@ class LowRankLinear(CompressedLinear):
         up: `nn.Linear` with weight (m, k) and the bias of the replaced layer.
         adapter: note in saved weights that describes the peft adapter on the factors, or None without an adapter.
         flags: `requires_grad` of the factors and of the bias before the adapter was attached.
+
+    Example:
+        >>> LowRankLinear(in_features=64, out_features=48, rank=8)(torch.randn(3, 64)).shape
+        torch.Size([3, 48])
     """
 
     kind = "low_rank"

@@ -16,30 +16,30 @@ from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
 
 Factored = LowRankLinear | PivotedLinear
-"""Forms of a truncated weight in which it can be trained."""
+"""Layers whose factors can be trained."""
 
 
 KINDS: dict[str, type[CompressedLinear]] = {
     cls.kind: cls for cls in (LowRankLinear, PivotedLinear, Int8LowRankLinear, Int8Linear)
 }
-"""The forms there are, by the name that saved configs give them."""
+"""Layer classes by the name in saved configs."""
 
 
 def trained_form(kind: str) -> type[LowRankLinear] | type[PivotedLinear]:
-    """The form of that kind, to put a truncated weight into."""
+    """Return the layer class of a kind that holds trainable factors. Raises TypeError for other kinds."""
     form = KINDS[kind]
     if not issubclass(form, Factored):
-        raise TypeError(f"factors cannot be trained as {form.__name__}, which is no {Factored}")
+        raise TypeError(f"{form.__name__} holds no factors that can be trained")
     return form
 
 
 def layer_like(old: Dense | CompressedLinear, spec: Mapping[str, Any]) -> CompressedLinear:
-    """A layer on the meta device for the place of `old`, of the kind and the sizes that `spec` tells."""
+    """Return a layer on the meta device to replace `old`, of the kind and sizes in `spec`."""
     return KINDS[spec["kind"]].like(old, **{key: value for key, value in spec.items() if key != "kind"})
 
 
 def dense_like(layer: CompressedLinear) -> Dense:
-    """The kind of dense layer that `layer` replaced, on the meta device, for its place."""
+    """Return a dense layer on the meta device, of the type that `layer` replaced."""
     m, n = shape_of(layer)
     with torch.device("meta"):
         new: Dense = nn.Linear(n, m, layer.bias is not None)

@@ -1,4 +1,4 @@
-"""Storage forms of a matrix, and the cost of each rank in every unit that a budget can have.
+"""Storage forms of a matrix, and the cost of each rank in every unit of a budget.
 
 Shapes: a matrix is (m, n), of rank k.
 """
@@ -18,16 +18,16 @@ if TYPE_CHECKING:  # layers load transformers, and costs do not
 
 
 class Kept(NamedTuple):
-    """Numbers that a matrix is stored in."""
+    """Numbers that store a matrix, and the work of a product with it."""
 
     wide: int = 0
     """Numbers in 16 bits."""
     codes: int = 0
     """Numbers in 8 bits."""
     beside: int = 0
-    """Bytes of what codes and rows need beside them: scales in bfloat16, an order in int32."""
+    """Bytes of scales (bfloat16) and orders (int32)."""
     products: int = 0
-    """Multiplications with an addition, a token."""
+    """Multiply-adds per token."""
 
 
 UNITS: dict[str, Callable[[Kept], int]] = {
@@ -35,40 +35,50 @@ UNITS: dict[str, Callable[[Kept], int]] = {
     "bytes": lambda kept: 2 * kept.wide + kept.codes + kept.beside,
     "flops": lambda kept: 2 * kept.products,
 }
-"""By name. `parameters`: numbers, two in 8 bits being one. `bytes`: of the weights as they are saved, what is not in 8
-bits being in 16. `flops`: floating-point operations of the forward, a token."""
+"""Units by name. `parameters`: numbers, where two in 8 bits count as one. `bytes`: size of the saved weights, in 8 or
+16 bits. `flops`: floating-point operations of the forward pass per token."""
 
 
 def dense_weight(m: int, n: int) -> Kept:
-    """The weight as it was, in 16 bits."""
+    """Count the dense weight in 16 bits."""
     return Kept(wide=m * n, products=m * n)
 
 
 def dense_codes(m: int, n: int) -> Kept:
-    """The weight in 8 bits, with a scale for each row: `Int8Linear`."""
+    """Count the dense weight in 8 bits, with a scale per row: `Int8Linear`."""
     return Kept(codes=m * n, beside=2 * m, products=m * n)
 
 
 def factors(m: int, n: int, k: int) -> Kept:
-    """Up (m, k) and down (k, n): `LowRankLinear`."""
+    """Count the factors up (m, k) and down (k, n): `LowRankLinear`.
+
+    Example:
+        >>> factors(m=6, n=4, k=2).wide
+        20
+    """
     return Kept(wide=k * (m + n), products=k * (m + n))
 
 
 def pivoted(m: int, n: int, k: int) -> Kept:
-    """Rows of the product (k, n), how they make the others (m - k, k), and the order of all: `PivotedLinear`."""
+    """Count k pivot rows (k, n), the coefficients of the other rows (m - k, k) and the order: `PivotedLinear`.
+
+    Example:
+        >>> pivoted(m=6, n=4, k=2).wide
+        16
+    """
     return Kept(wide=k * (m + n - k), beside=4 * m, products=k * (m + n - k))
 
 
 def remapped(m: int, n: int, k: int) -> Kept:
-    """Factors with the last rows or columns of the larger in 16 bits, the rest in 8: `Int8LowRankLinear`.
+    """Count factors whose last rows or columns, by which the larger exceeds the smaller, have 16 bits and the rest 8.
 
-    Where other rows and columns than the last stay in 16 bits, the orders of both come to it.
+    If other rows and columns stay in 16 bits, their orders are stored too, which is not counted: `Int8LowRankLinear`.
     """
     return Kept(wide=k * abs(m - n), codes=2 * k * min(m, n), beside=2 * k, products=k * (m + n))
 
 
 def factor_codes(m: int, n: int, k: int) -> Kept:
-    """Factors all in 8 bits, with a scale for each component: `Int8LowRankLinear`."""
+    """Count factors in 8 bits, with a scale per component: `Int8LowRankLinear`."""
     return Kept(codes=k * (m + n), beside=2 * k, products=k * (m + n))
 
 
@@ -99,7 +109,7 @@ def round_dense(layer: "Dense") -> "CompressedLinear":
 
 @dataclass(frozen=True)
 class Storage:
-    """One way to keep matrices. Costs are in a unit, by its name in `UNITS`."""
+    """Form in which compressed matrices are stored. Costs are in a unit, given by its name in `UNITS`."""
 
     low_rank: Callable[[int, int, int], Kept]
     """Numbers that store (m, n) at rank k."""
@@ -135,21 +145,21 @@ class Storage:
         return (self.rounded_dense if rank is None else self.rounded) is not None
 
     def low_rank_cost(self, m: int, n: int, rank: int, unit: str = "parameters") -> int:
-        """Cost of (m, n) in its low-rank form."""
+        """Return the cost of a matrix (m, n) at a low rank."""
         return UNITS[unit](self.low_rank(m, n, rank))
 
     def dense_cost(self, m: int, n: int, unit: str = "parameters") -> int:
-        """Cost of (m, n) where it stays dense."""
+        """Return the cost of a matrix (m, n) that stays dense."""
         return UNITS[unit](self.dense(m, n))
 
     def costs(self, m: int, n: int, unit: str = "parameters") -> tuple[int, ...]:
-        """Cost of (m, n) by how many components are left, from 0 to all; above the highest rank it stays dense."""
+        """Return the cost of (m, n) at each number of components from 0 to all; above `highest_rank` it stays dense."""
         return _costs(self, m, n, unit)
 
     def highest_rank(self, m: int, n: int, unit: str = "parameters") -> int:
-        """The largest rank at which (m, n) costs less than it does dense; 0 where there is none.
+        """Return the largest rank at which (m, n) costs less than dense, or 0 if there is none.
 
-        Never the full one: then nothing is dropped, and the matrix stays dense.
+        The full rank is excluded, because a matrix from which nothing is dropped stays dense.
         """
         ranks, dense = range(min(m, n)), self.dense_cost(m, n, unit)
         return max(0, bisect_left(ranks, dense, key=lambda k: self.low_rank_cost(m, n, k, unit)) - 1)
@@ -163,7 +173,12 @@ def _costs(storage: Storage, m: int, n: int, unit: str) -> tuple[int, ...]:
 
 
 def break_even_rank(m: int, n: int) -> int:
-    """The largest rank whose factors have fewer than `m n` numbers: `r* = (m n - 1) // (m + n)`."""
+    """Return the largest rank whose factors have fewer than `m n` numbers: `r* = (m n - 1) // (m + n)`.
+
+    Example:
+        >>> break_even_rank(100, 100)
+        49
+    """
     return (m * n - 1) // (m + n)
 
 
@@ -186,11 +201,11 @@ STORAGES: dict[str, Storage] = {
     "mixed": Storage(factors, in_8_bits=HQ),
 }
 """By name, including those registered through `selection.storages`. `factors`: up and down, in the model's type.
-`pivoted`: the same function in `k (m + n - k)` numbers, so that every rank but the full one is less than dense (PIFA,
-arXiv 2501.19090). `remap`: in 8 bits, but for as many rows or columns of the larger factor as it has more than the
-smaller (Dobi-SVD, arXiv 2502.02723). `hq`: everything in 8 bits, which takes half of the budget alone (half-quantized,
-arXiv 2602.02848). `mixed`: each matrix as with `factors` or as with `hq`."""
+`pivoted`: the same function in `k (m + n - k)` numbers, so that each rank but the full one is smaller than dense (PIFA,
+arXiv 2501.19090). `remap`: 8 bits, except the rows or columns by which the larger factor exceeds the smaller (Dobi-SVD,
+arXiv 2502.02723). `hq`: everything in 8 bits, which alone halves the size (half-quantized, arXiv 2602.02848). `mixed`:
+each matrix as in `factors` or as in `hq`."""
 
 
 ROWS_IN_16_BITS = ("last", "loss_aware")
-"""Ways in which `remap` chooses the rows that stay in 16 bits."""
+"""Choices of the rows that `remap` leaves in 16 bits."""

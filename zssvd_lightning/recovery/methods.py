@@ -89,6 +89,10 @@ class LoRARecovery(Recovery):
     """Recovery that trains LoRA (arXiv 2106.09685) on the factors, through peft.
 
     Merging LoRA into a factor does not change its shape, so the layer keeps its rank.
+
+    Example:
+        >>> LoRARecovery(rank=8, lr=1e-3, clip_rank=True).to_dict()["method"]
+        'lora'
     """
 
     method = "lora"
