@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from zssvd_lightning import Run, RunConfig, compress, load_config
-from zssvd_lightning.compression.pipeline import Loss, loss_in
+from zssvd_lightning.compression.gathering import Loss, loss_in
 from zssvd_lightning.compression.report import peak_rss_bytes
 
 

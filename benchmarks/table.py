@@ -11,8 +11,8 @@ from pathlib import Path
 
 from zssvd_lightning import Run, RunConfig, load_config, perplexity
 from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.gathering import gather
 from zssvd_lightning.compression.phase import Phase
-from zssvd_lightning.compression.pipeline import gather
 from zssvd_lightning.selection.rules import RULES
 from zssvd_lightning.sources.texts import load_text, tokenize, windows
 

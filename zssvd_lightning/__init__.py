@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from zssvd_lightning.callbacks.schedule import Schedule
     from zssvd_lightning.callbacks.trainer.limits import scheduled_steps
     from zssvd_lightning.callbacks.zssvd import ZSSVDCallback
+    from zssvd_lightning.compression.gathering import BatchReading
     from zssvd_lightning.compression.phase import Phase
-    from zssvd_lightning.compression.pipeline import BatchReading, compress
+    from zssvd_lightning.compression.pipeline import compress
     from zssvd_lightning.compression.quantization import quantize
     from zssvd_lightning.compression.report import Report
     from zssvd_lightning.config.compression import CompressionConfig
@@ -89,7 +90,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "BatchReading": "compression.pipeline",
+    "BatchReading": "compression.gathering",
     "CompressionConfig": "config.compression",
     "FactorRecovery": "recovery.methods",
     "LoRARecovery": "recovery.methods",

@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress
-from zssvd_lightning.compression.pipeline import calibrate, loss_in, plan
+from zssvd_lightning.compression.gathering import loss_in
+from zssvd_lightning.compression.pipeline import calibrate, plan
 from zssvd_lightning.errors import (
     BudgetError,
     CalibrationError,

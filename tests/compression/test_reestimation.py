@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from zssvd_lightning import CompressionConfig, Phase, compress
 from zssvd_lightning.compression.course import course, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
-from zssvd_lightning.compression.pipeline import gather, plan
+from zssvd_lightning.compression.gathering import gather
+from zssvd_lightning.compression.pipeline import plan
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Components

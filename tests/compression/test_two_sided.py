@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 from zssvd_lightning import CompressionConfig, compress
 from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.gathering import gather
 from zssvd_lightning.compression.phase import Phase
-from zssvd_lightning.compression.pipeline import calibrate, gather, plan
+from zssvd_lightning.compression.pipeline import calibrate, plan
 from zssvd_lightning.correction.steps import natural_lengths
 from zssvd_lightning.errors import CalibrationError, ConfigError, LogitsError, NonFiniteError, ZeroGradientError
 from zssvd_lightning.model.targets import find_targets

@@ -14,8 +14,8 @@ from zssvd_lightning.calibration.batches import token_mask
 from zssvd_lightning.calibration.recorded_calls import Call, together
 from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.gathering import gather
 from zssvd_lightning.compression.phase import Phase
-from zssvd_lightning.compression.pipeline import gather
 from zssvd_lightning.compression.snapshot import state_of, take_up
 from zssvd_lightning.correction.paired_forward import run_side_by_side
 from zssvd_lightning.correction.refit import REFIT_DAMPING, REFIT_PART, refitted_weight

@@ -9,7 +9,7 @@ import torch
 from support.models import tiny_llama
 from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.engine import Compression
-from zssvd_lightning.compression.pipeline import gather
+from zssvd_lightning.compression.gathering import gather
 from zssvd_lightning.compression.snapshot import state_of, take_up
 from zssvd_lightning.config.compression import CompressionConfig
 

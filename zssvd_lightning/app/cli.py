@@ -337,7 +337,7 @@ def _print(table: "RenderableType", err: bool = False) -> None:
 
 def _calibrated(run: "Run", function: Callable[..., T]) -> T:
     """Return the result of `compress` or `plan` for the model and settings of a run."""
-    from zssvd_lightning.compression.pipeline import loss_in
+    from zssvd_lightning.compression.gathering import loss_in
 
     calibration = run.config.calibration
     return function(

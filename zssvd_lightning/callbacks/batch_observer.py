@@ -13,6 +13,7 @@ from zssvd_lightning.callbacks.fit_context import FitContext
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.trainer import telemetry
 from zssvd_lightning.callbacks.trainer.precision import ScalerAtRest, loss_scale, nothing_to_clip, scales, unscale
+from zssvd_lightning.callbacks.trainer.replay import copied
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class BatchObserver:
             self._fit.adapter.sync_requires_grad()
             observed.during(nothing_to_clip(module))
             self._scaler = observed.during(ScalerAtRest(trainer).resting())
+            if life.keeps_back(trainer.num_training_batches):
+                observed.kept_back = copied(batch, "cpu")
 
     def weigh_loss(self, trainer: L.Trainer, life: Lifecycle, loss: Tensor) -> None:
         """Record the loss, and scale its gradient from that of a mean to that of a sum over its terms.
@@ -63,6 +66,7 @@ class BatchObserver:
         """Record that the loss and the gradients of the batch are complete."""
         if life.batch is not None:
             life.batch.complete = True
+            life.batch.keep_back(life.compression.safeguard)
 
     def take_gradients(self, trainer: L.Trainer, life: Lifecycle, optimizer: torch.optim.Optimizer) -> None:
         """Collect the gradients of the accumulation window before clipping, and clear them for the optimizer."""

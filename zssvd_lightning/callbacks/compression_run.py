@@ -25,8 +25,10 @@ from zssvd_lightning.callbacks.trainer.guards import (
 from zssvd_lightning.callbacks.trainer.limits import ExtendedLimits, stopping_now
 from zssvd_lightning.callbacks.trainer.other_callbacks import hold_early_stopping, start_ranking_afresh
 from zssvd_lightning.callbacks.trainer.precision import scales
+from zssvd_lightning.callbacks.trainer.replay import Replay
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.quantization import quantize_layers
+from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.errors import CalibrationError, CheckpointError, UnfinishedError
 from zssvd_lightning.layers.int8 import EightBitLinear
@@ -129,7 +131,7 @@ class CompressionRun:
                 refuse_too_short(trainer, self._schedule.start_epoch, self._schedule.start_step, needed)
             if self._config.asks_model:
                 self._meaning.student(module)
-            life.attach(module, self._progress, adapter)
+            life.attach(module, self._progress, adapter, Safeguard(Replay(trainer, module, self._meaning)))
             self._recovering.refuse(module, life)
         gathering = life.compression.gathering
         gathering.can_overflow, gathering.logits_model = scales(trainer), self._meaning.student

@@ -18,6 +18,7 @@ from zssvd_lightning.compression.course import Stage, course, to_first_truncatio
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import GATHERING, Phase, phase_is_after
 from zssvd_lightning.compression.report import Report
+from zssvd_lightning.compression.safeguard import Safeguard, number_to_keep_back
 from zssvd_lightning.compression.snapshot import put_back, refuse_other, state_of, take_up
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.distributed import Team
@@ -120,13 +121,14 @@ class Lifecycle:
         batches, epochs = self._calibration
         return int(min(batches, epochs * batches_per_epoch))
 
-    def attach(self, model: nn.Module, progress: bool, adapter: StrategyAdapter) -> None:
+    def attach(self, model: nn.Module, progress: bool, adapter: StrategyAdapter, safeguard: Safeguard) -> None:
         """Start the compression of `model`, or continue it from a checkpoint.
 
         Args:
             model: the model to compress.
             progress: draw progress bars.
             adapter: adapter for the strategy that runs the model.
+            safeguard: comparison of states on batches kept back, without batches yet.
 
         Raises:
             UnsupportedTrainingError: layers are laid out over the processes in an unsupported way.
@@ -137,6 +139,7 @@ class Lifecycle:
             return
         compression = Compression(model, self.config, progress, adapter.team, adapter.replace)
         adapter.refuse_layers(compression.targets)
+        compression.safeguard = safeguard
         saved = (self._restored or {}).get("compression")
         if self.gathering and saved is not None:
             take_up(compression, saved)
@@ -155,6 +158,12 @@ class Lifecycle:
             self.reference_terms = max(self.compression.team.gathered(terms))
         self.batch = ObservedBatch(self.compression, self.phase, terms, mask)
         return self.batch
+
+    def keeps_back(self, batches_per_epoch: float) -> bool:
+        """Return True if another batch is to be kept back."""
+        guard = self.compression.safeguard
+        limit = self.limit(self._stages[0].gathers, min(batches_per_epoch, self.epoch_length))
+        return guard is not None and guard.wants_batches and len(guard.batches) < number_to_keep_back(limit)
 
     def close(self) -> None:
         """End the observation of a batch, even if the batch was aborted."""

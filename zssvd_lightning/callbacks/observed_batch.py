@@ -1,7 +1,7 @@
 """Observation of one training batch."""
 
 from contextlib import AbstractContextManager, ExitStack
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -9,6 +9,7 @@ from zssvd_lightning._contexts import uncompiled
 from zssvd_lightning.calibration.hooks import Observation
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
+from zssvd_lightning.compression.safeguard import Safeguard
 
 Entered = TypeVar("Entered")
 
@@ -21,12 +22,14 @@ class ObservedBatch:
         observation: observation of the model; see `calibration.hooks.observing`.
         complete: True once the loss and the gradients were computed.
         stepped: True if the batch ended an accumulation window.
+        kept_back: copy of the batch to keep back; None if enough are.
     """
 
     def __init__(self, compression: Compression, phase: Phase, terms: float, mask: Tensor | None) -> None:
         self.terms = terms
         self.complete = False
         self.stepped = False
+        self.kept_back: Any = None
         with ExitStack() as stack:
             stack.enter_context(compression.stopwatch(phase.value))
             stack.enter_context(uncompiled())
@@ -38,6 +41,12 @@ class ObservedBatch:
     def during(self, context: AbstractContextManager[Entered]) -> Entered:
         """Enter a context manager until the observation ends, and return its value."""
         return self._stack.enter_context(context)
+
+    def keep_back(self, safeguard: Safeguard | None) -> None:
+        """Hand the copy to the safeguard, once the batch is complete."""
+        if safeguard is not None and self.kept_back is not None:
+            safeguard.batches.append(self.kept_back)
+            self.kept_back = None
 
     def close(self) -> None:
         """Restore training mode, flags and cache setting, and remove the hooks."""

@@ -1,5 +1,6 @@
 """Correction steps of a compression. Each changes the truncated weights in place, given the statistics since then."""
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -8,13 +9,29 @@ import torch
 from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.calibration.recorded_calls import together
 from zssvd_lightning.compression.course import Act
+from zssvd_lightning.compression.safeguard import State
 from zssvd_lightning.correction.paired_forward import run_side_by_side
 from zssvd_lightning.correction.refit import Refit
-from zssvd_lightning.correction.steps import best_fraction, linear_decay, natural_lengths, projected_step
+from zssvd_lightning.correction.steps import (
+    best_fraction,
+    linear_decay,
+    natural_lengths,
+    projected_step,
+    trusted_radius,
+)
 from zssvd_lightning.decomposition.decompose import gradient_squares
+from zssvd_lightning.whitening.spectrum import Step
 
 if TYPE_CHECKING:
     from zssvd_lightning.compression.engine import Compression
+
+ATTEMPTS = 4
+"""Number of lengths at which a natural step is tried before it is left out."""
+
+
+LONGEST = 2.0
+"""Bound of the length of later natural steps in a layer, relative to its first step."""
+
 
 CorrectionStep = Callable[["Compression"], None]
 """Function that changes the weights of a compression in place."""
@@ -53,17 +70,34 @@ def descend(compression: "Compression") -> None:
     """Take one projected step per matrix along the natural gradient at the truncated weights, then truncate.
 
     The gradient and the projection are computed in the coordinates of the metric, where step and truncation happen
-    together. `natural_lengths` sets the lengths at the first step; they then decay by `linear_decay`.
+    together. `natural_lengths` sets the lengths at the first step; they then decay by `linear_decay`. A step that
+    raises the loss on the batches kept back is taken back and repeated at a quarter of its length
+    (Levenberg-Marquardt).
     """
-    targets, config = compression.targets, compression.config
-    if compression.step_lengths is None:
-        with compression.stopwatch("correct"), exact_products():
-            squares = gradient_squares(
-                targets, compression.gathering, compression.metric, progress=compression.progress
-            )
-            compression.step_lengths = natural_lengths(_reaches(compression), squares, config.step_radius)
+    config, guard, done = compression.config, compression.safeguard, compression.truncations
+    if compression.first_steps is None:
+        compression.first_steps = _first_steps(compression)
     part = linear_decay(compression.rounds, config.corrections)
-    compression.truncate({name: part * length for name, length in compression.step_lengths.items()})
+    if guard is not None:
+        guard.start_from(compression)
+    before = State.of(compression)
+    for _ in range(ATTEMPTS):
+        trust = part if guard is None else part * guard.trust
+        compression.truncate({name: step.shortened(trust) for name, step in compression.first_steps.items()})
+        if guard is None or guard.accepts(compression):
+            break
+        before.put_into(compression)
+    compression.truncations = done + 1
+
+
+def _first_steps(compression: "Compression") -> dict[str, Step]:
+    """Return the first natural step of each layer. Collective."""
+    with compression.stopwatch("correct"), exact_products():
+        gathering, progress = compression.gathering, compression.progress
+        squares = gradient_squares(compression.targets, gathering, compression.metric, progress=progress)
+        radius = trusted_radius(compression.config.step_radius, compression.truncation_loss)
+        factors = natural_lengths(_reaches(compression), squares, radius)
+    return {name: Step(t, LONGEST * abs(t) * math.sqrt(squares[name])) for name, t in factors.items()}
 
 
 def refit(compression: "Compression") -> None:

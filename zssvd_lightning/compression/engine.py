@@ -17,6 +17,7 @@ from zssvd_lightning.compression.corrections import STEPS, CorrectionStep
 from zssvd_lightning.compression.course import Act, Stage
 from zssvd_lightning.compression.quantization import in_8_bits
 from zssvd_lightning.compression.report import Report, Stopwatch
+from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.decomposition.decompose import Decomposition, decompose
 from zssvd_lightning.decomposition.factors import TruncatedWeights
@@ -31,6 +32,7 @@ from zssvd_lightning.selection.components import Selection
 from zssvd_lightning.selection.plan import Plan
 from zssvd_lightning.serialization.transformers_config import mark
 from zssvd_lightning.whitening.rounding import Importance
+from zssvd_lightning.whitening.spectrum import Step
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class Compression:
     Attributes:
         gathering: collector of the statistics for the next step.
         originals: weights (m, n) before the first truncation, or this process's part of them.
+        safeguard: comparison of states on batches kept back; None to keep the last state.
         importances: importance of each truncated layer, for `quantize`; None unless the settings need it.
 
     Raises:
@@ -92,14 +95,16 @@ class Compression:
         self.losses: list[float] = []
         self.fractions: list[float] = []
         self.last_step: tuple[float, float] | None = None
-        self.step_lengths: dict[str, float] | None = None
+        self.first_steps: dict[str, Step] | None = None
         self.truncations = 0
+        self.truncation_loss = 0.0
         self.decomposition: Decomposition | None = None
         self.selection: Selection | None = None
         self.truncated = TruncatedWeights(self.targets, config.storage)
         self._may_truncate = True
         self._installed: dict[str, nn.Module] = {}
         self.importances: dict[str, Importance] | None = None
+        self.safeguard: Safeguard | None = None
 
     def take(self, stage: Stage) -> None:
         """Carry out the acts of a stage with the statistics since the last stage, then reset the statistics.
@@ -108,11 +113,16 @@ class Compression:
             CalibrationError: statistics are missing, zero or not finite; see `truncate` and `correct`.
             ConfigError: a registered correction does not do what it states; see `correct`.
         """
+        if self.safeguard is not None and stage.truncates and self.truncations == 0:
+            self.safeguard.measure_dense(self)
         for act in stage.acts:
             if act in (Act.DECOMPOSE, Act.TRUNCATE):
                 getattr(self, act)()
             else:
                 self.correct(STEPS[act] if isinstance(act, Act) else act)
+        reached = stage.truncates and self.truncations >= self.config.truncations
+        if self.safeguard is not None and reached and stage.acts[-1] is not Act.DESCEND:
+            self.safeguard.consider(self)
         self.losses.append(self.gathering.moments.mean_loss)
         self.gathering.start_afresh()
 
@@ -127,13 +137,13 @@ class Compression:
         self.gathering.spectra = self.decomposition.spectra
 
     @torch.no_grad()
-    def truncate(self, lengths: Mapping[str, float] | None = None) -> None:
+    def truncate(self, steps: Mapping[str, Step] | None = None) -> None:
         """Decompose all layers, select ranks and truncate in place, with the statistics since the last stage.
 
         If there are several truncations, each removes an equal share.
 
         Args:
-            lengths: step of each weight along its natural gradient before truncation; None for no step.
+            steps: step of each weight along its natural gradient before truncation; None for no step.
 
         Raises:
             CalibrationError: the statistics are missing, not finite or degenerate. The message names the layer.
@@ -141,7 +151,7 @@ class Compression:
         """
         if not self._may_truncate:
             raise ConfigError(f"{self._step_name} states truncates=False, so it must not truncate")
-        decomposition, selection = self._select(self._budget_so_far(), lengths)
+        decomposition, selection = self._select(self._budget_so_far(), steps)
         with self.stopwatch("truncate"):
             self.originals.keep()
             self.truncated = TruncatedWeights(self.targets, self.config.storage)
@@ -154,6 +164,9 @@ class Compression:
                     target.assign(self.truncated.truncated(name))
         self.selection, self.decomposition, self.gathering.spectra = selection, None, None
         self.truncations += 1
+        if steps is None and self.metric.measures_loss:
+            found = decomposition.components
+            self.truncation_loss += self.team.decide_on_first(lambda: selection.dropped_second_order(found))
         self.gathering.calls_to_record = self.calls_to_record
         if self.config.weighs_rows:
             self.importances = {name: decomposition.importances[name] for name in self.truncated}
@@ -221,6 +234,8 @@ class Compression:
             dress: called as `dress(name, layer)` with each new layer, while it is whole and before it is inserted.
         """
         self.gathering.forget()
+        if self.safeguard is not None:
+            self.safeguard.settle(self)
         with self.stopwatch("factorize"):
             for name in self.truncated:
                 layer = self.truncated.layer(name)
@@ -253,7 +268,8 @@ class Compression:
         self.originals.put_back()
         mark(self.model)
         self.decomposition, self.selection, self._installed, self.truncations = None, None, {}, 0
-        self.step_lengths = None
+        self.truncation_loss = 0.0
+        self.first_steps = None
         self.truncated = TruncatedWeights(self.targets, self.config.storage)
         self.gathering.forget()
 
@@ -263,7 +279,7 @@ class Compression:
             raise RuntimeError("report() needs a truncate() before it")
         return Report.of(self)
 
-    def _decomposed(self, lengths: Mapping[str, float] | None = None) -> Decomposition:
+    def _decomposed(self, steps: Mapping[str, Step] | None = None) -> Decomposition:
         with self.stopwatch("spectrum"), exact_products():
             return decompose(
                 self.targets,
@@ -272,7 +288,7 @@ class Compression:
                 progress=self.progress,
                 weigh=self.config.weighs_rows,
                 round_off=self.budget.chooses_bits,
-                lengths=lengths,
+                steps=steps,
             )
 
     def _with_curvature(self, found: Decomposition) -> Decomposition:
@@ -283,8 +299,8 @@ class Compression:
         }
         return replace(found, components=components)
 
-    def _select(self, budget: Budget, lengths: Mapping[str, float] | None = None) -> tuple[Decomposition, Selection]:
-        found = self._decomposed(lengths) if self.decomposition is None else self._with_curvature(self.decomposition)
+    def _select(self, budget: Budget, steps: Mapping[str, Step] | None = None) -> tuple[Decomposition, Selection]:
+        found = self._decomposed(steps) if self.decomposition is None else self._with_curvature(self.decomposition)
         with self.stopwatch("select"):
             rule = self.config.rule if self.followed_plan is None else self.followed_plan.rule
             return found, self.team.decide_on_first(lambda: rule(found.components, budget))

@@ -80,6 +80,9 @@ class Report:
     """Fraction of each projected step that was taken."""
     seconds: dict[str, float]
     """Wall-clock seconds by step."""
+    kept_back: dict[str, float] | None = None
+    """Loss (nats) on the calibration batches kept back: `dense`, `truncated` (after the first truncation to the prune
+    ratio) and `final`, with the number of `batches` per process and of steps that were `taken_back`."""
     perplexity: dict[str, float] | None = None
     """Perplexity of the `dense` and the `compressed` model, and of the `reloaded` one if it is saved in fewer bits.
     For a run with recovery: `dense`, `dense_finetuned`, `truncated` and `recovered`."""
@@ -130,6 +133,7 @@ class Report:
             losses=list(run.losses),
             correction_fractions=list(run.fractions),
             seconds=dict(run.stopwatch.seconds),
+            kept_back=None if run.safeguard is None else run.safeguard.report(),
         )
 
     @property
@@ -153,6 +157,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return plain types under the keys of `report.json`."""
         optional = {
+            "kept_back": self.kept_back,
             "perplexity": self.perplexity,
             "perplexity_second": self.perplexity_second,
             "file_bytes": self.file_bytes,
@@ -192,6 +197,7 @@ class Report:
             losses=list(saved["losses"]),
             correction_fractions=list(saved["correction_fractions"]),
             seconds=dict(saved["seconds"]),
+            kept_back=saved.get("kept_back"),
             perplexity=saved.get("perplexity"),
             perplexity_second=saved.get("perplexity_second"),
             file_bytes=saved.get("file_bytes"),
@@ -207,6 +213,7 @@ class Report:
         table = Table(title=f"prune ratio {self.asked:g} of {self.budget_in} asked, {self.reached:.4f} reached")
         for column, justify in (("", "left"), ("dense", "right"), ("compressed", "right")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        self._add_losses(table)
         for title, pair in (("perplexity", self.perplexity), ("perplexity, second text", self.perplexity_second)):
             if pair:
                 compressed = pair.get("compressed", pair.get("truncated", math.nan))
@@ -228,6 +235,16 @@ class Report:
         if self.peak_rss_bytes:
             table.add_row("peak memory", "", f"{self.peak_rss_bytes / 1e9:.2f} GB")
         return table
+
+    def _add_losses(self, table: Table) -> None:
+        """Add the loss on the batches kept back."""
+        if (losses := self.kept_back) is None:
+            return
+        table.add_row("loss on batches kept back", f"{losses['dense']:.4f}", f"{losses['final']:.4f}")
+        if losses["final"] != losses["truncated"]:
+            table.add_row("  before corrections", "", f"{losses['truncated']:.4f}")
+        if losses["taken_back"]:
+            table.add_row("  steps taken back", "", f"{losses['taken_back']}")
 
 
 def write_report(folder: Path, report: Report) -> None:

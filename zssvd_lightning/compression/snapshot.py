@@ -1,6 +1,7 @@
 """State of a compression in a checkpoint: saving, checking and loading."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +11,7 @@ from zssvd_lightning.decomposition.decompose import Decomposition
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.selection.budget import Shape
 from zssvd_lightning.selection.components import Selection
+from zssvd_lightning.whitening.spectrum import Step
 
 
 def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, Any]:
@@ -32,10 +34,12 @@ def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, 
         "found": None if run.decomposition is None else run.decomposition.state_dict(run.targets),
         "selection": None if run.selection is None else run.selection.state_dict(),
         "step": None if run.last_step is None else list(run.last_step),
-        "lengths": None if run.step_lengths is None else dict(run.step_lengths),
+        "lengths": None if run.first_steps is None else {name: list(step) for name, step in run.first_steps.items()},
         "losses": list(run.losses),
         "fractions": list(run.fractions),
         "truncations": run.truncations,
+        "truncation_loss": run.truncation_loss,
+        "safeguard": None if run.safeguard is None else run.safeguard.state_dict(run, statistics=statistics),
         "seconds": dict(run.stopwatch.seconds),
     }
 
@@ -58,12 +62,19 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
     run.truncated.load_state_dict(state["factors"])
     run.selection = None if state["selection"] is None else Selection.of_state(state["selection"])
     run.last_step = None if state["step"] is None else (state["step"][0], state["step"][1])
-    run.step_lengths = None if state["lengths"] is None else dict(state["lengths"])
+    run.first_steps = None if state["lengths"] is None else {n: _step(saved) for n, saved in state["lengths"].items()}
     run.model_parameters = state["model_parameters"]
     run.truncations = state["truncations"]
+    run.truncation_loss = state.get("truncation_loss", math.inf)  # older checkpoints do not bound their steps
+    if run.safeguard is not None and (saved := state.get("safeguard")) is not None:
+        run.safeguard.load_state_dict(saved, run)
     run.gathering.calls_to_record = run.calls_to_record
     run.losses, run.fractions = list(state["losses"]), list(state["fractions"])
     run.stopwatch.seconds = dict(state["seconds"])
+
+
+def _step(saved: float | Sequence[float]) -> Step:
+    return Step(*saved) if isinstance(saved, Sequence) else Step(saved)  # older checkpoints hold the factor alone
 
 
 def put_back(compression: Compression, state: Mapping[str, Any]) -> None:

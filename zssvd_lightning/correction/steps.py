@@ -57,6 +57,28 @@ def natural_lengths(reaches: Mapping[str, float], squares: Mapping[str, float], 
     return {name: scale * t for name, t in projections.items()}
 
 
+LARGEST_PART = 0.5
+"""Largest length of a natural step, relative to that of the truncation."""
+
+
+def trusted_radius(radius: float, truncation_loss: float) -> float:
+    """Return the length of the first natural step: `radius`, but at most half of the length of the truncation.
+
+    A truncation that is estimated to raise the loss by `truncation_loss` nats has length `sqrt(2 truncation_loss)` in
+    the coordinates of the metric. Lengths in these coordinates shrink with the loss. In a model that fits its data
+    well, a step of fixed length would therefore change the weights by far more than the truncation did.
+
+    Args:
+        radius: the setting `step_radius`.
+        truncation_loss: second-order change of the loss from all dropped components, in nats.
+
+    Example:
+        >>> trusted_radius(0.03, truncation_loss=0.2), trusted_radius(0.03, truncation_loss=5e-5)
+        (0.03, 0.005)
+    """
+    return min(radius, LARGEST_PART * math.sqrt(2 * truncation_loss))
+
+
 def linear_decay(done: int, steps: int) -> float:
     """Return `1 - done / steps`, the relative length of the next step after `done` of `steps` steps.
 

@@ -20,7 +20,7 @@ from zssvd_lightning.whitening.cholesky import Root, Whitening, warn_of_jitter
 from zssvd_lightning.whitening.metrics import Metric
 from zssvd_lightning.whitening.moments import Moments
 from zssvd_lightning.whitening.rounding import Importance, importance, rounding_by_component, rounding_of_dense
-from zssvd_lightning.whitening.spectrum import Spectrum
+from zssvd_lightning.whitening.spectrum import NO_STEP, Spectrum, Step
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def decompose(
     progress: bool = False,
     weigh: bool = False,
     round_off: bool = False,
-    lengths: Mapping[str, float] | None = None,
+    steps: Mapping[str, Step] | None = None,
 ) -> Decomposition:
     """Compute spectra and scores of all layers; layers that share an input share its whitening. Collective.
 
@@ -104,7 +104,7 @@ def decompose(
         progress: draw a progress bar.
         weigh: also compute the importance of outputs and inputs.
         round_off: also compute the predicted cost of storing components in 8 bits.
-        lengths: step of each weight along its gradient before its SVD; see `Spectrum.of`. None for no step.
+        steps: step of each weight along its gradient before its SVD; see `Spectrum.of`. None for no step.
 
     Raises:
         CalibrationError: statistics are missing, not finite or degenerate, or an SVD failed. The message names the
@@ -122,7 +122,7 @@ def decompose(
                 name, W = layer.name, layer.weight
                 whitening = whitener.whitening(layer)
                 G = layer.moments.mean_gradient(name)
-                spectrum = spectrum_of(layers[name], W, whitening, *(() if lengths is None else (G, lengths[name])))
+                spectrum = spectrum_of(layers[name], W, whitening, *(() if steps is None else (G, steps[name])))
                 delta = spectrum.sensitivities(G)
                 if weigh:
                     H = whitening.whiten_gradient(G)
@@ -227,11 +227,11 @@ def brought_together(
 
 
 def spectrum_of(
-    target: Target, weight: Tensor, whitening: Whitening, G: Tensor | None = None, length: float = 0.0
+    target: Target, weight: Tensor, whitening: Whitening, G: Tensor | None = None, step: Step = NO_STEP
 ) -> Spectrum:
     """Return `Spectrum.of` for a weight of the layer `target`. Raises CalibrationError that names the layer."""
     try:
-        return Spectrum.of(weight, whitening, G, length)
+        return Spectrum.of(weight, whitening, G, step)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise CalibrationError(
             f"the SVD of {target.name} {target.shape} failed: {error}; check the weight for NaN and infinite values, "

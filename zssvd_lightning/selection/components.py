@@ -51,6 +51,14 @@ class Selection:
         kept = self.kept[name]
         return None if kept is None else len(kept)
 
+    def dropped_second_order(self, matrices: Mapping[str, Components]) -> float:
+        """Return the second-order change of the loss from all dropped components."""
+        losses = {name: components.second_order for name, components in matrices.items()}
+        dropped = {
+            name: losses[name].sum() - losses[name][kept].sum() for name, kept in self.kept.items() if kept is not None
+        }
+        return max(0.0, float(sum(dropped.values())))
+
     def state_dict(self) -> dict[str, Any]:
         """Return the selection as plain types, for `of_state`."""
         return {

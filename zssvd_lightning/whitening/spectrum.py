@@ -3,7 +3,9 @@
 Shapes: W and G (m, n), r = min(m, n); left (m, r), sigma (r,) and right (r, n), with `W = left diag(sigma) right`.
 """
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +15,33 @@ from zssvd_lightning.whitening.cholesky import Whitening
 
 SMALLEST_BY_SQUARE = 1e-7
 """Bound on the ratio of smallest to largest singular value, above which the SVD comes from a float64 Gram matrix."""
+
+
+class Step(NamedTuple):
+    """Step of a whitened weight along its whitened gradient H (m, n)."""
+
+    factor: float
+    """Factor t of `t H`."""
+    longest: float = math.inf
+    """Bound of the Frobenius norm of the step."""
+
+    def along(self, H: Tensor) -> Tensor:
+        """Return the step (m, n).
+
+        Example:
+            >>> Step(-2.0, longest=5.0).along(torch.tensor([[3.0, 4.0]]))
+            tensor([[-3., -4.]])
+        """
+        length = abs(self.factor) * float(H.norm())
+        return H * (self.factor * min(1.0, self.longest / length) if length > 0 else 0.0)
+
+    def shortened(self, part: float) -> "Step":
+        """Return `part` of the step, with the bound shortened as well."""
+        return Step(part * self.factor, part * self.longest)
+
+
+NO_STEP = Step(0.0)
+"""Step that changes no weight."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +56,7 @@ class Spectrum:
     """Right factors `V^T L^-1` (r, n)."""
 
     @classmethod
-    def of(cls, W: Tensor, whitening: Whitening, G: Tensor | None = None, length: float = 0.0) -> "Spectrum":
+    def of(cls, W: Tensor, whitening: Whitening, G: Tensor | None = None, step: Step = NO_STEP) -> "Spectrum":
         """Compute the whitened spectrum of W (m, n), in float32, or in float64 for a float64 weight.
 
         Args:
@@ -35,12 +64,12 @@ class Spectrum:
             whitening: coordinates of the metric.
             G: gradient (m, n). If given, the whitened weight first moves along the whitened gradient
                 `H = R^-1 G L^-T`.
-            length: factor of H in that move; see `correction.steps.natural_lengths`.
+            step: length of that move; see `correction.steps.natural_lengths`.
         """
         W = W.to(torch.promote_types(W.dtype, torch.float32))
         Z = whitening.whiten(W)
         if G is not None:
-            Z = Z + length * whitening.whiten_gradient(G.to(Z))
+            Z = Z + step.along(whitening.whiten_gradient(G.to(Z)))
         U, sigma, Vh = thin_svd(Z)
         return cls(whitening.unwhiten_left(U), sigma, whitening.unwhiten_right(Vh))
 
