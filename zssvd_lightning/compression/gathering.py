@@ -74,22 +74,20 @@ def gather(
     """Gather the statistics of one step, with one forward and one backward pass over each batch.
 
     CALIBRATE gathers second moments and gradients over the first `calibration_batches` batches. CORRECT gathers
-    gradients over `correction_batches` batches, different ones in every round, and none that the safeguard keeps back
-    if there are others. The other arguments are those of `compress`.
+    gradients over `correction_batches` batches, different ones in every round. The other arguments are those of
+    `compress`.
 
     Raises:
         CalibrationError: there are no batches or fewer than expected, or a batch cannot be used.
     """
-    first, skip, limit = 0, 0, so_many(batches, calibration_batches)
+    first, limit = 0, so_many(batches, calibration_batches)
     if phase is Phase.CORRECT:
-        limit, length = compression.config.correction_batches, _length(batches)
-        skip = 0 if compression.safeguard is None else len(compression.safeguard.batches)
-        skip = 0 if skip == length else skip
-        first = max(calibration_batches or 0, skip) + compression.rounds * limit
-        if length:
-            first = skip + (first - skip) % (length - skip)
+        limit = compression.config.correction_batches
+        first = (calibration_batches or 0) + compression.rounds * limit
+        if length := _length(batches):
+            first %= length
     with compression.stopwatch(phase.value):
-        wanted = checked(batches, first, limit, phase, skip=skip, progress=compression.progress)
+        wanted = checked(batches, first, limit, phase, progress=compression.progress)
         observe(compression.model, compression.gathering, wanted, phase, reading or BatchReading())
 
 
@@ -105,9 +103,10 @@ def with_batches_kept_back(
 
     safeguard, length = Safeguard(measure), _length(batches)
     many = number_to_keep_back(min(math.inf if n is None else n for n in (length, calibration_batches)))
-    safeguard.batches = list(islice(batches, many))
+    first = list(islice(batches, many))
+    safeguard.batches = first if len(first) == many else first[: number_to_keep_back(len(first))]
     if isinstance(batches, Iterator):  # it can be gone through once alone
-        return safeguard, chain(safeguard.batches, batches)
+        return safeguard, chain(first, batches)
     return safeguard, batches
 
 
@@ -141,17 +140,14 @@ def so_many(batches: Iterable[Any], calibration_batches: int | None) -> int | No
     return calibration_batches
 
 
-def checked(
-    batches: Iterable[Any], first: int, limit: int | None, step: str, *, skip: int = 0, progress: bool
-) -> Iterator[Any]:
-    """Yield `limit` batches from index `first` on, starting again at index `skip` after the last, with a progress bar.
+def checked(batches: Iterable[Any], first: int, limit: int | None, step: str, *, progress: bool) -> Iterator[Any]:
+    """Yield `limit` batches from index `first` on, starting again after the last, with a progress bar.
 
     Raises:
         CalibrationError: there are no batches, or fewer than expected.
     """
-    turned = chain(islice(batches, first, None), islice(batches, skip, first)) if first else batches
-    length = _length(batches)
-    promised = None if length is None else length - skip
+    turned = chain(islice(batches, first, None), islice(batches, first)) if first else batches
+    promised = _length(batches)
     expected = promised if limit is None else limit if promised is None else min(limit, promised)
     seen = 0
     for batch in tqdm(islice(turned, limit), total=expected, desc=step, unit="batch", disable=not progress):
