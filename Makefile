@@ -37,13 +37,13 @@ unit: $(READY)  ## Tests alone, in two processes of a thread each
 # where the releases of torch on PyPI are CUDA builds. Warnings of other versions are no errors.
 BESIDE := bin/python -m pytest --numprocesses 2 --dist loadfile -W default --ignore tests/integration
 
-lowest:  ## The tests without the recipes, on the lowest versions that pyproject.toml declares
+lowest:  ## All tests but those of tests/integration, on the lowest versions that pyproject.toml declares
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet uv
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --upgrade --resolution lowest-direct --editable '.[dev]'
 	OMP_NUM_THREADS=1 .venv-lowest/$(BESIDE)
 
-newest:  ## The same on the newest versions
+newest:  ## The same tests on the newest versions
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
 	OMP_NUM_THREADS=1 .venv-newest/$(BESIDE)

@@ -52,9 +52,10 @@ class BreaksSelection(L.Callback):
 
     def setup(self, trainer, pl_module, stage):
         if trainer.global_rank == 0:
-            from zssvd_lightning.compression import engine as compression
+            from zssvd_lightning.config.compression import CompressionConfig
+            from zssvd_lightning.selection.rules import Rule
 
-            compression.RULES = dict.fromkeys(compression.RULES, lambda *_: 1 / 0)
+            CompressionConfig.rule = property(lambda _: Rule(lambda *_: 1 / 0))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
