@@ -13,6 +13,7 @@ from support.samplers import SHAPES, second_moment, weight
 from torch.nn.functional import cross_entropy
 
 from zssvd_lightning import CompressionConfig, compress
+from zssvd_lightning.compression import corrections as steps_of_corrections
 from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.gathering import gather
@@ -305,8 +306,11 @@ def test_natural_steps_are_as_long_together_as_the_radius_and_none_goes_uphill()
 
 
 @pytest.mark.parametrize(("number", "corrections", "part"), [(1, 1, 1.0), (2, 2, 0.5), (2, 4, 0.75)])
-def test_a_natural_step_follows_the_fresh_gradient_in_the_metric_of_the_calibration(number, corrections, part):
+def test_a_natural_step_follows_the_fresh_gradient_in_the_metric_of_the_calibration(
+    monkeypatch, number, corrections, part
+):
     """With little dropped at its end it leaves `W + part t B^-1 G A^-1`, t being settled at the first step."""
+    monkeypatch.setattr(steps_of_corrections, "trusted_radius", lambda radius, _: radius)
     config = CompressionConfig(0.02, **KEPT | {"storage": "pivoted", "step_radius": 0.1}, corrections=corrections)
     model, batches = tiny_llama().double(), token_batches()
     first = gathered(copy.deepcopy(model), batches).gathering.moments

@@ -16,6 +16,7 @@ from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.gathering import gather
 from zssvd_lightning.compression.phase import Phase
+from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.compression.snapshot import state_of, take_up
 from zssvd_lightning.correction.paired_forward import run_side_by_side
 from zssvd_lightning.correction.refit import REFIT_DAMPING, REFIT_PART, refitted_weight
@@ -127,7 +128,8 @@ def sequentially(model, batches, config):
 
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
-def test_one_pass_gives_what_a_pass_for_every_layer_does(build, storage):
+def test_one_pass_gives_what_a_pass_for_every_layer_does(monkeypatch, build, storage):
+    monkeypatch.setattr(Safeguard, "settle", lambda *_: None)  # the refit stays, even if it raises the loss
     config = CompressionConfig(0.4, storage=storage, **REFIT)
     model, batches = build().double(), token_batches()
     other = copy.deepcopy(model).eval()

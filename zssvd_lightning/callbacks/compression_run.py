@@ -131,7 +131,7 @@ class CompressionRun:
                 refuse_too_short(trainer, self._schedule.start_epoch, self._schedule.start_step, needed)
             if self._config.asks_model:
                 self._meaning.student(module)
-            life.attach(module, self._progress, adapter, Safeguard(Replay(trainer, module, self._meaning)))
+            life.attach(module, self._progress, adapter, Safeguard(Replay(trainer, module, adapter, self._meaning)))
             self._recovering.refuse(module, life)
         gathering = life.compression.gathering
         gathering.can_overflow, gathering.logits_model = scales(trainer), self._meaning.student

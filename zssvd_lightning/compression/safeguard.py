@@ -34,6 +34,10 @@ SHRINKAGE = 0.25
 """Factor of the length of natural steps after one was taken back. It doubles after each step that was not."""
 
 
+LARGE_RISE = 0.5
+"""Rise of the loss by the whole compression (nats) from which a warning is given."""
+
+
 class State(NamedTuple):
     """Truncated weights of all layers, and what belongs to them."""
 
@@ -148,7 +152,17 @@ class Safeguard:
         self._consider(compression, losses)
 
     def settle(self, compression: "Compression") -> None:
-        """Return to the best state if the present one is another."""
+        """Return to the best state if the present one is another, and warn if the model has lost much."""
+        self._go_back(compression)
+        if self.dense is not None and self.best - self.dense > LARGE_RISE:
+            logger.warning(
+                "compression raised the loss on the batches kept back from %.4g to %.4g nats; lower prune_ratio, use "
+                "preset='best', or train the factors (recovery)",
+                self.dense,
+                self.best,
+            )
+
+    def _go_back(self, compression: "Compression") -> None:
         if self._best_state is None or self._losses is None or _mean(self._losses) <= self.best:
             return
         logger.warning(

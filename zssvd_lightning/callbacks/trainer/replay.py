@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from zssvd_lightning._contexts import evaluation_mode, no_cache, overridden, uncompiled
 from zssvd_lightning.callbacks.batch_meaning import BatchMeaning
 from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.strategies import StrategyAdapter
 
 
 class Replay:
@@ -27,25 +28,43 @@ class Replay:
     Args:
         trainer: the Trainer of the fit.
         module: the module that it trains.
+        adapter: adapter for the strategy of the fit.
         meaning: the callback, which interprets batches.
     """
 
-    def __init__(self, trainer: L.Trainer, module: L.LightningModule, meaning: BatchMeaning) -> None:
-        self._trainer, self._module, self._meaning = weakref.ref(trainer), weakref.ref(module), weakref.ref(meaning)
+    def __init__(
+        self, trainer: L.Trainer, module: L.LightningModule, adapter: StrategyAdapter, meaning: BatchMeaning
+    ) -> None:
+        self._trainer, self._module = weakref.ref(trainer), weakref.ref(module)
+        self._adapter, self._meaning = weakref.ref(adapter), weakref.ref(meaning)
+
+    def __reduce__(self) -> Any:
+        """Leave the fit out of copies and other processes."""
+        return _EndedReplay, ()
 
     def __call__(self, kept: Any) -> tuple[float, float]:
         """Return the mean loss of a batch on the CPU, and its number of terms."""
-        trainer, module, meaning = self._trainer(), self._module(), self._meaning()
-        if trainer is None or module is None or meaning is None:
+        trainer, module, adapter, meaning = self._trainer(), self._module(), self._adapter(), self._meaning()
+        if trainer is None or module is None or adapter is None or meaning is None:
             raise RuntimeError("the fit whose batches are run again has ended")
         batch = trainer.strategy.batch_to_device(copied(kept, "cpu"), module.device, 0)
         index = {"batch_idx": 0} if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2) else {}
         with _without_traces(module), torch.no_grad():
-            output = trainer.strategy.training_step(batch, **index)
+            try:
+                output = trainer.strategy.training_step(batch, **index)
+            finally:
+                adapter.unwrap_parameters()
         loss = output.get("loss") if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):
             raise CalibrationError("training_step gave no loss for a batch that is run again")
         return float(loss), float(meaning.loss_terms(batch))
+
+
+class _EndedReplay:
+    """Replay of a fit that belongs to another process."""
+
+    def __call__(self, kept: Any) -> tuple[float, float]:
+        raise RuntimeError("the fit whose batches are run again is not in this process")
 
 
 def copied(batch: Any, device: str) -> Any:

@@ -10,6 +10,8 @@
 | zssvd/loss_before_truncation          | every truncation  | mean loss of the calibration before it (nats)            |
 | zssvd/loss_after_truncation           | after truncation  | mean loss of the next batches at those weights (nats):   |
 |                                       |                   | of a correction, or before the first recovery step       |
+| zssvd/loss_kept_back_dense            | every truncation  | loss of the dense model on the batches kept back (nats)  |
+| zssvd/loss_kept_back                  | every truncation  | smallest loss of a truncated state on them (nats)        |
 | zssvd/step_fraction                   | every correction  | fraction of the projected step that was taken            |
 | zssvd/prehab_weight                   | as Lightning logs | lambda of `LowRankPrehab`                                |
 | zssvd/stable_rank, zssvd/nuclear_norm | as Lightning logs | mean over layers of the regularizer of `LowRankPrehab`   |
@@ -69,6 +71,8 @@ def shown_on_bar(trainer: L.Trainer, text: Callable[[], str]) -> AbstractContext
 
 
 def _log_truncation(trainer: L.Trainer, report: Report) -> None:
+    if report.kept_back is not None:
+        log(trainer, loss_kept_back_dense=report.kept_back["dense"], loss_kept_back=report.kept_back["final"])
     ranks = {n: min(layer.shape) if layer.rank is None else layer.rank for n, layer in report.layers.items()}
     log(
         trainer,

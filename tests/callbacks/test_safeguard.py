@@ -1,0 +1,202 @@
+"""Batches kept back in a fit: their loss is measured without traces, and corrections that raise it are taken back."""
+
+import copy
+import pickle
+
+import lightning as L
+import pytest
+import torch
+from support.callbacks import short
+from support.models import CausalLM, loader, tiny_llama, token_batches, trainer
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+
+from zssvd_lightning import ZSSVDCallback
+from zssvd_lightning.callbacks.trainer.replay import Replay, copied
+from zssvd_lightning.compression.safeguard import Safeguard
+from zssvd_lightning.strategies import SingleDeviceAdapter
+
+
+def best(**settings):
+    given = {"preset": "best", "corrections": 2, "correction_batches": 2, "calibration_batches": 8, "prune_ratio": 0.4}
+    return short(**given | settings)
+
+
+def test_the_report_has_the_losses_that_the_model_has_on_the_batches_kept_back():
+    batches = token_batches(32)
+    model = tiny_llama().eval()
+    dense = [float(model(**batch).loss) for batch in batches[:2]]
+    callback = best()
+    trainer(callback).fit(CausalLM(model, lr=0.0), loader(batches))
+    kept = callback.report.kept_back
+    assert kept["batches"] == 2
+    assert kept["dense"] == pytest.approx(sum(dense) / 2, rel=1e-5)
+    after = [float(model.eval()(**batch).loss) for batch in batches[:2]]
+    assert kept["final"] == pytest.approx(sum(after) / 2, rel=1e-5)
+    assert kept["final"] <= kept["truncated"]
+
+
+class Traced(L.LightningModule):
+    """Everything that a second run of a training step could change."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 4))
+        self.metric = MeanMetric()
+        self.scored = 0
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        x.add_(1.0)  # in place
+        noise = torch.rand(()).item()
+        loss = nn.functional.cross_entropy(self.net(x + 0 * noise), y)
+        self.metric(loss)
+        self.log("loss", loss, prog_bar=True)
+        self.log_dict({"noise": noise})
+        return {"loss": loss, "size": len(x)}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Points(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64 * 24
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        x = torch.randn(16, generator=generator)
+        return x, int(x[:4].argmax())
+
+
+class Counting(ZSSVDCallback):
+    def loss_terms(self, batch):
+        return len(batch[1])
+
+    def token_mask(self, batch):
+        return None
+
+
+def test_a_batch_runs_again_without_traces():
+    module, callback = Traced(), Counting(0.3)
+    fitted = trainer(max_steps=2)
+    fitted.fit(module, DataLoader(Points(), batch_size=64))
+    adapter = SingleDeviceAdapter(fitted, module)
+    batch = next(iter(DataLoader(Points(), batch_size=64)))
+    kept = copied(batch, "cpu")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    metric, logged, state = module.metric.compute().item(), dict(fitted.callback_metrics), torch.get_rng_state()
+    replay = Replay(fitted, module, adapter, callback)
+    module.train()
+    first, second = replay(kept), replay(kept)
+    assert first == second
+    assert first[1] == 64
+    assert torch.equal(kept[0], batch[0])
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert module.metric.compute().item() == metric
+    assert fitted.callback_metrics == logged
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(part.training for part in module.modules() if not isinstance(part, MeanMetric))
+    assert "log" not in module.__dict__
+    del fitted
+    with pytest.raises(RuntimeError, match="not in this process"):
+        pickle.loads(pickle.dumps(replay))(kept)
+
+
+def test_a_fit_with_metrics_norms_and_dropout_goes_through():
+    module, callback = (
+        Traced(),
+        Counting(0.3, schedule={"calibration_batches": 8}, correction_batches=2, progress=False),
+    )
+    trainer(callback, max_epochs=2).fit(module, DataLoader(Points(), batch_size=64))
+    assert callback.phase == "done"
+    assert callback.report.kept_back["batches"] == 2
+
+
+def test_what_does_not_run_twice_is_said_and_the_fit_goes_on(caplog):
+    class Once(CausalLM):
+        def training_step(self, batch, batch_idx):
+            if not torch.is_grad_enabled():
+                raise ConnectionError("gone")
+            return super().training_step(batch, batch_idx)
+
+    callback = best()
+    trainer(callback).fit(Once(tiny_llama()), loader(token_batches(24)))
+    assert callback.phase == "done"
+    assert callback.report.kept_back is None
+    assert "cannot be run again (ConnectionError: gone)" in caplog.text
+
+
+def test_corrections_that_raise_the_loss_are_taken_back_in_a_fit(monkeypatch, caplog):
+    from zssvd_lightning.whitening.spectrum import Step
+
+    along = Step.along
+    monkeypatch.setattr(Step, "along", lambda step, H: 1000.0 * along(step, H))
+    callback = best()
+    trainer(callback).fit(CausalLM(tiny_llama(), lr=0.0), loader(token_batches(24)))
+    kept = callback.report.kept_back
+    assert kept["taken_back"] >= 1
+    assert kept["final"] <= kept["truncated"]
+    assert "was taken back" in caplog.text
+
+
+class Saves(L.Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+@pytest.mark.parametrize("step", [2, 6, 9, 11])
+def test_a_resumed_fit_compares_on_the_same_batches(tmp_path, step):
+    model, batches = tiny_llama(), token_batches(1) * 24
+    callback, resumed = best(), best()
+    trainer(callback, Saves(tmp_path)).fit(CausalLM(copy.deepcopy(model), lr=0.0), loader(batches))
+    module = CausalLM(copy.deepcopy(model), lr=0.0)
+    trainer(resumed).fit(module, loader(batches), ckpt_path=tmp_path / f"{step}.ckpt")
+    first, second = callback.report.kept_back, resumed.report.kept_back
+    assert second == pytest.approx(first, rel=1e-5)
+
+
+class Strange:
+    """A batch that checkpoints cannot hold."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def to(self, device):
+        return self
+
+
+def test_batches_that_checkpoints_cannot_hold_are_kept_back_anew(tmp_path):
+    class Wrapped(CausalLM):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch.batch, batch_idx)
+
+    class Reads(ZSSVDCallback):
+        def token_mask(self, batch):
+            return None
+
+        def loss_terms(self, batch):
+            return 1.0
+
+    def callback():
+        settings = {"preset": "best", "corrections": 2, "correction_batches": 2, "progress": False}
+        return Reads(0.4, schedule={"calibration_batches": 8}, **settings)
+
+    model, batches = tiny_llama(), [Strange(batch) for batch in token_batches(24)]
+    first, again = callback(), callback()
+    trainer(first, Saves(tmp_path)).fit(Wrapped(copy.deepcopy(model), lr=0.0), loader(batches))
+    saved = torch.load(tmp_path / "9.ckpt", weights_only=True)["callbacks"][first.state_key]
+    assert saved["compression"]["safeguard"]["batches"] == [[]]
+    trainer(again).fit(Wrapped(model, lr=0.0), loader(batches), ckpt_path=tmp_path / "9.ckpt")
+    assert again.phase == "done"
+    assert again.report.kept_back["batches"] >= 1
+    assert again.report.kept_back["final"] < 10
+
+
+def test_a_safeguard_without_measurements_says_nothing():
+    assert Safeguard(lambda batch: (0.0, 1.0)).report() is None

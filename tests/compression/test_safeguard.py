@@ -1,0 +1,211 @@
+"""Corrections never leave a model worse than its first truncation, however well it fits its data."""
+
+import copy
+import math
+
+import pytest
+import torch
+from support.models import image_batches, sequence_pairs, tiny_bert, tiny_llama, tiny_t5, tiny_vit, token_batches
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from zssvd_lightning import compress
+from zssvd_lightning.compression.safeguard import Safeguard, _is_worse, number_to_keep_back
+from zssvd_lightning.config.presets import PRESETS
+from zssvd_lightning.correction.steps import trusted_radius
+from zssvd_lightning.errors import DivergedError
+from zssvd_lightning.whitening.spectrum import Step
+
+READING = {
+    "loss": lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
+    "terms": lambda batch: len(batch[1]),
+    "mask": lambda batch: None,
+}
+
+
+def clusters(spread, count=48, size=32):
+    """Batches of noisy points around ten centers."""
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(10, 32, generator=generator)
+    labels = torch.randint(10, (count, size), generator=generator)
+    points = centers[labels] + spread * torch.randn(count, size, 32, generator=generator)
+    return list(zip(points, labels, strict=True))
+
+
+def trained(model, batches, loss, until, lr=3e-3):
+    """The model, trained until its mean loss is below `until`."""
+    optimizer = torch.optim.Adam(model.train().parameters(), lr)
+    for _ in range(200):
+        total = 0.0
+        for batch in batches:
+            optimizer.zero_grad()
+            value = loss(model, batch)
+            value.backward()
+            optimizer.step()
+            total += float(value)
+        if total / len(batches) < until:
+            return model.eval()
+    pytest.fail(f"the loss ended at {total / len(batches)}")
+
+
+def mean_loss(model, batches, loss):
+    with torch.no_grad():
+        return sum(float(loss(model.eval(), batch)) for batch in batches) / len(batches)
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+@pytest.mark.parametrize("ratio", [0.4, 0.8])
+@pytest.mark.parametrize("until", [0.5, 0.05, 1e-3])
+def test_best_improves_on_one_truncation_at_any_loss(until, ratio):
+    *batches, first, second, third, last = clusters(2.0 if until > 0.1 else 1.0)
+    held_out = [first, second, third, last]
+    model = trained(mlp(), batches, READING["loss"], until)
+    losses = {}
+    for corrections in (0, 8):
+        other = copy.deepcopy(model)
+        given = {"preset": "best", "corrections": corrections, "progress": False}
+        report = compress(other, batches, prune_ratio=ratio, **given, **READING)
+        losses[corrections] = mean_loss(other, batches, READING["loss"]), mean_loss(other, held_out, READING["loss"])
+        assert report.kept_back["final"] <= report.kept_back["truncated"]
+    assert losses[8][0] <= 1.02 * losses[0][0] + 1e-5
+    assert losses[8][1] <= 1.1 * losses[0][1] + 1e-3
+
+
+FAMILIES = {
+    "llama": (tiny_llama, token_batches),
+    "bert": (tiny_bert, token_batches),
+    "t5": (tiny_t5, sequence_pairs),
+    "vit": (tiny_vit, image_batches),
+}
+
+
+@pytest.mark.parametrize("output_side", ["empirical", "sampled"])
+@pytest.mark.parametrize("until", [2.0, 0.5, 0.05])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_fits_its_batches_is_not_destroyed(family, until, output_side):
+    build, make = FAMILIES[family]
+    until = max(until, 0.3) if family == "t5" else until  # which has too few weights for its random pairs
+    torch.manual_seed(0)
+    batches = make()
+    model = trained(build(), batches, lambda model, batch: model(**batch).loss, until, lr=1e-2)
+    settings = {"preset": "best", "output_side": output_side, "progress": False}
+    report = compress(model, batches, prune_ratio=0.3, **settings)
+    kept = report.kept_back
+    assert kept["dense"] <= 2 * until
+    assert kept["final"] <= kept["truncated"]
+    final = mean_loss(model, batches[: int(kept["batches"])], lambda model, batch: model(**batch).loss)
+    assert final == pytest.approx(kept["final"], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_preset_ends_worse_than_its_first_truncation(preset):
+    batches = clusters(1.5)
+    model = trained(mlp(), batches, READING["loss"], 0.1)
+    drawn = {"output_side": "empirical"}  # drawing needs a model of transformers
+    report = compress(model, batches, prune_ratio=0.7, preset=preset, progress=False, **drawn, **READING)
+    assert report.kept_back["final"] <= report.kept_back["truncated"]
+    measured = mean_loss(model, batches[:8], READING["loss"])
+    if not any(layer.in_8_bits for layer in report.layers.values()):
+        assert measured == pytest.approx(report.kept_back["final"], rel=1e-3, abs=1e-5)
+
+
+def diverging(monkeypatch, factor):
+    """Let natural steps be longer by a factor, as if the radius were chosen too large."""
+    along = Step.along
+    monkeypatch.setattr(Step, "along", lambda step, H: factor * along(step, H))
+
+
+def test_harmful_steps_are_taken_back_and_said(monkeypatch, caplog):
+    batches = clusters(1.0)
+    model = trained(mlp(), batches, READING["loss"], 0.1)
+    other = copy.deepcopy(model)
+    once = compress(other, batches, prune_ratio=0.6, preset="best", corrections=0, progress=False, **READING)
+    diverging(monkeypatch, 300.0)
+    report = compress(model, batches, prune_ratio=0.6, preset="best", corrections=3, progress=False, **READING)
+    assert report.kept_back["taken_back"] >= 3
+    assert report.kept_back["final"] <= once.kept_back["truncated"] * (1 + 1e-6)
+    assert mean_loss(model, batches, READING["loss"]) <= 1.5 * mean_loss(other, batches, READING["loss"])
+    assert "was taken back" in caplog.text
+    assert report.reached >= 0.6
+
+
+def test_a_truncation_that_leaves_no_finite_loss_is_an_error_and_undone():
+    batches, model, measured = clusters(1.0, count=8), mlp(), []
+    before = copy.deepcopy(model.state_dict())
+
+    def broken(model, batch):
+        measured.extend([] if torch.is_grad_enabled() else [batch])
+        after = not torch.is_grad_enabled() and len(measured) > 2  # two batches of eight are kept back
+        return READING["loss"](model, batch) * (math.nan if after else 1.0)
+
+    with pytest.raises(DivergedError, match="is nan after the truncation"):
+        compress(model, batches, prune_ratio=0.5, corrections=0, progress=False, **READING | {"loss": broken})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_batches_that_cannot_run_twice_are_said_and_change_nothing(caplog):
+    batches = clusters(1.0, count=8)
+
+    def once(model, batch):
+        if not torch.is_grad_enabled():
+            raise ConnectionError("gone")
+        return READING["loss"](model, batch)
+
+    model = mlp()
+    other = copy.deepcopy(model)
+    report = compress(model, batches, prune_ratio=0.5, progress=False, **READING | {"loss": once})
+    assert report.kept_back is None
+    assert "cannot be run again (ConnectionError: gone)" in caplog.text
+    compress(other, batches, prune_ratio=0.5, progress=False, **READING)
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)
+
+
+def test_the_report_tells_the_losses():
+    report = compress(tiny_llama(), token_batches(16), prune_ratio=0.4, preset="best", corrections=2, progress=False)
+    kept = report.kept_back
+    assert kept["batches"] == 4
+    assert kept["dense"] == pytest.approx(report.losses[0], rel=0.02)
+    assert type(report).from_dict(report.to_dict()).kept_back == kept
+    assert "loss on batches kept back" in list(report.table().columns[0].cells)
+
+
+def test_the_radius_is_a_part_of_what_truncation_took():
+    assert trusted_radius(0.03, math.inf) == 0.03
+    assert trusted_radius(0.03, 0.0) == 0.0
+    assert trusted_radius(10.0, 0.5) == pytest.approx(0.5)
+
+
+def test_a_step_is_bounded_and_shortened_with_its_bound():
+    H = torch.tensor([[3.0, 4.0]])
+    assert Step(-1.0).along(H).norm() == 5
+    assert Step(-1.0, longest=1.0).along(H).norm() == pytest.approx(1.0)
+    assert Step(-1.0, longest=1.0).shortened(0.5).along(H).norm() == pytest.approx(0.5)
+    assert torch.equal(Step(0.0).along(H), torch.zeros_like(H))
+    assert torch.equal(Step(-1.0, longest=1.0).along(0 * H), torch.zeros_like(H))
+
+
+@pytest.mark.parametrize(
+    ("rises", "worse"),
+    [
+        ([0.1, 0.1, 0.1], True),
+        ([0.5, -0.5, 0.1], False),
+        ([-0.1, -0.1, -0.1], False),
+        ([math.nan, 0, 0], True),
+        ([0.1], True),
+    ],
+)
+def test_a_rise_beyond_noise_is_a_rise(rises, worse):
+    before = torch.tensor([[1.0 + i, 10.0] for i in range(len(rises))], dtype=torch.float64)
+    after = before.clone()
+    after[:, 0] += torch.tensor(rises, dtype=torch.float64)
+    assert _is_worse(after, before) == worse
+
+
+def test_few_batches_are_kept_back():
+    assert [number_to_keep_back(count) for count in (1, 2, 8, 33, math.inf)] == [1, 1, 2, 8, 8]
+    assert Safeguard(lambda batch: (0.0, 1.0)).report() is None
