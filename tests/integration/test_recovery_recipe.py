@@ -1,7 +1,7 @@
 """The recipe that compresses and then trains, on a tiny model of its own making and real text."""
 
+import importlib
 import json
-import runpy
 from pathlib import Path
 
 import pytest
@@ -46,7 +46,7 @@ def settings(folder):
 
 @pytest.fixture
 def recipe():
-    return runpy.run_module("recipes.compress_then_finetune")
+    return vars(importlib.import_module("recipes.compress_then_finetune"))
 
 
 @pytest.mark.parametrize("way", WAYS)
