@@ -2,15 +2,21 @@
 
 import copy
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from support.models import image_batches, sequence_pairs, tiny_bert, tiny_llama, tiny_t5, tiny_vit, token_batches
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+from transformers import BatchEncoding
 
 from zssvd_lightning import compress
-from zssvd_lightning.compression.safeguard import Safeguard, _is_worse, number_to_keep_back
+from zssvd_lightning.compression.kept_batches import batches_of_saved, batches_to_save, number_to_keep_back
+from zssvd_lightning.compression.pipeline import calibrate
+from zssvd_lightning.compression.safeguard import Safeguard, _is_worse
 from zssvd_lightning.config.presets import PRESETS
 from zssvd_lightning.correction.steps import trusted_radius
 from zssvd_lightning.errors import DivergedError
@@ -159,7 +165,7 @@ def test_batches_that_cannot_run_twice_are_said_and_change_nothing(caplog):
     other = copy.deepcopy(model)
     report = compress(model, batches, prune_ratio=0.5, progress=False, **READING | {"loss": once})
     assert report.kept_back is None
-    assert "cannot be run again (ConnectionError: gone)" in caplog.text
+    assert "(ConnectionError: gone), so that corrections are not checked" in caplog.text
     compress(other, batches, prune_ratio=0.5, progress=False, **READING)
     for name, value in other.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value)
@@ -209,3 +215,111 @@ def test_a_rise_beyond_noise_is_a_rise(rises, worse):
 def test_few_batches_are_kept_back():
     assert [number_to_keep_back(count) for count in (1, 2, 8, 33, math.inf)] == [1, 1, 2, 8, 8]
     assert Safeguard(lambda batch: (0.0, 1.0)).report() is None
+
+
+@pytest.mark.parametrize(("corrections", "truncations"), [(3, 3), (8, 4), (2, 2), (1, 3)])
+def test_steps_that_raise_the_prune_ratio_are_not_taken_back_for_it(corrections, truncations):
+    batches = clusters(1.0, count=16)
+    model = trained(mlp(), batches, READING["loss"], 5e-3)
+    settings = {"preset": "best", "corrections": corrections, "truncations": truncations, "progress": False}
+    report = compress(model, batches, prune_ratio=0.8, **settings, **READING)
+    assert report.reached >= 0.8
+
+
+def test_measuring_leaves_no_traces():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp()
+            self.register_buffer("seen", torch.zeros(()))
+            self.register_buffer("added", torch.zeros(()))
+            self.calls, self.outputs, self.last = 0, [], None
+            self.metric = MeanMetric()
+
+        def forward(self, x):
+            self.seen.add_(1)
+            self.added = self.added + 1
+            self.calls += 1
+            self.outputs.append(self.calls)
+            self.last = "seen"
+            self.metric(x.mean())
+            return self.inner(x)
+
+    model, batches = Counts(), clusters(1.0, count=8)
+    noise = []
+
+    def loss(model, batch):
+        if not torch.is_grad_enabled():
+            noise.append((torch.rand(()).item(), random.random(), np.random.rand()))  # noqa: NPY002
+        return READING["loss"](model, batch)
+
+    before = torch.get_rng_state(), random.getstate()
+    report = compress(model, batches, prune_ratio=0.5, corrections=0, progress=False, **READING | {"loss": loss})
+    assert report.kept_back is not None
+    assert (model.seen, model.added, model.calls, len(model.outputs)) == (8, 8, 8, 8)
+    assert model.metric._update_count == 8
+    assert len(set(noise)) == 1
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def test_a_loss_that_changes_parameters_is_said(caplog):
+    def loss(model, batch):
+        with torch.no_grad():
+            model[0].bias.add_(0.0)
+        return READING["loss"](model, batch)
+
+    compress(mlp(), clusters(1.0, count=8), prune_ratio=0.5, progress=False, **READING | {"loss": loss})
+    assert "changed the parameter 0.bias" in caplog.text
+
+
+def test_a_failure_of_a_later_measurement_is_said_and_the_run_goes_on(caplog):
+    calls = []
+
+    def loss(model, batch):
+        calls.extend([] if torch.is_grad_enabled() else [batch])
+        if len(calls) == 5:
+            raise ConnectionError("gone")
+        return READING["loss"](model, batch)
+
+    report = compress(mlp(), clusters(1.0, count=8), prune_ratio=0.5, progress=False, **READING | {"loss": loss})
+    assert report.reached >= 0.5
+    assert report.kept_back is None
+    assert "ConnectionError: gone" in caplog.text
+
+
+def test_statistics_need_no_batches_without_corrections():
+    model, batches = mlp(), clusters(1.0, count=8)
+    statistics = calibrate(copy.deepcopy(model), batches, progress=False, **READING)
+    report = compress(model, [], prune_ratio=0.4, corrections=0, statistics=statistics, progress=False, **READING)
+    assert report.reached >= 0.4
+    assert report.kept_back is None
+
+
+def test_batches_that_can_be_gone_through_once_are_all_calibrated_on():
+    class Once:
+        def __init__(self, batches):
+            self.batches = iter(batches)
+
+        def __iter__(self):
+            return self.batches
+
+    seen = []
+
+    def loss(model, batch):
+        seen.extend([batch] if torch.is_grad_enabled() else [])
+        return READING["loss"](model, batch)
+
+    batches = clusters(1.0, count=16)
+    compress(mlp(), Once(batches), prune_ratio=0.5, corrections=0, progress=False, **READING | {"loss": loss})
+    assert len(seen) == 16
+
+
+def test_batches_of_transformers_go_through_checkpoints():
+    batches = [BatchEncoding({"input_ids": torch.ones(2, 3)}), {"x": [torch.ones(2), 3, "a", None]}]
+    again = batches_of_saved(batches_to_save(batches))
+    assert isinstance(again[0], BatchEncoding)
+    assert torch.equal(again[0]["input_ids"], batches[0]["input_ids"])
+    assert again[1] is batches[1]
+    assert batches_to_save([object()]) is None
+    assert batches_to_save([torch.empty(2**27, dtype=torch.uint8)]) is None

@@ -79,4 +79,4 @@ def test_it_needs_a_recovery_and_others_refuse_one(tmp_path, recipe, monkeypatch
     monkeypatch.setattr("sys.argv", ["zssvd", "compress", str(CONFIG), *settings(tmp_path)])
     with pytest.raises(SystemExit, match="1"):
         main()
-    assert "compress_then_finetune.py" in capsys.readouterr().err
+    assert "recipes.compress_then_finetune" in capsys.readouterr().err

@@ -1,12 +1,18 @@
-"""Temporary changes to a model during calibration batches: which tensors require gradients."""
+"""Temporary changes to a model during calibration batches."""
 
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
+from zssvd_lightning._contexts import evaluation_mode, no_cache, uncompiled
+from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.model.targets import Target
 
 
@@ -39,3 +45,71 @@ def gradients_from_embeddings_on(model: nn.Module) -> Iterator[None]:
             if isinstance(module, nn.Embedding):
                 hooks.callback(module.register_forward_hook(require).remove)
         yield
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Evaluate a model without gradients and with the same random numbers each time, and leave no traces.
+
+    Buffers, metrics, plain Python attributes of modules and random number generators are restored on any exit.
+
+    Raises:
+        CalibrationError: on exit, if a parameter was changed.
+    """
+    versions = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]  # noqa: SLF001
+    with ExitStack() as stack:
+        stack.enter_context(_same_random_numbers())
+        for module in model.modules():
+            stack.callback(_attributes_of(module))
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(no_cache(model))
+        stack.enter_context(uncompiled())
+        stack.enter_context(torch.no_grad())
+        yield
+    for name, parameter, version in versions:
+        if parameter._version != version:  # noqa: SLF001
+            raise CalibrationError(f"computing the loss of a batch changed the parameter {name}")
+
+
+PLAIN = (bool, int, float, str, type(None))
+"""Types of attributes that are restored by assignment."""
+
+
+def _attributes_of(module: nn.Module) -> Callable[[], None]:
+    """Return a function that restores the buffers, metric states and plain attributes of a module."""
+    buffers = {name: (b, None if b is None else b.clone()) for name, b in module._buffers.items()}  # noqa: SLF001
+    public = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+    plain = {name: value for name, value in public.items() if type(value) in PLAIN}
+    containers = [(value, value.copy()) for value in public.values() if type(value) in {list, dict, set}]
+    states = {}
+    if isinstance(module, Metric):
+        names = [*module._defaults, "_computed", "_update_count"]  # noqa: SLF001
+        states = {name: deepcopy(vars(module)[name]) for name in names if name in vars(module)}
+
+    def restore() -> None:
+        for name, (buffer, value) in buffers.items():
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
+            module._buffers[name] = buffer  # noqa: SLF001
+        vars(module).update(plain | states)
+        for container, before in containers:
+            container.clear()
+            container.extend(before) if isinstance(container, list) else container.update(before)
+
+    return torch.no_grad()(restore)
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Seed all random number generators, and restore their states on any exit."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  the generator that user code has
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

@@ -13,7 +13,6 @@ from zssvd_lightning.callbacks.fit_context import FitContext
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.trainer import telemetry
 from zssvd_lightning.callbacks.trainer.precision import ScalerAtRest, loss_scale, nothing_to_clip, scales, unscale
-from zssvd_lightning.callbacks.trainer.replay import copied
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ class BatchObserver:
             observed.during(nothing_to_clip(module))
             self._scaler = observed.during(ScalerAtRest(trainer).resting())
             if life.keeps_back(trainer.num_training_batches):
-                observed.kept_back = copied(batch, "cpu")
+                observed.keep(batch)
 
     def weigh_loss(self, trainer: L.Trainer, life: Lifecycle, loss: Tensor) -> None:
         """Record the loss, and scale its gradient from that of a mean to that of a sum over its terms.

@@ -16,9 +16,10 @@ from zssvd_lightning.callbacks.observed_batch import ObservedBatch
 from zssvd_lightning.callbacks.trainer.guards import window_end
 from zssvd_lightning.compression.course import Stage, course, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.kept_batches import number_to_keep_back
 from zssvd_lightning.compression.phase import GATHERING, Phase, phase_is_after
 from zssvd_lightning.compression.report import Report
-from zssvd_lightning.compression.safeguard import Safeguard, number_to_keep_back
+from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.compression.snapshot import put_back, refuse_other, state_of, take_up
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.distributed import Team

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from zssvd_lightning._contexts import uncompiled
 from zssvd_lightning.calibration.hooks import Observation
+from zssvd_lightning.callbacks.trainer.replay import copied
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.safeguard import Safeguard
@@ -27,6 +28,7 @@ class ObservedBatch:
 
     def __init__(self, compression: Compression, phase: Phase, terms: float, mask: Tensor | None) -> None:
         self.terms = terms
+        self._compression = compression
         self.complete = False
         self.stepped = False
         self.kept_back: Any = None
@@ -41,6 +43,14 @@ class ObservedBatch:
     def during(self, context: AbstractContextManager[Entered]) -> Entered:
         """Enter a context manager until the observation ends, and return its value."""
         return self._stack.enter_context(context)
+
+    def keep(self, batch: Any) -> None:
+        """Copy the batch before anything changes it; give up keeping batches back if it cannot be copied."""
+        try:
+            self.kept_back = copied(batch)
+        except Exception as error:  # noqa: BLE001  batches are of any type
+            if (safeguard := self._compression.safeguard) is not None:
+                safeguard.give_up(f"{type(error).__name__}: {error}")
 
     def keep_back(self, safeguard: Safeguard | None) -> None:
         """Hand the copy to the safeguard, once the batch is complete."""

@@ -78,16 +78,19 @@ def descend(compression: "Compression") -> None:
     if compression.first_steps is None:
         compression.first_steps = _first_steps(compression)
     part = linear_decay(compression.rounds, config.corrections)
-    if guard is not None:
-        guard.start_from(compression)
+    compares = guard is not None and guard.compares(compression)
     before = State.of(compression)
     for _ in range(ATTEMPTS):
         trust = part if guard is None else part * guard.trust
         compression.truncate({name: step.shortened(trust) for name, step in compression.first_steps.items()})
-        if guard is None or guard.accepts(compression):
-            break
+        compression.truncations = done + 1
+        if guard is None or not compares or guard.accepts(compression):
+            return
         before.put_into(compression)
+        compression.truncations = done
     compression.truncations = done + 1
+    if guard is not None:
+        guard.judged = compression.truncations
 
 
 def _first_steps(compression: "Compression") -> dict[str, Step]:

@@ -121,7 +121,7 @@ class Compression:
             else:
                 self.correct(STEPS[act] if isinstance(act, Act) else act)
         reached = stage.truncates and self.truncations >= self.config.truncations
-        if self.safeguard is not None and reached and stage.acts[-1] is not Act.DESCEND:
+        if self.safeguard is not None and reached and self.safeguard.judged != self.truncations:
             self.safeguard.consider(self)
         self.losses.append(self.gathering.moments.mean_loss)
         self.gathering.start_afresh()

@@ -1,7 +1,7 @@
 """Gathering of statistics: batches run through a model outside of a Trainer."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sized
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, TypedDict
@@ -11,12 +11,13 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from zssvd_lightning._contexts import evaluation_mode, no_cache, uncompiled
 from zssvd_lightning.calibration.batches import loss_terms, token_mask
 from zssvd_lightning.calibration.collector import StatisticsCollector
+from zssvd_lightning.calibration.contexts import measuring
 from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.kept_batches import KEPT_BACK, number_to_keep_back
 from zssvd_lightning.compression.phase import Phase
-from zssvd_lightning.compression.safeguard import Safeguard, number_to_keep_back
+from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.errors import CalibrationError
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -86,28 +87,37 @@ def gather(
         first = (calibration_batches or 0) + compression.rounds * limit
         if length := _length(batches):
             first %= length
+    guard = compression.safeguard
     with compression.stopwatch(phase.value):
         wanted = checked(batches, first, limit, phase, progress=compression.progress)
+        if guard is not None and guard.wants_batches:
+            wanted = kept_back(wanted, guard)
         observe(compression.model, compression.gathering, wanted, phase, reading or BatchReading())
 
 
-def with_batches_kept_back(
-    model: nn.Module, batches: Iterable[Any], calibration_batches: int | None, reading: BatchReading
-) -> tuple[Safeguard, Iterable[Any]]:
-    """Return a safeguard that keeps the first batches back, and all batches."""
+def safeguard_of(model: nn.Module, reading: BatchReading) -> Safeguard:
+    """Return a safeguard that measures batches as `reading` says, without batches yet."""
 
     def measure(raw: Any) -> tuple[float, float]:
-        batch = move_data_to_device(raw, next(model.parameters()).device)
-        with torch.no_grad(), evaluation_mode(model), no_cache(model), uncompiled():
-            return float(reading.loss(model, batch)), float(reading.terms(batch))
+        batch = move_data_to_device(deepcopy(raw), next(model.parameters()).device)
+        terms = float(reading.terms(batch))
+        with measuring(model):
+            return float(reading.loss(model, batch)), terms
 
-    safeguard, length = Safeguard(measure), _length(batches)
-    many = number_to_keep_back(min(math.inf if n is None else n for n in (length, calibration_batches)))
-    first = list(islice(batches, many))
-    safeguard.batches = first if len(first) == many else first[: number_to_keep_back(len(first))]
-    if isinstance(batches, Iterator):  # it can be gone through once alone
-        return safeguard, chain(first, batches)
-    return safeguard, batches
+    return Safeguard(measure)
+
+
+def kept_back(batches: Iterable[Any], guard: Safeguard) -> Iterator[Any]:
+    """Yield batches, and keep copies of the first of them back."""
+    count = 0
+    for count, batch in enumerate(batches, 1):
+        if count <= KEPT_BACK and guard.wants_batches:
+            try:
+                guard.batches.append(deepcopy(batch))
+            except Exception as error:  # noqa: BLE001  batches are of any type
+                guard.give_up(f"{type(error).__name__}: {error}")
+        yield batch
+    del guard.batches[number_to_keep_back(count) :]
 
 
 def observe(

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import islice
 from typing import Any, Unpack, cast
 
 from lightning.fabric.utilities import move_data_to_device
@@ -16,10 +17,12 @@ from zssvd_lightning.compression.gathering import (
     ReadingSettings,
     checked,
     gather,
+    kept_back,
     observe,
+    safeguard_of,
     so_many,
-    with_batches_kept_back,
 )
+from zssvd_lightning.compression.kept_batches import KEPT_BACK
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
@@ -84,7 +87,10 @@ def compress(
     config, reading = _understood(config, preset, asked)
     run = Compression(model, config, progress)
     with _undone_on_error(run), _gradients_set_aside(model):
-        run.safeguard, batches = with_batches_kept_back(model, batches, calibration_batches, reading)
+        if statistics is None or config.corrections:
+            run.safeguard = safeguard_of(model, reading)
+        if statistics is not None and run.safeguard is not None:
+            list(kept_back(islice(batches, calibration_batches or KEPT_BACK), run.safeguard))
         for stage in course(config):
             if statistics is None:
                 gather(run, batches, stage.gathers, calibration_batches, reading)

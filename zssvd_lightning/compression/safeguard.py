@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zssvd_lightning.compression.kept_batches import batches_of_saved, batches_to_save
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
 from zssvd_lightning.errors import DivergedError
 from zssvd_lightning.selection.components import Selection
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from zssvd_lightning.compression.engine import Compression
 
 logger = logging.getLogger(__name__)
-
-KEPT_BACK = 8
-"""Number of batches per process to keep back, if there are four times as many; a quarter of them otherwise."""
 
 
 STANDARD_ERRORS = 2.0
@@ -36,6 +34,10 @@ SHRINKAGE = 0.25
 
 LARGE_RISE = 0.5
 """Rise of the loss by the whole compression (nats) from which a warning is given."""
+
+
+LARGE_PART = 0.1
+"""Such a rise relative to the loss of the dense model, for losses of another scale. The larger of both counts."""
 
 
 class State(NamedTuple):
@@ -64,16 +66,19 @@ class State(NamedTuple):
 class Safeguard:
     """Comparison of the states of one compression on the batches kept back.
 
+    If batches cannot be run again, it warns and gives up: corrections are then not compared.
+
     Args:
         measure: function that returns the mean loss of a batch and its number of terms at the present weights.
 
     Attributes:
         batches: batches kept back in this process, on the CPU.
         dense: mean loss of the dense model (nats); None before it was measured.
-        truncated: mean loss after the first truncation to the whole prune ratio.
-        best: smallest mean loss of a truncated state.
+        truncated: mean loss of the first state with the whole prune ratio.
+        best: smallest mean loss of a state with the whole prune ratio.
         taken_back: number of steps that were taken back.
         trust: factor of the length of natural steps.
+        judged: number of truncations after which the present state was measured.
     """
 
     def __init__(self, measure: Callable[[Any], tuple[float, float]]) -> None:
@@ -83,28 +88,53 @@ class Safeguard:
         self.best = math.inf
         self.taken_back = 0
         self.trust = 1.0
+        self.judged = 0
         self._measure = measure
         self._losses: Tensor | None = None
-        self._best_state: State | None = None
+        self._best: tuple[State, Tensor | None] | None = None
+        self._given_up = False
 
     @property
     def wants_batches(self) -> bool:
-        """True before the first measurement, also of a resumed run."""
-        return self.dense is None or self._losses is None
+        """True until the dense model was measured."""
+        return self.dense is None and not self._given_up
+
+    def give_up(self, reason: object) -> None:
+        """Warn that corrections are not compared, and do nothing from now on."""
+        if not self._given_up:
+            logger.warning(
+                "the loss cannot be measured on batches kept back (%s), so that corrections are not checked and may "
+                "make the model worse; compare the loss before and after",
+                reason,
+            )
+        self._given_up, self.batches = True, []
 
     def measure_dense(self, compression: "Compression") -> None:
-        """Measure the loss before the first truncation. If the batches cannot be run again, warn and give up."""
-        try:
-            with compression.team.together():
-                self.dense = _mean(self._measured(compression))
-        except Exception as error:  # noqa: BLE001  user code that runs a second time
-            compression.safeguard = None
-            logger.warning(
-                "calibration batches cannot be run again (%s: %s), so that corrections are not checked and may make "
-                "the model worse; compare the loss before and after",
-                type(error).__name__,
-                error,
-            )
+        """Measure the loss before the first truncation."""
+        if (losses := self._measured(compression)) is None:
+            return
+        if not len(losses) or not losses.isfinite().all():
+            self.give_up("there are no batches" if not len(losses) else f"it is {_mean(losses)} before truncation")
+        else:
+            self.dense = _mean(losses)
+
+    def compares(self, compression: "Compression") -> bool:
+        """Return True if the present state has the whole prune ratio and can be compared with the next. Collective.
+
+        After a resume, the present and the best state are measured again.
+        """
+        if self._given_up or compression.truncations < compression.config.truncations:
+            return False
+        if self._losses is None and self.truncated is not None:
+            present, best = State.of(compression), self._best
+            if best is not None:
+                best[0].put_into(compression)
+                measured = self._measured(compression)
+                self._best = None if measured is None else (best[0], measured)
+                self.best = self.best if measured is None else _mean(measured)
+                present.put_into(compression)
+            self._losses = self._measured(compression)
+        return self._losses is not None
 
     def accepts(self, compression: "Compression") -> bool:
         """Measure the present state. Return False if a step has raised the loss beyond noise, or to a value not finite.
@@ -112,11 +142,13 @@ class Safeguard:
         The losses of accepted states are those that the next state is compared with.
         """
         losses = self._measured(compression)
+        if losses is None:
+            return True
         if self._losses is not None and _is_worse(losses, self._losses):
             self.taken_back += 1
             self.trust *= SHRINKAGE
             logger.warning(
-                "a step raised the loss on the batches kept back from %.4g to %.4g nats and was taken back",
+                "a step raised the loss on the batches kept back from %.6g to %.6g nats and was taken back",
                 _mean(self._losses),
                 _mean(losses),
             )
@@ -125,84 +157,80 @@ class Safeguard:
         self._consider(compression, losses)
         return True
 
-    def start_from(self, compression: "Compression") -> None:
-        """Measure the present and the best state again after a resume, so that all losses are of the same batches."""
-        if self._losses is not None or self.truncated is None:
-            return
-        present, best = State.of(compression), self._best_state
-        if best is not None:
-            best.put_into(compression)
-            self.best = _mean(self._measured(compression))
-            present.put_into(compression)
-        self._losses = self._measured(compression)
-
     def consider(self, compression: "Compression") -> None:
         """Measure the present state after a truncation, and keep it if it is the best so far.
 
         Raises:
-            DivergedError: the loss after the first truncation is not finite.
+            DivergedError: the loss of the first state with the whole prune ratio is not finite.
         """
-        self.start_from(compression)
-        losses = self._measured(compression)
-        if self.truncated is None and not math.isfinite(_mean(losses)):
+        if self._given_up:
+            return
+        if self.truncated is not None:
+            self.compares(compression)
+        if (losses := self._measured(compression)) is None:
+            return
+        if self.truncated is None and not losses.isfinite().all():
             raise DivergedError(
-                f"the loss on the batches kept back is {_mean(losses)} after the truncation (dense: {self.dense:.4g} "
+                f"the loss on the batches kept back is {_mean(losses)} after the truncation (dense: {self.dense} "
                 "nats); lower prune_ratio, or compress in float32 or bfloat16"
             )
         self._consider(compression, losses)
 
     def settle(self, compression: "Compression") -> None:
         """Return to the best state if the present one is another, and warn if the model has lost much."""
-        self._go_back(compression)
-        if self.dense is not None and self.best - self.dense > LARGE_RISE:
+        if self._given_up or self._best is None or self._losses is None:
+            return
+        (state, best), present = self._best, self._losses
+        if not _mean(present) <= self.best:
+            if best is None or _is_worse(present, best):
+                self.taken_back += 1
+                logger.warning(
+                    "corrections raised the loss on the batches kept back from %.6g to %.6g nats and were taken back",
+                    self.best,
+                    _mean(present),
+                )
+            state.put_into(compression)
+        if self.dense is not None and self.best - self.dense > max(LARGE_RISE, LARGE_PART * abs(self.dense)):
             logger.warning(
-                "compression raised the loss on the batches kept back from %.4g to %.4g nats; lower prune_ratio, use "
-                "preset='best', or train the factors (recovery)",
+                "compression raised the loss on the batches kept back from %.4g to %.4g nats; lower prune_ratio, or "
+                "train the factors (recovery)",
                 self.dense,
                 self.best,
             )
 
-    def _go_back(self, compression: "Compression") -> None:
-        if self._best_state is None or self._losses is None or _mean(self._losses) <= self.best:
-            return
-        logger.warning(
-            "the loss on the batches kept back rose from %.4g to %.4g nats by corrections, which are taken back",
-            self.best,
-            _mean(self._losses),
-        )
-        self.taken_back += 1
-        self._best_state.put_into(compression)
-
     def report(self) -> dict[str, float] | None:
-        """Return the losses (nats) by state for the report; None if nothing was measured."""
-        if self.dense is None or self.truncated is None:
+        """Return the losses (nats) by state for the report; None if they were not measured."""
+        if self._given_up or self.dense is None or self.truncated is None:
             return None
         return {
-            "batches": len(self.batches),
+            "batches": 0 if self._losses is None else len(self._losses),
             "dense": self.dense,
             "truncated": self.truncated,
             "final": self.best,
             "taken_back": self.taken_back,
         }
 
-    def state_dict(self, compression: "Compression", *, statistics: bool = True) -> dict[str, Any]:
-        """Return plain types and tensors, in the form the team saves. Collective.
+    def state_dict(self, compression: "Compression", *, statistics: bool = True) -> dict[str, Any] | None:
+        """Return plain types and tensors, in the form the team saves; None if it has given up. Collective.
 
         Args:
             compression: the compression.
             statistics: False if the current gathering will be restarted, and with it the choice of batches.
         """
-        kept = self.batches if statistics or self.dense is not None else []
-        best = self._best_state
+        if self._given_up:
+            return None
+        best = None if self._best is None else self._best[0]
         factors = TruncatedWeights(compression.targets, compression.config.storage)
         factors.held = {} if best is None else dict(best.factors)
+        kept = self.batches if statistics or self.dense is not None else []
         return {
-            "batches": [batches if _is_plain(batches) else [] for batches in compression.team.gathered(kept)],
+            "batches": compression.team.gathered(batches_to_save(kept)),
             "dense": self.dense,
             "truncated": self.truncated,
             "best": self.best,
             "taken_back": self.taken_back,
             "trust": self.trust,
+            "judged": self.judged,
             "factors": None if best is None else factors.state_dict(),
             "selection": None if best is None or best.selection is None else best.selection.state_dict(),
             "importances": None
@@ -210,46 +238,54 @@ class Safeguard:
             else {name: list(importance) for name, importance in best.importances.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], compression: "Compression") -> None:
-        """Load a `state_dict`. Batches that could not be saved are to be kept back anew."""
-        team, saved = compression.team, state["batches"]
-        every = [batch for batches in saved for batch in batches]
-        self.batches = saved[team.rank] if len(saved) == team.size else every[team.rank :: team.size]
+    def load_state_dict(self, state: Mapping[str, Any] | None, compression: "Compression") -> None:
+        """Load a `state_dict`. Give up if the batches could not be saved, or there are too few for all processes."""
+        if state is None:
+            self.give_up("the checkpoint has none")
+            return
+        size, rank = compression.team.size, compression.team.rank
+        every = [batch for batches in state["batches"] for batch in batches or []]
+        each = len(every) // size
+        self.batches = batches_of_saved(every[rank * each : (rank + 1) * each])
         self.dense, self.truncated, self.best = state["dense"], state["truncated"], state["best"]
-        self.taken_back, self.trust = state["taken_back"], state["trust"]
-        if state["factors"] is not None:
+        self.taken_back, self.trust, self.judged = state["taken_back"], state["trust"], state["judged"]
+        if self.dense is not None and not each:
+            self.give_up(
+                "the checkpoint has none: they are too large, of an unusual type, or too few for all processes"
+            )
+        elif state["factors"] is not None:
             factors = TruncatedWeights(compression.targets, compression.config.storage)
             factors.load_state_dict(state["factors"])
             found = state["importances"]
-            self._best_state = State(
+            best = State(
                 factors.held,
                 None if state["selection"] is None else Selection.of_state(state["selection"]),
                 None if found is None else {name: Importance(*pair) for name, pair in found.items()},
             )
+            self._best = best, None
 
     def _consider(self, compression: "Compression", losses: Tensor) -> None:
         self._losses, mean = losses, _mean(losses)
+        self.judged = compression.truncations
         if self.truncated is None:
             self.truncated = mean
         if mean < self.best:
-            self.best, self._best_state = mean, State.of(compression)
+            self.best, self._best = mean, (State.of(compression), losses)
 
-    def _measured(self, compression: "Compression") -> Tensor:
-        """Return loss and terms (b, 2) of every batch of all processes, in float64. Collective."""
+    def _measured(self, compression: "Compression") -> Tensor | None:
+        """Return loss and terms (b, 2) of every batch of all processes; None after giving up. Collective."""
+        if self._given_up:
+            return None
+        mine: list[tuple[float, float]] = []
         with compression.stopwatch("measure"):
-            mine = [self._measure(batch) for batch in self.batches]
+            try:
+                with compression.team.together():
+                    mine = [self._measure(batch) for batch in self.batches]
+            except Exception as error:  # noqa: BLE001  user code that runs a second time, without gradients
+                self.give_up(f"{type(error).__name__}: {error}")
+                return None
             every = [pair for theirs in compression.team.gathered(mine) for pair in theirs]
         return torch.tensor(every, dtype=torch.float64).reshape(-1, 2)
-
-
-def number_to_keep_back(batches: float) -> int:
-    """Return how many of the calibration batches to keep back.
-
-    Example:
-        >>> [number_to_keep_back(batches) for batches in (1, 4, 16, 1000)]
-        [1, 1, 4, 8]
-    """
-    return int(max(1, min(KEPT_BACK, batches // 4)))
 
 
 def _mean(losses: Tensor) -> float:
@@ -267,12 +303,3 @@ def _is_worse(losses: Tensor, before: Tensor) -> bool:
     rise = float((differences * terms).sum() / terms.sum())
     noise = float(differences.std() / math.sqrt(len(differences))) if len(differences) > 1 else 0.0
     return rise > STANDARD_ERRORS * noise
-
-
-def _is_plain(value: Any) -> bool:
-    """Return True for nested lists, tuples and dictionaries of tensors, numbers and strings, which checkpoints hold."""
-    if type(value) is dict:
-        return all(map(_is_plain, [*value.keys(), *value.values()]))
-    if type(value) in {list, tuple}:
-        return all(map(_is_plain, value))
-    return value is None or type(value) in {Tensor, bool, int, float, str}

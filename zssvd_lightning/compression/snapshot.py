@@ -66,8 +66,8 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
     run.model_parameters = state["model_parameters"]
     run.truncations = state["truncations"]
     run.truncation_loss = state.get("truncation_loss", math.inf)  # older checkpoints do not bound their steps
-    if run.safeguard is not None and (saved := state.get("safeguard")) is not None:
-        run.safeguard.load_state_dict(saved, run)
+    if run.safeguard is not None and (run.truncations or state.get("safeguard") is not None):
+        run.safeguard.load_state_dict(state.get("safeguard"), run)
     run.gathering.calls_to_record = run.calls_to_record
     run.losses, run.fractions = list(state["losses"]), list(state["fractions"])
     run.stopwatch.seconds = dict(state["seconds"])
