@@ -158,7 +158,8 @@ def test_sharing_statistics_changes_no_result(run, tmp_path):
     for cell, result in shared.cells.items():
         assert result["perplexity"] == alone.cells[cell]["perplexity"]
         assert result["reached"] == alone.cells[cell]["reached"]
-        assert result["seconds"].keys() == alone.cells[cell]["seconds"].keys()
+        # without corrections, shared statistics leave no batches to measure the loss on
+        assert result["seconds"].keys() - {"measure"} == alone.cells[cell]["seconds"].keys() - {"measure"}
         gathering = statistics[result["settings"]["compression"]["metric"]]
         assert result["seconds"]["calibrate"] >= gathering["seconds"]["calibrate"]
         assert result["peak_rss_bytes"] >= gathering["peak_rss_bytes"]

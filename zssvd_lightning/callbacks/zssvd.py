@@ -64,8 +64,8 @@ class ZSSVDCallback(L.Callback):
 
     It works on any `LightningModule` with automatic optimization and one optimizer whose `training_step` returns a mean
     loss. During calibration, dropout is off, no weight changes and the optimizer keeps its state, but the batches count
-    as steps for `max_steps` and schedulers. `training_step` also runs again on a few calibration batches, without traces,
-    to take back corrections that raise their loss. After factorization, `configure_optimizers` runs again, or the
+    as steps for `max_steps` and schedulers. `training_step` runs again on a few calibration batches, without traces, to
+    take back corrections that raise their loss. After factorization, `configure_optimizers` runs again, or the
     optimizer of `recovery` is set up, so that the learning-rate schedule starts with the training of the factors.
     Training can resume from a checkpoint of any phase.
 
