@@ -75,6 +75,7 @@ def compress(
         For a transformers model and batches that it is called with, `compress(model, batches, prune_ratio=0.3)` is
         enough. Other models need to say what their loss is:
 
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
         >>> batches = [(torch.randn(64, 16), torch.randint(8, (64,))) for _ in range(8)]
         >>> def loss(model, batch):

@@ -162,6 +162,7 @@ class Safeguard:
 
         Raises:
             DivergedError: the loss of the first state with the whole prune ratio is not finite.
+            NonFiniteError: neither are the factors of a layer.
         """
         if self._given_up:
             return
@@ -170,6 +171,7 @@ class Safeguard:
         if (losses := self._measured(compression)) is None:
             return
         if self.truncated is None and not losses.isfinite().all():
+            compression.truncated.refuse_non_finite()  # which names the layer
             raise DivergedError(
                 f"the loss on the batches kept back is {_mean(losses)} after the truncation (dense: {self.dense} "
                 "nats); lower prune_ratio, or compress in float32 or bfloat16"

@@ -116,7 +116,7 @@ class TruncatedWeights:
         Raises:
             NonFiniteError: the factors of this or another layer contain NaN or infinite values.
         """
-        self._refuse_non_finite()
+        self.refuse_non_finite()
         old, factors = self._targets[name].module, self._whole(name)
         bias = None if old.bias is None else self._team.whole(local_part(old.bias.detach()), len(old.bias))
         with _exact_on(factors.up.device):
@@ -154,7 +154,7 @@ class TruncatedWeights:
         wide = accumulated(weight.dtype)
         return weight.new_empty(0, dtype=wide if issubclass(self._form, PivotedLinear) else weight.dtype)
 
-    def _refuse_non_finite(self) -> None:
+    def refuse_non_finite(self) -> None:
         """Raise NonFiniteError unless the factors of all layers are finite. Runs before the first layer. Collective."""
         if self._known_finite:
             return
