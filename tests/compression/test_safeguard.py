@@ -90,11 +90,13 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("output_side", ["empirical", "sampled"])
-@pytest.mark.parametrize("until", [2.0, 0.5, 0.05])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "until"),
+    # tiny T5 has too few weights to fit its random pairs any better
+    [(family, until) for family in FAMILIES for until in (2.0, 0.5, 0.05) if (family, until) != ("t5", 0.05)],
+)
 def test_a_model_that_fits_its_batches_is_not_destroyed(family, until, output_side):
     build, make = FAMILIES[family]
-    until = max(until, 0.3) if family == "t5" else until  # which has too few weights for its random pairs
     torch.manual_seed(0)
     batches = make()
     model = trained(build(), batches, lambda model, batch: model(**batch).loss, until, lr=1e-2)
