@@ -1,6 +1,7 @@
 """Batches kept back in a fit: their loss is measured without traces, and corrections that raise it are taken back."""
 
 import copy
+import math
 import pickle
 
 import lightning as L
@@ -14,6 +15,7 @@ from torchmetrics import MeanMetric
 
 from zssvd_lightning import ZSSVDCallback
 from zssvd_lightning.callbacks.trainer.replay import Replay, copied
+from zssvd_lightning.compression import corrections
 from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.strategies import SingleDeviceAdapter
 
@@ -178,18 +180,20 @@ class Strange:
         return self
 
 
+class Wrapped(CausalLM):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch.batch, batch_idx)
+
+
+class Reads(ZSSVDCallback):
+    def token_mask(self, batch):
+        return None
+
+    def loss_terms(self, batch):
+        return 1.0
+
+
 def test_a_resumed_run_without_its_batches_says_that_it_does_not_compare(tmp_path, caplog):
-    class Wrapped(CausalLM):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch.batch, batch_idx)
-
-    class Reads(ZSSVDCallback):
-        def token_mask(self, batch):
-            return None
-
-        def loss_terms(self, batch):
-            return 1.0
-
     def callback():
         settings = {"preset": "best", "corrections": 2, "correction_batches": 2, "progress": False}
         return Reads(0.4, schedule={"calibration_batches": 8}, **settings)
@@ -226,8 +230,10 @@ def test_hooks_on_batches_and_other_names_of_the_index_are_respected():
     assert set(seen) == {1}
 
 
-@pytest.mark.parametrize("step", [9, 11])
-def test_checkpoints_of_earlier_releases_go_on_without_a_comparison(tmp_path, caplog, step):
+@pytest.mark.parametrize("step", [3, 9, 11])
+def test_checkpoints_of_earlier_releases_go_on(tmp_path, monkeypatch, caplog, step):
+    bounds = []
+    monkeypatch.setattr(corrections, "trusted_radius", lambda radius, loss: bounds.append(loss) or radius)
     model, batches = tiny_llama(), token_batches(24)
     trainer(best(), Saves(tmp_path)).fit(CausalLM(copy.deepcopy(model), lr=0.0), loader(batches))
     checkpoint = torch.load(tmp_path / f"{step}.ckpt", weights_only=True)
@@ -240,25 +246,14 @@ def test_checkpoints_of_earlier_releases_go_on_without_a_comparison(tmp_path, ca
     callback = best()
     trainer(callback).fit(CausalLM(model, lr=0.0), loader(batches), ckpt_path=tmp_path / "old.ckpt")
     assert callback.phase == "done"
-    assert callback.report.kept_back is None
-    assert "the checkpoint has none" in caplog.text
+    assert (callback.report.kept_back is None) == ("the checkpoint has none" in caplog.text) == (step > 8)
+    assert all(math.isfinite(bound) for bound in bounds) == (step != 9)  # 9: truncated before, and no step yet
 
 
 def test_a_batch_that_cannot_be_copied_is_said(caplog):
     class Unique(Strange):
         def __deepcopy__(self, memo):
             raise TypeError("there is one of it")
-
-    class Wrapped(CausalLM):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch.batch, batch_idx)
-
-    class Reads(ZSSVDCallback):
-        def token_mask(self, batch):
-            return None
-
-        def loss_terms(self, batch):
-            return 1.0
 
     callback = Reads(0.3, schedule={"calibration_batches": 4}, correction_batches=2, progress=False)
     batches = [Unique(batch) for batch in token_batches(24)]

@@ -72,7 +72,7 @@ class Safeguard:
         measure: function that returns the mean loss of a batch and its number of terms at the present weights.
 
     Attributes:
-        batches: batches kept back in this process, on the CPU.
+        batches: copies of the batches kept back in this process.
         dense: mean loss of the dense model (nats); None before it was measured.
         truncated: mean loss of the first state with the whole prune ratio.
         best: smallest mean loss of a state with the whole prune ratio.

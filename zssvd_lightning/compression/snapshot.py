@@ -65,7 +65,8 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
     run.first_steps = None if state["lengths"] is None else {n: _step(saved) for n, saved in state["lengths"].items()}
     run.model_parameters = state["model_parameters"]
     run.truncations = state["truncations"]
-    run.truncation_loss = state.get("truncation_loss", math.inf)  # older checkpoints do not bound their steps
+    unknown = math.inf if run.truncations else 0.0  # steps are not bounded by a truncation of an earlier release
+    run.truncation_loss = state.get("truncation_loss", unknown)
     if run.safeguard is not None and (run.truncations or state.get("safeguard") is not None):
         run.safeguard.load_state_dict(state.get("safeguard"), run)
     run.gathering.calls_to_record = run.calls_to_record
