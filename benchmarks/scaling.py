@@ -254,7 +254,11 @@ def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: 
         else ModelParallelStrategy(size, 1, process_group_backend="gloo")
     )
     callback = ZSSVDCallback(
-        PRUNE_RATIO, schedule=Schedule(calibration_batches=BATCHES), correction_batches=1, progress=False
+        PRUNE_RATIO,
+        "zs-svd-line-search",
+        schedule=Schedule(calibration_batches=BATCHES),
+        correction_batches=1,
+        progress=False,
     )
     ids = torch.randint(64, (2 * BATCHES + 2, 4, 128), generator=torch.Generator().manual_seed(rank))
     trainer = L.Trainer(

@@ -9,6 +9,10 @@ class ConfigError(ZSSVDError, ValueError):
     """Setting that is unknown, of the wrong type or out of range."""
 
 
+class ContradictionError(ConfigError):
+    """Settings that are valid alone but exclude each other."""
+
+
 class TargetError(ZSSVDError, ValueError):
     """Requested layers that cannot be factorized or do not exist."""
 

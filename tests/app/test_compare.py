@@ -773,7 +773,10 @@ def test_statistics_that_are_there_serve_several_compressions(settings):
     before = state_of(models[0])
     statistics = calibrate(models[0], batches, config, progress=False)
     assert_same_state(before, state_of(models[0]))
-    reports = [compress(model, batches, config, statistics=statistics, progress=False) for model in models[:2]]
+    reports = [
+        compress(model, batches, config, statistics=statistics, preset="zs-svd-line-search", progress=False)
+        for model in models[:2]
+    ]
     expected = compress(models[2], batches, config, progress=False)
     for model, report in zip(models, reports, strict=False):
         assert_same_state(state_of(models[2]), state_of(model))
@@ -781,14 +784,14 @@ def test_statistics_that_are_there_serve_several_compressions(settings):
 
 
 def test_statistics_of_another_model_are_refused():
-    statistics = calibrate(tiny_llama(), token_batches(), progress=False)
+    statistics = calibrate(tiny_llama(), token_batches(), preset="zs-svd-line-search", progress=False)
     for other, message in (
         (tiny_llama(hidden_size=64), "of width 32 is a layer"),
         (tiny_llama(num_hidden_layers=1), "no layer"),
     ):
         before = state_of(other)
         with pytest.raises(CalibrationError, match=message):
-            compress(other, token_batches(), statistics=statistics, progress=False)
+            compress(other, token_batches(), statistics=statistics, preset="zs-svd-line-search", progress=False)
         assert_same_state(before, state_of(other))
 
 

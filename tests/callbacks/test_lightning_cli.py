@@ -114,7 +114,7 @@ def test_a_dry_run_writes_a_plan_changes_nothing_and_the_plan_is_followed(tmp_pa
     plan = tmp_path / "plan.yaml"
     module = CausalLM()
     before = state_of(module)
-    dry = ZSSVDCallback(0.3, dry_run=plan, progress=False)
+    dry = ZSSVDCallback(0.3, "zs-svd-line-search", dry_run=plan, progress=False)
     fitted = trainer(dry, max_epochs=3)
     fitted.fit(module, loader(token_batches()))
     assert_same_state(before, state_of(module))
@@ -123,7 +123,7 @@ def test_a_dry_run_writes_a_plan_changes_nothing_and_the_plan_is_followed(tmp_pa
     assert dry.report is None
 
     content = yaml.safe_load(plan.read_text())
-    direct = ZSSVDCallback(0.3, corrections=0, progress=False)
+    direct = ZSSVDCallback(0.3, "zs-svd-line-search", corrections=0, progress=False)
     torch.manual_seed(0)
     trainer(direct, max_epochs=3).fit(CausalLM(), loader(token_batches()))
     written = {name: None if e["rank"] == "dense" else e["rank"] for name, e in content["layers"].items()}
@@ -135,7 +135,7 @@ def test_a_dry_run_writes_a_plan_changes_nothing_and_the_plan_is_followed(tmp_pa
     content["layers"]["model.model.layers.1.mlp.up_proj"]["rank"] = "dense"
     plan.write_text(yaml.safe_dump(content))
     module = CausalLM()
-    reviewed = ZSSVDCallback(0.9, plan=str(plan), correction_batches=2, progress=False)
+    reviewed = ZSSVDCallback(0.9, "zs-svd-line-search", plan=str(plan), correction_batches=2, progress=False)
     trainer(reviewed, max_epochs=4).fit(module, loader(token_batches()))
     assert ranks_of(module)[layer] == 5
     assert "model.model.layers.1.mlp.up_proj" not in ranks_of(module)
@@ -144,7 +144,7 @@ def test_a_dry_run_writes_a_plan_changes_nothing_and_the_plan_is_followed(tmp_pa
 
 
 def test_a_dry_run_without_a_file_name_writes_into_the_run_folder(tmp_path):
-    dry = ZSSVDCallback(0.3, dry_run=True, progress=False)
+    dry = ZSSVDCallback(0.3, "zs-svd-line-search", dry_run=True, progress=False)
     trainer(dry, max_epochs=1, default_root_dir=tmp_path).fit(CausalLM(), loader(token_batches()))
     assert (tmp_path / "zssvd_plan.yaml").exists()
 
@@ -152,7 +152,7 @@ def test_a_dry_run_without_a_file_name_writes_into_the_run_folder(tmp_path):
 def test_a_dry_run_refuses_to_overwrite_before_it_spends_a_batch(tmp_path):
     plan = tmp_path / "plan.yaml"
     plan.write_text("reviewed")
-    fitted = trainer(ZSSVDCallback(0.3, dry_run=plan, progress=False), max_epochs=3)
+    fitted = trainer(ZSSVDCallback(0.3, "zs-svd-line-search", dry_run=plan, progress=False), max_epochs=3)
     with pytest.raises(OutputError, match="exists"):
         fitted.fit(CausalLM(), loader(token_batches()))
     assert fitted.global_step == 0
@@ -160,7 +160,9 @@ def test_a_dry_run_refuses_to_overwrite_before_it_spends_a_batch(tmp_path):
 
 
 def test_a_bad_plan_is_refused_before_a_batch_is_spent(tmp_path):
-    fitted = trainer(ZSSVDCallback(0.3, plan=tmp_path / "none.yaml", progress=False), max_epochs=6)
+    fitted = trainer(
+        ZSSVDCallback(0.3, "zs-svd-line-search", plan=tmp_path / "none.yaml", progress=False), max_epochs=6
+    )
     with pytest.raises(PlanError, match=r"none\.yaml cannot be read"):
         fitted.fit(CausalLM(), loader(token_batches()))
     assert fitted.global_step == 0

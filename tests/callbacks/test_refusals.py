@@ -118,7 +118,7 @@ def test_what_cannot_be_done_is_a_named_error_and_nothing_is_lost(case):
 def test_an_exception_before_factorization_puts_everything_back(step):
     module = CausalLM().train()
     before = state_of(module)
-    callback = ZSSVDCallback(0.3, correction_batches=2, progress=False)
+    callback = ZSSVDCallback(0.3, "zs-svd-line-search", correction_batches=2, progress=False)
     with pytest.raises(ConnectionError):
         trainer(callback, Interrupt(step), max_epochs=6).fit(module, loader(token_batches()))
     after = state_of(module)
@@ -127,7 +127,7 @@ def test_an_exception_before_factorization_puts_everything_back(step):
 
 
 def test_an_exception_after_factorization_leaves_the_low_rank_model():
-    module, callback = CausalLM(), ZSSVDCallback(0.3, correction_batches=2, progress=False)
+    module, callback = CausalLM(), ZSSVDCallback(0.3, "zs-svd-line-search", correction_batches=2, progress=False)
     with pytest.raises(ConnectionError):
         trainer(callback, Interrupt(12), max_epochs=6).fit(module, loader(token_batches()))
     assert any(isinstance(m, LowRankLinear) for m in module.modules())
@@ -135,7 +135,7 @@ def test_an_exception_after_factorization_leaves_the_low_rank_model():
 
 
 def test_the_same_callback_works_after_a_failure():
-    module, callback = CausalLM(), ZSSVDCallback(0.3, correction_batches=2, progress=False)
+    module, callback = CausalLM(), ZSSVDCallback(0.3, "zs-svd-line-search", correction_batches=2, progress=False)
     with pytest.raises(ConnectionError):
         trainer(callback, Interrupt(7), max_epochs=6).fit(module, loader(token_batches()))
     trainer(callback, max_epochs=6).fit(module, loader(token_batches()))
@@ -199,7 +199,7 @@ class SkipsEpochs(CausalLM):
 
 
 def test_a_skipped_rest_of_an_epoch_leaves_no_observation_open():
-    module, callback = SkipsEpochs(), ZSSVDCallback(0.3, correction_batches=2, progress=False)
+    module, callback = SkipsEpochs(), ZSSVDCallback(0.3, "zs-svd-line-search", correction_batches=2, progress=False)
     trainer(callback, max_epochs=9).fit(module, loader(token_batches()))
     assert callback.phase is Phase.DONE
     assert not any(m._forward_pre_hooks for m in module.modules())
@@ -207,7 +207,7 @@ def test_a_skipped_rest_of_an_epoch_leaves_no_observation_open():
 
 
 def test_a_failed_fit_leaves_no_epoch_length_behind():
-    callback = ZSSVDCallback(0.3, correction_batches=2, progress=False)
+    callback = ZSSVDCallback(0.3, "zs-svd-line-search", correction_batches=2, progress=False)
     with pytest.raises(ConnectionError):
         trainer(callback, Interrupt(5), max_epochs=6).fit(CausalLM(), loader(token_batches()))
     counts = []
@@ -221,7 +221,7 @@ def test_a_failed_fit_leaves_no_epoch_length_behind():
 
 
 def test_another_module_is_compressed_anew():
-    callback = ZSSVDCallback(0.3, corrections=0, progress=False)
+    callback = ZSSVDCallback(0.3, "zs-svd-line-search", corrections=0, progress=False)
     for _ in range(2):
         module = CausalLM()
         trainer(callback, max_epochs=2).fit(module, loader(token_batches()))

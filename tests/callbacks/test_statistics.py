@@ -72,7 +72,7 @@ def test_settings_of_the_trainer_do_not_change_the_statistics(name):
 
 
 def test_half_precision_weights_go_through_the_whole_of_it():
-    module, callback = CausalLM(), ZSSVDCallback(0.3, correction_batches=2, progress=False)
+    module, callback = CausalLM(), ZSSVDCallback(0.3, "zs-svd-line-search", correction_batches=2, progress=False)
     trainer(callback, max_epochs=5, precision="bf16-true").fit(module, loader(token_batches()))
     assert callback.report.reached >= 0.3
     assert all(m.up.weight.dtype == torch.bfloat16 for m in module.modules() if isinstance(m, LowRankLinear))
@@ -178,7 +178,9 @@ def test_checkpointed_activations_make_no_difference_to_what_is_drawn():
 
 @pytest.mark.parametrize("settings", [{"metric": "two_sided", "output_side": "top_k"}, {"correction_step": "refit"}])
 def test_a_module_in_which_the_model_is_not_known_is_refused_before_any_batch(settings):
-    fitted = trainer(ZSSVDCallback(0.3, progress=False, correction_batches=2, **settings), max_epochs=9)
+    fitted = trainer(
+        ZSSVDCallback(0.3, "zs-svd-line-search", progress=False, correction_batches=2, **settings), max_epochs=9
+    )
     with pytest.raises(LogitsError, match=r"holds 0 of transformers; override ZSSVDCallback\.student"):
         fitted.fit(Classifies(Blocks()), loader(pairs()))
     assert fitted.global_step == 0
@@ -201,7 +203,7 @@ def test_checkpointed_activations_make_no_difference(reentrant):
 def test_checkpointing_that_passes_no_gradient_on_is_refused_at_the_first_batch():
     model = Blocks(embeds=False)
     model.reentrant = True
-    fitted = trainer(ZSSVDCallback(0.3, corrections=0, progress=False), max_epochs=2)
+    fitted = trainer(ZSSVDCallback(0.3, "zs-svd-line-search", corrections=0, progress=False), max_epochs=2)
     with pytest.raises(ZeroGradientError, match=r"no gradient at model\.blocks.*use_reentrant=False"):
         fitted.fit(Classifies(model), loader(pairs(embeds=False)))
     assert fitted.global_step == 0
@@ -222,7 +224,7 @@ class Teaches(CausalLM):
 
 
 def test_a_teacher_is_named_at_the_first_batch_and_can_be_ignored():
-    fitted = trainer(ZSSVDCallback(0.3, corrections=0, progress=False), max_epochs=2)
+    fitted = trainer(ZSSVDCallback(0.3, "zs-svd-line-search", corrections=0, progress=False), max_epochs=2)
     with pytest.raises(ZeroGradientError, match=r"teacher\.model\.layers.* as a teacher's.*ignore"):
         fitted.fit(Teaches(), loader(token_batches()))
     assert fitted.global_step == 0
@@ -239,7 +241,7 @@ class SkipsABatch(CausalLM):
 
 def test_a_batch_without_a_loss_is_refused():
     with pytest.raises(CalibrationError, match="no loss for calibration batch 2 of epoch 0"):
-        trainer(ZSSVDCallback(0.3, corrections=0, progress=False), max_epochs=2).fit(
+        trainer(ZSSVDCallback(0.3, "zs-svd-line-search", corrections=0, progress=False), max_epochs=2).fit(
             SkipsABatch(), loader(token_batches())
         )
 

@@ -74,7 +74,7 @@ def test_best_improves_on_one_truncation_at_any_loss(until, ratio):
     for corrections in (0, 8):
         other = copy.deepcopy(model)
         given = {"preset": "best", "corrections": corrections, "progress": False}
-        report = compress(other, batches, prune_ratio=ratio, **given, **READING)
+        report = compress(other, batches, prune_ratio=ratio, **{"preset": "zs-svd-line-search"} | given, **READING)
         losses[corrections] = mean_loss(other, batches, READING["loss"]), mean_loss(other, held_out, READING["loss"])
         assert report.kept_back["final"] <= report.kept_back["truncated"]
     assert losses[8][0] <= 1.02 * losses[0][0] + 1e-5
@@ -101,7 +101,7 @@ def test_a_model_that_fits_its_batches_is_not_destroyed(family, until, output_si
     batches = make()
     model = trained(build(), batches, lambda model, batch: model(**batch).loss, until, lr=1e-2)
     settings = {"preset": "best", "output_side": output_side, "progress": False}
-    report = compress(model, batches, prune_ratio=0.3, **settings)
+    report = compress(model, batches, prune_ratio=0.3, **{"preset": "zs-svd-line-search"} | settings)
     kept = report.kept_back
     assert kept["dense"] <= 2 * until
     assert kept["final"] <= kept["truncated"]
@@ -151,7 +151,15 @@ def test_a_truncation_that_leaves_no_finite_loss_is_an_error_and_undone():
         return READING["loss"](model, batch) * (math.nan if after else 1.0)
 
     with pytest.raises(DivergedError, match="is nan after the truncation"):
-        compress(model, batches, prune_ratio=0.5, corrections=0, progress=False, **READING | {"loss": broken})
+        compress(
+            model,
+            batches,
+            prune_ratio=0.5,
+            corrections=0,
+            preset="zs-svd-line-search",
+            progress=False,
+            **READING | {"loss": broken},
+        )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -165,10 +173,12 @@ def test_batches_that_cannot_run_twice_are_said_and_change_nothing(caplog):
 
     model = mlp()
     other = copy.deepcopy(model)
-    report = compress(model, batches, prune_ratio=0.5, progress=False, **READING | {"loss": once})
+    report = compress(
+        model, batches, prune_ratio=0.5, preset="zs-svd-line-search", progress=False, **READING | {"loss": once}
+    )
     assert report.kept_back is None
     assert "(ConnectionError: gone), so that corrections are not checked" in caplog.text
-    compress(other, batches, prune_ratio=0.5, progress=False, **READING)
+    compress(other, batches, prune_ratio=0.5, preset="zs-svd-line-search", progress=False, **READING)
     for name, value in other.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value)
 
@@ -224,7 +234,7 @@ def test_steps_that_raise_the_prune_ratio_are_not_taken_back_for_it(corrections,
     batches = clusters(1.0, count=16)
     model = trained(mlp(), batches, READING["loss"], 5e-3)
     settings = {"preset": "best", "corrections": corrections, "truncations": truncations, "progress": False}
-    report = compress(model, batches, prune_ratio=0.8, **settings, **READING)
+    report = compress(model, batches, prune_ratio=0.8, **{"preset": "zs-svd-line-search"} | settings, **READING)
     assert report.reached >= 0.8
 
 
@@ -256,7 +266,15 @@ def test_measuring_leaves_no_traces():
         return READING["loss"](model, batch)
 
     before = torch.get_rng_state(), random.getstate()
-    report = compress(model, batches, prune_ratio=0.5, corrections=0, progress=False, **READING | {"loss": loss})
+    report = compress(
+        model,
+        batches,
+        prune_ratio=0.5,
+        corrections=0,
+        preset="zs-svd-line-search",
+        progress=False,
+        **READING | {"loss": loss},
+    )
     assert report.kept_back is not None
     assert (model.seen, model.added, model.calls, len(model.outputs)) == (8, 8, 8, 8)
     assert model.metric._update_count == 8
@@ -271,7 +289,14 @@ def test_a_loss_that_changes_parameters_is_said(caplog):
             model[0].bias.add_(0.0)
         return READING["loss"](model, batch)
 
-    compress(mlp(), clusters(1.0, count=8), prune_ratio=0.5, progress=False, **READING | {"loss": loss})
+    compress(
+        mlp(),
+        clusters(1.0, count=8),
+        prune_ratio=0.5,
+        preset="zs-svd-line-search",
+        progress=False,
+        **READING | {"loss": loss},
+    )
     assert "changed the parameter 0.bias" in caplog.text
 
 
@@ -284,7 +309,14 @@ def test_a_failure_of_a_later_measurement_is_said_and_the_run_goes_on(caplog):
             raise ConnectionError("gone")
         return READING["loss"](model, batch)
 
-    report = compress(mlp(), clusters(1.0, count=8), prune_ratio=0.5, progress=False, **READING | {"loss": loss})
+    report = compress(
+        mlp(),
+        clusters(1.0, count=8),
+        prune_ratio=0.5,
+        preset="zs-svd-line-search",
+        progress=False,
+        **READING | {"loss": loss},
+    )
     assert report.reached >= 0.5
     assert report.kept_back is None
     assert "ConnectionError: gone" in caplog.text
@@ -292,8 +324,17 @@ def test_a_failure_of_a_later_measurement_is_said_and_the_run_goes_on(caplog):
 
 def test_statistics_need_no_batches_without_corrections():
     model, batches = mlp(), clusters(1.0, count=8)
-    statistics = calibrate(copy.deepcopy(model), batches, progress=False, **READING)
-    report = compress(model, [], prune_ratio=0.4, corrections=0, statistics=statistics, progress=False, **READING)
+    statistics = calibrate(copy.deepcopy(model), batches, preset="zs-svd-line-search", progress=False, **READING)
+    report = compress(
+        model,
+        [],
+        prune_ratio=0.4,
+        corrections=0,
+        statistics=statistics,
+        preset="zs-svd-line-search",
+        progress=False,
+        **READING,
+    )
     assert report.reached >= 0.4
     assert report.kept_back is None
 
@@ -313,7 +354,15 @@ def test_batches_that_can_be_gone_through_once_are_all_calibrated_on():
         return READING["loss"](model, batch)
 
     batches = clusters(1.0, count=16)
-    compress(mlp(), Once(batches), prune_ratio=0.5, corrections=0, progress=False, **READING | {"loss": loss})
+    compress(
+        mlp(),
+        Once(batches),
+        prune_ratio=0.5,
+        corrections=0,
+        preset="zs-svd-line-search",
+        progress=False,
+        **READING | {"loss": loss},
+    )
     assert len(seen) == 16
 
 

@@ -123,7 +123,8 @@ def test_a_preset_stands_in_for_what_is_not_given(tmp_path):
 def test_the_callback_takes_a_preset_and_what_is_given_wins():
     config = ZSSVDCallback(0.3, preset="zs-svd-5x", corrections=2).config
     assert config == CompressionConfig.of("zs-svd-5x", prune_ratio=0.3, corrections=2)
-    assert ZSSVDCallback(0.3).config == CompressionConfig(0.3)
+    assert ZSSVDCallback(0.3, "zs-svd-line-search").config == CompressionConfig(0.3)
+    assert ZSSVDCallback(0.3).config == ZSSVDCallback(0.3, None).config == CompressionConfig.of("best", prune_ratio=0.3)
     with pytest.raises(ConfigError, match="did you mean 'best'"):
         ZSSVDCallback(preset="bst")
 
@@ -155,16 +156,16 @@ def test_a_config_and_settings_beside_it_are_refused():
 
 def test_flat_names_of_the_schedule_and_a_plan_of_a_dry_run_still_work_and_warn(tmp_path):
     with pytest.warns(DeprecationWarning, match=r"schedule=Schedule\(start_step=3, extend_training=True\)"):
-        callback = ZSSVDCallback(0.3, start_step=3, extend_training=True)
+        callback = ZSSVDCallback(0.3, "zs-svd-line-search", start_step=3, extend_training=True)
     assert callback.schedule == Schedule(start_step=3, extend_training=True)
     with pytest.warns(DeprecationWarning, match="dry_run=FILE"):
-        callback = ZSSVDCallback(0.3, dry_run=True, plan=str(tmp_path / "plan.yaml"))
+        callback = ZSSVDCallback(0.3, "zs-svd-line-search", dry_run=True, plan=str(tmp_path / "plan.yaml"))
     assert callback.dry_run == tmp_path / "plan.yaml"
     assert callback.config.plan is None
 
 
 def test_unknown_settings_name_the_nearest_one():
     with pytest.raises(ConfigError, match="did you mean 'corrections'"):
-        ZSSVDCallback(0.3, correctons=2)
+        ZSSVDCallback(0.3, "zs-svd-line-search", correctons=2)
     with pytest.raises(ConfigError, match="did you mean 'start_step'"):
-        ZSSVDCallback(0.3, schedule={"start_stp": 2})
+        ZSSVDCallback(0.3, "zs-svd-line-search", schedule={"start_stp": 2})

@@ -61,7 +61,9 @@ def blocks_of(page):
 
 def low_rank(**names):
     model = tiny_llama()
-    report = compress(model, token_batches(), prune_ratio=0.3, corrections=0, progress=False)
+    report = compress(
+        model, token_batches(), prune_ratio=0.3, corrections=0, preset="zs-svd-line-search", progress=False
+    )
     return {"model": model, "tokenizer": tiny_tokenizer(), "callback": SimpleNamespace(report=report)} | names
 
 
@@ -94,7 +96,7 @@ def test_blocks_of_recovery_run(tmp_path, monkeypatch):
     module = CausalLM(tiny_llama())
     recovery = LoRARecovery(rank=2, clip_rank=True, lr=1e-2, merge=False)
     settings = {"corrections": 0, "recovery": recovery, "schedule": Schedule(calibration_batches=4)}
-    trainer(ZSSVDCallback(0.3, **settings, progress=False)).fit(module, loader(token_batches(12)))
+    trainer(ZSSVDCallback(0.3, "zs-svd-line-search", **settings, progress=False)).fit(module, loader(token_batches(12)))
     expected = logits(module.model.eval())
     save_pretrained(module.model, "mine")
     names = {"module": module}

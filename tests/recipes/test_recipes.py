@@ -72,7 +72,9 @@ def test_a_second_fit_begins_with_the_low_rank_model_and_refuses_a_dense_checkpo
     model = CompressedLM(str(tmp_path / "none"), source=str(source)).model
     for name in ("dense", "low-rank"):
         if name == "low-rank":
-            compress(model, token_batches(), prune_ratio=0.4, corrections=0, progress=False)
+            compress(
+                model, token_batches(), prune_ratio=0.4, corrections=0, preset="zs-svd-line-search", progress=False
+            )
         fit = trainer(max_steps=0)
         module = CausalLM(model)
         fit.fit(module, loader(token_batches(1)))

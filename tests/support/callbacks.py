@@ -13,9 +13,12 @@ def scheduled(settings: dict[str, Any]) -> dict[str, Any]:
     return {"schedule": schedule, **{name: value for name, value in settings.items() if name not in names}}
 
 
+SHORTEST = {"prune_ratio": 0.3, "preset": "zs-svd-line-search", "correction_batches": 2, "progress": False}
+
+
 def short(**settings: Any) -> ZSSVDCallback:
     """A compression of few batches; fields of `Schedule` may be given flat."""
-    return ZSSVDCallback(**scheduled({"prune_ratio": 0.3, "correction_batches": 2, "progress": False} | settings))
+    return ZSSVDCallback(**scheduled(SHORTEST | settings))
 
 
 class Keeps(ZSSVDCallback):

@@ -71,11 +71,8 @@ def run(
     torch.set_num_threads(1)
     torch.manual_seed(0)
     module = Scheduled()
-    compression = ZSSVDCallback(
-        **scheduled(
-            {"prune_ratio": 0.3, "calibration_batches": 5, "correction_batches": 3, "progress": False} | callback
-        )
-    )
+    short = {"prune_ratio": 0.3, "calibration_batches": 5, "correction_batches": 3, "progress": False}
+    compression = ZSSVDCallback(**scheduled({"preset": "zs-svd-line-search"} | short | callback))
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
     loader = StatefulDataLoader(token_batches(160), batch_size=None)
     callbacks = [compression, Diary(folder / "losses.jsonl"), saving, *([Kill(*kill)] if kill else [])]

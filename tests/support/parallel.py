@@ -24,7 +24,13 @@ from support.models import FAMILIES, CausalLM, loader, padded_batches, trainer
 from zssvd_lightning import ZSSVDCallback
 from zssvd_lightning.whitening import spectrum
 
-SHORT = {"prune_ratio": 0.4, "calibration_batches": 4, "correction_batches": 2, "progress": False}
+SHORT = {
+    "prune_ratio": 0.4,
+    "preset": "zs-svd-line-search",
+    "calibration_batches": 4,
+    "correction_batches": 2,
+    "progress": False,
+}
 NEEDED = 12
 """Batches that a `SHORT` compression takes of each process."""
 

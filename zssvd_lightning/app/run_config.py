@@ -176,9 +176,8 @@ class ExportConfig:
 class RunConfig:
     """Settings of `zssvd compress`."""
 
-    preset: str | None = None
-    """Method by name (`best`, `zs-svd`, `svd-llm`, ...), whose settings apply where `compression` gives none. The
-    default method is that of the preset `zs-svd-line-search`."""
+    preset: str = "best"
+    """Method by name (`best`, `zs-svd`, `svd-llm`, ...), whose settings apply where `compression` gives none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     compression: CompressionConfig = field(default_factory=CompressionConfig)

@@ -20,7 +20,7 @@ import yaml
 
 from zssvd_lightning._files import replacing_file
 from zssvd_lightning._validation import closest, require_one_of
-from zssvd_lightning.config.presets import PRESETS, settings_of
+from zssvd_lightning.config.presets import DEFAULT, PRESETS, settings_of
 from zssvd_lightning.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
@@ -138,13 +138,18 @@ def _yaml(value: Any) -> str:
     )
 
 
+def _told_by(preset: str) -> dict[str, Any]:
+    """Return the values that a preset sets, by dotted key."""
+    return {f"compression.{key}": value for key, value in settings_of(preset).items()}
+
+
 def meaning(name: str, schema: str = RUN) -> str:
     """Return the documentation of a key of a dataclass, by its dotted name."""
     return next(key.meaning for key in keys_of(schema) if key.name == name)
 
 
 def listing(section: str | None = None) -> str:
-    """Return every key with type, default and meaning.
+    """Return every key with type, default (that of the preset that applies when none is named) and meaning.
 
     Args:
         section: first part of a dotted name or a whole one, or a command of `COMMANDS`; all keys of `RUN` when None.
@@ -159,6 +164,8 @@ def listing(section: str | None = None) -> str:
             sections = dict.fromkeys(key.name.partition(".")[0] for key in keys)
             raise ConfigError(f"there are no keys of {section!r}{closest(section, [*sections, *COMMANDS])}")
         keys = found
+    told = _told_by(DEFAULT)
+    keys = [key._replace(default=told.get(key.name, key.default)) for key in keys]
     return "\n\n".join(
         f"{key.name}: {key.type}{', required' if key.default == REQUIRED else f' = {key.value}'}\n"
         + textwrap.fill(key.meaning, WIDTH, initial_indent="    ", subsequent_indent="    ")
@@ -304,10 +311,8 @@ def _template(name: str, values: Mapping[str, Any]) -> str:
         values: values by dotted key; None for the default.
     """
     preset = values["preset"]
-    lines = [
-        f"# {line}" for line in HEADER.format(name=name, preset=f" in preset {preset}" if preset else "").split("\n")
-    ]
-    told = {} if preset is None else {f"compression.{key}": value for key, value in settings_of(preset).items()}
+    lines = [f"# {line}" for line in HEADER.format(name=name, preset=f" in preset {preset or DEFAULT}").split("\n")]
+    told = _told_by(preset or DEFAULT)
     groups: dict[str, list[Key]] = {}
     for key in keys_of():
         groups.setdefault(key.name.rpartition(".")[0] or key.name, []).append(key)

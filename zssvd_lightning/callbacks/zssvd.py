@@ -71,8 +71,8 @@ class ZSSVDCallback(L.Callback):
 
     Args:
         prune_ratio: fraction of the target layers' parameters to remove, in (0, 1).
-        preset: name of a preset, such as `best`, `zs-svd` or `svd-llm` (see `config/presets/`). None for the defaults
-            of `CompressionConfig`, which are those of the preset `zs-svd-line-search`.
+        preset: name of a preset, such as `best`, `zs-svd` (the paper) or `svd-llm`; see `config/presets/`. None for
+            `best`.
         schedule: start and length of the compression: a `Schedule` or a mapping of its fields.
         recovery: training of the factors, such as `LoRARecovery(rank=8, lr=1e-3)`, or a mapping of its `method`
             (`lora`, `factors` or `singular_values`) and fields. None to train them with the module's optimizer.
@@ -131,7 +131,7 @@ class ZSSVDCallback(L.Callback):
                 DeprecationWarning,
                 stacklevel=2,
             )
-        self.config = CompressionConfig.of(preset, prune_ratio=prune_ratio, **settings)
+        self.config = CompressionConfig.asked(None, preset, {"prune_ratio": prune_ratio, **settings})
         self.recovery = recovery_of(recovery)
         refuse_contradictions(self.config, self.recovery)
         super().__init__()

@@ -55,7 +55,7 @@ def compress(
         model: any module with `nn.Linear` or transformers `Conv1D` layers.
         batches: calibration batches, as a list or a DataLoader, because every correction iterates over them again.
         config: settings of the compression; None to build them from `preset` and `asked`.
-        preset: name of a preset, such as `best`; None for the defaults of `CompressionConfig`.
+        preset: name of a preset, such as `zs-svd`, the method of the paper; None for `best`.
         statistics: result of `calibrate`, used for the first truncation. It can be reused for several compressions of
             identical models. The batches are then used for corrections only.
         calibration_batches: number of batches, from the first, that calibration uses; None for all. Gradient steps use

@@ -6,9 +6,9 @@ from typing import Self, Unpack
 
 from zssvd_lightning._validation import require, require_one_of
 from zssvd_lightning.config.corrections import CORRECTIONS, Correction
-from zssvd_lightning.config.presets import PRESETS, settings_of
+from zssvd_lightning.config.presets import DEFAULT, PRESETS, explaining_default, settings_of
 from zssvd_lightning.config.settings import Settings
-from zssvd_lightning.errors import ConfigError
+from zssvd_lightning.errors import ConfigError, ContradictionError
 from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, UNITS, Storage
 from zssvd_lightning.selection.rules import RULES, Rule
 from zssvd_lightning.selection.storages import STORAGES
@@ -21,7 +21,8 @@ class CompressionConfig:
     """Settings of a compression.
 
     Raises:
-        ConfigError: a value is out of range or not a known name, or two settings contradict each other.
+        ConfigError: a value is out of range or not a known name.
+        ContradictionError: two settings contradict each other.
 
     Example:
         >>> CompressionConfig.of("best", prune_ratio=0.4).selection
@@ -108,31 +109,33 @@ class CompressionConfig:
         metric, rule, form = self.metric_used, self.rule, self.form
         measures = _either(METRICS.those(lambda metric: metric.measures_loss))
         if self.correction.needs_loss_metric and not metric.measures_loss:
-            raise ConfigError(
+            raise ContradictionError(
                 f"correction_step {self.correction_step!r} needs metric {measures}, but metric is {self.metric!r}"
             )
         if self.truncations > 1 and self.plan is not None:
-            raise ConfigError(f"a plan is reached by one truncation, and truncations is {self.truncations}")
+            raise ContradictionError(f"a plan is reached by one truncation, and truncations is {self.truncations}")
         if self.reestimate and not (metric.measures_loss and rule.uses_curvature):
-            raise ConfigError(
+            raise ContradictionError(
                 f"reestimate needs metric {measures} and selection "
                 f"{_either(RULES.those(lambda rule: rule.uses_curvature))}, but metric is {self.metric!r} and "
                 f"selection is {self.selection!r}"
             )
         if self.truncations > 1 and self.corrections and self.refits:
-            raise ConfigError("a refit keeps the ranks there are, so they can be reached by one truncation alone")
+            raise ContradictionError(
+                "a refit keeps the ranks there are, so they can be reached by one truncation alone"
+            )
         if self.budget_in == "bytes" and self.weighs_rows:
-            raise ConfigError(
+            raise ContradictionError(
                 "rows_in_16_bits 'loss_aware' keeps an order of rows beside, which a budget in bytes does not count; "
                 "keep the 'last' rows, or have budget_in 'parameters'"
             )
         if form.in_8_bits is not None and not rule.chooses_bits and self.plan is None:
-            raise ConfigError(
+            raise ContradictionError(
                 f"storage {self.storage!r} needs selection {_either(RULES.those(lambda rule: rule.chooses_bits))}, "
                 f"but selection is {self.selection!r}"
             )
         if self.weighs_rows and not (form.weighs_rows and metric.weighs_rows):
-            raise ConfigError(
+            raise ContradictionError(
                 f"rows_in_16_bits 'loss_aware' needs storage "
                 f"{_either(STORAGES.those(lambda form: form.weighs_rows))} and metric "
                 f"{_either(METRICS.those(lambda metric: metric.weighs_rows))}, but storage is {self.storage!r} and "
@@ -166,13 +169,19 @@ class CompressionConfig:
 
     @classmethod
     def asked(cls, config: Self | None, preset: str | None, settings: Settings) -> Self:
-        """Return `config` if it is given, otherwise the result of `of` for the preset and settings.
+        """Return `config` if it is given, otherwise the settings of a preset, overridden by the given ones.
+
+        Args:
+            config: settings that the user built; None if there are none.
+            preset: name of a preset; None for `presets.DEFAULT`.
+            settings: fields of this class.
 
         Raises:
-            ConfigError: both are given.
+            ConfigError: `config` and others are given, or the settings are invalid.
         """
         if config is None:
-            return cls.of(preset, **settings)
+            with explaining_default(preset is None):
+                return cls.of(preset or DEFAULT, **settings)
         if preset is not None or settings:
             given = ", ".join([*(["preset"] if preset is not None else []), *settings])
             raise ConfigError(f"config says it all already, so {given} cannot be given too; give one or the other")

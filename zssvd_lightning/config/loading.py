@@ -10,7 +10,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 from zssvd_lightning._validation import closest, require_one_of
-from zssvd_lightning.config.presets import PRESETS, settings_of
+from zssvd_lightning.config.presets import PRESETS, explaining_default, settings_of
 from zssvd_lightning.errors import ConfigError
 
 T = TypeVar("T")
@@ -43,7 +43,8 @@ def load_config(
             require_one_of("preset", preset, PRESETS)
             layers.insert(0, OmegaConf.create({"compression": settings_of(preset)}))
             merged = OmegaConf.merge(_structured(schema, layers), *layers)
-        loaded = OmegaConf.to_object(merged)
+        with explaining_default(all(OmegaConf.select(layer, "preset") is None for layer in layers)):
+            loaded = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise ConfigError(_unknown_key(str(error.full_key), schema)) from error
     except MissingMandatoryValue as error:
