@@ -88,7 +88,7 @@ def test_compress_then_evaluate(workshop, zssvd):
     assert report["seed"] == 0
     assert report["config"]["compression"]["corrections"] == 2
     assert {"torch", "lightning", "transformers", "python", "zssvd-lightning"} <= report["versions"].keys()
-    assert isinstance(report["predicted_drift"], float)
+    assert isinstance(report["first_order_sum"], float)
 
     model, _ = load_model(str(workshop / "out"))
     ranks = {n: r["rank"] for n, r in report["ranks"].items() if r["rank"] is not None}
@@ -230,7 +230,7 @@ def test_plan_then_compress_by_it(workshop, zssvd, tmp_path):
 def test_phases_draws_a_run(zssvd, tmp_path):
     metrics = tmp_path / "metrics.csv"
     rows = [
-        "step,loss,zssvd/phase,zssvd/predicted_drift",
+        "step,loss,zssvd/phase,zssvd/pruned",
         "0,,0,",
         "0,4.1,,",
         "2,,1,",
@@ -435,7 +435,7 @@ def test_quiet_says_nothing_but_errors(workshop, zssvd, tmp_path):
     assert loud.out
     assert "batch/s" in loud.err
     plan, picture = tmp_path / "plan.yaml", tmp_path / "phases.png"
-    (tmp_path / "metrics.csv").write_text("step,loss,zssvd/phase,zssvd/predicted_drift\n0,,0,\n0,4,,\n2,,1,0.1\n3,3,,")
+    (tmp_path / "metrics.csv").write_text("step,loss,zssvd/phase,zssvd/pruned\n0,,0,\n0,4,,\n2,,1,0.1\n3,3,,")
     for arguments in (
         ["compress", workshop / "config.yaml", f"output={tmp_path}/out", "-q"],
         ["plan", workshop / "config.yaml", plan, "--quiet"],

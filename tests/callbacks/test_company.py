@@ -136,7 +136,7 @@ def test_a_csv_logger_is_told_everything(tmp_path, line_search):
     assert after[0] == pytest.approx(losses[1])
     assert len(after) == 2
     assert [value for _, value in metrics["zssvd/step_fraction"]] == callback.report.correction_fractions
-    assert metrics["zssvd/predicted_drift"][-1][1] == callback.report.predicted_drift
+    assert metrics["zssvd/first_order_sum"][-1][1] == callback.report.first_order_sum
     assert metrics["zssvd/kept_parameters"][-1][1] == callback.report.parameters_after
     assert metrics["zssvd/pruned"][-1][1] == pytest.approx(callback.report.reached)
     for name, layer in callback.report.layers.items():
@@ -167,7 +167,7 @@ def test_tensorboard_is_told_too(tmp_path):
         event = Event.FromString(content[at + 12 : at + 12 + size])
         tags |= {value.tag for value in event.summary.value}
         at += 12 + size + 4
-    assert {"zssvd/phase", "zssvd/predicted_drift", "zssvd/loss_before_truncation"} <= tags
+    assert {"zssvd/phase", "zssvd/first_order_sum", "zssvd/loss_before_truncation"} <= tags
     assert any(tag.startswith("zssvd/rank/model.model.layers.0") for tag in tags)
 
 

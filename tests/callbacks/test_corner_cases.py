@@ -98,12 +98,12 @@ def test_a_finished_checkpoint_is_gone_on_from_by_a_callback_that_has_another_be
     callback = short(corrections=0)
     module, fitted = compress(callback)
     fitted.save_checkpoint(tmp_path / "done.ckpt")
-    callback.report.predicted_drift = 123.0
+    callback.report.first_order_sum = 123.0
     again = CausalLM()
     fit = trainer(callback, max_epochs=6)
     fit.fit(again, loader(token_batches()), ckpt_path=str(tmp_path / "done.ckpt"))
     assert ranks_of(again) == ranks_of(module)
-    assert callback.report.predicted_drift != 123.0
+    assert callback.report.first_order_sum != 123.0
 
 
 # Gradients that take other ways
@@ -368,7 +368,7 @@ def test_a_batch_that_will_run_again_is_not_counted_twice(tmp_path, hook, accumu
 def test_a_checkpoint_from_between_truncation_and_factorization_starts_over(tmp_path):
     class Logs(L.pytorch.loggers.CSVLogger):
         def log_metrics(self, metrics, step=None):
-            if "zssvd/predicted_drift" in metrics:
+            if "zssvd/first_order_sum" in metrics:
                 fitted.save_checkpoint(tmp_path / "between.ckpt")
 
     torch.manual_seed(0)

@@ -148,7 +148,7 @@ def test_trainer_settings_do_not_change_the_choice(settings):
     plain, other = ranks(), ranks(**settings)
     assert other.losses == pytest.approx(plain.losses, rel=1e-5)
     assert other.layers == plain.layers
-    assert other.predicted_drift == pytest.approx(plain.predicted_drift, rel=1e-3)
+    assert other.first_order_sum == pytest.approx(plain.first_order_sum, rel=1e-3)
 
 
 def half_precision(init_scale):

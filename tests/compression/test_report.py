@@ -23,7 +23,7 @@ def report(**changes):
                 "parameters_after": 6_000,
                 "model_parameters_before": 15_000,
                 "layers": LAYERS,
-                "predicted_drift": -0.25,
+                "first_order_sum": -0.25,
                 "losses": [3.0],
                 "correction_fractions": [],
                 "seconds": {"calibrate": 1.5},
@@ -38,7 +38,7 @@ def test_json_has_the_names_scripts_rely_on():
     assert plain["prune_ratio"] == {"asked": 0.4, "reached": pytest.approx(0.4), "of": "parameters"}
     assert plain["parameters"] == {"before": 10_000, "after": 6_000, "model": {"before": 15_000, "after": 11_000}}
     assert plain["ranks"]["net.layers.0.up"] == {"rank": None, "shape": [64, 32], "kept": 2048, "in_8_bits": False}
-    assert plain["predicted_drift"] == -0.25
+    assert plain["first_order_sum"] == -0.25
     assert plain["perplexity"] == {"dense": 5.0, "compressed": 7.0}
     assert "perplexity_second" not in plain
 

@@ -34,8 +34,8 @@ def test_a_plan_says_what_a_reviewer_wants_to_know(written):
     assert content["layers"]["a"]["break_even"] == 3
     assert content["layers"]["a"]["shape"] == [8, 8]
     selection = uniform(MATRICES, BUDGET)
-    assert content["layers"]["b"]["predicted_drift"] == pytest.approx(selection.drifts["b"], rel=1e-2)
-    assert content["predicted_drift"] == pytest.approx(selection.predicted_drift, rel=1e-5)
+    assert content["layers"]["b"]["first_order_sum"] == pytest.approx(selection.drifts["b"], rel=1e-2)
+    assert content["first_order_sum"] == pytest.approx(selection.first_order_sum, rel=1e-5)
     assert content["reached"] == pytest.approx(1 - (2 * 16 + 2 * 16) / 124, abs=1e-6)
     assert written.read_text().startswith("# The rank of every layer.")
 
@@ -43,7 +43,7 @@ def test_a_plan_says_what_a_reviewer_wants_to_know(written):
 def test_a_plan_that_is_read_gives_the_selection_it_was_written_from(written):
     selection, again = uniform(MATRICES, BUDGET), Plan.read(written, BUDGET).rule(MATRICES, BUDGET)
     assert {n: k.tolist() for n, k in again.kept.items()} == {n: k.tolist() for n, k in selection.kept.items()}
-    assert again.predicted_drift == selection.predicted_drift
+    assert again.first_order_sum == selection.first_order_sum
 
 
 def test_dense_layers_stay_dense(written):

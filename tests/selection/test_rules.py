@@ -143,7 +143,7 @@ def test_drift_of_matrices_that_return_to_dense_is_not_counted():
     }
     selection = zero_sum(matrices, Budget({"thin": (8, 8), "thick": (8, 8)}, 0.1))
     assert selection.rank("thick") is None
-    assert selection.predicted_drift == pytest.approx(0.01 * (8 - selection.rank("thin")))
+    assert selection.first_order_sum == pytest.approx(0.01 * (8 - selection.rank("thin")))
 
 
 def test_running_sum_stays_within_one_component_while_both_signs_last():
@@ -152,8 +152,8 @@ def test_running_sum_stays_within_one_component_while_both_signs_last():
     budget = Budget({"rise": (40, 40), "fall": (40, 40)}, 0.3)
     selection = zero_sum(matrices, budget)
     assert None not in (selection.rank("rise"), selection.rank("fall"))
-    assert abs(selection.predicted_drift) <= 0.3
-    assert abs(abs_delta(matrices, budget).predicted_drift) > 3
+    assert abs(selection.first_order_sum) <= 0.3
+    assert abs(abs_delta(matrices, budget).first_order_sum) > 3
 
 
 def test_uniform_ranks_are_those_of_svd_llm():

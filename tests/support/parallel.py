@@ -185,7 +185,7 @@ class Witness(L.Callback):
             "weights": whole_weights(module),
             "ranks": {name: layer.rank for name, layer in report.layers.items()},
             "losses": report.losses,
-            "drift": report.predicted_drift,
+            "drift": report.first_order_sum,
             "svds": self.svds,
             "seen": self.losses,
         }

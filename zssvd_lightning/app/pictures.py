@@ -76,7 +76,7 @@ def draw_phases(metrics: str | Path, path: str | Path, loss: str = "loss") -> No
         if end > start and name in COLORS:
             axes.axvspan(start, end, color=COLORS[name], linewidth=0)
             axes.text((start + end) / 2, 1.02, name, ha="center", transform=axes.get_xaxis_transform())
-    for step, _ in _column(metrics, "zssvd/predicted_drift"):
+    for step, _ in _column(metrics, "zssvd/pruned"):
         axes.axvline(step, color="#b03030", linestyle="--", linewidth=1)
     axes.plot(*zip(*losses, strict=True), color="#303030", marker=".", linewidth=1)
     axes.set_xlim(0, last)
@@ -117,7 +117,7 @@ def _grid(report: Report) -> tuple[list[str], list[str], list[list[float]]]:
 
 
 def _headline(report: Report) -> str:
-    parts = [f"{report.reached:.1%} of {report.parameters_before:,} target parameters removed"]
+    parts = [f"{report.removed:.1%} of {report.parameters_before:,} target parameters removed"]
     if report.perplexities:
         parts.append("perplexity {:.1f} → {:.1f}".format(*report.perplexities))
     return ", ".join(parts)

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 
+from zssvd_lightning.callbacks.announcements import announce, conclude
 from zssvd_lightning.callbacks.batch_meaning import BatchMeaning
 from zssvd_lightning.callbacks.fit_context import FitContext
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
@@ -126,13 +127,16 @@ class CompressionRun:
                 check_plan_output(plan_path)
             if life.phase is Phase.WAIT:
                 life.epoch_length = math.inf
-                needed = self._meaning.batches_needed(trainer.num_training_batches, most_accumulated(trainer))
+                needed = self._batches_until_factorized(trainer)
                 needed = (1 if self._schedule.extend_training else needed) + (self._recovery is not None)
                 refuse_too_short(trainer, self._schedule.start_epoch, self._schedule.start_step, needed)
             if self._config.asks_model:
                 self._meaning.student(module)
             life.attach(module, self._progress, adapter, Safeguard(Replay(trainer, module, adapter, self._meaning)))
             self._recovering.refuse(module, life)
+        announce(
+            trainer, life, self._schedule, self._batches_until_factorized(trainer), plans=self._dry_run is not False
+        )
         gathering = life.compression.gathering
         gathering.can_overflow, gathering.logits_model = scales(trainer), self._meaning.student
         telemetry.log_phase(trainer, life.phase)
@@ -303,6 +307,8 @@ class CompressionRun:
         if (recovery := self.life.active_recovery) is not None:
             recovery.rollback.keep(module)
         start_ranking_afresh(trainer, "truncated")
+        if self.life.report is not None:
+            conclude(self.life.report)
         self._compressed = weakref.ref(module)
         if not isinstance(module, LowRankCheckpointMixin):
             logger.info(
@@ -333,6 +339,9 @@ class CompressionRun:
         if not life.gathering:
             return life.phase.value
         return f"{life.phase} {life.batches}/{life.limit(life.phase, self._batches_per_epoch(trainer))}"
+
+    def _batches_until_factorized(self, trainer: L.Trainer) -> int:
+        return self._meaning.batches_needed(trainer.num_training_batches, most_accumulated(trainer))
 
     def _plan_path(self, trainer: L.Trainer) -> Path:
         folder = Path(trainer.log_dir or trainer.default_root_dir)

@@ -30,7 +30,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, cast
 
 import lightning as L
 import torch
@@ -49,6 +49,7 @@ from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.quantization import in_8_bits_already
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.model.logits import model_with_logits
 from zssvd_lightning.recovery.methods import recovery_of
@@ -131,7 +132,7 @@ class ZSSVDCallback(L.Callback):
                 DeprecationWarning,
                 stacklevel=2,
             )
-        self.config = CompressionConfig.asked(None, preset, {"prune_ratio": prune_ratio, **settings})
+        self.config = CompressionConfig.asked(None, preset, cast("Settings", {"prune_ratio": prune_ratio} | settings))
         self.recovery = recovery_of(recovery)
         refuse_contradictions(self.config, self.recovery)
         super().__init__()

@@ -23,8 +23,9 @@ from zssvd_lightning.decomposition.decompose import Decomposition, decompose
 from zssvd_lightning.decomposition.factors import TruncatedWeights
 from zssvd_lightning.decomposition.originals import Originals
 from zssvd_lightning.distributed import LayerSet, Team
-from zssvd_lightning.errors import ConfigError, NonFiniteError
+from zssvd_lightning.errors import BudgetError, ConfigError, NonFiniteError
 from zssvd_lightning.layers.registry import Factored
+from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.budget import Budget
@@ -73,14 +74,8 @@ class Compression:
         self.config = config
         self.targets = LayerSet(find_targets(model, config.include, config.ignore), self.team)
         self.metric = config.metric_used
-        self.budget = Budget(
-            {name: target.shape for name, target in self.targets.items()},
-            config.prune_ratio,
-            config.min_rank_fraction,
-            config.storage,
-            planned=config.plan is not None,
-            unit=config.budget_in,
-        )
+        self.coverage = Coverage.of(model, self.targets)
+        self.budget = budget_of(config, self.targets, self.coverage)
         self.followed_plan = None if config.plan is None else Plan.read(config.plan, self.budget)
         self.gathering = StatisticsCollector(
             model,
@@ -88,7 +83,6 @@ class Compression:
             output_side=config.watches_outputs,
             keep=config.corrections > 0 and not config.fresh_moments,
         )
-        self.model_parameters = sum(p.numel() for p in model.parameters())
         self.originals = Originals(self.targets)
         self.stopwatch = Stopwatch()
         self.progress = progress and self.team.rank == 0
@@ -171,12 +165,7 @@ class Compression:
         if self.config.weighs_rows:
             self.importances = {name: decomposition.importances[name] for name in self.truncated}
         if self.team.rank == 0:
-            logger.info(
-                "truncated %d of %d layers, predicted drift %.4g",
-                len(self.truncated),
-                len(self.targets),
-                selection.predicted_drift,
-            )
+            logger.info("truncated %d of %d layers", len(self.truncated), len(self.targets))
 
     @torch.no_grad()
     def correct(self, step: CorrectionStep) -> None:
@@ -312,3 +301,28 @@ class Compression:
             return self.budget
         alone = self.budget.reached(dict.fromkeys(self.budget.shapes))
         return replace(self.budget, prune_ratio=alone + share * (self.budget.prune_ratio - alone))
+
+
+def budget_of(config: CompressionConfig, targets: LayerSet, coverage: Coverage) -> Budget:
+    """Return the budget over the targets that the settings ask for.
+
+    Raises:
+        BudgetError: the targets cannot give what is asked for.
+    """
+    ratio = config.prune_ratio / (coverage.share if config.budget_of == "model" else 1.0)
+    try:
+        return Budget(
+            {name: target.shape for name, target in targets.items()},
+            ratio,
+            config.min_rank_fraction,
+            config.storage,
+            planned=config.plan is not None,
+            unit=config.budget_in,
+        )
+    except BudgetError as error:
+        if config.budget_of == "targets":
+            raise
+        raise BudgetError(
+            f"prune_ratio {config.prune_ratio} of the whole model is {ratio:.4g} of its {len(targets)} target layers, "
+            f"which are {coverage.share:.1%} of it: {error}"
+        ) from error

@@ -1,5 +1,6 @@
 """Compression of any module without a Trainer: `compress`, `calibrate` and `plan`."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -33,6 +34,8 @@ from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.plan import Plan
 from zssvd_lightning.whitening.moments import Moments
 
+logger = logging.getLogger(__name__)
+
 
 class Asked(Settings, ReadingSettings, total=False):
     """Keyword arguments of `compress`: the settings of `CompressionConfig` and the fields of `BatchReading`."""
@@ -65,7 +68,7 @@ def compress(
             `mask` and `terms` of `BatchReading` for batches of other kinds than those of transformers.
 
     Returns:
-        The report: ranks, parameters, predicted drift, calibration losses, seconds per step.
+        The report: coverage, ranks, parameters, losses before and after, seconds per step.
 
     Raises:
         ZSSVDError: a subclass that depends on the error. The model, its hooks, its training mode, its gradients and its
@@ -87,6 +90,7 @@ def compress(
     """
     config, reading = _understood(config, preset, asked)
     run = Compression(model, config, progress)
+    _announce(run)
     with _undone_on_error(run), _gradients_set_aside(model):
         if statistics is None or config.corrections:
             run.safeguard = safeguard_of(model, reading)
@@ -152,6 +156,14 @@ def plan(
             run.take(stage)
         gather(run, batches, truncation.gathers, calibration_batches, reading)
         return run.plan()
+
+
+def _announce(compression: Compression) -> None:
+    """Log which share of the model will be compressed."""
+    coverage, removed = compression.coverage, compression.budget.prune_ratio
+    logger.info(coverage.summary(removed))
+    if (warning := coverage.warning(removed)) is not None:
+        logger.warning(warning)
 
 
 def _understood(

@@ -9,12 +9,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rich.console import Console
 from rich.table import Table
 
 from zssvd_lightning.errors import SavedModelError
+from zssvd_lightning.model.coverage import Coverage
 
 if TYPE_CHECKING:
     from zssvd_lightning.compression.engine import Compression
@@ -72,14 +75,17 @@ class Report:
     model_parameters_before: int
     """Parameters of the whole model, including embeddings and all other layers that are no targets."""
     layers: Mapping[str, LayerReport]
-    predicted_drift: float
-    """Predicted first-order change of the calibration loss from the last truncation (nats)."""
+    first_order_sum: float
+    """First-order sum over the dropped components of the last truncation (nats). It is no estimate of the change of
+    the loss, which `kept_back` measures."""
     losses: list[float]
     """Mean loss (nats) of each gathering in order: for calibration, for a correction, and after its full step."""
     correction_fractions: list[float]
     """Fraction of each projected step that was taken."""
     seconds: dict[str, float]
     """Wall-clock seconds by step."""
+    coverage: Coverage | None = None
+    """Share of the model in the target layers, and what was left alone. None in reports of earlier releases."""
     kept_back: dict[str, float] | None = None
     """Loss (nats) on the calibration batches kept back: `dense`, `truncated` (after the first truncation to the prune
     ratio) and `final`, with the number of `batches` per process and of steps that were `taken_back`."""
@@ -92,9 +98,11 @@ class Report:
     """Bytes of the weights on disk: of the `compressed` model, `expected` for the numbers it stores, and of the
     `dense` model in the same type."""
     budget_in: str = "parameters"
-    """Unit of the prune ratio: `parameters`, `bytes` or `flops` of the target layers."""
+    """Unit of the prune ratio: `parameters`, `bytes` or `flops`."""
+    budget_of: str = "targets"
+    """What the prune ratio is a fraction of: the `targets` or the whole `model`."""
     reached: float = math.nan
-    """Removed fraction in that unit. If not given, the removed fraction of the parameters."""
+    """Removed fraction of that. If not given, the removed fraction of the parameters of the target layers."""
     peak_rss_bytes: int = 0
     """Peak resident memory of the process so far (bytes)."""
     seed: int | None = None
@@ -102,7 +110,7 @@ class Report:
 
     def __post_init__(self) -> None:
         if math.isnan(self.reached):
-            self.reached = (self.parameters_before - self.parameters_after) / self.parameters_before
+            self.reached = self.removed
 
     @classmethod
     def of(cls, run: "Compression") -> "Report":
@@ -112,6 +120,7 @@ class Report:
             raise RuntimeError("there is nothing to report before a truncation")
         ranks = {name: selection.rank(name) for name in run.targets}
         counted = run.budget.counted_in("parameters")
+        of_model = run.coverage.share if run.config.budget_of == "model" else 1.0
         layers = {
             name: LayerReport(
                 rank,
@@ -122,19 +131,26 @@ class Report:
             for name, rank in ranks.items()
         }
         return cls(
-            asked=run.config.prune_ratio if run.followed_plan is None else run.followed_plan.reached,
+            asked=run.config.prune_ratio if run.followed_plan is None else run.followed_plan.reached * of_model,
             parameters_before=counted.total,
             parameters_after=counted.kept(ranks, selection.eight_bit),
             budget_in=run.budget.unit,
-            reached=run.budget.reached(ranks, selection.eight_bit),
-            model_parameters_before=run.model_parameters,
+            budget_of=run.config.budget_of,
+            reached=run.budget.reached(ranks, selection.eight_bit) * of_model,
+            model_parameters_before=run.coverage.model_parameters,
+            coverage=run.coverage,
             layers=layers,
-            predicted_drift=selection.predicted_drift,
+            first_order_sum=selection.first_order_sum,
             losses=list(run.losses),
             correction_fractions=list(run.fractions),
             seconds=dict(run.stopwatch.seconds),
             kept_back=None if run.safeguard is None else run.safeguard.report(),
         )
+
+    @property
+    def removed(self) -> float:
+        """Removed fraction of the target layers' parameters."""
+        return (self.parameters_before - self.parameters_after) / self.parameters_before
 
     @property
     def model_parameters_after(self) -> int:
@@ -157,19 +173,25 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return plain types under the keys of `report.json`."""
         optional = {
+            "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "kept_back": self.kept_back,
             "perplexity": self.perplexity,
             "perplexity_second": self.perplexity_second,
             "file_bytes": self.file_bytes,
         }
         return {
-            "prune_ratio": {"asked": self.asked, "reached": self.reached, "of": self.budget_in},
+            "prune_ratio": {
+                "asked": self.asked,
+                "reached": self.reached,
+                "of": self.budget_in,
+                "counted_over": self.budget_of,
+            },
             "parameters": {
                 "before": self.parameters_before,
                 "after": self.parameters_after,
                 "model": {"before": self.model_parameters_before, "after": self.model_parameters_after},
             },
-            "predicted_drift": self.predicted_drift,
+            "first_order_sum": self.first_order_sum,
             "losses": self.losses,
             "correction_fractions": self.correction_fractions,
             **{key: value for key, value in optional.items() if value is not None},
@@ -193,27 +215,69 @@ class Report:
                 n: LayerReport(layer["rank"], tuple(layer["shape"]), layer["kept"], layer.get("in_8_bits", False))
                 for n, layer in saved["ranks"].items()
             },
-            predicted_drift=saved["predicted_drift"],
+            first_order_sum=saved["first_order_sum"] if "first_order_sum" in saved else saved["predicted_drift"],
             losses=list(saved["losses"]),
             correction_fractions=list(saved["correction_fractions"]),
             seconds=dict(saved["seconds"]),
+            coverage=None if saved.get("coverage") is None else Coverage.from_dict(saved["coverage"]),
             kept_back=saved.get("kept_back"),
             perplexity=saved.get("perplexity"),
             perplexity_second=saved.get("perplexity_second"),
             file_bytes=saved.get("file_bytes"),
             budget_in=saved["prune_ratio"].get("of", "parameters"),
+            budget_of=saved["prune_ratio"].get("counted_over", "targets"),
             reached=saved["prune_ratio"]["reached"],
             peak_rss_bytes=saved["peak_rss_bytes"],
             seed=saved["seed"],
             config=saved["config"],
         )
 
-    def table(self) -> Table:
-        """Return a table for the terminal that compares the dense and the compressed model."""
-        table = Table(title=f"prune ratio {self.asked:g} of {self.budget_in} asked, {self.reached:.4f} reached")
+    def __str__(self) -> str:
+        """Return the table without details, as text."""
+        console = Console(file=StringIO(), width=100, color_system=None)
+        with console.capture() as text:
+            console.print(self.table(details=False))
+        return text.get()
+
+    def table(self, *, details: bool = True) -> Table:
+        """Return a table for the terminal that compares the dense and the compressed model.
+
+        Args:
+            details: whether to add the seconds of each step and the first-order sum.
+        """
+        of = "the target layers" if self.budget_of == "targets" else "the model"
+        asked = f"prune ratio {self.asked:g} of the {self.budget_in} of {of}"
+        table = Table(title=f"{asked} asked, {self.reached:.4f} reached")
         for column, justify in (("", "left"), ("dense", "right"), ("compressed", "right")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         self._add_losses(table)
+        self._add_perplexities(table)
+        self._add_sizes(table)
+        table.add_section()
+        seconds = self.seconds if details else {}
+        for title, value in {
+            "seconds": sum(self.seconds.values()),
+            **{f"  {s}": t for s, t in seconds.items()},
+        }.items():
+            table.add_row(title, "", f"{value:.1f}")
+        if self.peak_rss_bytes:
+            table.add_row("peak memory", "", f"{self.peak_rss_bytes / 1e9:.2f} GB")
+        if details:
+            table.add_row("first-order sum of the last truncation", "", f"{self.first_order_sum:.4g}")
+        return table
+
+    def _add_losses(self, table: Table) -> None:
+        """Add the loss on the batches kept back."""
+        if (losses := self.kept_back) is None:
+            return
+        table.add_row("loss on batches kept back", f"{losses['dense']:.4f}", f"{losses['final']:.4f}")
+        table.add_row("  its exponential", *(_exponential(losses[key]) for key in ("dense", "final")))
+        if losses["final"] != losses["truncated"]:
+            table.add_row("  before corrections", "", f"{losses['truncated']:.4f}")
+        if losses["taken_back"]:
+            table.add_row("  steps taken back", "", f"{losses['taken_back']}")
+
+    def _add_perplexities(self, table: Table) -> None:
         for title, pair in (("perplexity", self.perplexity), ("perplexity, second text", self.perplexity_second)):
             if pair:
                 compressed = pair.get("compressed", pair.get("truncated", math.nan))
@@ -223,28 +287,26 @@ class Report:
                     table.add_row(f"{title}, trained", f"{finetuned:.2f}", f"{pair['recovered']:.2f}")
                 if "reloaded" in pair:
                     table.add_row(f"{title}, as saved", "", f"{pair['reloaded']:.2f}")
-        table.add_row("target parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}")
-        table.add_row("all parameters", f"{self.model_parameters_before:,}", f"{self.model_parameters_after:,}")
+
+    def _add_sizes(self, table: Table) -> None:
+        """Add parameters, bytes, ranks and what was left alone."""
+        table.add_row("parameters of target layers", f"{self.parameters_before:,}", f"{self.parameters_after:,}")
+        table.add_row(
+            "parameters of the model", f"{self.model_parameters_before:,}", f"{self.model_parameters_after:,}"
+        )
         if self.file_bytes:
             table.add_row("file size", *(f"{self.file_bytes[k] / 1e6:.1f} MB" for k in ("dense", "compressed")))
         low_rank = sum(layer.rank is not None for layer in self.layers.values())
         table.add_row("low-rank layers", "0", f"{low_rank} of {len(self.layers)}")
-        table.add_section()
-        for step, seconds in self.seconds.items():
-            table.add_row(f"seconds: {step}", "", f"{seconds:.1f}")
-        if self.peak_rss_bytes:
-            table.add_row("peak memory", "", f"{self.peak_rss_bytes / 1e9:.2f} GB")
-        return table
+        if self.coverage is not None:
+            table.add_section()
+            for part in self.coverage.left_alone:
+                table.add_row(f"left alone: {part.what}", f"{part.parameters:,}", f"{part.parameters:,}")
 
-    def _add_losses(self, table: Table) -> None:
-        """Add the loss on the batches kept back."""
-        if (losses := self.kept_back) is None:
-            return
-        table.add_row("loss on batches kept back", f"{losses['dense']:.4f}", f"{losses['final']:.4f}")
-        if losses["final"] != losses["truncated"]:
-            table.add_row("  before corrections", "", f"{losses['truncated']:.4f}")
-        if losses["taken_back"]:
-            table.add_row("  steps taken back", "", f"{losses['taken_back']}")
+
+def _exponential(loss: float) -> str:
+    """Return e^loss, which is the perplexity of a language model."""
+    return f"{math.exp(loss):.2f}" if loss < 700 else "inf"
 
 
 def write_report(folder: Path, report: Report) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from zssvd_lightning.compression.kept_batches import batches_of_saved, batches_to_save
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
 from zssvd_lightning.errors import DivergedError
+from zssvd_lightning.model.heads import chance_loss
 from zssvd_lightning.selection.components import Selection
 from zssvd_lightning.whitening.rounding import Importance
 
@@ -38,6 +39,10 @@ LARGE_RISE = 0.5
 
 LARGE_PART = 0.1
 """Such a rise relative to the loss of the dense model, for losses of another scale. The larger of both counts."""
+
+
+NEAR_CHANCE = 0.03
+"""Distance of the dense loss from that of guessing, relative to it, at which a model seems untrained."""
 
 
 class State(NamedTuple):
@@ -115,8 +120,16 @@ class Safeguard:
             return
         if not len(losses) or not losses.isfinite().all():
             self.give_up("there are no batches" if not len(losses) else f"it is {_mean(losses)} before truncation")
-        else:
-            self.dense = _mean(losses)
+            return
+        self.dense = _mean(losses)
+        chance = chance_loss(compression.model)
+        if chance is not None and abs(self.dense - chance) < NEAR_CHANCE * chance and compression.team.rank == 0:
+            logger.warning(
+                "the loss before compression is %.4g nats, and guessing gives %.4g, so the model seems untrained; "
+                "compress a trained one, or start later in the fit, as with schedule=Schedule(start_epoch=1)",
+                self.dense,
+                chance,
+            )
 
     def compares(self, compression: "Compression") -> bool:
         """Return True if the present state has the whole prune ratio and can be compared with the next. Collective.
@@ -194,8 +207,8 @@ class Safeguard:
             state.put_into(compression)
         if self.dense is not None and self.best - self.dense > max(LARGE_RISE, LARGE_PART * abs(self.dense)):
             logger.warning(
-                "compression raised the loss on the batches kept back from %.4g to %.4g nats; lower prune_ratio, or "
-                "train the factors (recovery)",
+                "compression raised the loss on the batches kept back from %.4g to %.4g nats; lower prune_ratio, take "
+                "preset 'best' if it was another, or train the factors (recovery)",
                 self.dense,
                 self.best,
             )
@@ -271,6 +284,8 @@ class Safeguard:
         self.judged = compression.truncations
         if self.truncated is None:
             self.truncated = mean
+            if compression.team.rank == 0:
+                logger.info("loss on the batches kept back: %.4f dense, %.4f after truncation", self.dense, mean)
         if mean < self.best:
             self.best, self._best = mean, (State.of(compression), losses)
 

@@ -27,7 +27,7 @@ def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, 
     return {
         "config": asdict(run.config),
         "shapes": {name: list(shape) for name, shape in run.budget.shapes.items()},
-        "model_parameters": run.model_parameters,
+        "model_parameters": run.coverage.model_parameters,
         "gathering": run.gathering.state_dict(so_far=statistics),
         "originals": run.originals.state_dict(),
         "factors": run.truncated.state_dict(),
@@ -63,7 +63,6 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
     run.selection = None if state["selection"] is None else Selection.of_state(state["selection"])
     run.last_step = None if state["step"] is None else (state["step"][0], state["step"][1])
     run.first_steps = None if state["lengths"] is None else {n: _step(saved) for n, saved in state["lengths"].items()}
-    run.model_parameters = state["model_parameters"]
     run.truncations = state["truncations"]
     unknown = math.inf if run.truncations else 0.0  # steps are not bounded by a truncation of an earlier release
     run.truncation_loss = state.get("truncation_loss", unknown)
@@ -94,16 +93,16 @@ def refuse_other(
 ) -> None:
     """Raise CheckpointError if a saved compression had other settings or other layers."""
     mine = asdict(config)
-    differing = [f"{key} was {state['config'].get(key)!r} and is {mine[key]!r}" for key in mine]
-    differing = [text for key, text in zip(mine, differing, strict=True) if state["config"].get(key) != mine[key]]
+    saved = asdict(CompressionConfig()) | state["config"]  # checkpoints of earlier releases lack newer settings
+    differing = [f"{key} was {saved[key]!r} and is {mine[key]!r}" for key in mine if saved[key] != mine[key]]
     if differing:
         raise CheckpointError(
             f"the checkpoint was taken in the middle of a compression with other settings ({'; '.join(differing)}); "
             "go on with the same, or start from a checkpoint of before it"
         )
-    saved = {name: tuple(shape) for name, shape in state["shapes"].items()}
-    if shapes is not None and saved != dict(shapes):
-        others = sorted(name for name in saved.keys() | shapes.keys() if saved.get(name) != shapes.get(name))
+    before = {name: tuple(shape) for name, shape in state["shapes"].items()}
+    if shapes is not None and before != dict(shapes):
+        others = sorted(name for name in before.keys() | shapes.keys() if before.get(name) != shapes.get(name))
         raise CheckpointError(
             f"the checkpoint was taken in the middle of a compression of other layers: {len(others)} differ "
             f"({', '.join(others[:3])}); go on with the model it was taken of"

@@ -15,6 +15,9 @@ from zssvd_lightning.selection.storages import STORAGES
 from zssvd_lightning.whitening.metrics import METRICS, Metric
 from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 
+BUDGET_OF = ("targets", "model")
+"""What a prune ratio can be a fraction of."""
+
 
 @dataclass(frozen=True)
 class CompressionConfig:
@@ -30,7 +33,8 @@ class CompressionConfig:
     """
 
     prune_ratio: float = 0.2
-    """Fraction of the target layers' parameters to remove, in (0, 1): 0.4 keeps 60 %."""
+    """Fraction to remove of the target layers' parameters, in (0, 1): 0.4 keeps 60 %. `budget_of` and `budget_in`
+    make it a fraction of something else."""
     metric: str = "input"
     """Coordinates of the SVD: `none` (plain SVD), `rows` (FWSVD), `diagonal` (ASVD), `input` (whitened by the second
     moment of the inputs: SVD-LLM, ZS-SVD) or `two_sided` (also whitened by the second moment of the output
@@ -72,8 +76,11 @@ class CompressionConfig:
     """Scale each `projected` step to the minimum of a parabola through the loss (uses another `correction_batches`
     batches). False takes the full step, as in the paper."""
     budget_in: str = "parameters"
-    """Unit of `prune_ratio`, counted over the target layers: `parameters` (two in 8 bits count as one), `bytes` of
-    weights saved in 16 bits, or `flops` of the forward pass per token."""
+    """Unit of `prune_ratio`: `parameters` (two in 8 bits count as one), `bytes` of weights saved in 16 bits, or `flops`
+    of the forward pass per token."""
+    budget_of: str = "targets"
+    """What `prune_ratio` is a fraction of: the `targets`, or the whole `model` with embeddings and all else that is
+    left alone. It is then an error if the targets alone cannot give that much."""
     storage: str = "factors"
     """Storage of compressed layers, for an (m, n) weight of rank k. `factors`: two factors in the model's type.
     `remap`: factors in 8 bits, except the rows by which the larger factor exceeds the smaller; a component then costs
@@ -103,6 +110,7 @@ class CompressionConfig:
         require_one_of("output_side", self.output_side, OUTPUT_GRADIENTS)
         require_one_of("selection", self.selection, RULES)
         require_one_of("budget_in", self.budget_in, UNITS)
+        require_one_of("budget_of", self.budget_of, BUDGET_OF)
         require_one_of("correction_step", self.correction_step, CORRECTIONS)
         require_one_of("storage", self.storage, STORAGES)
         require_one_of("rows_in_16_bits", self.rows_in_16_bits, ROWS_IN_16_BITS)
@@ -111,6 +119,11 @@ class CompressionConfig:
         if self.correction.needs_loss_metric and not metric.measures_loss:
             raise ContradictionError(
                 f"correction_step {self.correction_step!r} needs metric {measures}, but metric is {self.metric!r}"
+            )
+        if self.budget_of == "model" and self.budget_in == "flops":
+            raise ContradictionError(
+                "budget_of 'model' needs budget_in 'parameters' or 'bytes', because the FLOPs of other layers than "
+                "targets are not known"
             )
         if self.truncations > 1 and self.plan is not None:
             raise ContradictionError(f"a plan is reached by one truncation, and truncations is {self.truncations}")

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from zssvd_lightning.compression.report import Report
+from zssvd_lightning.model.coverage import Coverage
 
 PAPER = "[Zero Sum SVD](https://arxiv.org/abs/2602.02848)"
 
@@ -59,9 +60,10 @@ def _lines(folder: Path, name: str, specs: Mapping[str, Mapping[str, Any]], repo
 
 def _done(report: Report) -> Iterator[str]:
     yield "## What was done\n"
-    yield f"{report.reached:.1%} of {report.parameters_before:,} parameters of {len(report.layers)} layers removed"
-    yield f"({report.asked:.1%} asked for); the whole model went from {report.model_parameters_before:,} parameters to"
-    yield f"{report.model_parameters_after:,}.\n"
+    of = "" if report.budget_of == "targets" else " of the whole model"
+    yield f"{report.removed:.1%} of {report.parameters_before:,} parameters of {len(report.layers)} layers removed"
+    yield f"({report.asked:.1%}{of} asked for); the whole model went from"
+    yield f"{report.model_parameters_before:,} parameters to {report.model_parameters_after:,}.\n"
     calibration, compression = report.config.get("calibration") or {}, report.config.get("compression") or {}
     if {"samples", "length", "text", "seed"} <= calibration.keys():
         of = "`{text}` and `{second}`" if calibration.get("second") else "`{text}`"
@@ -74,9 +76,17 @@ def _done(report: Report) -> Iterator[str]:
         yield "- then the factors were trained: {method}, learning rate {lr}, loss `{loss}`".format_map(
             {"lr": "default", "loss": "own"} | recovery
         )
+    if losses := report.kept_back:
+        yield "- loss on calibration batches kept back: {dense:.4f} before, {final:.4f} after".format_map(losses)
     if report.file_bytes:
         yield "- weights on disk: {dense:,} bytes before, {compressed:,} after".format_map(report.file_bytes)
     yield ""
+    if report.coverage is not None:
+        yield from _left_alone(report.coverage)
+    yield from _perplexities(report)
+
+
+def _perplexities(report: Report) -> Iterator[str]:
     texts = {"perplexity": report.perplexity, "perplexity, second text": report.perplexity_second}
     measured = {title: found for title, found in texts.items() if found}
     if measured:
@@ -87,3 +97,10 @@ def _done(report: Report) -> Iterator[str]:
         evaluation = report.config.get("evaluation", {})
         if {"text", "windows", "length"} <= evaluation.keys():
             yield "\nof `{text}`, {windows} windows of {length} tokens (0 means all).\n".format_map(evaluation)
+
+
+def _left_alone(coverage: Coverage) -> Iterator[str]:
+    yield "| left alone | parameters | of the model |\n|---|---|---|"
+    for part in coverage.left_alone:
+        yield f"| {part.what} | {part.parameters:,} | {part.parameters / coverage.model_parameters:.1%} |"
+    yield ""

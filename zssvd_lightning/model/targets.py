@@ -9,13 +9,13 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning._validation import closest
 from zssvd_lightning.errors import TargetError
 from zssvd_lightning.layers.base import shape_of
 from zssvd_lightning.layers.storage import break_even_rank
+from zssvd_lightning.model.heads import classification_heads, output_embeddings
 from zssvd_lightning.model.replace import inside_compressed
 
 
@@ -76,9 +76,10 @@ def find_targets(
 ) -> dict[str, Target]:
     """Return the layers of `model` to factorize, by qualified name in module order.
 
-    Plain `nn.Linear` and transformers' `Conv1D` are candidates. Excluded are output embeddings, tied weights,
-    subclasses, weights that are not floating point, layers given to `fully_shard` on their own, factors of an earlier
-    compression, and layers where even rank 1 saves no parameter.
+    Plain `nn.Linear` and transformers' `Conv1D` are candidates. Excluded are output embeddings, classification heads
+    (unless `include` names one without wildcards), tied weights, subclasses, weights that are not floating point,
+    layers given to `fully_shard` on their own, factors of an earlier compression, and layers where even rank 1 saves no
+    parameter.
 
     Args:
         model: any module.
@@ -97,7 +98,7 @@ def find_targets(
         if not any(matches(name, pattern) for name in names):
             raise TargetError(f"pattern {pattern!r} matches no module{closest(pattern, names) if names else ''}")
 
-    refused = dict(_refusals(model))
+    refused = refusals(model, include)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     allowed = {n: Target(n, m) for n, m in linears.items() if n not in refused}
     for pattern in include or ():
@@ -118,10 +119,20 @@ def find_targets(
     return targets
 
 
-def _refusals(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the name of every linear layer that cannot be factorized, with the reason."""
+def refusals(model: nn.Module, include: Sequence[str] | None = None) -> dict[str, str]:
+    """Return the linear layers that cannot be factorized, by name, each with the reason.
+
+    Args:
+        model: any module.
+        include: patterns of the layers to factorize; None for all.
+    """
+    return dict(_refusals(model, [pattern for pattern in include or () if not _is_wild(pattern)]))
+
+
+def _refusals(model: nn.Module, named: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the name of every linear layer that cannot be factorized, with the reason, unless `named` names a head."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    heads = {id(head) for head in _output_embeddings(model)}
+    heads = _heads(model, named)
     factors = inside_compressed(model)
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)):
@@ -137,18 +148,22 @@ def _refusals(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield name, f"its weight is {weight.dtype}, not floating point"
         elif owners[id(weight)] > 1:
             yield name, "its weight is tied to another module's, and factorizing one would untie them"
-        elif id(module) in heads or name.rsplit(".", 1)[-1] == "lm_head":
-            yield name, "it is the output embedding, where every token's logit needs its own row at full rank"
+        elif name in heads:
+            yield name, heads[name]
         elif break_even_rank(*Target(name, module).shape) < 1:
             yield name, f"at shape {tuple(weight.shape)} even rank 1 would not save a parameter"
 
 
-def _output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            head = module.get_output_embeddings()  # type: ignore[no-untyped-call]
-            if isinstance(head, nn.Module):
-                yield head
+def _heads(model: nn.Module, named: Sequence[str]) -> dict[str, str]:
+    """Return the output heads of a model by name, each with the reason why it is no target, unless `named` names it."""
+    vocabulary, classes = output_embeddings(model), classification_heads(model)
+    heads = {}
+    for name, module in model.named_modules():
+        if id(module) in vocabulary:
+            heads[name] = "it is the output embedding, where every token's logit needs its own row at full rank"
+        elif id(module) in classes and not any(matches(name, pattern) for pattern in named):
+            heads[name] = "its outputs are the model's logits; name it in include to factorize it all the same"
+    return heads
 
 
 def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refused: dict[str, str]) -> None:
@@ -166,6 +181,11 @@ def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refus
         else "only nn.Linear and transformers' Conv1D layers are"
     )
     raise TargetError(f"{name} ({type(module).__name__}) cannot be factorized: {kind}; take {pattern!r} out of include")
+
+
+def _is_wild(pattern: str) -> bool:
+    """Return whether a pattern may match several names."""
+    return pattern.startswith("re:") or any(character in pattern for character in "*?[")
 
 
 def matches(name: str, pattern: str) -> bool:

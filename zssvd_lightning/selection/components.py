@@ -42,7 +42,7 @@ class Selection:
     """Names of the matrices to store in 8 bits, if selection chooses the bits."""
 
     @property
-    def predicted_drift(self) -> float:
+    def first_order_sum(self) -> float:
         """Sum of delta over all dropped components."""
         return sum(self.drifts.values())
 

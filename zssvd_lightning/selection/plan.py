@@ -24,7 +24,7 @@ DENSE = "dense"
 
 HEADER = """\
 # The rank of every layer. Change any to a number up to break_even, or to {dense}, and compress with plan: this file.
-# reached and predicted_drift (the first-order change of the loss, nats) are those of the ranks as they were written.
+# reached and first_order_sum (over the dropped components, nats) are those of the ranks as they were written.
 """
 
 
@@ -46,7 +46,7 @@ class Plan:
     storage: str = "factors"
     """Storage of the layers: a key of `storages.STORAGES`."""
     drifts: Mapping[str, float] | None = None
-    """Name -> predicted first-order change of the loss, nats. None for a plan read from a file."""
+    """Name -> first-order sum over its dropped components, nats. None for a plan read from a file."""
     eight_bit: frozenset[str] = frozenset()
     """Names of the layers to store in 8 bits, if the storage offers the choice."""
     unit: str = "parameters"
@@ -101,7 +101,7 @@ class Plan:
             "storage": self.storage,
             "unit": self.unit,
             "reached": round(self.reached, 6),
-            "predicted_drift": None if self.drifts is None else float(f"{sum(self.drifts.values()):.6g}"),
+            "first_order_sum": None if self.drifts is None else float(f"{sum(self.drifts.values()):.6g}"),
             "layers": {name: self._entry(name) for name in self.ranks},
         }
         header = HEADER.format(dense=DENSE) + (BITS_HEADER if STORAGES[self.storage].in_8_bits else "")
@@ -125,7 +125,7 @@ class Plan:
         if name in self.eight_bit:
             entry["bits"] = 8
         if self.drifts is not None:
-            entry["predicted_drift"] = float(f"{self.drifts[name]:.3g}")
+            entry["first_order_sum"] = float(f"{self.drifts[name]:.3g}")
         return entry | {"shape": list(shape)}
 
 

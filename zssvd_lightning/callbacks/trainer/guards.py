@@ -96,6 +96,14 @@ def most_accumulated(trainer: L.Trainer) -> int:
     return max([trainer.accumulate_grad_batches, *scheduled])
 
 
+def steps_left(trainer: L.Trainer) -> float:
+    """Return the number of optimizer steps from now to the end of the fit."""
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - trainer.current_epoch
+    steps = math.inf if trainer.max_steps == -1 else trainer.max_steps - trainer.global_step
+    per_epoch = trainer.num_training_batches
+    return min(steps, steps_in(epochs * per_epoch, per_epoch, most_accumulated(trainer)))
+
+
 def refuse_uneven(batches: Sequence[float]) -> None:
     """Raise UnsupportedTrainingError if the loaders of the processes have different lengths.
 

@@ -4,7 +4,7 @@
 |---------------------------------------|-------------------|----------------------------------------------------------|
 | zssvd/phase                           | every phase       | index of the phase, in the order of `Phase`              |
 | zssvd/gathered, zssvd/to_gather       | as Lightning logs | batches of a calibration or correction: done and needed  |
-| zssvd/predicted_drift                 | every truncation  | predicted first-order change of the loss (nats)          |
+| zssvd/first_order_sum                 | every truncation  | first-order sum over the dropped components (nats)       |
 | zssvd/kept_parameters                 | every truncation  | parameters that remain in the target layers              |
 | zssvd/pruned                          | every truncation  | removed fraction, in the unit of the budget              |
 | zssvd/loss_before_truncation          | every truncation  | mean loss of the calibration before it (nats)            |
@@ -76,7 +76,7 @@ def _log_truncation(trainer: L.Trainer, report: Report) -> None:
     ranks = {n: min(layer.shape) if layer.rank is None else layer.rank for n, layer in report.layers.items()}
     log(
         trainer,
-        predicted_drift=report.predicted_drift,
+        first_order_sum=report.first_order_sum,
         kept_parameters=report.parameters_after,
         pruned=report.reached,
         loss_before_truncation=report.losses[-1],

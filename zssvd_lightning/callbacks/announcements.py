@@ -1,0 +1,61 @@
+"""Lines that a fit shows about its compression: what will happen, what it costs, and what it came to."""
+
+import math
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from zssvd_lightning.callbacks.lifecycle import Lifecycle
+from zssvd_lightning.callbacks.schedule import Schedule
+from zssvd_lightning.callbacks.trainer.guards import most_accumulated, steps_in, steps_left
+from zssvd_lightning.compression.phase import Phase
+from zssvd_lightning.compression.report import Report
+
+
+def announce(trainer: L.Trainer, life: Lifecycle, schedule: Schedule, needed: int, *, plans: bool = False) -> None:
+    """Show which share of the model will be compressed, when, and how many steps of the fit change no weight.
+
+    Args:
+        trainer: the Trainer at the start of training.
+        life: lifecycle of the compression that was attached to the model.
+        schedule: start and length of the compression.
+        needed: number of batches from its start until factorization.
+        plans: whether only the ranks are written.
+    """
+    coverage, removed = life.compression.coverage, life.compression.budget.prune_ratio
+    rank_zero_info(coverage.summary(removed))
+    if (warning := coverage.warning(removed)) is not None:
+        rank_zero_warn(warning)
+    if life.phase is Phase.WAIT:
+        rank_zero_info(course_of(trainer, life.config.corrections, schedule, needed, plans=plans))
+
+
+def course_of(trainer: L.Trainer, corrections: int, schedule: Schedule, needed: int, *, plans: bool = False) -> str:
+    """Return a sentence on when the compression runs and what it costs; see `announce`."""
+    steps = steps_in(needed, trainer.num_training_batches, most_accumulated(trainer))
+    total = steps_left(trainer)
+    corrections = 0 if plans else corrections
+    purpose = f"calibration and {corrections} corrections" if corrections else "calibration"
+    share = "" if math.isinf(total) else f" of the {total:g}"
+    if plans:
+        end = "then it writes the ranks and stops"
+    elif schedule.extend_training:
+        end = "extend_training=True adds them to the fit; then the low-rank model is trained"
+    else:
+        end = "extend_training=True would add them to the fit; then the low-rank model is trained"
+    return (
+        f"compression starts {_start(schedule)} and observes {needed:g} batches ({purpose}), in which {steps:g}{share} "
+        f"optimizer steps change no weight; {end}"
+    )
+
+
+def _start(schedule: Schedule) -> str:
+    """Return when a compression starts, such as `at epoch 2, from step 100 on`."""
+    epoch = f"at epoch {schedule.start_epoch}" if schedule.start_epoch else ""
+    step = f"from step {schedule.start_step} on" if schedule.start_step else ""
+    return ", ".join(filter(None, (epoch, step))) or "at once"
+
+
+def conclude(report: Report) -> None:
+    """Show the table of a compression."""
+    rank_zero_info("\n%s", report)

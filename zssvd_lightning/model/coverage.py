@@ -1,0 +1,129 @@
+"""Coverage of a model by its targets: which share of the parameters can be compressed, and what is left alone."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Self
+
+from rich.table import Table
+from torch import nn
+
+from zssvd_lightning.layers.base import CompressedLinear
+from zssvd_lightning.model.heads import LINEAR
+from zssvd_lightning.model.targets import Target, refusals
+
+KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (CompressedLinear, "layers that are compressed already"),
+    (nn.Embedding, "embedding tables"),
+    (nn.modules.conv._ConvNd, "convolutions"),  # noqa: SLF001
+    (nn.MultiheadAttention, "projections inside nn.MultiheadAttention"),
+    (nn.RNNBase, "weights of recurrent layers"),
+)
+"""Types of modules with weights that are not compressed, and what a report calls these weights."""
+
+HALF = 0.5
+"""Share of the model below which the targets deserve a warning."""
+
+
+class LeftAlone(NamedTuple):
+    """Parameters that a compression does not touch, for one reason."""
+
+    what: str
+    """Kind of the parameters, with the reason if their layers could have been targets."""
+    tensors: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Share of a model that its targets cover."""
+
+    layers: int
+    """Number of targets."""
+    parameters: int
+    """Parameters of the targets' weights."""
+    model_parameters: int
+    """Parameters of the whole model."""
+    left_alone: tuple[LeftAlone, ...]
+    """All other parameters, the most first."""
+
+    @classmethod
+    def of(cls, model: nn.Module, targets: Mapping[str, Target]) -> Self:
+        """Return the coverage of a model by `targets`, its layers to compress."""
+        refused = refusals(model)
+        weights = {id(target.module.weight): name for name, target in targets.items()}
+        groups: dict[str, list[int]] = {}
+        seen = set(weights)
+        for name, module in model.named_modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    kind = _kind(name, module, key, parameter, refused)
+                    groups.setdefault(kind, []).append(parameter.numel())
+        left = sorted(
+            (LeftAlone(what, len(n), sum(n)) for what, n in groups.items()), key=lambda part: -part.parameters
+        )
+        covered = sum(target.module.weight.numel() for target in targets.values())
+        return cls(len(targets), covered, covered + sum(part.parameters for part in left), tuple(left))
+
+    @property
+    def share(self) -> float:
+        """Share of the model's parameters in the targets, in (0, 1]."""
+        return self.parameters / self.model_parameters
+
+    def summary(self, removed: float) -> str:
+        """Return one line on what is compressed and what a removed fraction of the targets means for the model."""
+        return (
+            f"compressing {self.layers} layers with {self.parameters:,} of {self.model_parameters:,} parameters "
+            f"({self.share:.1%}): removing {removed:.1%} of them removes {removed * self.share:.1%} of the model; left "
+            f"alone: {self._most_of_the_rest()}"
+        )
+
+    def warning(self, removed: float) -> str | None:
+        """Return a warning if the targets are less than half of the model, else None."""
+        if self.share >= HALF:
+            return None
+        return (
+            f"only {self.share:.1%} of the model's parameters are in layers that can be compressed, so that removing "
+            f"{removed:.1%} of these leaves {1 - removed * self.share:.1%} of the model; left alone: "
+            f"{self._most_of_the_rest()}"
+        )
+
+    def _most_of_the_rest(self) -> str:
+        parts = [f"{part.what} {part.parameters / self.model_parameters:.1%}" for part in self.left_alone]
+        return ", ".join([*parts[:3], *(["..."] if len(parts) > 3 else [])]) or "nothing"
+
+    def table(self) -> Table:
+        """Return a table of the targets and of all that is left alone, with shares of the model."""
+        table = Table(title="what is compressed")
+        for column, justify in (("", "left"), ("tensors", "right"), ("parameters", "right"), ("of the model", "right")):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        rows = [LeftAlone("weights to compress", self.layers, self.parameters), *self.left_alone]
+        for row in rows:
+            share = f"{row.parameters / self.model_parameters:.1%}"
+            table.add_row(row.what, f"{row.tensors:,}", f"{row.parameters:,}", share, end_section=row is rows[0])
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types for `report.json`."""
+        return asdict(self) | {"left_alone": [part._asdict() for part in self.left_alone]}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
+        """Return the coverage that `to_dict` wrote. Raises KeyError or TypeError if it is damaged."""
+        return cls(**{**saved, "left_alone": tuple(LeftAlone(**part) for part in saved["left_alone"])})
+
+
+def _kind(name: str, module: nn.Module, key: str, parameter: nn.Parameter, refused: Mapping[str, str]) -> str:
+    """Return what a report calls a parameter that is in no target."""
+    if parameter.ndim < 2:
+        return "biases, norms and other vectors"
+    if name in refused:
+        return f"linear layers: {refused[name]}"
+    if isinstance(module, LINEAR):
+        return "linear layers excluded by include or ignore"
+    for type_, what in KINDS:
+        if isinstance(module, type_):
+            return what
+    if parameter.ndim == 3:
+        return "stacked matrices, such as those of experts"
+    return f"other weights of {type(module).__name__}"
