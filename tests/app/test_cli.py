@@ -40,6 +40,7 @@ def workshop(tmp_path_factory):
     (folder / "config.yaml").write_text(
         f"model: {{source: {folder}/model}}\n"
         f"calibration: {{text: {folder}/text.txt, samples: 8, length: 32, batch_size: 2}}\n"
+        f"preset: zs-svd-line-search\n"
         f"compression: {{prune_ratio: 0.4}}\n"
         f"evaluation: {{text: {folder}/text.txt, second: '{folder}/other.jsonl#goal', windows: 3, length: 32}}\n"
         f"output: {folder}/out\n"
@@ -401,7 +402,9 @@ def test_default_text_where_no_package_has_one(workshop, zssvd, tmp_path, withou
 
 def test_default_method_is_the_preset_that_help_names(zssvd):
     assert CompressionConfig.of("zs-svd-line-search") == CompressionConfig()
-    assert "zs-svd-line-search" in zssvd("compress", "--help").out
+    assert CompressionConfig.asked(None, None, {}) == CompressionConfig.of("best")
+    assert load_config(RunConfig, None, ["model.source=x", "output=y"]).compression == CompressionConfig.of("best")
+    assert "preset: str = best" in zssvd("keys", "preset").out
 
 
 def test_json_of_compress_is_its_report(workshop, zssvd, tmp_path):
@@ -499,7 +502,8 @@ def test_keys_are_listed(zssvd):
     every = zssvd("keys").out
     for name in ("preset", "model.source", "calibration.samples", "compression.storage", "evaluation.windows"):
         assert re.search(rf"^{re.escape(name)}: ", every, re.MULTILINE)
-    assert "compression.prune_ratio: float = 0.2\n    Fraction of the target" in every
+    assert "compression.prune_ratio: float = 0.2\n    Fraction to remove" in every
+    assert "compression.metric: str = two_sided\n" in every  # that of the default preset
     assert "model.source: str, required\n" in every
     training = zssvd("keys", "training").out
     assert re.findall(r"^\w\S*", training, re.MULTILINE) == [
@@ -517,8 +521,8 @@ def test_init_writes_a_file_that_compress_accepts(workshop, zssvd, tmp_path, pre
     file = tmp_path / "new.yaml"
     assert zssvd("init", file, workshop / "model", *(["--preset", preset] if preset else []), "--ratio", 0.35).code == 0
     settings = load_config(RunConfig, file)
-    assert settings.preset == preset
-    assert settings.compression == CompressionConfig.of(preset, prune_ratio=0.35)
+    assert settings.preset == "best"
+    assert settings.compression == CompressionConfig.of("best", prune_ratio=0.35)
     text = file.read_text()
     (tmp_path / "all.yaml").write_text(re.sub(r"^#(\s*\w+:)", r"\1", text, flags=re.MULTILINE))
     assert load_config(RunConfig, tmp_path / "all.yaml") == settings

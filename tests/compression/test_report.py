@@ -5,6 +5,7 @@ from rich.console import Console
 
 from zssvd_lightning.app.pictures import draw
 from zssvd_lightning.compression.report import LayerReport, Report, Stopwatch, peak_rss_bytes
+from zssvd_lightning.model.coverage import Coverage, LeftAlone
 
 LAYERS = {
     "net.layers.0.q": LayerReport(10, (64, 64), 1280),
@@ -35,7 +36,8 @@ def report(**changes):
 
 def test_json_has_the_names_scripts_rely_on():
     plain = json.loads(json.dumps(report(perplexity={"dense": 5.0, "compressed": 7.0}).to_dict()))
-    assert plain["prune_ratio"] == {"asked": 0.4, "reached": pytest.approx(0.4), "of": "parameters"}
+    ratio = {"asked": 0.4, "reached": pytest.approx(0.4), "of": "parameters", "counted_over": "targets"}
+    assert plain["prune_ratio"] == ratio
     assert plain["parameters"] == {"before": 10_000, "after": 6_000, "model": {"before": 15_000, "after": 11_000}}
     assert plain["ranks"]["net.layers.0.up"] == {"rank": None, "shape": [64, 32], "kept": 2048, "in_8_bits": False}
     assert plain["first_order_sum"] == -0.25
@@ -44,8 +46,30 @@ def test_json_has_the_names_scripts_rely_on():
 
 
 def test_a_report_comes_back_from_its_json():
-    for one in (report(), report(perplexity={"dense": 5.0, "compressed": 7.0}, seed=3, config={"a": {"b": 1}})):
+    for one in (
+        report(),
+        report(perplexity={"dense": 5.0, "compressed": 7.0}, seed=3, config={"a": {"b": 1}}),
+        report(coverage=Coverage(4, 10_000, 15_000, (LeftAlone("convolutions", 2, 5_000),)), budget_of="model"),
+    ):
         assert Report.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+
+
+def test_reports_of_earlier_releases_are_read():
+    saved = report().to_dict()
+    saved["predicted_drift"] = saved.pop("first_order_sum")
+    del saved["prune_ratio"]["counted_over"]
+    assert Report.from_dict(saved) == report()
+
+
+def test_text_is_the_table_without_details():
+    losses = {"batches": 2, "dense": 1.0, "truncated": 3.0, "final": 2.0, "taken_back": 0}
+    coverage = Coverage(4, 10_000, 15_000, (LeftAlone("convolutions", 2, 5_000),))
+    text = str(report(kept_back=losses, coverage=coverage))
+    assert "loss on batches kept back" in text.splitlines()[5]
+    assert "7.39" in text  # e^2
+    assert "left alone: convolutions" in text
+    assert "first-order" not in text
+    assert "calibrate" not in text
 
 
 def test_names_within_a_submodule():
@@ -63,7 +87,7 @@ def test_table_shows_what_there_is():
     )
     text = console.export_text()
     for piece in (
-        "0.4 of parameters asked",
+        "0.4000 of the parameters of the target layers (0.4 asked)",
         "10,000",
         "6,000",
         "15,000",

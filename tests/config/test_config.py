@@ -7,7 +7,7 @@ from zssvd_lightning import CompressionConfig, RunConfig, Schedule, ZSSVDCallbac
 from zssvd_lightning.callbacks.schedule import CallbackSettings
 from zssvd_lightning.config.presets import FOLDER, PRESETS, settings_of
 from zssvd_lightning.config.settings import CompressionSettings, Settings
-from zssvd_lightning.errors import ConfigError
+from zssvd_lightning.errors import ConfigError, ContradictionError
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -127,6 +127,22 @@ def test_the_callback_takes_a_preset_and_what_is_given_wins():
     assert ZSSVDCallback(0.3).config == ZSSVDCallback(0.3, None).config == CompressionConfig.of("best", prune_ratio=0.3)
     with pytest.raises(ConfigError, match="did you mean 'best'"):
         ZSSVDCallback(preset="bst")
+
+
+def test_contradictions_to_the_default_preset_say_where_its_settings_come_from(tmp_path):
+    for build in (
+        lambda: ZSSVDCallback(0.3, metric="input"),
+        lambda: load_config(
+            RunConfig, None, ["model.source=x", "output=y", "calibration.text=z", "compression.metric=input"]
+        ),
+    ):
+        with pytest.raises(ContradictionError, match="preset 'best', because no preset is named"):
+            build()
+    with pytest.raises(ContradictionError) as caught:
+        ZSSVDCallback(0.3, "best", metric="input")
+    assert "no preset is named" not in str(caught.value)
+    with pytest.raises(ContradictionError, match="budget_of 'model' needs budget_in"):
+        CompressionConfig(budget_of="model", budget_in="flops")
 
 
 def test_bits_are_chosen_by_rules_that_can():

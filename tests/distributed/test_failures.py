@@ -72,7 +72,7 @@ def test_all_processes_end_within_the_timeout(tmp_path, strategy, breaks, said_b
     healthy = 1 if breaks is BreaksSelection else 0
     described = Run(strategy=strategy, callbacks=(breaks,), timeout=4)
     wait_for = [healthy] if breaks is Hangs else None
-    codes = processes.start(tmp_path, 2, fit, described, timeout=60, wait_for=wait_for)
+    codes = processes.start(tmp_path, 2, fit, described, timeout=240, wait_for=wait_for)
     assert codes[healthy] == 1
     assert codes[1 - healthy] == (None if breaks is Hangs else 1)
     if said_by_others is not None:

@@ -145,7 +145,7 @@ FAMILIES = {
     "gpt2": Family(tiny_gpt2, token_batches, 8),
     "bert": Family(tiny_bert, token_batches, 13),
     "t5": Family(tiny_t5, sequence_pairs, 32),
-    "vit": Family(tiny_vit, image_batches, 13),
+    "vit": Family(tiny_vit, image_batches, 12),
 }
 
 

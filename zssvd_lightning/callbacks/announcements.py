@@ -1,10 +1,13 @@
-"""Lines that a fit shows about its compression: what will happen, what it costs, and what it came to."""
+"""What a fit tells its user about the compression: what will happen, what it costs, and what it came to."""
 
 import math
+from collections.abc import Callable
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from zssvd_lightning._contexts import evaluation_mode
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.schedule import Schedule
 from zssvd_lightning.callbacks.trainer.guards import most_accumulated, steps_in, steps_left
@@ -56,6 +59,14 @@ def _start(schedule: Schedule) -> str:
     return ", ".join(filter(None, (epoch, step))) or "at once"
 
 
-def conclude(report: Report) -> None:
+def conclude(report: Report | None) -> None:
     """Show the table of a compression."""
     rank_zero_info("\n%s", report)
+
+
+def call_to_measure(
+    hook: Callable[[L.Trainer, L.LightningModule], None], trainer: L.Trainer, module: L.LightningModule
+) -> None:
+    """Call a hook of the user with the module in evaluation mode and without gradients."""
+    with evaluation_mode(module), torch.no_grad():
+        hook(trainer, module)

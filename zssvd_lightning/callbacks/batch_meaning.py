@@ -1,4 +1,4 @@
-"""Interface through which the parts of the callback ask about batches and the model."""
+"""Interface to the methods of the callback that users override."""
 
 from typing import Any, Protocol
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class BatchMeaning(Protocol):
-    """Methods of `ZSSVDCallback` that interpret batches. Users override them in a subclass."""
+    """Methods of `ZSSVDCallback` that interpret batches or measure the model. Users override them in a subclass."""
 
     def token_mask(self, batch: Any) -> Tensor | None:
         """Return the mask (B, T) of the positions of a batch that are not padding, or None for all."""
@@ -20,3 +20,9 @@ class BatchMeaning(Protocol):
 
     def batches_needed(self, batches_per_epoch: float = ..., accumulate: int = ...) -> int:
         """Return the number of training batches from the start of an epoch until factorization."""
+
+    def on_before_truncation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the dense model right before its first truncation."""
+
+    def on_compressed(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the low-rank model right after factorization."""

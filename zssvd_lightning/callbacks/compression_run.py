@@ -9,9 +9,9 @@ from typing import Any
 
 import lightning as L
 
-from zssvd_lightning.callbacks.announcements import announce, conclude
+from zssvd_lightning.callbacks.announcements import announce, call_to_measure, conclude
 from zssvd_lightning.callbacks.batch_meaning import BatchMeaning
-from zssvd_lightning.callbacks.fit_context import FitContext
+from zssvd_lightning.callbacks.fit_context import FitContext, plan_file
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.recovery import RecoveryHooks
 from zssvd_lightning.callbacks.schedule import Schedule
@@ -39,9 +39,6 @@ from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixi
 from zssvd_lightning.serialization.specs import ranks_of
 
 logger = logging.getLogger(__name__)
-
-PLAN_FILE = "zssvd_plan.yaml"
-"""Default file name of the plan that a dry run writes."""
 
 
 class CompressionRun:
@@ -120,7 +117,7 @@ class CompressionRun:
         adapter.refuse_settings(self._config)
         adapter.unwrap_parameters()
         refuse_uneven(adapter.team.gathered(trainer.num_training_batches))
-        plan_path = None if self._dry_run is False else self._plan_path(trainer)
+        plan_path = None if self._dry_run is False else plan_file(trainer, self._dry_run)
         with adapter.team.together():
             refuse_stale_groups(trainer, module)
             if plan_path is not None and trainer.is_global_zero:
@@ -277,16 +274,20 @@ class CompressionRun:
             self._write_plan(trainer, module)
             return
         was_dense = life.is_dense
+        if was_dense and life.stage.truncates:
+            call_to_measure(self._meaning.on_before_truncation, trainer, module)
         with life.changing_weights():
             telemetry.log_stage(trainer, life.advance(), life.compression)
             if was_dense:
                 start_ranking_afresh(trainer, "dense")
             if life.phase is Phase.FACTORIZE:
                 self._factorize(trainer, module)
+        if life.phase is Phase.RECOVER:
+            call_to_measure(self._meaning.on_compressed, trainer, module)
         telemetry.log_phase(trainer, life.phase)
 
     def _write_plan(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        path, plan = self._plan_path(trainer), self.life.compression.plan()
+        path, plan = plan_file(trainer, self._dry_run), self.life.compression.plan()
         with self._fit.adapter.team.together():
             if trainer.is_global_zero:
                 plan.write(path)
@@ -307,8 +308,7 @@ class CompressionRun:
         if (recovery := self.life.active_recovery) is not None:
             recovery.rollback.keep(module)
         start_ranking_afresh(trainer, "truncated")
-        if self.life.report is not None:
-            conclude(self.life.report)
+        conclude(self.life.report)
         self._compressed = weakref.ref(module)
         if not isinstance(module, LowRankCheckpointMixin):
             logger.info(
@@ -342,7 +342,3 @@ class CompressionRun:
 
     def _batches_until_factorized(self, trainer: L.Trainer) -> int:
         return self._meaning.batches_needed(trainer.num_training_batches, most_accumulated(trainer))
-
-    def _plan_path(self, trainer: L.Trainer) -> Path:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        return folder / PLAN_FILE if isinstance(self._dry_run, bool) else self._dry_run

@@ -194,6 +194,18 @@ class ZSSVDCallback(L.Callback):
         """Return the model whose logits the loss uses. Override this method if it is no transformers model."""
         return model_with_logits(pl_module)
 
+    def on_before_truncation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Do nothing. Override this hook to measure the dense model right before its first truncation.
+
+        The module is in evaluation mode and gradients are off, in every process.
+        """
+
+    def on_compressed(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Do nothing. Override this hook to measure the low-rank model right after factorization, before training.
+
+        The module is in evaluation mode and gradients are off, in every process. `report` is complete.
+        """
+
     def batches_needed(self, batches_per_epoch: float = math.inf, accumulate: int = 1) -> int:
         """Return the number of training batches from the start of an epoch until the model is factorized."""
         return self.run.batches_needed(batches_per_epoch, accumulate)

@@ -246,8 +246,7 @@ class Report:
             details: whether to add the seconds of each step and the first-order sum.
         """
         of = "the target layers" if self.budget_of == "targets" else "the model"
-        asked = f"prune ratio {self.asked:g} of the {self.budget_in} of {of}"
-        table = Table(title=f"{asked} asked, {self.reached:.4f} reached")
+        table = Table(title=f"removed {self.reached:.4f} of the {self.budget_in} of {of} ({self.asked:g} asked)")
         for column, justify in (("", "left"), ("dense", "right"), ("compressed", "right")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         self._add_losses(table)
