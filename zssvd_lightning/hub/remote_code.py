@@ -2,24 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForImageTextToText,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from zssvd_lightning.errors import SavedModelError
+from zssvd_lightning.hub.model_classes import automatic_for
 from zssvd_lightning.layers import base, int8, low_rank, pivoted, registry
+from zssvd_lightning.serialization.quantizer import FORMAT_VERSION
 
 CARRIED = (base, low_rank, pivoted, int8, registry)
 """Modules that are copied into the folder, with `zssvd_` before their names."""
@@ -33,7 +22,7 @@ CODE = '''"""{model}, with the layers that its config names in compressed form."
 from transformers import {config}, {model}
 
 # all files are named here, since there are releases of transformers that copy no others
-from .zssvd_base import CompressedLinear  # noqa: F401
+from .zssvd_base import CompressedLinear
 from .zssvd_int8 import EightBitLinear  # noqa: F401
 from .zssvd_low_rank import LowRankLinear  # noqa: F401
 from .zssvd_registry import layer_like
@@ -43,33 +32,49 @@ from .zssvd_pivoted import PivotedLinear  # noqa: F401
 class Compressed{config}({config}):
     model_type = "zssvd"
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Keep the record of the layers under another name, since transformers knows no quantization of its name."""
+        told = dict(config_dict)
+        record = told.pop("quantization_config")
+        made = super().from_dict(told, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        config.compressed_layers = record["layers"]
+        return made
+
+    def to_dict(self):
+        """Return the entries of `config.json`, without digests, which are of what was read, not of what is saved."""
+        told = super().to_dict()
+        layers = told.pop("compressed_layers", None)
+        if layers is not None:
+            told["quantization_config"] = {{"quant_method": "zssvd", "version": {version}, "layers": layers}}
+        return told
+
 
 class Compressed{model}({model}):
     config_class = Compressed{config}
 
     def __init__(self, config):
         super().__init__(config)
-        config.quantization_config.pop("files", None)  # digests are of what was read, not of what will be saved
-        for name, spec in config.quantization_config["layers"].items():
+        for name, spec in config.compressed_layers.items():
             parent, _, leaf = name.rpartition(".")
             owner = self.get_submodule(parent)
             old = getattr(owner, leaf)
             setattr(owner, leaf, layer_like(old, spec).to_empty(device=old.weight.device))
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **options):
+        """Load as transformers does, but raise ValueError where weights are missing or cannot be."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **options)
+        wrong = {{key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}}
+        for name, layer in model.named_modules():
+            if isinstance(layer, CompressedLinear) and (fault := layer.fault()) is not None:
+                wrong[name] = fault
+        if wrong:
+            raise ValueError(f"the folder does not hold the weights its config speaks of: {{wrong}}")
+        return (model, info) if output_loading_info else model
 '''
-
-
-AUTOMATIC: tuple[Any, ...] = (  # in the order in which they are tried
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoModelForQuestionAnswering,
-    AutoModelForImageClassification,
-    AutoModelForImageTextToText,
-    AutoModel,
-)
 
 
 def carry_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
@@ -96,18 +101,7 @@ def carry_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
             r"^from zssvd_lightning\.layers\.", "from .zssvd_", path.read_text(encoding="utf-8"), flags=re.MULTILINE
         )
         (folder / f"zssvd_{path.name}").write_text(text, encoding="utf-8")
-    code = CODE.format(model=architecture, config=config)
+    code = CODE.format(model=architecture, config=config, version=FORMAT_VERSION)
     (folder / f"{MODEL}.py").write_text(code, encoding="utf-8")
-    automatic = next((auto for auto in AUTOMATIC if made_by(auto, model.config) is type(model)), AutoModel)
-    return {
-        "AutoConfig": f"{MODEL}.Compressed{config}",
-        automatic.__name__: f"{MODEL}.Compressed{architecture}",
-    }
-
-
-def made_by(automatic: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """Return the model class that a transformers auto class would build from a config; None if there is none."""
-    mapping = automatic._model_mapping  # noqa: SLF001
-    found: Any = mapping.get(type(config), None)
-    made: type[PreTrainedModel] | None = found[0] if isinstance(found, tuple) else found
-    return made
+    code = f"{MODEL}.Compressed{architecture}"
+    return {"AutoConfig": f"{MODEL}.Compressed{config}"} | dict.fromkeys(automatic_for(type(model), model.config), code)

@@ -1,9 +1,10 @@
 """Saving of compressed models to folders."""
 
+import copy
 import json
 from pathlib import Path
 
-import transformers
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,11 +13,12 @@ from zssvd_lightning._files import replacing_folder
 from zssvd_lightning.compression.report import Report, write_report
 from zssvd_lightning.errors import OutputError, SavedModelError
 from zssvd_lightning.hub.model_card import write_card
+from zssvd_lightning.hub.model_classes import saved_class
 from zssvd_lightning.hub.remote_code import carry_code
 from zssvd_lightning.model import adapters
 from zssvd_lightning.serialization.integrity import digest
-from zssvd_lightning.serialization.specs import specs_of
-from zssvd_lightning.serialization.transformers_config import mark
+from zssvd_lightning.serialization.specs import rebuild, specs_of
+from zssvd_lightning.serialization.transformers_config import mark, tell
 
 SHARD = "5GB"
 
@@ -76,11 +78,17 @@ def write_model(
         return
     if not isinstance(model, PreTrainedModel):
         raise SavedModelError(f"{type(model).__name__} is no model of transformers; save the one it holds")
-    specs = specs_of(model)
+    specs, loaded_as = specs_of(model), saved_class(model)
     if specs and model.config.model_type not in CONFIG_MAPPING:
         raise SavedModelError(
             f"transformers does not know the model type {model.config.model_type!r}, so the folder would not "
             "load; register it with AutoConfig and an automatic model class, or merge(model) first"
+        )
+    if specs and (loaded_as is None or not _holds(loaded_as, model)):
+        raise SavedModelError(
+            f"the folder would not load: {type(model).__name__} is unknown to transformers, and "
+            + ("extends no class that is known" if loaded_as is None else f"has other weights than {loaded_as.__name__}")
+            + "; register it with an automatic model class, or save the model that it holds"
         )
     mark(model)
     try:
@@ -94,7 +102,7 @@ def write_model(
     if specs:
         path = folder / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["architectures"] = [_architecture(model)]
+        config["architectures"] = [getattr(loaded_as, "__name__", None)]
         config["quantization_config"]["files"] = {
             file.name: digest(file) for file in sorted(folder.glob("*.safetensors"))
         }
@@ -105,7 +113,13 @@ def write_model(
         raise SavedModelError(f"{type(model).__name__} has no compressed layer, and needs no code to be loaded")
 
 
-def _architecture(model: PreTrainedModel) -> str:
-    """Return the name of the transformers class that the model's class is or extends, else the model's class name."""
-    classes = type(model).__mro__
-    return next((c.__name__ for c in classes if getattr(transformers, c.__name__, None) is c), type(model).__name__)
+def _holds(kind: type[PreTrainedModel], model: PreTrainedModel) -> bool:
+    """Return True if `model` is of this class, or the class has the same weights outside compressed layers."""
+    if kind is type(model):
+        return True
+    plain = copy.deepcopy(model.config)
+    tell(plain, {})
+    with torch.device("meta"):
+        made = kind(plain)
+    rebuild(made, specs_of(model))
+    return made.state_dict().keys() == model.state_dict().keys()
