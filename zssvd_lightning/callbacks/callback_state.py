@@ -130,9 +130,19 @@ def _at(phases: list[Phase]) -> Check:
     return checked
 
 
+def _last_stage(number: int) -> Check:
+    def checked(value: Any, key: str) -> None:
+        raise fault(key, value, f"below {number}, the number of stages")
+
+    return checked
+
+
 def _refuse_other_form(state: Mapping[str, Any], mine: "Lifecycle") -> None:
     """Raise CheckpointError if the model was compressed for another storage, or its factors are trained otherwise."""
     refuse_other_recovery(state["recovery"], mine.recovery)
+    stages = () if mine.recovery is None else mine.recovery.settings.stages
+    if state["recovery"] is not None and state["recovery"]["stage"] >= len(stages):
+        refuse_damaged(_last_stage(len(stages)), state["recovery"]["stage"], "recovery.stage")
     compressed, settings = state["report"]["config"]["compression"], asdict(mine.config)
     for key in ("storage", "rows_in_16_bits"):
         if compressed[key] != settings[key]:

@@ -89,14 +89,13 @@ class Rebuilder(HfQuantizer):
         files = checkpoint_files or ()
         refuse_changed(files, found.files)
         held = stored_in(files)
-        layers = self._layers_in(model)
-        modules = dict(model.named_modules())
-        if not found.files and are_dense(held, {name: modules.get(name, model) for name in layers}):
+        if not found.files and are_dense(held, found.layers):
             logger.warning(
                 "config.json names compressed layers, but the weights are those of a dense model, which was built from "
                 "the config of a compressed one; it is loaded as a dense model"
             )
             return model
+        layers = self._layers_in(model)
         rebuild(model, layers)
         refuse_missing(held, {name: model.get_submodule(name) for name in layers})
         return model
