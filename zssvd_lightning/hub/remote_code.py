@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
+import transformers
 from transformers import PreTrainedModel
 
 from zssvd_lightning.errors import SavedModelError
-from zssvd_lightning.hub.model_classes import automatic_for
+from zssvd_lightning.hub.model_classes import automatic_for, saved_class
 from zssvd_lightning.layers import base, int8, low_rank, pivoted, registry
 from zssvd_lightning.serialization.quantizer import FORMAT_VERSION
 
@@ -19,7 +20,8 @@ MODEL = "modeling_zssvd"
 
 CODE = '''"""{model}, with the layers that its config names in compressed form."""
 
-from transformers import {config}, {model}
+from {config_module} import {config}
+from {model_module} import {model}
 
 # all files are named here, since there are releases of transformers that copy no others
 from .zssvd_base import CompressedLinear
@@ -85,7 +87,8 @@ def carry_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
         folder: folder of the saved model.
 
     Raises:
-        SavedModelError: a layer is of a class outside this package, whose code is not copied.
+        SavedModelError: a layer is of a class outside this package, or the model of one outside transformers, whose
+            code is not copied.
     """
     carried = {module.__name__ for module in CARRIED}
     for name, layer in model.named_modules():
@@ -94,14 +97,33 @@ def carry_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
                 f"{name} is a {type(layer).__name__} of {type(layer).__module__}, whose code a self-contained folder "
                 "does not carry; save with self_contained=False"
             )
-    architecture, config = type(model).__name__, type(model.config).__name__
+    kind: type | None = saved_class(model)
+    config_kind = getattr(type(model.config), "plain", type(model.config))
+    for part in (kind, config_kind):
+        if part is None or not part.__module__.startswith("transformers."):
+            raise SavedModelError(
+                f"{type(model).__name__} or its config is of a class outside transformers, whose code a self-contained "
+                "folder does not carry; save with self_contained=False"
+            )
+    architecture, config = kind.__name__, config_kind.__name__
     for module in CARRIED:
         path = Path(str(module.__file__))
         text = re.sub(
             r"^from zssvd_lightning\.layers\.", "from .zssvd_", path.read_text(encoding="utf-8"), flags=re.MULTILINE
         )
         (folder / f"zssvd_{path.name}").write_text(text, encoding="utf-8")
-    code = CODE.format(model=architecture, config=config, version=FORMAT_VERSION)
+    code = CODE.format(
+        model=architecture,
+        config=config,
+        model_module=_place_of(kind),
+        config_module=_place_of(config_kind),
+        version=FORMAT_VERSION,
+    )
     (folder / f"{MODEL}.py").write_text(code, encoding="utf-8")
     code = f"{MODEL}.Compressed{architecture}"
-    return {"AutoConfig": f"{MODEL}.Compressed{config}"} | dict.fromkeys(automatic_for(type(model), model.config), code)
+    return {"AutoConfig": f"{MODEL}.Compressed{config}"} | dict.fromkeys(automatic_for(kind, model.config), code)
+
+
+def _place_of(kind: type) -> str:
+    """Return the module to import a class of transformers from."""
+    return "transformers" if getattr(transformers, kind.__name__, None) is kind else kind.__module__
