@@ -14,17 +14,17 @@ PARTS = "zssvd_parts"
 
 
 Check = Callable[[Any, str], None]
-"""Function of a value and its key, which raises `Fault` if the value cannot be right."""
+"""Function of a value and its key, which raises `FaultError` if the value cannot be right."""
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """Value in a saved state that cannot be right. The message names its key."""
 
 
-def fault(key: str, value: object, wanted: str) -> Fault:
+def fault(key: str, value: object, wanted: str) -> FaultError:
     """Return the error for a value that is not as it was written."""
     shown = type(value).__name__ if isinstance(value, Mapping | list | tuple | Tensor) else repr(value)[:60]
-    return Fault(f"{key} is {shown}, but must be {wanted}")
+    return FaultError(f"{key} is {shown}, but must be {wanted}")
 
 
 def whole(value: Any, key: str) -> None:
@@ -78,15 +78,15 @@ def tensor(value: Any, key: str) -> None:
 def finite_tensor(value: Any, key: str) -> None:
     """Check a tensor of floating-point numbers that are finite, where they are in memory."""
     tensor(value, key)
-    if isinstance(value, Tensor) and not value.is_meta:
-        if not is_finite(value.to_local() if isinstance(value, DTensor) else value):
-            raise fault(key, value, "a tensor of finite floating-point numbers")
+    held = value.to_local() if isinstance(value, DTensor) else value
+    if isinstance(held, Tensor) and not held.is_meta and not is_finite(held):
+        raise fault(key, value, "a tensor of finite floating-point numbers")
 
 
 def shaped(value: Any, key: str, shape: tuple[int, ...]) -> None:
     """Check that a tensor, unless it is saved in parts, has a shape."""
     if isinstance(value, Tensor) and tuple(value.shape) != shape:
-        raise Fault(f"{key} has the shape {tuple(value.shape)}, but must have {shape}")
+        raise FaultError(f"{key} has the shape {tuple(value.shape)}, but must have {shape}")
 
 
 def optional(check: Check) -> Check:
@@ -135,7 +135,7 @@ def entries(checks: Mapping[str, Check], may_lack: tuple[str, ...] = ()) -> Chec
             if name in value:
                 check(value[name], path)
             elif name not in may_lack:
-                raise Fault(f"{path} is missing")
+                raise FaultError(f"{path} is missing")
 
     return checked
 

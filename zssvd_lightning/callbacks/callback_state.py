@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from zssvd_lightning._state_checks import (
     Check,
-    Fault,
+    FaultError,
     entries,
     fault,
     listed,
@@ -68,7 +68,7 @@ def refuse_damaged(check: Check, state: Any, key: str = "") -> None:
     """Raise CheckpointError, with the key and what it holds, if a state is not as it was written."""
     try:
         check(state, key)
-    except Fault as error:
+    except FaultError as error:
         raise CheckpointError(
             f"the callback's state in the checkpoint is damaged: {error}; resume from another checkpoint, or start "
             "afresh"

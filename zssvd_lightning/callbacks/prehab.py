@@ -251,7 +251,8 @@ class LowRankPrehab(L.Callback):
             )
         refuse_damaged(STATE, state_dict)
         mine, saved = self._settings(), state_dict["settings"]
-        other = [f"{name} was {saved.get(name)!r} and is {mine[name]!r}" for name in mine if saved.get(name) != mine[name]]
+        differing = [name for name in mine if saved.get(name) != mine[name]]
+        other = [f"{name} was {saved.get(name)!r} and is {mine[name]!r}" for name in differing]
         if other:
             raise CheckpointError(
                 f"the checkpoint is of a LowRankPrehab with other settings ({'; '.join(other)}); go on with the same, "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
-from zssvd_lightning._state_checks import Fault
+from zssvd_lightning._state_checks import FaultError
 from zssvd_lightning.compression.saved_state import REPORT as CONTENT
 from zssvd_lightning.errors import SavedModelError
 
@@ -263,7 +263,7 @@ def read_report(folder: Path) -> Report | None:
         saved = json.loads(path.read_text(encoding="utf-8"))
         CONTENT(saved, "")
         return Report.from_dict(saved)
-    except (OSError, ValueError, RecursionError, Fault) as error:
+    except (OSError, ValueError, RecursionError, FaultError) as error:
         raise SavedModelError(f"{path} is no report of a compression: {error}; move it away") from error
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from zssvd_lightning._state_checks import (
     Check,
-    Fault,
+    FaultError,
     anything,
     entries,
     finite,
@@ -127,9 +127,7 @@ COMPRESSION = entries(
         ),
         "originals": optional(mapped(finite_tensor)),
         "factors": FACTORS,
-        "found": optional(
-            mapped(entries({"left": finite_tensor, "right": finite_tensor, "components": COMPONENTS}))
-        ),
+        "found": optional(mapped(entries({"left": finite_tensor, "right": finite_tensor, "components": COMPONENTS}))),
         "selection": SELECTION,
         "step": optional(listed(number, 2)),
         "lengths": optional(mapped(anything)),
@@ -166,7 +164,7 @@ def check_compression(state: Any, key: str) -> None:
         _check_layers(selection["kept"], shapes, f"{place}.selection.kept")
         for name, kept in selection["kept"].items():
             if any(index >= min(shapes[name]) for index in kept or ()):
-                raise Fault(f"{place}.selection.kept.{name} has a component that the layer {shapes[name]} has not")
+                raise FaultError(f"{place}.selection.kept.{name} has a component that the layer {shapes[name]} has not")
 
 
 def _check_moments(moments: Mapping[str, Any], shapes: Mapping[str, list[int]], key: str) -> None:
@@ -177,7 +175,7 @@ def _check_moments(moments: Mapping[str, Any], shapes: Mapping[str, list[int]], 
     _check_layers(moments["component_sums"], shapes, f"{key}.component_sums")
     for name, leader in moments["leaders"].items():
         if leader not in shapes:
-            raise Fault(f"{key}.leaders.{name} is {leader!r}, which is no layer of the compression")
+            raise FaultError(f"{key}.leaders.{name} is {leader!r}, which is no layer of the compression")
 
 
 def _check_layers(
@@ -186,6 +184,6 @@ def _check_layers(
     """Check that all names are layers and, with `sides`, that the values have the shape of these sides of each."""
     for name, value in values.items():
         if name not in shapes:
-            raise Fault(f"{key} has {name}, which is no layer of the compression")
+            raise FaultError(f"{key} has {name}, which is no layer of the compression")
         if sides:
             shaped(value, f"{key}.{name}", tuple(shapes[name][side] for side in sides))

@@ -70,11 +70,11 @@ def _config(folder: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _loader(config: PreTrainedConfig) -> Any:
-    """Return the class that loads the saved model: the one its config names, or an automatic class for code in a folder.
+    """Return the class that loads the saved model: the one its config names.
 
-    For a name that is unknown here, it is AutoModelForCausalLM, with a warning.
+    For code in the folder it is an automatic class, for a name that is unknown AutoModelForCausalLM, with a warning.
     """
-    saved = (config.architectures or [None])[0]
+    saved = next(iter(config.architectures or ()), None)
     carried = getattr(config, "auto_map", None) or {}
     named = [automatic for automatic, code in carried.items() if str(code).rpartition(".")[2] == saved]
     if named:

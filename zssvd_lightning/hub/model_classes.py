@@ -27,7 +27,8 @@ def class_named(name: object, config: PreTrainedConfig) -> Model | None:
         return None
     found = [*_registered(config), getattr(transformers, name, None)]
     found += [getattr(module, name, None) for module in _modules_beside(config)]
-    return next((each for each in found if _is_model(each) and each.__name__ == name), None)
+    models: list[Any] = [each for each in found if _is_model(each)]
+    return next((each for each in models if each.__name__ == name), None)
 
 
 def saved_class(model: PreTrainedModel) -> Model | None:

@@ -97,14 +97,12 @@ def carry_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
                 f"{name} is a {type(layer).__name__} of {type(layer).__module__}, whose code a self-contained folder "
                 "does not carry; save with self_contained=False"
             )
-    kind: type | None = saved_class(model)
-    config_kind = getattr(type(model.config), "plain", type(model.config))
-    for part in (kind, config_kind):
-        if part is None or not part.__module__.startswith("transformers."):
-            raise SavedModelError(
-                f"{type(model).__name__} or its config is of a class outside transformers, whose code a self-contained "
-                "folder does not carry; save with self_contained=False"
-            )
+    kind, config_kind = saved_class(model), getattr(type(model.config), "plain", type(model.config))
+    if kind is None or not all(part.__module__.startswith("transformers.") for part in (kind, config_kind)):
+        raise SavedModelError(
+            f"{type(model).__name__} or its config is of a class outside transformers, whose code a self-contained "
+            "folder does not carry; save with self_contained=False"
+        )
     architecture, config = kind.__name__, config_kind.__name__
     for module in CARRIED:
         path = Path(str(module.__file__))

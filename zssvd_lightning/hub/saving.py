@@ -78,18 +78,13 @@ def write_model(
         return
     if not isinstance(model, PreTrainedModel):
         raise SavedModelError(f"{type(model).__name__} is no model of transformers; save the one it holds")
-    specs, loaded_as = specs_of(model), saved_class(model)
+    specs = specs_of(model)
     if specs and model.config.model_type not in CONFIG_MAPPING:
         raise SavedModelError(
             f"transformers does not know the model type {model.config.model_type!r}, so the folder would not "
             "load; register it with AutoConfig and an automatic model class, or merge(model) first"
         )
-    if specs and (loaded_as is None or not _holds(loaded_as, model)):
-        raise SavedModelError(
-            f"the folder would not load: {type(model).__name__} is unknown to transformers, and "
-            + ("extends no class that is known" if loaded_as is None else f"has other weights than {loaded_as.__name__}")
-            + "; register it with an automatic model class, or save the model that it holds"
-        )
+    loaded_as = _class_to_load(model) if specs else type(model)
     mark(model)
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -102,7 +97,7 @@ def write_model(
     if specs:
         path = folder / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["architectures"] = [getattr(loaded_as, "__name__", None)]
+        config["architectures"] = [loaded_as.__name__]
         config["quantization_config"]["files"] = {
             file.name: digest(file) for file in sorted(folder.glob("*.safetensors"))
         }
@@ -111,6 +106,22 @@ def write_model(
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     elif self_contained:
         raise SavedModelError(f"{type(model).__name__} has no compressed layer, and needs no code to be loaded")
+
+
+def _class_to_load(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """Return the class that loads a compressed model from its folder.
+
+    Raises:
+        SavedModelError: there is none, or it has other weights.
+    """
+    found = saved_class(model)
+    if found is None or not _holds(found, model):
+        why = "extends no class that is known" if found is None else f"has other weights than {found.__name__}"
+        raise SavedModelError(
+            f"the folder would not load: {type(model).__name__} is unknown to transformers, and {why}; register it "
+            "with an automatic model class, or save the model that it holds"
+        )
+    return found
 
 
 def _holds(kind: type[PreTrainedModel], model: PreTrainedModel) -> bool:

@@ -112,9 +112,9 @@ def stored_in(files: Iterable[str | Path]) -> dict[str, Stored]:
     return found
 
 
-def are_dense(held: Mapping[str, Stored], layers: Iterable[str]) -> bool:
-    """Return True if the files hold a dense weight for every one of these layers, which no compressed form has."""
-    return all(f"{name}.weight" in held for name in layers)
+def are_dense(held: Mapping[str, Stored], layers: Iterable[Iterable[str]]) -> bool:
+    """Return True if the files hold a dense weight for every layer, given its possible names; no other form has one."""
+    return all(any(f"{name}.weight" in held for name in names) for names in layers)
 
 
 def refuse_not_loaded(model: nn.Module, names: Iterable[str]) -> None:
@@ -129,8 +129,8 @@ def refuse_not_loaded(model: nn.Module, names: Iterable[str]) -> None:
     if missing:
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
         raise SavedModelError(
-            f"the folder does not hold the weights its config speaks of: {', '.join(missing[:NAMED])}{more} missing, so "
-            "that they would be random; copy the folder again, or save the model with save_pretrained"
+            f"the folder does not hold the weights its config speaks of: {', '.join(missing[:NAMED])}{more} missing, "
+            "which would be random; copy the folder again, or save the model with save_pretrained"
         )
 
 
@@ -143,8 +143,8 @@ def refuse_impossible(model: nn.Module) -> None:
     for name, value in model.named_parameters():
         if not value.is_meta and not is_finite(value):
             raise SavedModelError(
-                f"{name} is {str(value.dtype).removeprefix('torch.')} with values that are NaN or infinite, or that are "
-                "no numbers of a floating-point type; copy the folder again"
+                f"{name} is {str(value.dtype).removeprefix('torch.')} with values that are NaN or infinite, or of no "
+                "floating-point type; copy the folder again"
             )
 
 

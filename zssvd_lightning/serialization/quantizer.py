@@ -89,7 +89,7 @@ class Rebuilder(HfQuantizer):
         files = checkpoint_files or ()
         refuse_changed(files, found.files)
         held = stored_in(files)
-        if not found.files and are_dense(held, found.layers):
+        if not found.files and are_dense(held, (_names_of(model, name) for name in found.layers)):
             logger.warning(
                 "config.json names compressed layers, but the weights are those of a dense model, which was built from "
                 "the config of a compressed one; it is loaded as a dense model"
@@ -136,8 +136,14 @@ class Rebuilder(HfQuantizer):
 
 def _name_in(model: "PreTrainedModel", name: str) -> str:
     """Return the name of a layer in `model`, which may be the saved model with or without its head."""
-    modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
-    return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in modules), name)
+    modules = dict(model.named_modules())
+    return next((n for n in _names_of(model, name) if n in modules), name)
+
+
+def _names_of(model: "PreTrainedModel", name: str) -> tuple[str, ...]:
+    """Return the names that a layer may have in a model of this family, with or without a head."""
+    prefix = f"{model.base_model_prefix}."
+    return name, prefix + name, name.removeprefix(prefix)
 
 
 def _is_of_saved_class(model: "PreTrainedModel") -> bool:

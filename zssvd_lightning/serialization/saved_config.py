@@ -48,7 +48,7 @@ class CompressedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         made: Any = CONFIG_MAPPING[base].from_dict(told | {"model_type": base}, **kwargs)
         config = made[0] if isinstance(made, tuple) else made
         if type(config).__module__.startswith("transformers."):  # models of other classes are not found by name
-            config.__class__ = telling(type(config))
+            config.__class__ = telling(type(config))  # type: ignore[arg-type]
         return made
 
 

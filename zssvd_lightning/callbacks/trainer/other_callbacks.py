@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from itertools import count
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import lightning as L
 import torch
@@ -63,18 +63,18 @@ def _release(checkpoint: ModelCheckpoint, trainer: L.Trainer, so_far: str) -> No
 
 def _set_aside(paths: set[str], so_far: str) -> None:
     """Rename checkpoints that later ones of the same name would overwrite. Links go on leading to the same file."""
-    links = {path: os.path.realpath(path) for path in paths if os.path.islink(path)}
-    moved = {os.path.realpath(path): _renamed(path, so_far) for path in paths - links.keys()}
-    for link, target in links.items():
-        name = _free_name(link, so_far)
-        os.remove(link)
-        os.symlink(os.path.relpath(moved.get(target) or target, os.path.dirname(name)), name)
+    links = {path: os.path.realpath(path) for path in paths if Path(path).is_symlink()}
+    moved = {os.path.realpath(path): _renamed(path, so_far) for path in paths - links.keys() if path}
+    for path, target in links.items():
+        link = Path(_free_name(path, so_far))
+        Path(path).unlink()
+        link.symlink_to(os.path.relpath(moved.get(target) or target, link.parent))
 
 
 def _renamed(path: str, so_far: str) -> str | None:
     """Rename a checkpoint and return its new name; None if there is no such file."""
     files = get_filesystem(path)
-    if not path or not files.exists(path):
+    if not files.exists(path):
         return None
     name = _free_name(path, so_far)
     files.mv(path, name, recursive=True)
