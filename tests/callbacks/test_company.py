@@ -50,6 +50,10 @@ def is_low_rank(path):
     return any(".down." in name for name in torch.load(path)["state_dict"])
 
 
+KEPT = {"dense": "wait", "truncated": "calibrate"}
+"""Phases of the last checkpoints before the truncation and before the factorization."""
+
+
 # Epochs: 0 waits, 1 calibrates and truncates, 2 corrects, 3 calibrates, truncates and factorizes, 4 and 5 recover.
 SCORES = [1.0, 1.0, 9.0, 8.0, 7.0, 7.5]
 
@@ -62,8 +66,24 @@ def test_the_best_checkpoint_is_the_best_compressed_one_and_the_dense_ones_stay(
     assert is_low_rank(saving.best_model_path)
     assert not is_low_rank(tmp_path / "epoch=0.ckpt")
     assert torch.load(tmp_path / "epoch=0.ckpt")["callbacks"]["ZSSVDCallback"]["phase"] == "wait"
-    assert not is_low_rank(tmp_path / "last.ckpt")
-    assert is_low_rank(saving.last_model_path)
+    assert Path(saving.last_model_path) == tmp_path / "last.ckpt"
+    assert is_low_rank(tmp_path / "last.ckpt")
+    assert not is_low_rank(tmp_path / "last-dense.ckpt")
+
+
+@pytest.mark.parametrize("save_last", [True, "link"])
+@pytest.mark.parametrize("filename", [None, "best"])
+def test_the_names_of_checkpoints_after_a_fit_are_those_of_the_compressed_model(tmp_path, filename, save_last):
+    saving = ModelCheckpoint(tmp_path, filename=filename, save_last=save_last)
+    fit(CausalLM(), short(start_epoch=1), saving, enable_checkpointing=True)
+    for name in ["last"] + [filename] * (filename is not None):
+        assert is_low_rank(tmp_path / f"{name}.ckpt")
+        phases = {n: torch.load(tmp_path / f"{name}-{n}.ckpt")["callbacks"]["ZSSVDCallback"]["phase"] for n in KEPT}
+        assert phases == KEPT
+    again = CausalLM()
+    fitted = trainer(short(), ModelCheckpoint(tmp_path, save_last=True), max_epochs=7, enable_checkpointing=True)
+    fitted.fit(again, loader(token_batches()), ckpt_path="last")
+    assert any(name.endswith("down.weight") for name in again.state_dict())
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

@@ -336,8 +336,7 @@ def test_a_folder_carries_the_code_of_all_forms(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "carried", importlib.util.module_from_spec(spec))
     monkeypatch.setitem(sys.modules, "scipy", None)  # which only making such layers takes
     modeling = importlib.import_module("carried.modeling_zssvd")
-    config = copy.deepcopy(model.config)
-    config.quantization_config = {"layers": specs_of(model)}
+    config = modeling.CompressedLlamaConfig.from_pretrained(tmp_path / "m")
     rebuilt = modeling.CompressedLlamaForCausalLM(config).eval()
     rebuilt.load_state_dict(model.state_dict())
     assert torch.equal(logits(rebuilt), logits(model))

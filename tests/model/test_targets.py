@@ -102,3 +102,16 @@ def test_a_module_in_two_places_is_one_target_and_replaced_in_both():
     assert model["a"][0] is new
     assert model["b"] is new
     assert model["c"] is new
+
+
+@pytest.mark.parametrize("lazy", [lambda: nn.LazyLinear(8), lambda: nn.LazyConv1d(8, 3)])
+def test_layers_without_a_shape_yet_are_refused_by_name(lazy):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Sequential(lazy()))
+    with pytest.raises(TargetError, match=r"1\.0\.weight has no shape yet; run one batch"):
+        find_targets(model)
+
+
+def test_layers_that_got_their_shape_are_found():
+    model = nn.Sequential(nn.LazyLinear(16))
+    model(torch.randn(2, 16))
+    assert list(find_targets(model)) == ["0"]

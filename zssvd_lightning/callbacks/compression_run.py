@@ -11,6 +11,7 @@ import lightning as L
 
 from zssvd_lightning.callbacks.announcements import announce, call_to_measure, conclude
 from zssvd_lightning.callbacks.batch_meaning import BatchMeaning
+from zssvd_lightning.callbacks.callback_state import RUN, refuse_damaged
 from zssvd_lightning.callbacks.fit_context import FitContext, plan_file
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.recovery import RecoveryHooks
@@ -253,6 +254,7 @@ class CompressionRun:
     def refuse_state(self, state: Mapping[str, Any]) -> None:
         """Raise CheckpointError if this fit cannot continue from a callback state."""
         self.life.check(state)
+        refuse_damaged(RUN, state)
         is_dense = self.life.is_dense_at(state["position"])
         if self._dry_run is not False and (not is_dense or state["phase"] in (Phase.RECOVER, Phase.DONE)):
             raise CheckpointError(

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from zssvd_lightning.callbacks.callback_state import VERSION, refuse_state
 from zssvd_lightning.callbacks.observed_batch import ObservedBatch
 from zssvd_lightning.callbacks.trainer.guards import window_end
 from zssvd_lightning.compression.course import Stage, course, to_first_truncation
@@ -20,20 +21,15 @@ from zssvd_lightning.compression.kept_batches import number_to_keep_back
 from zssvd_lightning.compression.phase import GATHERING, Phase, phase_is_after
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.compression.safeguard import Safeguard
-from zssvd_lightning.compression.snapshot import put_back, refuse_other, state_of, take_up
+from zssvd_lightning.compression.snapshot import put_back, state_of, take_up
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.distributed import Team
-from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.recovery.run import RecoveryRun
-from zssvd_lightning.recovery.saved_state import refuse_other_recovery
 from zssvd_lightning.recovery.settings import Recovery
 from zssvd_lightning.strategies import StrategyAdapter
 from zssvd_lightning.whitening.rounding import Importance
 
 Entered = TypeVar("Entered")
-
-
-VERSION = 3
 
 
 class Lifecycle:
@@ -203,6 +199,11 @@ class Lifecycle:
         return self._stages[self._position]
 
     @property
+    def phases(self) -> list[Phase]:
+        """Phases in which the stages gather statistics, in order."""
+        return [stage.gathers for stage in self._stages]
+
+    @property
     def is_dense(self) -> bool:
         """True if no truncation has taken place yet."""
         return self.is_dense_at(self._position)
@@ -308,32 +309,7 @@ class Lifecycle:
         """Raise CheckpointError unless `load_state_dict` can load a state.
 
         Raises:
-            CheckpointError: the state is none of this class, has another version, or belongs to a compression with
-                other settings.
+            CheckpointError: the state is none of this class, is damaged, has another version, or belongs to a
+                compression with other settings.
         """
-        if not isinstance(state, Mapping) or "version" not in state:
-            raise CheckpointError("the checkpoint holds no state of a ZSSVDCallback of this release; start afresh")
-        if state["version"] != VERSION:
-            version = state["version"]
-            advice = "upgrade zssvd-lightning" if version > VERSION else "go on with the release that wrote it"
-            raise CheckpointError(
-                f"the checkpoint holds callback state of version {version}, this release reads {VERSION}; {advice}"
-            )
-        compressed = (state["report"] or {}).get("config", {}).get("compression")
-        if compressed is not None and phase_is_after(state):
-            refuse_other_recovery(state.get("recovery"), self.recovery)
-            mine = asdict(self.config)
-            for key in ("storage", "rows_in_16_bits"):
-                if compressed[key] != mine[key]:
-                    raise CheckpointError(
-                        f"the checkpoint is of a model compressed for {key} {compressed[key]!r}, and this callback has "
-                        f"{mine[key]!r}; go on with the same"
-                    )
-        if Phase(state["phase"]) in GATHERING and state["compression"] is not None:
-            refuse_other(state["compression"], self.config)
-            if tuple(state["calibration"]) != self._calibration:
-                raise CheckpointError(
-                    "the checkpoint was taken in the middle of a compression with other settings (calibration_batches "
-                    f"and calibration_epochs were {state['calibration']} and are {list(self._calibration)}); go on "
-                    "with the same, or start from a checkpoint of before it"
-                )
+        refuse_state(state, self, self._calibration)

@@ -27,8 +27,10 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
+from zssvd_lightning._state_checks import anything, entries, finite_tensor, mapped, optional, text, whole
 from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.batches import token_mask
+from zssvd_lightning.callbacks.callback_state import refuse_damaged
 from zssvd_lightning.callbacks.schedule import ScheduledCompression
 from zssvd_lightning.callbacks.trainer import telemetry
 from zssvd_lightning.callbacks.trainer.guards import most_accumulated, refuse_early_compression, steps_in
@@ -46,6 +48,19 @@ logger = logging.getLogger(__name__)
 
 
 VERSION = 1
+
+
+STATE = entries(
+    {
+        "settings": mapped(anything),
+        "begins_at": optional(whole),
+        "gathering": optional(mapped(anything)),
+        "leaders": mapped(text),
+        "kept": mapped(finite_tensor),
+        "vectors": mapped(finite_tensor),
+    }
+)
+"""Content of `LowRankPrehab.state_dict`, beside its version."""
 
 
 class LowRankPrehab(L.Callback):
@@ -234,8 +249,10 @@ class LowRankPrehab(L.Callback):
                 f"the checkpoint holds state of LowRankPrehab of version {state_dict.get('version')}, this release "
                 f"reads {VERSION}; go on with the release that wrote it"
             )
+        refuse_damaged(STATE, state_dict)
         mine, saved = self._settings(), state_dict["settings"]
-        other = [f"{name} was {saved[name]!r} and is {mine[name]!r}" for name in mine if saved[name] != mine[name]]
+        differing = [name for name in mine if saved.get(name) != mine[name]]
+        other = [f"{name} was {saved.get(name)!r} and is {mine[name]!r}" for name in differing]
         if other:
             raise CheckpointError(
                 f"the checkpoint is of a LowRankPrehab with other settings ({'; '.join(other)}); go on with the same, "

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from zssvd_lightning._state_checks import FaultError
+from zssvd_lightning.compression.saved_state import REPORT as CONTENT
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.model.coverage import Coverage
 
@@ -319,9 +321,11 @@ def read_report(folder: Path) -> Report | None:
     if not path.is_file():
         return None
     try:
-        return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SavedModelError(f"{path} is no report of a compression: {error!r}; move it away") from error
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        CONTENT(saved, "")
+        return Report.from_dict(saved)
+    except (OSError, ValueError, RecursionError, FaultError) as error:
+        raise SavedModelError(f"{path} is no report of a compression: {error}; move it away") from error
 
 
 def peak_rss_bytes() -> int:

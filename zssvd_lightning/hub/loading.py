@@ -1,16 +1,21 @@
 """Loading of a compressed model from its folder."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from zssvd_lightning._numerics import DTYPES
 from zssvd_lightning.errors import ConfigError, SavedModelError
-from zssvd_lightning.hub.remote_code import AUTOMATIC, made_by
+from zssvd_lightning.hub.model_classes import class_named
+from zssvd_lightning.serialization.saved_files import refuse_damaged
 from zssvd_lightning.serialization.specs import specs_of
+
+logger = logging.getLogger(__name__)
 
 WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
 """Options of transformers that locate a config and do not affect the model."""
@@ -33,14 +38,18 @@ def from_pretrained(folder: str | Path, dtype: str | torch.dtype | None = "auto"
         >>> model = from_pretrained("mine", device_map="auto")  # doctest: +SKIP
     """
     wanted = _type(options.pop("torch_dtype", dtype))
-    settings = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True} | options
+    settings = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    is_local = Path(folder).is_dir()
+    if is_local:
+        refuse_damaged(Path(folder) / str(options.get("subfolder", "")))
     try:
-        loader = _loader(str(folder), {key: value for key, value in options.items() if key in WHERE})
-        loaded: Any = loader.from_pretrained(str(folder), dtype=wanted, **settings)
+        config, options = _config(str(folder), options)
+        loader = _loader(config)
+        loaded: Any = loader.from_pretrained(str(folder), config=config, dtype=wanted, **(settings | options))
     except SavedModelError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
-        if not Path(folder).is_dir():
+        if not is_local:
             raise
         raise SavedModelError(f"{folder} cannot be loaded: {error}") from error
     model, info = loaded
@@ -52,12 +61,29 @@ def from_pretrained(folder: str | Path, dtype: str | torch.dtype | None = "auto"
     return checked
 
 
-def _loader(folder: str, where: dict[str, Any]) -> Any:
-    """Return the transformers auto class that builds the saved model; AutoModelForCausalLM if none matches."""
-    config = AutoConfig.from_pretrained(folder, **where)
-    saved = (config.architectures or [None])[0]
-    named = (automatic for automatic in AUTOMATIC if getattr(made_by(automatic, config), "__name__", None) == saved)
-    return next(named, AutoModelForCausalLM)
+def _config(folder: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the config of a folder, changed as the options say, and the options for the model."""
+    if options.get("config") is not None:
+        return options["config"], {key: value for key, value in options.items() if key != "config"}
+    config, rest = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
+    return config, {key: value for key, value in options.items() if key in WHERE} | rest
+
+
+def _loader(config: PreTrainedConfig) -> Any:
+    """Return the class that loads the saved model: the one its config names.
+
+    For code in the folder it is an automatic class, for a name that is unknown AutoModelForCausalLM, with a warning.
+    """
+    saved = next(iter(config.architectures or ()), None)
+    carried = getattr(config, "auto_map", None) or {}
+    named = [automatic for automatic, code in carried.items() if str(code).rpartition(".")[2] == saved]
+    if named:
+        return getattr(transformers, named[0])
+    if (found := class_named(saved, config)) is not None:
+        return found
+    if saved is not None:
+        logger.warning("config.json names the class %s, which is unknown here; AutoModelForCausalLM loads it", saved)
+    return AutoModelForCausalLM
 
 
 def _type(name: str | torch.dtype | None) -> str | torch.dtype:

@@ -2,24 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForImageTextToText,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+import transformers
+from transformers import PreTrainedModel
 
 from zssvd_lightning.errors import SavedModelError
+from zssvd_lightning.hub.model_classes import automatic_for, saved_class
 from zssvd_lightning.layers import base, int8, low_rank, pivoted, registry
+from zssvd_lightning.serialization.quantizer import FORMAT_VERSION
 
 CARRIED = (base, low_rank, pivoted, int8, registry)
 """Modules that are copied into the folder, with `zssvd_` before their names."""
@@ -30,10 +20,11 @@ MODEL = "modeling_zssvd"
 
 CODE = '''"""{model}, with the layers that its config names in compressed form."""
 
-from transformers import {config}, {model}
+from {config_module} import {config}
+from {model_module} import {model}
 
 # all files are named here, since there are releases of transformers that copy no others
-from .zssvd_base import CompressedLinear  # noqa: F401
+from .zssvd_base import CompressedLinear
 from .zssvd_int8 import EightBitLinear  # noqa: F401
 from .zssvd_low_rank import LowRankLinear  # noqa: F401
 from .zssvd_registry import layer_like
@@ -43,33 +34,49 @@ from .zssvd_pivoted import PivotedLinear  # noqa: F401
 class Compressed{config}({config}):
     model_type = "zssvd"
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Keep the record of the layers under another name, since transformers knows no quantization of its name."""
+        told = dict(config_dict)
+        record = told.pop("quantization_config")
+        made = super().from_dict(told, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        config.compressed_layers = record["layers"]
+        return made
+
+    def to_dict(self):
+        """Return the entries of `config.json`, without digests, which are of what was read, not of what is saved."""
+        told = super().to_dict()
+        layers = told.pop("compressed_layers", None)
+        if layers is not None:
+            told["quantization_config"] = {{"quant_method": "zssvd", "version": {version}, "layers": layers}}
+        return told
+
 
 class Compressed{model}({model}):
     config_class = Compressed{config}
 
     def __init__(self, config):
         super().__init__(config)
-        config.quantization_config.pop("files", None)  # digests are of what was read, not of what will be saved
-        for name, spec in config.quantization_config["layers"].items():
+        for name, spec in config.compressed_layers.items():
             parent, _, leaf = name.rpartition(".")
             owner = self.get_submodule(parent)
             old = getattr(owner, leaf)
             setattr(owner, leaf, layer_like(old, spec).to_empty(device=old.weight.device))
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **options):
+        """Load as transformers does, but raise ValueError where weights are missing or cannot be."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **options)
+        wrong = {{key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}}
+        for name, layer in model.named_modules():
+            if isinstance(layer, CompressedLinear) and (fault := layer.fault()) is not None:
+                wrong[name] = fault
+        if wrong:
+            raise ValueError(f"the folder does not hold the weights its config speaks of: {{wrong}}")
+        return (model, info) if output_loading_info else model
 '''
-
-
-AUTOMATIC: tuple[Any, ...] = (  # in the order in which they are tried
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoModelForQuestionAnswering,
-    AutoModelForImageClassification,
-    AutoModelForImageTextToText,
-    AutoModel,
-)
 
 
 def carry_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
@@ -80,7 +87,8 @@ def carry_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
         folder: folder of the saved model.
 
     Raises:
-        SavedModelError: a layer is of a class outside this package, whose code is not copied.
+        SavedModelError: a layer is of a class outside this package, or the model of one outside transformers, whose
+            code is not copied.
     """
     carried = {module.__name__ for module in CARRIED}
     for name, layer in model.named_modules():
@@ -89,25 +97,31 @@ def carry_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
                 f"{name} is a {type(layer).__name__} of {type(layer).__module__}, whose code a self-contained folder "
                 "does not carry; save with self_contained=False"
             )
-    architecture, config = type(model).__name__, type(model.config).__name__
+    kind, config_kind = saved_class(model), getattr(type(model.config), "plain", type(model.config))
+    if kind is None or not all(part.__module__.startswith("transformers.") for part in (kind, config_kind)):
+        raise SavedModelError(
+            f"{type(model).__name__} or its config is of a class outside transformers, whose code a self-contained "
+            "folder does not carry; save with self_contained=False"
+        )
+    architecture, config = kind.__name__, config_kind.__name__
     for module in CARRIED:
         path = Path(str(module.__file__))
         text = re.sub(
             r"^from zssvd_lightning\.layers\.", "from .zssvd_", path.read_text(encoding="utf-8"), flags=re.MULTILINE
         )
         (folder / f"zssvd_{path.name}").write_text(text, encoding="utf-8")
-    code = CODE.format(model=architecture, config=config)
+    code = CODE.format(
+        model=architecture,
+        config=config,
+        model_module=_place_of(kind),
+        config_module=_place_of(config_kind),
+        version=FORMAT_VERSION,
+    )
     (folder / f"{MODEL}.py").write_text(code, encoding="utf-8")
-    automatic = next((auto for auto in AUTOMATIC if made_by(auto, model.config) is type(model)), AutoModel)
-    return {
-        "AutoConfig": f"{MODEL}.Compressed{config}",
-        automatic.__name__: f"{MODEL}.Compressed{architecture}",
-    }
+    code = f"{MODEL}.Compressed{architecture}"
+    return {"AutoConfig": f"{MODEL}.Compressed{config}"} | dict.fromkeys(automatic_for(kind, model.config), code)
 
 
-def made_by(automatic: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """Return the model class that a transformers auto class would build from a config; None if there is none."""
-    mapping = automatic._model_mapping  # noqa: SLF001
-    found: Any = mapping.get(type(config), None)
-    made: type[PreTrainedModel] | None = found[0] if isinstance(found, tuple) else found
-    return made
+def _place_of(kind: type) -> str:
+    """Return the module to import a class of transformers from."""
+    return "transformers" if getattr(transformers, kind.__name__, None) is kind else kind.__module__

@@ -1,9 +1,10 @@
 """Saving of compressed models to folders."""
 
+import copy
 import json
 from pathlib import Path
 
-import transformers
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,11 +13,12 @@ from zssvd_lightning._files import replacing_folder
 from zssvd_lightning.compression.report import Report, write_report
 from zssvd_lightning.errors import OutputError, SavedModelError
 from zssvd_lightning.hub.model_card import write_card
+from zssvd_lightning.hub.model_classes import saved_class
 from zssvd_lightning.hub.remote_code import carry_code
 from zssvd_lightning.model import adapters
 from zssvd_lightning.serialization.integrity import digest
-from zssvd_lightning.serialization.specs import specs_of
-from zssvd_lightning.serialization.transformers_config import mark
+from zssvd_lightning.serialization.specs import rebuild, specs_of
+from zssvd_lightning.serialization.transformers_config import mark, tell
 
 SHARD = "5GB"
 
@@ -82,6 +84,7 @@ def write_model(
             f"transformers does not know the model type {model.config.model_type!r}, so the folder would not "
             "load; register it with AutoConfig and an automatic model class, or merge(model) first"
         )
+    loaded_as = _class_to_load(model) if specs else type(model)
     mark(model)
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -94,7 +97,7 @@ def write_model(
     if specs:
         path = folder / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["architectures"] = [_architecture(model)]
+        config["architectures"] = [loaded_as.__name__]
         config["quantization_config"]["files"] = {
             file.name: digest(file) for file in sorted(folder.glob("*.safetensors"))
         }
@@ -105,7 +108,29 @@ def write_model(
         raise SavedModelError(f"{type(model).__name__} has no compressed layer, and needs no code to be loaded")
 
 
-def _architecture(model: PreTrainedModel) -> str:
-    """Return the name of the transformers class that the model's class is or extends, else the model's class name."""
-    classes = type(model).__mro__
-    return next((c.__name__ for c in classes if getattr(transformers, c.__name__, None) is c), type(model).__name__)
+def _class_to_load(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """Return the class that loads a compressed model from its folder.
+
+    Raises:
+        SavedModelError: there is none, or it has other weights.
+    """
+    found = saved_class(model)
+    if found is None or not _holds(found, model):
+        why = "extends no class that is known" if found is None else f"has other weights than {found.__name__}"
+        raise SavedModelError(
+            f"the folder would not load: {type(model).__name__} is unknown to transformers, and {why}; register it "
+            "with an automatic model class, or save the model that it holds"
+        )
+    return found
+
+
+def _holds(kind: type[PreTrainedModel], model: PreTrainedModel) -> bool:
+    """Return True if `model` is of this class, or the class has the same weights outside compressed layers."""
+    if kind is type(model):
+        return True
+    plain = copy.deepcopy(model.config)
+    tell(plain, {})
+    with torch.device("meta"):
+        made = kind(plain)
+    rebuild(made, specs_of(model))
+    return made.state_dict().keys() == model.state_dict().keys()

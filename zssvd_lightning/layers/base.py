@@ -44,14 +44,18 @@ class CompressedLinear(nn.Module):
 
     Attributes:
         kind: name of the form in saved configs.
+        permutations: names of the buffers that hold a permutation of their own indices.
         transposed: True if the replaced layer stored its weight as (n, m), as transformers' `Conv1D` does.
         dtype: floating-point type of the replaced layer. None if it is the type of the parameters.
         trainable: True if the weights of the replaced layer require gradients. None if the parameters show this.
     """
 
     kind: ClassVar[str]
+    permutations: ClassVar[tuple[str, ...]] = ()
     dtype: torch.dtype | None = None
     trainable: bool | None = None
+    __jit_unused_properties__: ClassVar[list[str]] = ["spec", "weight", "rank", "bias"]
+    """Properties that `torch.jit.script` leaves out; `forward` does not use them."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -89,6 +93,28 @@ class CompressedLinear(nn.Module):
         """Equivalent dense weight (m, n), computed at each access. For code that reads `layer.weight`."""
         raise NotImplementedError
 
+    def reset_parameters(self) -> None:
+        """Initialize the factors as torch does dense layers. Some models call this on their layers when they load."""
+        for part in self.children():
+            if isinstance(part, nn.Linear):
+                part.reset_parameters()
+
+    def fault(self) -> str | None:
+        """Return what no values of this form can be, or None if there is no such fault. Offloaded values are skipped.
+
+        Floating-point values must be finite, and `permutations` must contain each index once.
+        """
+        for name, value in self.state_dict().items():
+            if value.is_meta or not value.numel():
+                continue
+            if value.is_floating_point() and not is_finite(value):
+                return f"{name} has values that are NaN or infinite"
+            if name in self.permutations and not torch.equal(
+                value.long().sort().values, torch.arange(len(value), device=value.device)
+            ):
+                return f"{name} is no permutation of 0 to {len(value) - 1}"
+        return None
+
     def extra_repr(self) -> str:
         """Return the shape and sizes for `print(model)`."""
         told = {"in_features": self.in_features, "out_features": self.out_features} | self.spec
@@ -108,6 +134,13 @@ def type_of(layer: Dense | CompressedLinear) -> torch.dtype | None:
     if isinstance(layer, CompressedLinear) and layer.dtype is not None:
         return layer.dtype
     return next((parameter.dtype for parameter in layer.parameters()), None)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Return True if `values` are of a floating-point type and finite. Needs no memory of their size."""
+    if not values.is_floating_point():
+        return False
+    return not values.numel() or bool(torch.stack(torch.aminmax(values.detach())).isfinite().all())
 
 
 def take_after(new: nn.Module, old: Dense | CompressedLinear) -> None:

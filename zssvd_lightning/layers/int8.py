@@ -34,6 +34,17 @@ class EightBitLinear(CompressedLinear):
         self.dtype = dtype or torch.get_default_dtype()
         self.trainable = True
 
+    def fault(self) -> str | None:
+        """See `CompressedLinear`. Codes must be at least -127, and scales positive."""
+        for name, value in self.named_buffers():
+            if value.is_meta or not value.numel():
+                continue
+            if value.dtype == torch.int8 and int(value.min()) < -LARGEST_CODE:
+                return f"{name} has codes below {-LARGEST_CODE}"
+            if name == "scale" and bool((value <= 0).any()):
+                return f"{name} has scales that are not positive"
+        return super().fault()
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         before = dict(self._buffers)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -100,11 +111,14 @@ class Int8Linear(EightBitLinear):
     @property
     def weight(self) -> Tensor:
         """See `CompressedLinear`."""
-        return self.codes * self.scale.float()[:, None]
+        return self._dense()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., n) to (..., m)."""
-        return linear(x, self.weight.to(x.dtype), self.bias)
+        return linear(x, self._dense().to(x.dtype), self.bias)
+
+    def _dense(self) -> Tensor:
+        return self.codes * self.scale.float()[:, None]
 
 
 class Int8LowRankLinear(EightBitLinear):
@@ -133,6 +147,7 @@ class Int8LowRankLinear(EightBitLinear):
     """
 
     kind = "int8_low_rank"
+    permutations = ("out_order", "in_order")
     up_codes: Tensor
     up_rest: Tensor | None
     down_codes: Tensor
@@ -249,17 +264,19 @@ class Int8LowRankLinear(EightBitLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., n) to (..., m)."""
-        if self.in_order is not None:
-            x = x.index_select(-1, self.in_order)
+        in_order, out_order = self.in_order, self.out_order  # as local variables, torch.jit.script knows their types
+        up_rest, down_rest = self.up_rest, self.down_rest
+        if in_order is not None:
+            x = x.index_select(-1, in_order)
         scale, coded = self.scale.float(), self.down_codes.shape[1]
         z = linear(x[..., :coded], (self.down_codes * scale[:, None]).to(x.dtype))
-        if self.down_rest is not None:
-            z = z + linear(x[..., coded:], self.down_rest.to(x.dtype))
+        if down_rest is not None:
+            z = z + linear(x[..., coded:], down_rest.to(x.dtype))
         y = linear(z, (self.up_codes * scale).to(z.dtype))
-        if self.up_rest is not None:
-            y = torch.cat([y, linear(z, self.up_rest.to(z.dtype))], -1)
-        if self.out_order is not None:
-            y = y.index_select(-1, self.out_order)
+        if up_rest is not None:
+            y = torch.cat([y, linear(z, up_rest.to(z.dtype))], -1)
+        if out_order is not None:
+            y = y.index_select(-1, out_order)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -31,6 +31,7 @@ class PivotedLinear(CompressedLinear):
     """
 
     kind = "pivoted"
+    permutations = ("order",)
     order: Tensor
 
     def __init__(

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning._validation import closest
@@ -88,9 +89,12 @@ def find_targets(
         ignore: patterns of the same form. They take precedence over `include`.
 
     Raises:
-        TargetError: no layer is left, a pattern matches no module, or a pattern of `include` matches only layers that
-            cannot be factorized (the message says why).
+        TargetError: no layer is left, a pattern matches no module, a pattern of `include` matches only layers that
+            cannot be factorized (the message says why), or weights have no shape yet (`nn.LazyLinear`).
     """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedTensorMixin):
+            raise TargetError(f"{name} has no shape yet; run one batch through the model before it is compressed")
     include = [include] if isinstance(include, str) else include
     ignore = [ignore] if isinstance(ignore, str) else ignore
     names = [name for name, _ in model.named_modules() if name]

@@ -3,8 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
+from zssvd_lightning._state_checks import anything, entries, listed, mapped, number, optional, text, whole, yes_or_no
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.recovery.run import RecoveryRun
+
+RECOVERY = entries(
+    {
+        "settings": mapped(anything),
+        "active": yes_or_no,
+        "over": yes_or_no,
+        "stage": whole,
+        "began": whole,
+        "horizon": optional(listed(optional(number), 3)),
+        "were_trainable": listed(text),
+        "teacher": mapped(anything),
+    }
+)
+"""`RecoveryRun.state_dict`."""
 
 
 def refuse_other_recovery(state: Mapping[str, Any] | None, mine: RecoveryRun | None) -> None:

@@ -4,11 +4,21 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from zssvd_lightning.errors import SavedModelError
+from zssvd_lightning.layers.base import CompressedLinear, is_finite
+
+NAMED = 3
+"""Maximum number of names that an error message lists."""
+
+
+INTEGERS = {torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8"}
+"""Names of integer types in safetensors."""
 
 
 def digest(path: str | Path) -> str:
@@ -41,38 +51,102 @@ def refuse_changed(files: Iterable[str | Path], digests: Mapping[str, str]) -> N
             )
 
 
-def refuse_missing(files: Iterable[str | Path], layers: Mapping[str, nn.Module]) -> None:
-    """Raise SavedModelError if a tensor of a compressed layer is missing from the files or has another shape.
+def refuse_missing(held: Mapping[str, "Stored"], layers: Mapping[str, nn.Module]) -> None:
+    """Raise SavedModelError if a tensor of a compressed layer is missing, or is of another shape or kind of type.
 
     For some architectures, layer names in the files differ from those in the model. Such tensors are matched by the
-    ends of their names and by their shapes.
+    ends of their names, their shapes and their types.
 
     Args:
-        files: the safetensors files to load; when empty, weights come from elsewhere and nothing is checked.
+        held: the tensors in the files; when empty, weights come from elsewhere and nothing is checked.
         layers: the layers that will receive the weights, by name.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    if not held:
+        return
+    wanted: dict[str, tuple[str, Stored]] = {}
+    for name, layer in layers.items():
+        for part, value in layer.state_dict().items():
+            wanted[f"{name}.{part}"] = part, Stored(tuple(value.shape), _kind_of(value.dtype))
+    others = [name for name in held if name not in wanted]
+    parts = {part for part, _ in wanted.values()}
+    renamed = Counter((part, held[name]) for name in others for part in parts if name.endswith(f".{part}"))
+    for name, (part, stored) in wanted.items():
+        if held.get(name) == stored:
+            continue
+        renamed[part, stored] -= 1
+        if name in held or renamed[part, stored] < 0:
+            raise SavedModelError(
+                f"{name} should be {stored} and is {held.get(name, 'missing')}; the folder does not hold the weights "
+                "its config speaks of"
+            )
+
+
+class Stored(NamedTuple):
+    """Shape of a tensor in a file, and the kind of its type."""
+
+    shape: tuple[int, ...]
+    kind: str
+    """`floating point`, whatever the precision, or the name of the type in safetensors."""
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)}, {self.kind}"
+
+
+def stored_in(files: Iterable[str | Path]) -> dict[str, Stored]:
+    """Return shape and type of every tensor in safetensors files, by name.
+
+    Raises:
+        SavedModelError: a file cannot be read.
+    """
+    found: dict[str, Stored] = {}
     for path in files:
         try:
             with safe_open(path, "pt") as file:
-                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    kind = part.get_dtype()
+                    kind = "floating point" if kind.startswith(("F", "BF")) else kind
+                    found[name] = Stored(tuple(part.get_shape()), kind)
         except (SafetensorError, OSError) as error:
             raise SavedModelError(f"{path} cannot be read: {error}; copy the folder again") from error
-    if not found:
-        return
-    wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, layer in layers.items():
-        wanted |= {f"{name}.{part}": (part, tuple(value.shape)) for part, value in layer.state_dict().items()}
-    others = [name for name in found if name not in wanted]
-    parts = {part for part, _ in wanted.values()}
-    renamed = Counter((part, found[name]) for name in others for part in parts if name.endswith(f".{part}"))
-    for name, (part, shape) in wanted.items():
-        if found.get(name) == shape:
-            continue
-        renamed[part, shape] -= 1
-        if name in found or renamed[part, shape] < 0:
-            there = list(found[name]) if name in found else "missing"
+    return found
+
+
+def are_dense(held: Mapping[str, Stored], layers: Iterable[Iterable[str]]) -> bool:
+    """Return True if the files hold a dense weight for every layer, given its possible names; no other form has one."""
+    return all(any(f"{name}.weight" in held for name in names) for names in layers)
+
+
+def refuse_not_loaded(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise SavedModelError if weights of a loaded model did not come from its files.
+
+    Args:
+        model: a model that transformers has loaded. It marks each tensor that it has read, and those tied to them.
+        names: names in `model.state_dict()` of the tensors that must have been read.
+    """
+    values = model.state_dict(keep_vars=True)
+    missing = [n for n in names if not values[n].is_meta and not getattr(values[n], "_is_hf_initialized", False)]
+    if missing:
+        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+        raise SavedModelError(
+            f"the folder does not hold the weights its config speaks of: {', '.join(missing[:NAMED])}{more} missing, "
+            "which would be random; copy the folder again, or save the model with save_pretrained"
+        )
+
+
+@torch.no_grad()
+def refuse_impossible(model: nn.Module) -> None:
+    """Raise SavedModelError for weights that no saved model has: of an integer type, NaN or infinite, in no order."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, CompressedLinear) and (fault := layer.fault()) is not None:
+            raise SavedModelError(f"in {name}, {fault}; the files were changed, copy the folder again")
+    for name, value in model.named_parameters():
+        if not value.is_meta and not is_finite(value):
             raise SavedModelError(
-                f"{name} should be {list(shape)} and is {there}; the folder does not hold the weights its config "
-                "speaks of"
+                f"{name} is {str(value.dtype).removeprefix('torch.')} with values that are NaN or infinite, or of no "
+                "floating-point type; copy the folder again"
             )
+
+
+def _kind_of(dtype: torch.dtype) -> str:
+    return "floating point" if dtype.is_floating_point else INTEGERS[dtype]

@@ -4,6 +4,8 @@ At import, this module imports only parts of transformers that the registry has 
 that need more are imported when a folder is loaded; see `_registration`.
 """
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ from zssvd_lightning.serialization.saved_config import METHOD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 """Version of the format on disk."""
@@ -43,11 +47,13 @@ class CompressedLayers(QuantizationConfigMixin):
     ) -> None:
         told = layers or {}
         specs = told.values() if isinstance(told, Mapping) else [told]
-        if not isinstance(version, int) or not all(isinstance(spec, Mapping) for spec in specs):
+        digests = {} if files is None else files
+        plain = isinstance(version, int) and not isinstance(version, bool) and isinstance(digests, Mapping)
+        if not plain or not all(isinstance(spec, Mapping) for spec in specs):
             raise SavedModelError("quantization_config in config.json is not as it was written; save the model again")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.layers = dict(told)
-        self.files = dict(files or {})
+        self.files = dict(digests)
         self.version = version
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -70,7 +76,7 @@ class Rebuilder(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> "PreTrainedModel":
-        from zssvd_lightning.serialization.integrity import refuse_changed, refuse_missing
+        from zssvd_lightning.serialization.integrity import are_dense, refuse_changed, refuse_missing, stored_in
         from zssvd_lightning.serialization.specs import rebuild
 
         found = self.quantization_config
@@ -78,18 +84,43 @@ class Rebuilder(HfQuantizer):
             raise SavedModelError(
                 f"the folder is of format {found.version}, this release reads {FORMAT_VERSION}; upgrade zssvd-lightning"
             )
-        refuse_changed(checkpoint_files or (), found.files)
-        layers = {_name_in(model, name): spec for name, spec in found.layers.items()}
+        if not found.layers:
+            raise SavedModelError("quantization_config in config.json names no layer; save the model again")
+        files = checkpoint_files or ()
+        refuse_changed(files, found.files)
+        held = stored_in(files)
+        if not found.files and are_dense(held, (_names_of(model, name) for name in found.layers)):
+            logger.warning(
+                "config.json names compressed layers, but the weights are those of a dense model, which was built from "
+                "the config of a compressed one; it is loaded as a dense model"
+            )
+            return model
+        layers = self._layers_in(model)
         rebuild(model, layers)
-        refuse_missing(checkpoint_files or (), {name: model.get_submodule(name) for name in layers})
+        refuse_missing(held, {name: model.get_submodule(name) for name in layers})
         return model
 
+    def _layers_in(self, model: "PreTrainedModel") -> dict[str, dict[str, Any]]:
+        """Return kind and sizes of the compressed layers by their names in `model`.
+
+        Another class than the saved one may lack some of them, which belong to a head.
+        """
+        names, same = {name for name, _ in model.named_modules()}, _is_of_saved_class(model)
+        layers = {_name_in(model, name): spec for name, spec in self.quantization_config.layers.items()}
+        return {name: spec for name, spec in layers.items() if same or name in names}
+
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
-        """Turn the result into an ordinary model, which can be cast, trained and saved."""
-        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
-        del model.config._is_quantized  # noqa: SLF001
+        """Check what was loaded, and turn the result into an ordinary model, which can be cast, trained and saved.
+
+        A class other than the saved one may have a new head, which transformers reports; the rest must be complete.
+        """
+        from zssvd_lightning.serialization.integrity import refuse_impossible, refuse_not_loaded
         from zssvd_lightning.serialization.transformers_config import mark
 
+        refuse_not_loaded(model, _names_to_load(model))
+        refuse_impossible(model)
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        del model.config._is_quantized  # noqa: SLF001
         mark(model)
         return model
 
@@ -105,5 +136,25 @@ class Rebuilder(HfQuantizer):
 
 def _name_in(model: "PreTrainedModel", name: str) -> str:
     """Return the name of a layer in `model`, which may be the saved model with or without its head."""
-    modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
-    return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in modules), name)
+    modules = dict(model.named_modules())
+    return next((n for n in _names_of(model, name) if n in modules), name)
+
+
+def _names_of(model: "PreTrainedModel", name: str) -> tuple[str, ...]:
+    """Return the names that a layer may have in a model of this family, with or without a head."""
+    prefix = f"{model.base_model_prefix}."
+    return name, prefix + name, name.removeprefix(prefix)
+
+
+def _is_of_saved_class(model: "PreTrainedModel") -> bool:
+    """Return True if the model is of the class named in its config, or none is named."""
+    saved = model.config.architectures
+    return not isinstance(saved, list) or not saved or type(model).__name__ in saved
+
+
+def _names_to_load(model: "PreTrainedModel") -> list[str]:
+    """Return the names in the state dict that the files must hold: without a new head, and what the class exempts."""
+    exempt = model._keys_to_ignore_on_load_missing or ()  # noqa: SLF001
+    names = [name for name in model.state_dict() if not any(re.search(pattern, name) for pattern in exempt)]
+    prefix = "" if _is_of_saved_class(model) or model.base_model is model else f"{model.base_model_prefix}."
+    return [name for name in names if name.startswith(prefix)]

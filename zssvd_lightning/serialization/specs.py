@@ -40,15 +40,16 @@ def rebuild(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
         old = modules.get(name)
         if not isinstance(old, (nn.Linear, Conv1D)):
             raise SavedModelError(f"the config has {name} compressed, but the model has no linear layer there")
-        if spec.get("kind") not in KINDS:
+        kind = spec.get("kind")
+        if kind not in list(KINDS):
             STORAGES.loaded()
-        if spec.get("kind") not in KINDS:
+        if kind not in list(KINDS):
             raise SavedModelError(
-                f"the config has {name} as {spec.get('kind')!r}, but only {', '.join(KINDS)} are known here; import "
+                f"the config has {name} as {kind!r}, but only {', '.join(KINDS)} are known here; import "
                 "the package that registers this storage, or upgrade zssvd-lightning"
             )
         try:
             new = layer_like(old, spec)
-        except (TypeError, RuntimeError) as error:
+        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise SavedModelError(f"the config has {name} as {dict(spec)}, which is no such layer: {error}") from error
         replace_module(model, old, new.to_empty(device=old.weight.device))

@@ -4,9 +4,7 @@
 import, transformers reports an unknown model type.
 """
 
-import json
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -14,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.serialization.quantizer import CompressedLayers
-from zssvd_lightning.serialization.saved_config import BASE, METHOD
+from zssvd_lightning.serialization.saved_config import METHOD, telling
 from zssvd_lightning.serialization.specs import specs_of
 
 
@@ -39,34 +37,11 @@ def tell(config: PreTrainedConfig, specs: Mapping[str, dict[str, Any]]) -> None:
     plain = getattr(type(config), "plain", type(config))
     found = getattr(config, "quantization_config", None)
     if specs:
-        if found is not None and not isinstance(found, CompressedLayers):
+        only_read = isinstance(found, dict) and found.get("quant_method") == METHOD
+        if found is not None and not only_read and not isinstance(found, CompressedLayers):
             raise SavedModelError(f"a config can tell of one quantization only, and has {type(found).__name__} already")
         config.quantization_config = CompressedLayers(specs)
-        config.__class__ = _telling(plain)  # type: ignore[arg-type]
+        config.__class__ = telling(plain)  # type: ignore[arg-type]
     elif isinstance(found, CompressedLayers):
         del config.quantization_config
         config.__class__ = plain
-
-
-@cache
-def _telling(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """Return a subclass of `base` that is saved with the model type of compressed models."""
-
-    class Telling(base):  # type: ignore[misc, valid-type]
-        def to_json_string(self, use_diff: bool = True) -> str:
-            told = json.loads(super().to_json_string(use_diff))
-            return json.dumps(told | {BASE: told["model_type"], "model_type": METHOD}, indent=2, sort_keys=True) + "\n"
-
-        def __reduce__(self) -> Any:  # pickle cannot look up a class created here by its name
-            return _revived, (base, self.__dict__)
-
-    Telling.plain = base
-    Telling.__name__, Telling.__qualname__ = base.__name__, base.__qualname__  # transformers looks classes up by name
-    return Telling
-
-
-def _revived(base: type[PreTrainedConfig], state: Mapping[str, Any]) -> PreTrainedConfig:
-    telling = _telling(base)  # type: ignore[arg-type]
-    config = telling.__new__(telling)
-    config.__dict__.update(state)
-    return config

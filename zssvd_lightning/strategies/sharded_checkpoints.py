@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, empty
 
+from zssvd_lightning._state_checks import PARTS
 from zssvd_lightning.errors import CheckpointError
 
 WEIGHTS = "state_dict."
@@ -22,10 +23,6 @@ WEIGHTS = "state_dict."
 
 REST = "meta.pt"
 """File of a distributed checkpoint in which Lightning stores everything that is not saved in parts."""
-
-
-PARTS = "zssvd_parts"
-"""Folder of a distributed checkpoint for the sharded tensors of an unfinished compression."""
 
 
 def outline(path: Path, weights_only: bool | None) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Reset of the scores of the dense model that other callbacks store."""
 
+import os
 from collections.abc import Iterator
 from itertools import count
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import lightning as L
 import torch
@@ -13,8 +14,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 def start_ranking_afresh(trainer: L.Trainer, so_far: str) -> None:
     """Reset the ranking of every `ModelCheckpoint` and `EarlyStopping`. Existing checkpoints stay on disk.
 
-    Later checkpoints get new names, numbered by Lightning (`last-v1.ckpt` in addition to `last.ckpt`). If numbering is
-    disabled, existing checkpoints are renamed. Current scores count as the worst until they are measured again.
+    Checkpoints that later ones would share a name with are renamed, such as `last.ckpt` to `last-dense.ckpt`. These are
+    `last` and files whose name has no step, epoch or score in it; if Lightning numbers no files, all that are tracked.
+    Current scores count as the worst until they are measured again.
 
     Args:
         trainer: the Trainer with the callbacks.
@@ -45,10 +47,11 @@ def stop_waiting(stopping: EarlyStopping) -> None:
 
 def _release(checkpoint: ModelCheckpoint, trainer: L.Trainer, so_far: str) -> None:
     """Clear the tracked files and scores, so that later checkpoints do not delete or overwrite existing files."""
-    if not checkpoint._enable_version_counter and trainer.is_global_zero:  # noqa: SLF001
-        tracked = {checkpoint.last_model_path, checkpoint.best_model_path, *checkpoint.best_k_models}
-        for path in filter(None, tracked):
-            _set_aside(path, so_far)
+    if trainer.is_global_zero:
+        ranked = {checkpoint.best_model_path, *checkpoint.best_k_models}
+        fixed = not checkpoint._enable_version_counter or "{" not in (checkpoint.filename or "{")  # noqa: SLF001
+        _set_aside({checkpoint.last_model_path} | (ranked if fixed else set()), so_far)
+    trainer.strategy.barrier("zssvd_set_aside")
     checkpoint.best_k_models = {}
     checkpoint.kth_best_model_path = ""
     checkpoint.kth_value = _worst(checkpoint.mode)
@@ -58,13 +61,30 @@ def _release(checkpoint: ModelCheckpoint, trainer: L.Trainer, so_far: str) -> No
     checkpoint.last_model_path = ""
 
 
-def _set_aside(path: str, so_far: str) -> None:
-    """Rename a checkpoint that a later one of the same name would overwrite."""
-    files, name = get_filesystem(path), PurePath(path)
+def _set_aside(paths: set[str], so_far: str) -> None:
+    """Rename checkpoints that later ones of the same name would overwrite. Links go on leading to the same file."""
+    links = {path: os.path.realpath(path) for path in paths if Path(path).is_symlink()}
+    moved = {os.path.realpath(path): _renamed(path, so_far) for path in paths - links.keys() if path}
+    for path, target in links.items():
+        link = Path(_free_name(path, so_far))
+        Path(path).unlink()
+        link.symlink_to(os.path.relpath(moved.get(target) or target, link.parent))
+
+
+def _renamed(path: str, so_far: str) -> str | None:
+    """Rename a checkpoint and return its new name; None if there is no such file."""
+    files = get_filesystem(path)
     if not files.exists(path):
-        return
-    names = (name.with_name(f"{name.stem}-{so_far}{version}{name.suffix}") for version in _versions())
-    files.mv(path, next(str(free) for free in names if not files.exists(str(free))), recursive=True)
+        return None
+    name = _free_name(path, so_far)
+    files.mv(path, name, recursive=True)
+    return name
+
+
+def _free_name(path: str, so_far: str) -> str:
+    files, name = get_filesystem(path), PurePath(path)
+    names = (str(name.with_name(f"{name.stem}-{so_far}{version}{name.suffix}")) for version in _versions())
+    return next(free for free in names if not files.exists(free))
 
 
 def _versions() -> Iterator[str]:

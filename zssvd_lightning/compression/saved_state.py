@@ -1,0 +1,200 @@
+"""What the state of a compression in a checkpoint, and its report, must look like to be loaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from zssvd_lightning._state_checks import (
+    Check,
+    FaultError,
+    anything,
+    entries,
+    finite,
+    finite_tensor,
+    listed,
+    mapped,
+    number,
+    optional,
+    shaped,
+    tensor,
+    text,
+    whole,
+    yes_or_no,
+)
+
+SIZES = listed(whole, 2)
+
+
+IMPORTANCES = optional(mapped(listed(finite_tensor, 2)))
+"""Importance of outputs and inputs of each layer."""
+
+
+REPORT = entries(
+    {
+        "prune_ratio": entries({"asked": finite, "reached": finite, "of": text}, ("of",)),
+        "parameters": entries({"before": whole, "after": whole, "model": entries({"before": whole})}),
+        "ranks": mapped(
+            entries({"rank": optional(whole), "shape": SIZES, "kept": whole, "in_8_bits": yes_or_no}, ("in_8_bits",))
+        ),
+        "first_order_sum": number,
+        "predicted_drift": number,
+        "losses": listed(number),
+        "correction_fractions": listed(number),
+        "seconds": mapped(number),
+        "coverage": optional(
+            entries(
+                {
+                    "layers": whole,
+                    "parameters": whole,
+                    "model_parameters": whole,
+                    "left_alone": listed(entries({"what": text, "tensors": whole, "parameters": whole})),
+                }
+            )
+        ),
+        "kept_back": optional(mapped(number)),
+        "perplexity": optional(mapped(number)),
+        "perplexity_second": optional(mapped(number)),
+        "file_bytes": optional(mapped(number)),
+        "peak_rss_bytes": whole,
+        "seed": optional(whole),
+        "config": mapped(anything),
+    },
+    ("first_order_sum", "predicted_drift", "coverage", "kept_back", "perplexity", "perplexity_second", "file_bytes"),
+)
+"""`Report.to_dict`."""
+
+
+def _moments(sums: Check) -> Check:
+    return entries(
+        {
+            "leaders": mapped(text),
+            "input_sums": mapped(finite_tensor),
+            "tokens": mapped(whole),
+            "gradient_sums": mapped(sums),
+            "output_sums": mapped(sums),
+            "output_terms": finite,
+            "loss_sum": finite,
+            "loss_terms": finite,
+            "batches": whole,
+            "with_gradient": listed(text),
+            "with_outputs": listed(text),
+            "component_sums": mapped(sums),
+            "output_side": optional(text),
+        }
+    )
+
+
+FACTORS = mapped(listed(finite_tensor, 2))
+
+
+SELECTION = optional(
+    entries({"kept": mapped(optional(listed(whole))), "drifts": mapped(number), "eight_bit": listed(text)})
+)
+
+
+SAFEGUARD = optional(
+    entries(
+        {
+            "batches": listed(optional(listed(anything))),
+            "dense": optional(finite),
+            "truncated": optional(finite),
+            "best": number,
+            "taken_back": whole,
+            "trust": finite,
+            "judged": whole,
+            "factors": optional(FACTORS),
+            "selection": SELECTION,
+            "importances": IMPORTANCES,
+        }
+    )
+)
+
+
+COMPONENTS = entries(
+    {
+        "sigma": finite_tensor,
+        "delta": finite_tensor,
+        "rounding": optional(finite_tensor),
+        "rounding_dense": optional(finite),
+        "curvature": optional(finite_tensor),
+    }
+)
+
+
+COMPRESSION = entries(
+    {
+        "config": mapped(anything),
+        "shapes": mapped(SIZES),
+        "model_parameters": whole,
+        "gathering": entries(
+            {
+                "moments": _moments(finite_tensor),
+                "window": _moments(tensor),  # with a loss scale, gradients of an open window may overflow
+                "kept": optional(_moments(finite_tensor)),
+                "pending": listed(listed(number, 2)),
+                "gradients": mapped(tensor),
+                "calls": listed(listed(anything, 3)),
+            },
+            ("kept",),
+        ),
+        "originals": optional(mapped(finite_tensor)),
+        "factors": FACTORS,
+        "found": optional(mapped(entries({"left": finite_tensor, "right": finite_tensor, "components": COMPONENTS}))),
+        "selection": SELECTION,
+        "step": optional(listed(number, 2)),
+        "lengths": optional(mapped(anything)),
+        "losses": listed(number),
+        "fractions": listed(number),
+        "truncations": whole,
+        "truncation_loss": number,
+        "safeguard": SAFEGUARD,
+        "seconds": mapped(number),
+    },
+    ("truncation_loss", "safeguard"),  # not in checkpoints of earlier releases
+)
+"""`snapshot.state_of`."""
+
+
+def check_compression(state: Any, key: str) -> None:
+    """Check the state of a compression: its entries, and that its tensors are of the layers in `shapes`."""
+    COMPRESSION(state, key)
+    shapes: Mapping[str, list[int]] = state["shapes"]
+    gathering, safeguard = state["gathering"], state.get("safeguard") or {}
+    for name in ("moments", "window", "kept"):
+        if (moments := gathering.get(name)) is not None:
+            _check_moments(moments, shapes, f"{key}.gathering.{name}")
+    _check_layers(gathering["gradients"], shapes, f"{key}.gathering.gradients", (0, 1))
+    _check_layers(state["originals"] or {}, shapes, f"{key}.originals", (0, 1))
+    for place, part in ((key, state), (f"{key}.safeguard", safeguard)):
+        factors = part.get("factors") or {}
+        _check_layers(factors, shapes, f"{place}.factors")
+        for name, (up, down) in factors.items():
+            (m, n), k = shapes[name], getattr(up, "shape", (0, 0))[-1]
+            shaped(up, f"{place}.factors.{name}[0]", (m, k))
+            shaped(down, f"{place}.factors.{name}[1]", (k, n))
+        selection = part.get("selection") or {"kept": {}}
+        _check_layers(selection["kept"], shapes, f"{place}.selection.kept")
+        for name, kept in selection["kept"].items():
+            if any(index >= min(shapes[name]) for index in kept or ()):
+                raise FaultError(f"{place}.selection.kept.{name} has a component that the layer {shapes[name]} has not")
+
+
+def _check_moments(moments: Mapping[str, Any], shapes: Mapping[str, list[int]], key: str) -> None:
+    _check_layers(moments["leaders"], shapes, f"{key}.leaders")
+    _check_layers(moments["input_sums"], shapes, f"{key}.input_sums", (1, 1))
+    _check_layers(moments["gradient_sums"], shapes, f"{key}.gradient_sums", (0, 1))
+    _check_layers(moments["output_sums"], shapes, f"{key}.output_sums", (0, 0))
+    _check_layers(moments["component_sums"], shapes, f"{key}.component_sums")
+    for name, leader in moments["leaders"].items():
+        if leader not in shapes:
+            raise FaultError(f"{key}.leaders.{name} is {leader!r}, which is no layer of the compression")
+
+
+def _check_layers(
+    values: Mapping[str, Any], shapes: Mapping[str, list[int]], key: str, sides: tuple[int, ...] = ()
+) -> None:
+    """Check that all names are layers and, with `sides`, that the values have the shape of these sides of each."""
+    for name, value in values.items():
+        if name not in shapes:
+            raise FaultError(f"{key} has {name}, which is no layer of the compression")
+        if sides:
+            shaped(value, f"{key}.{name}", tuple(shapes[name][side] for side in sides))
