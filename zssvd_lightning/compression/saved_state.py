@@ -28,9 +28,11 @@ IMPORTANCES = optional(mapped(listed(finite_tensor, 2)))
 """Importance of outputs and inputs of each layer."""
 
 
-REPORT = entries(
+_REPORT = entries(
     {
-        "prune_ratio": entries({"asked": finite, "reached": finite, "of": text}, ("of",)),
+        "prune_ratio": entries(
+            {"asked": finite, "reached": finite, "of": text, "counted_over": text}, ("of", "counted_over")
+        ),
         "parameters": entries({"before": whole, "after": whole, "model": entries({"before": whole})}),
         "ranks": mapped(
             entries({"rank": optional(whole), "shape": SIZES, "kept": whole, "in_8_bits": yes_or_no}, ("in_8_bits",))
@@ -60,7 +62,13 @@ REPORT = entries(
     },
     ("first_order_sum", "predicted_drift", "coverage", "kept_back", "perplexity", "perplexity_second", "file_bytes"),
 )
-"""`Report.to_dict`."""
+
+
+def REPORT(value: Any, key: str) -> None:  # noqa: N802  a check like the others here
+    """Check `Report.to_dict`. Earlier releases called `first_order_sum` `predicted_drift`."""
+    _REPORT(value, key)
+    if "first_order_sum" not in value and "predicted_drift" not in value:
+        raise FaultError(f"{key}.first_order_sum is missing".removeprefix("."))
 
 
 def _moments(sums: Check) -> Check:
