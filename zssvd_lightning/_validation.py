@@ -10,21 +10,37 @@ MOST_NAMED = 30
 """Maximum number of names listed in a message."""
 
 
+MOST_COUNTED = 2**31 - 1
+"""Largest number of things that a setting may ask for."""
+
+
 def closest(name: str, valid: Iterable[str]) -> str:
     """Return `"; did you mean ...?"` for the closest valid dotted name, or a list of the valid names."""
     valid = list(valid)
     by_end = {option.rsplit(".", 1)[-1]: option for option in reversed(valid)}
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.75) or _with_words_of(name, valid)
     near = near or [by_end[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_end, n=1, cutoff=0.5)]
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; there are {', '.join(valid[:MOST_NAMED])}" + (", ..." if len(valid) > MOST_NAMED else "")
 
 
+def _with_words_of(name: str, valid: Iterable[str]) -> list[str]:
+    """Return the shortest of the valid dotted names whose last part has all the words of the last part of a name."""
+    words = set(name.rsplit(".", 1)[-1].split("_"))
+    return sorted((option for option in valid if words <= set(option.rsplit(".", 1)[-1].split("_"))), key=len)[:1]
+
+
 def require(holds: bool, name: str, value: object, range_: str) -> None:
     """Raise ConfigError, naming the setting and its range, unless `holds`."""
     if not holds:
         raise ConfigError(f"{name} is {value!r}, but must be {range_}")
+
+
+def require_count(name: str, value: int, least: int, most: int = MOST_COUNTED) -> None:
+    """Raise ConfigError, naming the setting and its range, unless `least <= value <= most`."""
+    require(value >= least, name, value, f"{least} or more")
+    require(value <= most, name, value, f"at most {most:,}")
 
 
 def require_one_of(name: str, value: str, valid: Iterable[str]) -> None:

@@ -37,6 +37,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
+from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.batches import loss_terms, token_mask
 from zssvd_lightning.callbacks.batch_observer import BatchObserver
@@ -74,8 +75,8 @@ class ZSSVDCallback(L.Callback):
         preset: name of a preset, such as `best`, `zs-svd` or `svd-llm` (see `config/presets/`). None for the defaults
             of `CompressionConfig`, which are those of the preset `zs-svd-line-search`.
         schedule: start and length of the compression: a `Schedule` or a mapping of its fields.
-        recovery: training of the factors, such as `LoRARecovery(rank=8, lr=1e-3)`, or a mapping of its `method`
-            (`lora`, `factors` or `singular_values`) and fields. None to train them with the module's optimizer.
+        recovery: training of the factors, such as `LoRARecovery(rank=8, lr=1e-3)`, the name of its method (`lora`,
+            `factors` or `singular_values`), or a mapping of its `method` and fields. None to train them with the module's optimizer.
         dry_run: only calibrate, write the ranks that would be chosen to this file, restore the model and stop. True
             writes `zssvd_plan.yaml` in the folder of the logger.
         progress: draw a progress bar while spectra are computed.
@@ -87,7 +88,7 @@ class ZSSVDCallback(L.Callback):
         recovers_from: global step of this fit at which training of the factors started; None before.
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: an argument has another type or is out of range.
         UnsupportedTrainingError: at the start of `fit`, if the run is too short or of an unsupported kind.
         TargetError: at the start of `fit`, if there is no layer to compress.
         PlanError: at the start of `fit`, if the plan cannot be read or belongs to another model.
@@ -115,7 +116,7 @@ class ZSSVDCallback(L.Callback):
         preset: str | None = None,
         *,
         schedule: Schedule | dict[str, Any] = Schedule(),
-        recovery: Recovery | dict[str, Any] | None = None,
+        recovery: Recovery | dict[str, Any] | str | None = None,
         dry_run: bool | str | Path = False,
         progress: bool = True,
         **compression: Unpack[CallbackSettings],
@@ -134,6 +135,7 @@ class ZSSVDCallback(L.Callback):
         self.config = CompressionConfig.of(preset, prune_ratio=prune_ratio, **settings)
         self.recovery = recovery_of(recovery)
         refuse_contradictions(self.config, self.recovery)
+        progress = of_type(bool, progress, "progress")
         super().__init__()
         self.fit = FitContext()
         self.recovering = RecoveryHooks(self.fit, self)
@@ -148,7 +150,7 @@ class ZSSVDCallback(L.Callback):
         config: CompressionConfig,
         *,
         schedule: Schedule | dict[str, Any] = Schedule(),
-        recovery: Recovery | dict[str, Any] | None = None,
+        recovery: Recovery | dict[str, Any] | str | None = None,
         dry_run: bool | str | Path = False,
         progress: bool = True,
     ) -> Self:

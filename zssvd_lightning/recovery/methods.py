@@ -12,7 +12,7 @@ import torch
 
 from zssvd_lightning._registry import Registry
 from zssvd_lightning._validation import require, require_one_of
-from zssvd_lightning.config.loading import load_config
+from zssvd_lightning.config.loading import build, refuse_unknown
 from zssvd_lightning.errors import ConfigError, RecoveryError
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
@@ -42,6 +42,10 @@ ELSEWHERE = {
     "target_parameters": "targets",
 }
 """Options of `peft.LoraConfig` that are set by a recovery setting instead, with the name of that setting."""
+
+
+OTHER_NAMES = ELSEWHERE | {"learning_rate": "lr"}
+"""Names that settings have elsewhere, with their names here, for messages about unknown keys."""
 
 
 NEED_BATCHES = ("eva", "corda", "lora_ga", "loftq")
@@ -228,20 +232,28 @@ METHODS: Registry[type[Recovery]] = Registry(
 """Methods by name; `register` adds one."""
 
 
-def recovery_of(settings: Recovery | Mapping[str, Any] | None) -> Recovery | None:
+def recovery_of(settings: Recovery | Mapping[str, Any] | str | None) -> Recovery | None:
     """Return the recovery that settings describe; None for None.
 
     Args:
-        settings: a `Recovery`, or a mapping with `method` and the fields of that method, as read from YAML.
+        settings: a `Recovery`, the name of a method, or a mapping with `method` and the fields of that method, as read
+            from YAML.
 
     Raises:
-        ConfigError: the method or a key is unknown, or a value is out of range.
+        ConfigError: the method or a key is unknown, or a value has another type or is out of range.
     """
     if settings is None or isinstance(settings, Recovery):
         return settings
-    given = dict(settings)
+    if not isinstance(settings, Mapping | str):
+        methods = ", ".join(METHODS)
+        raise ConfigError(
+            f"recovery is {settings!r}, but must be a Recovery such as LoRARecovery(rank=8), the name of a method "
+            f"({methods}), a mapping with method and its settings, or None"
+        )
+    given = {"method": settings} if isinstance(settings, str) else dict(settings)
     method = given.pop("method", None)
     if method is None:
-        raise ConfigError(f"recovery has no method; there are {', '.join(METHODS)}")
-    require_one_of("recovery.method", str(method), METHODS)
-    return load_config(METHODS[str(method)], None, (), given)
+        raise ConfigError(f"recovery is {dict(settings)} and has no method; there are {', '.join(METHODS)}")
+    require_one_of("recovery.method", method, METHODS)
+    refuse_unknown(METHODS[method], given, "recovery.", OTHER_NAMES)
+    return build(METHODS[method], given, "recovery.")
