@@ -2,7 +2,6 @@
 
 import math
 import os
-import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from numbers import Integral, Real
@@ -32,7 +31,8 @@ WORDS = {
 """Types of settings, as messages name them."""
 
 
-_shown = reprlib.Repr(maxstring=80, maxother=80)
+MOST_SHOWN = 80
+"""Maximum number of characters of a value in a message."""
 
 
 def check_types(settings: Any, section: str = "") -> None:
@@ -64,7 +64,7 @@ def of_type(hint: Any, value: Any, name: str) -> Any:
     fitted = _fitted(hint, value)
     if fitted is MISFIT:
         raise ConfigError(
-            f"{name} is {_shown.repr(value)} ({type(value).__name__}), but must be {described(hint)}"
+            f"{name} is {_shown(value)} ({type(value).__name__}), but must be {described(hint)}"
             + _remedy(hint, value)
         )
     return fitted
@@ -160,6 +160,14 @@ def _path(value: Any) -> Any:
 
 SIMPLE: Mapping[Any, Callable[[Any], Any]] = {bool: _bool, int: _int, float: _float, str: _str, Path: _path}
 """Functions that return a value in a simple type, or MISFIT."""
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  values are of any type, and a number may have too many digits
+        return "a value that cannot be shown"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def _remedy(hint: Any, value: Any) -> str:

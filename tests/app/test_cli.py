@@ -275,7 +275,7 @@ def without_corpus(monkeypatch):
 
     asked = []
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
-    monkeypatch.setattr(texts, "load_text", lambda source: asked.append(source) or WORDS)
+    monkeypatch.setattr(texts, "load_text", lambda source, tokenizer: asked.append(source) or WORDS)
     return asked
 
 

@@ -174,6 +174,7 @@ class CompressionConfig:
         """
         if config is None:
             return cls.of(preset, **settings)
+        require(isinstance(config, cls), "config", config, f"a {cls.__name__} or None")
         if preset is not None or settings:
             given = ", ".join([*(["preset"] if preset is not None else []), *settings])
             raise ConfigError(f"config says it all already, so {given} cannot be given too; give one or the other")

@@ -5,7 +5,7 @@ Each method is a class of settings; `METHODS` maps method names to classes, for 
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -213,6 +213,10 @@ class SingularValueRecovery(Recovery):
         return "ia3_" in parameter
 
 
+def _settings_of(method: type[Recovery]) -> set[str]:
+    return {field.name for field in fields(method)}
+
+
 def _wrong(name: str, entry: Any) -> str | None:
     if not isinstance(entry, type) or not issubclass(entry, Recovery):
         return "a subclass of Recovery"
@@ -253,7 +257,12 @@ def recovery_of(settings: Recovery | Mapping[str, Any] | str | None) -> Recovery
     given = {"method": settings} if isinstance(settings, str) else dict(settings)
     method = given.pop("method", None)
     if method is None:
-        raise ConfigError(f"recovery is {dict(settings)} and has no method; there are {', '.join(METHODS)}")
+        raise ConfigError(f"recovery has no method; there are {', '.join(METHODS)}")
     require_one_of("recovery.method", method, METHODS)
+    for key in given.keys() - _settings_of(METHODS[method]):
+        if others := METHODS.those(lambda kind, key=key: key in _settings_of(kind)):  # type: ignore[misc]
+            raise ConfigError(
+                f"unknown key {f'recovery.{key}'!r} of method {method!r}; it is a setting of {' and '.join(others)}"
+            )
     refuse_unknown(METHODS[method], given, "recovery.", OTHER_NAMES)
     return build(METHODS[method], given, "recovery.")
