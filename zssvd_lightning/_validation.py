@@ -18,7 +18,7 @@ def closest(name: str, valid: Iterable[str]) -> str:
     """Return `"; did you mean ...?"` for the closest valid dotted name, or a list of the valid names."""
     valid = list(valid)
     by_end = {option.rsplit(".", 1)[-1]: option for option in reversed(valid)}
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.75) or _with_words_of(name, valid)
+    near = _with_words_of(name, valid) or difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
     near = near or [by_end[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_end, n=1, cutoff=0.5)]
     if near:
         return f"; did you mean {near[0]!r}?"
@@ -26,9 +26,11 @@ def closest(name: str, valid: Iterable[str]) -> str:
 
 
 def _with_words_of(name: str, valid: Iterable[str]) -> list[str]:
-    """Return the shortest of the valid dotted names whose last part has all the words of the last part of a name."""
-    words = set(name.rsplit(".", 1)[-1].split("_"))
-    return sorted((option for option in valid if words <= set(option.rsplit(".", 1)[-1].split("_"))), key=len)[:1]
+    """Return the valid dotted name whose last part has all the words of that of a name, best in the same section."""
+    section, _, last = name.rpartition(".")
+    words = set(last.split("_"))
+    having = [option for option in valid if words <= set(option.rpartition(".")[2].split("_"))]
+    return sorted(having, key=lambda option: (option.rpartition(".")[0] != section, len(option)))[:1]
 
 
 def require(holds: bool, name: str, value: object, range_: str) -> None:

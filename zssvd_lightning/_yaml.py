@@ -1,6 +1,6 @@
 """Checks of YAML text before it is loaded, with errors that name the line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +75,8 @@ def check_yaml(text: str) -> Node | None:
         root = yaml.compose(text, yaml.SafeLoader)
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise YAMLFault(f"character {error.character!r} is not allowed in YAML", line) from error
+        character = error.character if isinstance(error.character, str) else chr(error.character)
+        raise YAMLFault(f"character {character!r} is not allowed in YAML", line) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise YAMLFault(error.problem or error.context or "not YAML", mark.line + 1 if mark else None) from error
@@ -127,8 +128,7 @@ def _extent(node: Node, known: dict[int, Extent | None]) -> Extent:
         return extent
     known[id(node)] = None
     if isinstance(node, MappingNode):
-        for key, _ in node.value:
-            _check_key(key)
+        _check_keys([key for key, _ in node.value])
     if isinstance(node, ScalarNode) and node.tag == WHOLE and len(node.value) > MOST_DIGITS:
         raise YAMLFault(f"a whole number of {len(node.value):,} digits is too large", line_of(node))
     parts = [_extent(child, known) for child in _children(node)]
@@ -141,10 +141,15 @@ def _extent(node: Node, known: dict[int, Extent | None]) -> Extent:
     return found
 
 
-def _check_key(key: Node) -> None:
-    if not isinstance(key, ScalarNode) or key.tag not in (TEXT, MERGE):
-        shown = repr(key.value) if isinstance(key, ScalarNode) else "a collection"
-        raise YAMLFault(f"the key {shown} is not text; keys are names of settings, or text in quotes", line_of(key))
+def _check_keys(keys: Sequence[Node]) -> None:
+    seen = set()
+    for key in keys:
+        if not isinstance(key, ScalarNode) or key.tag not in (TEXT, MERGE):
+            shown = f"key {key.value!r}" if isinstance(key, ScalarNode) else "key is a collection and"
+            raise YAMLFault(f"the {shown} is not text; keys are names of settings, or text in quotes", line_of(key))
+        if key.tag == TEXT and key.value in seen:
+            raise YAMLFault(f"the key {key.value!r} is there twice; remove one", line_of(key))
+        seen.add(key.value)
 
 
 def _children(node: Node) -> list[Node]:

@@ -583,4 +583,4 @@ def test_an_error_with_several_lines_is_shown_on_one(zssvd, tmp_path):
     (tmp_path / "broken.yaml").write_text("model: {source: a\noutput: [b")
     done = zssvd("compress", tmp_path / "broken.yaml")
     assert done.code == 1
-    assert re.fullmatch(r"ConfigError: .*is not readable YAML: while parsing.* line 2.*\n", done.err)
+    assert re.fullmatch(r"ConfigError: .*is not readable YAML, line 2: expected .*\n", done.err)

@@ -155,6 +155,7 @@ class ZSSVDCallback(L.Callback):
         progress: bool = True,
     ) -> Self:
         """Return a callback for a `CompressionConfig`, such as that of a recipe. Other arguments: see the class."""
+        require(isinstance(config, CompressionConfig), "config", config, "a CompressionConfig")
         return cls(**asdict(config), schedule=schedule, recovery=recovery, dry_run=dry_run, progress=progress)
 
     @property

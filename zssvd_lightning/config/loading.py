@@ -158,9 +158,9 @@ def _file(path: Path) -> dict[str, Any]:
             raise ConfigError(f"config file {path} must hold a mapping of settings")
         return {} if root is None else _container(OmegaConf.create(text), resolve=False)
     except YAMLFault as error:
-        raise ConfigError(f"config file {path} holds no settings in YAML, {error}") from error
+        raise ConfigError(f"config file {path} is not readable YAML, {error}") from error
     except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"config file {path} holds no settings in YAML: {_first_line(error)}") from error
+        raise ConfigError(f"config file {path} is not readable YAML: {_first_line(error)}") from error
 
 
 def _check(text: str) -> Any:
