@@ -92,7 +92,9 @@ class Text(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         settings, tokenizer = self.hparams, self.trainer.lightning_module.tokenizer
-        train, validation = (tokenize(load_text(s, tokenizer), tokenizer) for s in (settings.train, settings.validation))
+        train, validation = (
+            tokenize(load_text(s, tokenizer), tokenizer) for s in (settings.train, settings.validation)
+        )
         self.train = sampled_windows(train, settings.length, settings.samples, settings.seed, settings.train)
         self.validation = windows(validation, settings.length, settings.validation_samples, settings.validation)
 

@@ -58,8 +58,8 @@ def checked_path(path: str | Path, error: type[ZSSVDError], what: str = "output"
     longest = _longest_name(existing)
     if too_long := [name for name in expanded.parts if len(os.fsencode(name)) > longest]:
         raise error(
-            f"{shown} has a name of {len(os.fsencode(too_long[0]))} bytes, but the file system takes at most {longest}; "
-            "shorten it"
+            f"{shown} has a name of {len(os.fsencode(too_long[0]))} bytes, but the file system takes at most "
+            f"{longest}; shorten it"
         )
     return expanded
 
@@ -68,7 +68,7 @@ def _existing(path: Path) -> Path:
     """Return the longest part of an absolute path that exists."""
     for part in (path, *path.parents):
         try:
-            os.stat(part)
+            part.stat()
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:

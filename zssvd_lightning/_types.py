@@ -64,8 +64,7 @@ def of_type(hint: Any, value: Any, name: str) -> Any:
     fitted = _fitted(hint, value)
     if fitted is MISFIT:
         raise ConfigError(
-            f"{name} is {_shown(value)} ({type(value).__name__}), but must be {described(hint)}"
-            + _remedy(hint, value)
+            f"{name} is {_shown(value)} ({type(value).__name__}), but must be {described(hint)}" + _remedy(hint, value)
         )
     return fitted
 
@@ -136,7 +135,8 @@ def _int(value: Any) -> Any:
     value = _plain(value)
     if not isinstance(value, Integral) or isinstance(value, bool):
         return MISFIT
-    return int(value) if abs(value) <= LARGEST else MISFIT
+    number = int(value)
+    return number if abs(number) <= LARGEST else MISFIT
 
 
 def _float(value: Any) -> Any:
@@ -172,8 +172,8 @@ def _shown(value: Any) -> str:
 
 def _remedy(hint: Any, value: Any) -> str:
     """Return what to write instead, where a value is one of the wanted type but for its quotes."""
-    parts = {hint, *get_args(hint)}
-    if isinstance(value, str) and parts & {int, float}:
+    parts = (hint, *get_args(hint))
+    if isinstance(value, str) and (int in parts or float in parts):
         try:
             float(value)
         except ValueError:

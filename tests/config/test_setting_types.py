@@ -178,7 +178,10 @@ def test_an_unprintable_or_long_value_is_still_named():
         ("output=${nowhere}", "output cannot be used: Interpolation key 'nowhere' not found"),
         (f"calibration.seed={'9' * 5000}", "a whole number of 5,000 digits"),
         (f"output={'[' * 2000}", "nested deeper than 50"),
-        ("calibration.samples=1000000000000", "calibration.samples is 1000000000000, but must be at most 2,147,483,647"),
+        (
+            "calibration.samples=1000000000000",
+            "calibration.samples is 1000000000000, but must be at most 2,147,483,647",
+        ),
         ("compression.truncations=1000000000", "truncations is 1000000000, but must be at most 1,000"),
     ],
 )

@@ -50,7 +50,9 @@ def test_a_file_that_is_no_config(tmp_path, fault):
     assert str(file) in str(raised.value) or "reference" in fault
 
 
-@pytest.mark.parametrize("fault", sorted(FAULTS.keys() - {"broken reference", "unknown reference", "reference to itself"}))
+@pytest.mark.parametrize(
+    "fault", sorted(FAULTS.keys() - {"broken reference", "unknown reference", "reference to itself"})
+)
 def test_a_file_that_is_no_plan(tmp_path, fault):
     content, _ = FAULTS[fault]
     file = tmp_path / "plan.yaml"
@@ -81,5 +83,5 @@ def test_what_yaml_allows_is_read(tmp_path):
     found = load_config(RunConfig, file)
     assert (found.model.dtype, found.calibration.text, found.evaluation.text) == ("float64", "1", "${x}")
     file.write_text("")
-    with pytest.raises(ConfigError, match="model.source has no value"):
+    with pytest.raises(ConfigError, match=r"model\.source has no value"):
         load_config(RunConfig, file)

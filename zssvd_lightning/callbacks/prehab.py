@@ -16,7 +16,6 @@ weight. `prehab/regularizers.py` defines R, and `prehab/run.py` holds the state 
 """
 
 import logging
-import math
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack

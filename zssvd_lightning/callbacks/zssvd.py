@@ -76,7 +76,8 @@ class ZSSVDCallback(L.Callback):
             of `CompressionConfig`, which are those of the preset `zs-svd-line-search`.
         schedule: start and length of the compression: a `Schedule` or a mapping of its fields.
         recovery: training of the factors, such as `LoRARecovery(rank=8, lr=1e-3)`, the name of its method (`lora`,
-            `factors` or `singular_values`), or a mapping of its `method` and fields. None to train them with the module's optimizer.
+            `factors` or `singular_values`), or a mapping of its `method` and fields. None to train them with the
+            module's optimizer.
         dry_run: only calibrate, write the ranks that would be chosen to this file, restore the model and stop. True
             writes `zssvd_plan.yaml` in the folder of the logger.
         progress: draw a progress bar while spectra are computed.

@@ -12,7 +12,7 @@ from yaml import MappingNode, YAMLError
 from zssvd_lightning._files import checked_path
 from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import closest, require_one_of
-from zssvd_lightning._yaml import YAMLFault, check_yaml, line_of, read_yaml_text, scalars
+from zssvd_lightning._yaml import UnfitYAMLError, check_yaml, line_of, read_yaml_text, scalars
 from zssvd_lightning.config.presets import PRESETS, settings_of
 from zssvd_lightning.errors import ConfigError
 
@@ -135,8 +135,10 @@ def read_override(entry: str) -> dict[str, Any]:
     try:
         _check(value)
         return _container(OmegaConf.from_dotlist([entry]), resolve=False)
-    except (YAMLFault, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"the value of override {key}={value[:80]} is not valid YAML: {_first_line(error)}") from error
+    except (UnfitYAMLError, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(
+            f"the value of override {key}={value[:80]} is not valid YAML: {_first_line(error)}"
+        ) from error
 
 
 def in_full(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,21 +159,23 @@ def _file(path: Path) -> dict[str, Any]:
         if not isinstance(root, MappingNode | None):
             raise ConfigError(f"config file {path} must hold a mapping of settings")
         return {} if root is None else _container(OmegaConf.create(text), resolve=False)
-    except YAMLFault as error:
+    except UnfitYAMLError as error:
         raise ConfigError(f"config file {path} is not readable YAML, {error}") from error
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"config file {path} is not readable YAML: {_first_line(error)}") from error
 
 
 def _check(text: str) -> Any:
-    """Return the root of YAML text. Raise YAMLFault if it cannot be loaded, also because of a reference `${...}`."""
+    """Return the root of YAML text. Raise UnfitYAMLError if it cannot be loaded, also because of a reference `${...}`."""
     root = check_yaml(text)
     for node in scalars(root):
         if "${" in node.value:
             try:
                 OmegaConf.create({"value": node.value})
             except OmegaConfBaseException as error:
-                raise YAMLFault(f"the reference {node.value!r} is not of the form ${{key}}", line_of(node)) from error
+                raise UnfitYAMLError(
+                    f"the reference {node.value!r} is not of the form ${{key}}", line_of(node)
+                ) from error
     return root
 
 

@@ -6,7 +6,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from zssvd_lightning.errors import CalibrationError, TargetError
 
@@ -36,9 +36,7 @@ def is_quantized(module: nn.Module) -> bool:
     Such weights have a type of their own, in place of `nn.Parameter`, or numbers of one byte or of no floating point.
     """
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return False
-    if isinstance(weight, UninitializedTensorMixin):
+    if not isinstance(weight, Tensor) or isinstance(weight, UninitializedParameter):
         return False
     plain = type(weight) in (Tensor, nn.Parameter, DTensor)
     return not plain or not weight.is_floating_point() or weight.dtype.itemsize < 2
@@ -46,19 +44,19 @@ def is_quantized(module: nn.Module) -> bool:
 
 def _unready(tensor: Tensor, *, offloaded: bool) -> str | None:
     """Return why a weight or buffer cannot be used, or None."""
-    if isinstance(tensor, UninitializedTensorMixin):
+    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
         return "has no shape yet; run a batch through the model first"
     if tensor.is_meta and offloaded:
         return (
-            "is offloaded to the memory of the CPU or to disk, from where a hook loads it for each call; load the model "
-            "without device_map, or with one that offloads nothing"
+            "is offloaded to the memory of the CPU or to disk, from where a hook loads it for each call; load the "
+            "model without device_map, or with one that offloads nothing"
         )
     if tensor.is_meta:
         return "is on the meta device, so it has no values; load the weights first"
     if tensor.is_inference():
         return (
-            "was made in torch.inference_mode, so it can have no gradient; load the model outside of it, or replace the "
-            "tensor by a clone made outside of it"
+            "was made in torch.inference_mode, so it can have no gradient; load the model outside of it, or replace "
+            "the tensor by a clone made outside of it"
         )
     return None
 

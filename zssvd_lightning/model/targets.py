@@ -103,6 +103,7 @@ def find_targets(
     allowed = {n: Target(n, m) for n, m in linears.items() if n not in refused}
     for pattern in include or ():
         _explain_if_refused(pattern, model, set(allowed), refused)
+
     def chosen(name: str) -> bool:
         included = include is None or any(matches(name, pattern) for pattern in include)
         return included and not any(matches(name, pattern) for pattern in ignore or ())
@@ -126,9 +127,9 @@ def _refuse_quantized(linears: Mapping[str, nn.Module]) -> None:
         weight = module.weight
         others = f" and {len(quantized) - 1} other layers" if len(quantized) > 1 else ""
         raise TargetError(
-            f"{name}{others} have quantized weights ({type(weight).__name__}, {weight.dtype}), which cannot be factorized; "
-            "load the model in floating point, compress it, and quantize it afterwards, or leave these layers out with "
-            "ignore"
+            f"{name}{others} have quantized weights ({type(weight).__name__}, {weight.dtype}), which cannot be "
+            "factorized; load the model in floating point, compress it, and quantize it afterwards, or leave these "
+            "layers out with ignore"
         )
 
 

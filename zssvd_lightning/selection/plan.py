@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from zssvd_lightning._files import checked_path, replacing_file
-from zssvd_lightning._yaml import YAMLFault, check_yaml, read_yaml_text
+from zssvd_lightning._yaml import UnfitYAMLError, check_yaml, read_yaml_text
 from zssvd_lightning.errors import OutputError, PlanError
 from zssvd_lightning.selection.budget import Budget, Shape
 from zssvd_lightning.selection.components import Components, Selection
@@ -147,7 +147,7 @@ def _layers(path: Path, budget: Budget) -> dict[str, Any]:
         text = read_yaml_text(checked_path(path, PlanError, "plan"))
         check_yaml(text)
         loaded = yaml.safe_load(text)
-    except (YAMLFault, ValueError) as error:
+    except (UnfitYAMLError, ValueError) as error:
         if isinstance(error, PlanError):
             raise
         raise PlanError(f"plan {path} cannot be read: {error}; a dry run writes one") from error

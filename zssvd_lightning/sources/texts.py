@@ -205,7 +205,8 @@ class Rows(NamedTuple):
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as error:  # templates are programs
             raise TextError(
-                f"the chat template of the tokenizer does not take the messages in row {number} of {self.source}: {error}"
+                f"the chat template of the tokenizer does not take the messages in row {number} of {self.source}: "
+                f"{error}"
             ) from error
 
     def _checked(self, text: str, number: int) -> str:
@@ -268,15 +269,12 @@ def _loaded(what: str, *arguments: Any, **keywords: Any) -> Any:
     """Return the rows that the datasets library loads.
 
     Raises:
-        TextError: it cannot load them, or there are none.
+        TextError: it cannot load them.
         MissingExtraError: the library is not installed.
     """
     with needs_extra("data", "parquet files and texts of the hub"):
         import datasets
     try:
-        rows = datasets.load_dataset(*arguments, **keywords)
+        return datasets.load_dataset(*arguments, **keywords)
     except Exception as error:  # the library passes on errors of many others
         raise TextError(f"cannot read {what}: {type(error).__name__}: {error}") from error
-    if len(rows) == 0:
-        raise TextError(f"{what} has no rows")
-    return rows
