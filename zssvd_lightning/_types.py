@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from zssvd_lightning.errors import ConfigError
+from zssvd_lightning.errors import ConfigError, shown
 
 LARGEST = 2**63 - 1
 """Largest absolute value of a whole number."""
@@ -31,8 +31,8 @@ WORDS = {
 """Types of settings, as messages name them."""
 
 
-MOST_SHOWN = 80
-"""Maximum number of characters of a value in a message."""
+LISTS = {Any: "a list", str: "a list of texts", int: "a list of whole numbers", float: "a list of finite numbers"}
+"""Lists of simple types, as messages name them."""
 
 
 def check_types(settings: Any, section: str = "") -> None:
@@ -64,7 +64,7 @@ def of_type(hint: Any, value: Any, name: str) -> Any:
     fitted = _fitted(hint, value)
     if fitted is MISFIT:
         raise ConfigError(
-            f"{name} is {_shown(value)} ({type(value).__name__}), but must be {described(hint)}" + _remedy(hint, value)
+            f"{name} is {shown(value)} ({type(value).__name__}), but must be {described(hint)}" + _remedy(hint, value)
         )
     return fitted
 
@@ -75,7 +75,7 @@ def described(hint: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(described(part) for part in parts))
     if origin is list:
-        return "a list" if parts[0] is Any else f"a list of values that are each {described(parts[0])}"
+        return LISTS.get(parts[0]) or f"a list whose values are each {described(parts[0])}"
     if origin is dict:
         return "a mapping"
     if origin is not None and issubclass(origin, Callable):  # type: ignore[arg-type]
@@ -151,7 +151,9 @@ def _float(value: Any) -> Any:
 
 
 def _str(value: Any) -> Any:
-    return value if isinstance(value, str) else str(value) if isinstance(value, os.PathLike) else MISFIT
+    if isinstance(value, str):
+        return str.__str__(value)
+    return str(value) if isinstance(value, os.PathLike) else MISFIT
 
 
 def _path(value: Any) -> Any:
@@ -160,14 +162,6 @@ def _path(value: Any) -> Any:
 
 SIMPLE: Mapping[Any, Callable[[Any], Any]] = {bool: _bool, int: _int, float: _float, str: _str, Path: _path}
 """Functions that return a value in a simple type, or MISFIT."""
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = repr(value)
-    except Exception:  # noqa: BLE001  values are of any type, and a number may have too many digits
-        return "a value that cannot be shown"
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def _remedy(hint: Any, value: Any) -> str:
@@ -179,6 +173,6 @@ def _remedy(hint: Any, value: Any) -> str:
         except ValueError:
             return ""
         return f"; write {value.strip()} without quotes"
-    if isinstance(value, int | float) and str in parts:
+    if isinstance(value, int | float) and not isinstance(value, bool) and str in parts:
         return f"; write '{value}' in quotes"
     return ""

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from zssvd_lightning.errors import ConfigError, MissingExtraError
+from zssvd_lightning.errors import ConfigError, MissingExtraError, shown
 
 MOST_NAMED = 30
 """Maximum number of names listed in a message."""
@@ -36,7 +36,7 @@ def _with_words_of(name: str, valid: Iterable[str]) -> list[str]:
 def require(holds: bool, name: str, value: object, range_: str) -> None:
     """Raise ConfigError, naming the setting and its range, unless `holds`."""
     if not holds:
-        raise ConfigError(f"{name} is {value!r}, but must be {range_}")
+        raise ConfigError(f"{name} is {shown(value)}, but must be {range_}")
 
 
 def require_count(name: str, value: int, least: int, most: int = MOST_COUNTED) -> None:
@@ -48,9 +48,9 @@ def require_count(name: str, value: int, least: int, most: int = MOST_COUNTED) -
 def require_one_of(name: str, value: str, valid: Iterable[str]) -> None:
     """Raise ConfigError, naming the closest valid value, unless `value` is valid."""
     if not isinstance(value, str):
-        raise ConfigError(f"{name} is {value!r}, but must be a name, one of {', '.join(valid)}")
+        raise ConfigError(f"{name} is {shown(value)}, but must be a name, one of {', '.join(valid)}")
     if value not in valid:
-        raise ConfigError(f"{name} is {value!r}{closest(value, valid)}")
+        raise ConfigError(f"{name} is {shown(value)}{closest(value, valid)}")
 
 
 @contextmanager

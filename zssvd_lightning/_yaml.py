@@ -69,8 +69,8 @@ def check_yaml(text: str) -> Node | None:
     """Return the root of YAML text that can be loaded safely; None if the text is empty.
 
     Raises:
-        UnfitYAMLError: the text is not YAML, has several documents, tags, or keys that are not text, refers to itself, or is
-            nested too deeply or too large.
+        UnfitYAMLError: the text is not YAML, has several documents, tags, or keys that are not text, refers to itself,
+            or is nested too deeply or too large.
     """
     try:
         _check_events(text)

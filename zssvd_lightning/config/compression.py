@@ -97,13 +97,6 @@ class CompressionConfig:
     """YAML file with the rank of every layer, as written by a dry run. It replaces `prune_ratio` and `selection`."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        require(0.0 < self.prune_ratio < 1.0, "prune_ratio", self.prune_ratio, "strictly between 0 and 1")
-        require_count("corrections", self.corrections, 0, MOST_ROUNDS)
-        require_count("truncations", self.truncations, 1, MOST_ROUNDS)
-        require(self.step_radius > 0.0, "step_radius", self.step_radius, "above 0")
-        require_count("correction_batches", self.correction_batches, 1)
-        require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
         require_one_of("metric", self.metric, METRICS)
         require_one_of("output_side", self.output_side, OUTPUT_GRADIENTS)
         require_one_of("selection", self.selection, RULES)
@@ -111,6 +104,13 @@ class CompressionConfig:
         require_one_of("correction_step", self.correction_step, CORRECTIONS)
         require_one_of("storage", self.storage, STORAGES)
         require_one_of("rows_in_16_bits", self.rows_in_16_bits, ROWS_IN_16_BITS)
+        check_types(self)
+        require(0.0 < self.prune_ratio < 1.0, "prune_ratio", self.prune_ratio, "strictly between 0 and 1")
+        require_count("corrections", self.corrections, 0, MOST_ROUNDS)
+        require_count("truncations", self.truncations, 1, MOST_ROUNDS)
+        require(self.step_radius > 0.0, "step_radius", self.step_radius, "above 0")
+        require_count("correction_batches", self.correction_batches, 1)
+        require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
         metric, rule, form = self.metric_used, self.rule, self.form
         measures = _either(METRICS.those(lambda metric: metric.measures_loss))
         if self.correction.needs_loss_metric and not metric.measures_loss:

@@ -14,7 +14,7 @@ from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import closest, require_one_of
 from zssvd_lightning._yaml import UnfitYAMLError, check_yaml, line_of, read_yaml_text, scalars
 from zssvd_lightning.config.presets import PRESETS, settings_of
-from zssvd_lightning.errors import ConfigError
+from zssvd_lightning.errors import ConfigError, shown
 
 T = TypeVar("T")
 
@@ -47,7 +47,8 @@ def load_config(
         ConfigError: the file is missing or not YAML, a key is unknown (the message names the closest valid key), a
             mandatory key has no value, or a value has the wrong type or is out of range.
     """
-    layers = [dict(defaults or {}), *([] if path is None else [_file(Path(path))]), *map(read_override, overrides)]
+    file = of_type(Path | None, path, "path")
+    layers = [dict(defaults or {}), *([] if file is None else [_file(file)]), *map(read_override, overrides)]
     layers = [in_full(layer) for layer in layers]
     merged = _resolved(_merged(_defaults(schema), *layers))
     refuse_unknown(schema, merged)
@@ -79,7 +80,7 @@ def build(schema: type[T], tree: Mapping[str, Any], section: str = "") -> T:
         if kind is not None and isinstance(value, Mapping):
             given[field.name] = build(kind, value, f"{name}.")
         elif kind is hints[field.name] and value is not MISSING and not isinstance(value, kind):
-            raise ConfigError(f"{name} is {value!r}, but must be a mapping with keys such as {_examples(kind, name)}")
+            raise ConfigError(f"{name} is {shown(value)}, but must be a mapping with keys such as {_examples(kind, name)}")
         elif value is not MISSING:
             given[field.name] = of_type(hints[field.name], value, name)
     return schema(**given)
@@ -127,7 +128,7 @@ def read_override(entry: str) -> dict[str, Any]:
     Raises:
         ConfigError: the entry has another form, or its value is not YAML.
     """
-    key, equals, value = entry.partition("=")
+    key, equals, value = of_type(str, entry, "override").partition("=")
     if not equals:
         raise ConfigError(f"override {entry!r} is not of the form key=value")
     if not all(key.split(".")):
@@ -166,7 +167,7 @@ def _file(path: Path) -> dict[str, Any]:
 
 
 def _check(text: str) -> Any:
-    """Return the root of YAML text. Raise UnfitYAMLError if it cannot be loaded, also because of a reference `${...}`."""
+    """Return the root of YAML text. Raise UnfitYAMLError if it cannot be loaded, or has a malformed reference."""
     root = check_yaml(text)
     for node in scalars(root):
         if "${" in node.value:

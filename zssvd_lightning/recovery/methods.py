@@ -13,7 +13,7 @@ import torch
 from zssvd_lightning._registry import Registry
 from zssvd_lightning._validation import require, require_one_of
 from zssvd_lightning.config.loading import build, refuse_unknown
-from zssvd_lightning.errors import ConfigError, RecoveryError
+from zssvd_lightning.errors import ConfigError, RecoveryError, shown
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
 from zssvd_lightning.layers.registry import Factored
@@ -251,7 +251,7 @@ def recovery_of(settings: Recovery | Mapping[str, Any] | str | None) -> Recovery
     if not isinstance(settings, Mapping | str):
         methods = ", ".join(METHODS)
         raise ConfigError(
-            f"recovery is {settings!r}, but must be a Recovery such as LoRARecovery(rank=8), the name of a method "
+            f"recovery is {shown(settings)}, but must be a Recovery such as LoRARecovery(rank=8), the name of a method "
             f"({methods}), a mapping with method and its settings, or None"
         )
     given = {"method": settings} if isinstance(settings, str) else dict(settings)
