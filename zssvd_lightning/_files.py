@@ -100,7 +100,7 @@ def check_output(path: str | Path, source: str | Path | None = None) -> Path:
     path = checked_path(path, OutputError).resolve()
     if path.exists() and not path.is_dir():
         raise OutputError(f"output {path} is a file; name a folder")
-    if source is not None and path == Path(source).expanduser().resolve():
+    if source is not None and path == checked_path(source, OutputError, "source").resolve():
         raise OutputError(f"output {path} is what is read from; name another folder")
     if Path.cwd().is_relative_to(path):
         raise OutputError(f"output {path} is the working directory, or around it; name a folder in it")

@@ -10,11 +10,19 @@ from support.models import saved_tiny_llama
 
 from zssvd_lightning.app import cli
 from zssvd_lightning.app.command import as_json, errors_in_one_line, start
-from zssvd_lightning.app.run import Run
+from zssvd_lightning.app.run import Run, recorded_evaluation
 from zssvd_lightning.app.run_config import CalibrationConfig, ModelConfig, RunConfig
 from zssvd_lightning.app.settings import with_options
 from zssvd_lightning.config.compression import CompressionConfig
-from zssvd_lightning.errors import BudgetError, ConfigError, OutputError, PlanError, TargetError, TextError
+from zssvd_lightning.errors import (
+    BudgetError,
+    ConfigError,
+    ModelSourceError,
+    OutputError,
+    PlanError,
+    TargetError,
+    TextError,
+)
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0), (["run.yaml", "-h"], 0)])
@@ -85,6 +93,15 @@ def test_a_short_form_may_not_contradict_an_argument():
     ):
         with_options(["model=b"], {"model.source": "a"})
     assert with_options(["model=a"], {"model.source": "a"})[0] == "model=a"
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"config": {"evaluation": 3}}', "[" * 100_000])
+def test_a_folder_with_another_report_is_refused_by_name(tmp_path, content):
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ModelSourceError, match=r"report\.json is no report of a run"):
+        recorded_evaluation(str(tmp_path))
+    with pytest.raises(ModelSourceError, match="a name of 300 bytes"):
+        recorded_evaluation(str(tmp_path / ("a" * 300)))
 
 
 @pytest.fixture

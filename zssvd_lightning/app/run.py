@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zssvd_lightning._files import check_output, replacing_folder
+from zssvd_lightning._files import check_output, checked_path, replacing_folder
 from zssvd_lightning.app.pictures import draw
 from zssvd_lightning.app.run_config import EvaluateConfig, RunConfig
 from zssvd_lightning.app.workspace import calibration_windows
@@ -180,12 +180,19 @@ def _place(model: PreTrainedModel, device: str | None) -> None:
 
 
 def recorded_evaluation(model: str) -> dict[str, Any]:
-    """Return the evaluation settings in the report of a run's folder, and the model it compressed as `dense`."""
-    path = Path(model) / REPORT
+    """Return the evaluation settings in the report of a run's folder, and the model it compressed as `dense`.
+
+    Raises:
+        ModelSourceError: the name of the folder is impossible, or the report in it cannot be read.
+    """
+    path = checked_path(model, ModelSourceError, "model source") / REPORT
     if not path.is_file():
         return {}
-    config = json.loads(path.read_text(encoding="utf-8")).get("config", {})
-    return {**config.get("evaluation", {}), "dense": config.get("model", {}).get("source")}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")).get("config", {})
+        return {**config.get("evaluation", {}), "dense": config.get("model", {}).get("source")}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelSourceError(f"{path} is no report of a run: {error!r}; move it away") from error
 
 
 def measure(

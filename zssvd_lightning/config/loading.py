@@ -80,7 +80,9 @@ def build(schema: type[T], tree: Mapping[str, Any], section: str = "") -> T:
         if kind is not None and isinstance(value, Mapping):
             given[field.name] = build(kind, value, f"{name}.")
         elif kind is hints[field.name] and value is not MISSING and not isinstance(value, kind):
-            raise ConfigError(f"{name} is {shown(value)}, but must be a mapping with keys such as {_examples(kind, name)}")
+            raise ConfigError(
+                f"{name} is {shown(value)}, but must be a mapping with keys such as {_examples(kind, name)}"
+            )
         elif value is not MISSING:
             given[field.name] = of_type(hints[field.name], value, name)
     return schema(**given)
