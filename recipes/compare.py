@@ -7,8 +7,14 @@ started again, it goes on with the cells that are missing. It is `zssvd compare`
 
 import sys
 
-from zssvd_lightning.app.cli import main
+from zssvd_lightning.app import cli
+from zssvd_lightning.app.command import start
+
+
+def main(*arguments: str) -> None:
+    sys.argv[1:] = ["compare", *arguments]
+    cli.main()
+
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "compare")
-    main()
+    start(main, __doc__)

@@ -4,7 +4,6 @@ The pieces are the ones of any Lightning project: a module, a data module, a Tra
 """
 
 import math
-import sys
 
 import lightning as L
 import torch
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from zssvd_lightning import Run, RunConfig, Schedule, ZSSVDCallback, load_config
+from zssvd_lightning.app.command import start
 from zssvd_lightning.evaluation.perplexity import continuation
 
 PROMPT = "The state of the union is"
@@ -72,4 +72,4 @@ def main(path: str, *overrides: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    start(main, __doc__)

@@ -4,7 +4,6 @@ The dense model is then trained for as many steps on the same text, so that the 
 """
 
 import copy
-import sys
 from dataclasses import replace
 from itertools import chain, cycle, islice
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from recipes.compress import CausalLM
 from zssvd_lightning import Phase, Run, RunConfig, Schedule, ZSSVDCallback, load_config
+from zssvd_lightning.app.command import start
 from zssvd_lightning.compression.report import Stopwatch
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.model.targets import find_targets, matches
@@ -121,4 +121,4 @@ def main(path: str, *overrides: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    start(main, __doc__)

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from zssvd_lightning import LowRankCheckpointMixin
+from zssvd_lightning.app.command import errors_in_one_line
 from zssvd_lightning.sources.models import load_model
 from zssvd_lightning.sources.texts import TokenWindows, load_text, sampled_windows, tokenize, windows
 
@@ -91,7 +92,9 @@ class Text(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         settings, tokenizer = self.hparams, self.trainer.lightning_module.tokenizer
-        train, validation = (tokenize(load_text(s), tokenizer) for s in (settings.train, settings.validation))
+        train, validation = (
+            tokenize(load_text(s, tokenizer), tokenizer) for s in (settings.train, settings.validation)
+        )
         self.train = sampled_windows(train, settings.length, settings.samples, settings.seed, settings.train)
         self.validation = windows(validation, settings.length, settings.validation_samples, settings.validation)
 
@@ -104,4 +107,5 @@ class Text(L.LightningDataModule):
 
 
 if __name__ == "__main__":
-    LightningCLI(CausalLM, Text, save_config_kwargs={"overwrite": True})
+    with errors_in_one_line():
+        LightningCLI(CausalLM, Text, save_config_kwargs={"overwrite": True})

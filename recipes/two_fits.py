@@ -13,6 +13,8 @@ from lightning.pytorch.cli import LightningCLI
 
 from recipes.train import CausalLM, Text
 from zssvd_lightning import LowRankLinear
+from zssvd_lightning.app.command import errors_in_one_line
+from zssvd_lightning.errors import CheckpointError
 
 
 class CompressedLM(CausalLM):
@@ -34,11 +36,12 @@ class CompressedLM(CausalLM):
             checkpoint = torch.load(self.hparams.compressed, map_location="cpu", mmap=True, weights_only=True)
             self.load_state_dict(checkpoint["state_dict"])
             if not any(isinstance(module, LowRankLinear) for module in self.modules()):
-                raise ValueError(
+                raise CheckpointError(
                     f"{self.hparams.compressed} is of before the model was low-rank; take a later checkpoint"
                 )
         super().configure_model()
 
 
 if __name__ == "__main__":
-    LightningCLI(CompressedLM, Text, save_config_kwargs={"overwrite": True})
+    with errors_in_one_line():
+        LightningCLI(CompressedLM, Text, save_config_kwargs={"overwrite": True})

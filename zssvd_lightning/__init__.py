@@ -23,7 +23,7 @@ The packages, in the order in which data flows through them; imports run up this
     sources         models and texts from packages, files, the hub
     app             command line, whole runs, comparisons, pictures
 
-Beside them: `errors` (every refusal by name), `_validation`, `_state_checks`, `_contexts`,
+Beside them: `errors` (every refusal by name), `_validation`, `_types`, `_yaml`, `_state_checks`, `_contexts`,
 `_numerics`, `_files` and `_registration`.
 
 The public names are loaded when they are first used, so that `import zssvd_lightning` alone stays fast. It does make

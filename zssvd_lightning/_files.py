@@ -1,6 +1,7 @@
 """Atomic writing of files and folders, so that an interrupted run loses nothing."""
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from zssvd_lightning.errors import OutputError
+from zssvd_lightning.errors import OutputError, ZSSVDError
 
 MANIFEST = "zssvd.json"
 """File that lists what this package wrote into a folder. A folder that contains nothing else may be replaced."""
@@ -24,6 +25,67 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Constants for Linux's `renameat2`."""
 
 
+NAME_KEPT = 40
+"""Number of characters of a name that its temporary neighbor begins with, so that no file system finds it too long."""
+
+
+LONGEST_NAME = 255
+"""Maximum number of bytes in a name, where the file system does not tell."""
+
+
+def checked_path(path: str | Path, error: type[ZSSVDError], what: str = "output") -> Path:
+    """Return a path with `~` expanded, which may or may not exist.
+
+    Args:
+        path: path of a file or folder.
+        error: class of the error to raise.
+        what: subject of the message.
+
+    Raises:
+        ZSSVDError: of class `error`, if no file can have this path: it contains a NUL character, a name in it is too
+            long, it leads through a file or through links without end, or there is no such user.
+    """
+    shown = f"{what} {str(path)[:80]!r}"
+    if "\0" in str(path):
+        raise error(f"{shown} contains a NUL character; take another name")
+    try:
+        expanded = Path(path).expanduser()
+        existing = _existing(expanded.absolute())
+    except (OSError, RuntimeError) as problem:
+        raise error(f"{shown} is not possible: {problem}") from problem
+    if existing != expanded.absolute() and not existing.is_dir():
+        raise error(f"{shown} leads through {existing}, which is a file; take another folder")
+    longest = _longest_name(existing)
+    if too_long := [name for name in expanded.parts if len(os.fsencode(name)) > longest]:
+        raise error(
+            f"{shown} has a name of {len(os.fsencode(too_long[0]))} bytes, but the file system takes at most "
+            f"{longest}; shorten it"
+        )
+    return expanded
+
+
+def _existing(path: Path) -> Path:
+    """Return the longest part of an absolute path that exists."""
+    for part in (path, *path.parents):
+        try:
+            part.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                continue
+            raise
+        return part
+    return path
+
+
+def _longest_name(folder: Path) -> int:
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (OSError, ValueError, AttributeError):  # not on every system
+        return LONGEST_NAME
+
+
 def check_output(path: str | Path, source: str | Path | None = None) -> Path:
     """Return the resolved output folder if it may be written: missing, empty, or with only files of this package.
 
@@ -32,12 +94,13 @@ def check_output(path: str | Path, source: str | Path | None = None) -> Path:
         source: input folder, if the input is a folder.
 
     Raises:
-        OutputError: the path is a file, is the source, is or contains the working directory, or contains other files.
+        OutputError: the path is a file, is the source, is or contains the working directory, contains other files, or
+            cannot be written.
     """
-    path = Path(path).expanduser().resolve()
+    path = checked_path(path, OutputError).resolve()
     if path.exists() and not path.is_dir():
         raise OutputError(f"output {path} is a file; name a folder")
-    if source is not None and path == Path(source).expanduser().resolve():
+    if source is not None and path == checked_path(source, OutputError, "source").resolve():
         raise OutputError(f"output {path} is what is read from; name another folder")
     if Path.cwd().is_relative_to(path):
         raise OutputError(f"output {path} is the working directory, or around it; name a folder in it")
@@ -46,6 +109,8 @@ def check_output(path: str | Path, source: str | Path | None = None) -> Path:
             f"output {path} holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}, which this package "
             "did not write; name an empty or new folder"
         )
+    if not os.access(folder := _existing(path.parent), os.W_OK):
+        raise OutputError(f"output {path} cannot be written, because {folder} is not writable; name another folder")
     return path
 
 
@@ -94,7 +159,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     path = check_output(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:NAME_KEPT]}.", dir=path.parent))
     except OSError as error:
         raise OutputError(f"cannot write beside {path}: {error}") from error
     try:
@@ -117,10 +182,10 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     Raises:
         OutputError: writing failed. An existing file is untouched.
     """
-    path = Path(path).expanduser().absolute()
+    path = checked_path(path, OutputError).absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name[:NAME_KEPT]}.", dir=path.parent) as folder:
             temporary = Path(folder) / path.name
             yield temporary
             temporary.replace(path)

@@ -4,35 +4,53 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from zssvd_lightning.errors import ConfigError, MissingExtraError
+from zssvd_lightning.errors import ConfigError, MissingExtraError, shown
 
 MOST_NAMED = 30
 """Maximum number of names listed in a message."""
+
+
+MOST_COUNTED = 2**31 - 1
+"""Largest number of things that a setting may ask for."""
 
 
 def closest(name: str, valid: Iterable[str]) -> str:
     """Return `"; did you mean ...?"` for the closest valid dotted name, or a list of the valid names."""
     valid = list(valid)
     by_end = {option.rsplit(".", 1)[-1]: option for option in reversed(valid)}
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
+    near = _with_words_of(name, valid) or difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
     near = near or [by_end[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_end, n=1, cutoff=0.5)]
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; there are {', '.join(valid[:MOST_NAMED])}" + (", ..." if len(valid) > MOST_NAMED else "")
 
 
+def _with_words_of(name: str, valid: Iterable[str]) -> list[str]:
+    """Return the valid dotted name whose last part has all the words of that of a name, best in the same section."""
+    section, _, last = name.rpartition(".")
+    words = set(last.split("_"))
+    having = [option for option in valid if words <= set(option.rpartition(".")[2].split("_"))]
+    return sorted(having, key=lambda option: (option.rpartition(".")[0] != section, len(option)))[:1]
+
+
 def require(holds: bool, name: str, value: object, range_: str) -> None:
     """Raise ConfigError, naming the setting and its range, unless `holds`."""
     if not holds:
-        raise ConfigError(f"{name} is {value!r}, but must be {range_}")
+        raise ConfigError(f"{name} is {shown(value)}, but must be {range_}")
+
+
+def require_count(name: str, value: int, least: int, most: int = MOST_COUNTED) -> None:
+    """Raise ConfigError, naming the setting and its range, unless `least <= value <= most`."""
+    require(value >= least, name, value, f"{least} or more")
+    require(value <= most, name, value, f"at most {most:,}")
 
 
 def require_one_of(name: str, value: str, valid: Iterable[str]) -> None:
     """Raise ConfigError, naming the closest valid value, unless `value` is valid."""
     if not isinstance(value, str):
-        raise ConfigError(f"{name} is {value!r}, but must be a name, one of {', '.join(valid)}")
+        raise ConfigError(f"{name} is {shown(value)}, but must be a name, one of {', '.join(valid)}")
     if value not in valid:
-        raise ConfigError(f"{name} is {value!r}{closest(value, valid)}")
+        raise ConfigError(f"{name} is {shown(value)}{closest(value, valid)}")
 
 
 @contextmanager

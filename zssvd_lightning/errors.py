@@ -1,5 +1,17 @@
 """Errors and warnings of this package. Each message names the module or key, the actual value and the remedy."""
 
+MOST_SHOWN = 80
+"""Maximum number of characters of a value in a message."""
+
+
+def shown(value: object) -> str:
+    """Return a value as messages show it: its beginning, if it is long."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  values are of any type, and a number may have too many digits
+        return "a value that cannot be shown"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
 
 class ZSSVDError(Exception):
     """Base class of all errors that this package raises on purpose."""

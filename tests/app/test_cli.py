@@ -276,7 +276,7 @@ def without_corpus(monkeypatch):
 
     asked = []
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
-    monkeypatch.setattr(texts, "load_text", lambda source: asked.append(source) or WORDS)
+    monkeypatch.setattr(texts, "load_text", lambda source, tokenizer: asked.append(source) or WORDS)
     return asked
 
 
@@ -587,4 +587,4 @@ def test_an_error_with_several_lines_is_shown_on_one(zssvd, tmp_path):
     (tmp_path / "broken.yaml").write_text("model: {source: a\noutput: [b")
     done = zssvd("compress", tmp_path / "broken.yaml")
     assert done.code == 1
-    assert re.fullmatch(r"ConfigError: .*is not readable YAML: while parsing.* line 2.*\n", done.err)
+    assert re.fullmatch(r"ConfigError: .*is not readable YAML, line 2: expected .*\n", done.err)

@@ -6,7 +6,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from support.models import CausalLM, assert_same_state, loader, state_of, token_batches, trainer
 
-from zssvd_lightning import LoRARecovery, Phase, ZSSVDCallback
+from zssvd_lightning import FactorRecovery, LoRARecovery, Phase, SingularValueRecovery, ZSSVDCallback
 from zssvd_lightning.errors import OutputError, PlanError
 from zssvd_lightning.serialization.specs import ranks_of
 
@@ -69,6 +69,14 @@ def test_yaml_makes_the_recovery(tmp_path, recovery):
     ran = cli("fit", "--config", config(tmp_path, prune_ratio=0.4, corrections=0, recovery=recovery))
     assert the_callback(ran).recovery == LoRARecovery(rank=2, clip_rank=True, peft={"use_dora": True})
     assert the_callback(ran).phase is Phase.DONE
+
+
+def test_the_name_of_a_method_makes_the_recovery(tmp_path):
+    file = config(tmp_path, prune_ratio=0.4, corrections=0, recovery="factors")
+    ran = cli("fit", "--config", file)
+    assert the_callback(ran).recovery == FactorRecovery()
+    ran = cli("fit", "--config", file, "--trainer.callbacks.recovery=singular_values")
+    assert the_callback(ran).recovery == SingularValueRecovery()
 
 
 def test_the_command_line_adds_it_by_its_short_name():

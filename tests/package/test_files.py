@@ -1,6 +1,8 @@
+import os
+
 import pytest
 
-from zssvd_lightning._files import MANIFEST, check_output, replacing_folder
+from zssvd_lightning._files import MANIFEST, check_output, replacing_file, replacing_folder
 from zssvd_lightning.errors import OutputError
 
 
@@ -127,3 +129,22 @@ def test_the_source_and_the_working_directory_are_not_replaced(tmp_path, monkeyp
     for place in (".", "..", tmp_path / "out"):
         with pytest.raises(OutputError, match="working directory"):
             check_output(place)
+
+
+def test_names_as_long_as_the_file_system_takes_can_be_written(tmp_path):
+    for name in ("a" * 255, "\U0001f600" * 63):
+        with replacing_folder(tmp_path / name) as folder:
+            (folder / "x").write_text("1")
+        assert (tmp_path / name / "x").read_text() == "1"
+        with replacing_file(tmp_path / "files" / name) as file:
+            file.write_text("2")
+        assert (tmp_path / "files" / name).read_text() == "2"
+    with pytest.raises(OutputError, match="256 bytes, but the file system takes at most 255"):
+        check_output(tmp_path / ("a" * 256))
+
+
+def test_a_folder_that_is_not_writable_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(OutputError, match=f"because {tmp_path} is not writable"):
+        check_output(tmp_path / "new" / "out")
+    assert not list(tmp_path.iterdir())

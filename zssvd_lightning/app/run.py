@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zssvd_lightning._files import check_output, replacing_folder
+from zssvd_lightning._files import check_output, checked_path, replacing_folder
 from zssvd_lightning.app.pictures import draw
 from zssvd_lightning.app.run_config import EvaluateConfig, RunConfig
 from zssvd_lightning.app.workspace import calibration_windows
+from zssvd_lightning.compression.pipeline import refuse_impossible
 from zssvd_lightning.compression.report import REPORT, Report, Stopwatch, peak_rss_bytes, write_report
 from zssvd_lightning.errors import ConfigError, ModelSourceError
 from zssvd_lightning.evaluation import perplexity as evaluation
@@ -46,7 +47,10 @@ class Run:
         ConfigError: the device is not available.
         ModelSourceError: the model cannot be loaded.
         TextError: a text cannot be read or is too short.
-        OutputError: the output folder holds something else.
+        OutputError: the output folder holds something else, or cannot be written.
+        TargetError: a pattern matches no layer, or the layers cannot be compressed.
+        BudgetError: the prune ratio cannot be reached with these layers and this storage.
+        PlanError: the plan cannot be read or does not match the model.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Run:
         self.output = check_output(config.output, config.model.source) if saves else Path(config.output)
         torch.manual_seed(config.calibration.seed)
         self.model, self.tokenizer = load_model(config.model.source, config.model.dtype)
+        refuse_impossible(self.model, config.compression)
         _place(self.model, self.device)
         self.calibration = texts.TokenWindows(calibration_windows(config.calibration, self._tokens))
         self._windows = {key: self._evaluation_windows(text) for key, text in self._evaluation_texts().items()}
@@ -77,8 +82,8 @@ class Run:
         training = self.config.training
         source = training.text or self.config.calibration.text
         every = texts.sampled_windows(self._tokens(source), training.length, 0, training.seed, source)
-        wanted = torch.arange(training.steps * training.batch_size) % len(every)
-        return DataLoader(texts.TokenWindows(every[wanted]), batch_size=training.batch_size)
+        rounds = texts.TokenWindows(every, length=training.steps * training.batch_size)
+        return DataLoader(rounds, batch_size=training.batch_size)
 
     def evaluate(self, which: str, model: PreTrainedModel | None = None) -> None:
         """Measure perplexity on every evaluation text.
@@ -141,7 +146,7 @@ class Run:
         return {key: text for key, text in wanted.items() if text is not None}
 
     def _tokens(self, source: str) -> texts.Tokens:
-        return texts.tokenize(texts.load_text(source), self.tokenizer)
+        return texts.tokenize(texts.load_text(source, self.tokenizer), self.tokenizer)
 
     def _evaluation_windows(self, text: str) -> torch.Tensor:
         settings = self.config.evaluation
@@ -175,12 +180,19 @@ def _place(model: PreTrainedModel, device: str | None) -> None:
 
 
 def recorded_evaluation(model: str) -> dict[str, Any]:
-    """Return the evaluation settings in the report of a run's folder, and the model it compressed as `dense`."""
-    path = Path(model) / REPORT
+    """Return the evaluation settings in the report of a run's folder, and the model it compressed as `dense`.
+
+    Raises:
+        ModelSourceError: the name of the folder is impossible, or the report in it cannot be read.
+    """
+    path = checked_path(model, ModelSourceError, "model source") / REPORT
     if not path.is_file():
         return {}
-    config = json.loads(path.read_text(encoding="utf-8")).get("config", {})
-    return {**config.get("evaluation", {}), "dense": config.get("model", {}).get("source")}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")).get("config", {})
+        return {**config.get("evaluation", {}), "dense": config.get("model", {}).get("source")}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelSourceError(f"{path} is no report of a run: {error!r}; move it away") from error
 
 
 def measure(
@@ -217,7 +229,7 @@ def measure(
     if settings.text is not None:
         model, tokenizer = next(reversed(models.values()))
         _place(model, device)
-        tokens = texts.tokenize(texts.load_text(settings.text), tokenizer)
+        tokens = texts.tokenize(texts.load_text(settings.text, tokenizer), tokenizer)
         windows = texts.windows(tokens, settings.length, settings.windows, settings.text)
         measured |= evaluation.perplexity(model, windows, progress=progress)._asdict()
     if tasks is None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zssvd_lightning._numerics import DTYPES
-from zssvd_lightning._validation import require, require_one_of
+from zssvd_lightning._types import check_types
+from zssvd_lightning._validation import require, require_count, require_one_of
 from zssvd_lightning.config.compression import CompressionConfig
 
 EXPORTS = ("dense", "self_contained", "onnx")
@@ -23,13 +24,15 @@ class ModelConfig:
     """Model to compress."""
 
     source: str = "???"
-    """Model source: `package:NAME` (a package that ships a GGUF file), a local folder, or a hub id."""
+    """Model source: `package:NAME` (a package that ships a GGUF file), a local folder, or a hub id. `model: SOURCE`
+    alone means the same."""
     dtype: str = "float32"
     """Floating-point type of the weights while compressing."""
     saved_dtype: str | None = None
     """Floating-point type of the weights in the output; `dtype` when None."""
 
     def __post_init__(self) -> None:
+        check_types(self, "model.")
         require_one_of("model.dtype", self.dtype, DTYPES)
         require_one_of("model.saved_dtype", self.saved_dtype or self.dtype, DTYPES)
 
@@ -58,20 +61,21 @@ class CalibrationConfig:
     processors that multiply in bfloat16."""
 
     def __post_init__(self) -> None:
-        require(self.samples >= 1, "calibration.samples", self.samples, "1 or more")
+        check_types(self, "calibration.")
+        require_count("calibration.samples", self.samples, 1)
         require(
             self.samples >= 2 or self.second is None, "calibration.samples", self.samples, "2 or more for two texts"
         )
         require(self.second != self.text, "calibration.second", self.second, "another text than calibration.text")
-        require(self.batch_size >= 1, "calibration.batch_size", self.batch_size, "1 or more")
-        require(self.correction_samples >= 0, "calibration.correction_samples", self.correction_samples, "0 or more")
+        require_count("calibration.batch_size", self.batch_size, 1)
+        require_count("calibration.correction_samples", self.correction_samples, 0)
         require(
             self.correction_samples == 0 or self.samples % self.batch_size == 0,
             "calibration.samples",
             self.samples,
             f"whole batches of {self.batch_size} where others follow for corrections",
         )
-        require(self.length >= 2, "calibration.length", self.length, "2 or more")
+        require_count("calibration.length", self.length, 2)
         require_one_of("calibration.precision", self.precision, PRECISIONS)
 
     @property
@@ -102,9 +106,10 @@ class TrainingConfig:
     """Seed of the draw of windows."""
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, "training.steps", self.steps, "1 or more")
-        require(self.length >= 2, "training.length", self.length, "2 or more")
-        require(self.batch_size >= 1, "training.batch_size", self.batch_size, "1 or more")
+        check_types(self, "training.")
+        require_count("training.steps", self.steps, 1)
+        require_count("training.length", self.length, 2)
+        require_count("training.batch_size", self.batch_size, 1)
         clip = self.gradient_clip_val
         require(clip is None or clip > 0, "training.gradient_clip_val", clip, "above 0")
         require(self.dense_lr is None or self.dense_lr > 0, "training.dense_lr", self.dense_lr, "above 0")
@@ -124,8 +129,9 @@ class EvaluationConfig:
     """Tokens in a window; the first of each is not predicted."""
 
     def __post_init__(self) -> None:
-        require(self.windows >= 0, "evaluation.windows", self.windows, "0 or more")
-        require(self.length >= 2, "evaluation.length", self.length, "2 or more")
+        check_types(self, "evaluation.")
+        require_count("evaluation.windows", self.windows, 0)
+        require_count("evaluation.length", self.length, 2)
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ class EvaluateConfig(EvaluationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require_count("batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,7 @@ class ExportConfig:
     """Maximum size of each weight file."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         require_one_of("format", self.format, EXPORTS)
         if self.dtype is not None:
             require_one_of("dtype", self.dtype, DTYPES)
@@ -183,8 +190,11 @@ class RunConfig:
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     recovery: dict[str, Any] | None = None
     """Training after compression: `method` (`lora`, `factors`, `singular_values`) and the fields of its class in
-    `recovery/methods.py`. Only recipes that train accept it."""
+    `recovery/methods.py`, or the method alone. Only recipes that train accept it."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: str = "???"
     """Output folder for the compressed model, its tokenizer and `report.json`."""
+
+    def __post_init__(self) -> None:
+        check_types(self)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 import yaml
 
-from zssvd_lightning._files import replacing_file
+from zssvd_lightning._files import checked_path, replacing_file
 from zssvd_lightning._validation import closest, require_one_of
 from zssvd_lightning.config.presets import DEFAULT, PRESETS, settings_of
 from zssvd_lightning.errors import ConfigError, OutputError
@@ -201,12 +201,11 @@ def with_options(overrides: Sequence[str], options: Mapping[str, Any]) -> list[s
 
 def _parsed(entry: str) -> Any:
     """Return the nested mapping that an override stands for; an empty one if it is malformed."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from zssvd_lightning.config.loading import in_full, read_override
 
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([entry])) if "=" in entry else {}
-    except (yaml.YAMLError, OmegaConfBaseException):
+        return in_full(read_override(entry))
+    except ConfigError:
         return {}
 
 
@@ -285,7 +284,7 @@ def write_template(path: Path, model: str | None, preset: str | None, prune_rati
 
     if not is_yaml(path.name):
         raise ConfigError(f"{path} does not end in .yaml or .yml, by which commands recognize a file of settings")
-    if path.exists():
+    if checked_path(path, OutputError).exists():
         raise OutputError(f"{path} exists already; name a new file, or move it away")
     if preset is not None:
         require_one_of("preset", preset, PRESETS)

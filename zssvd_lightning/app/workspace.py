@@ -20,8 +20,13 @@ def calibration_windows(config: CalibrationConfig, tokens_of: Callable[[str], To
         TextError: a text cannot be read or is too short.
     """
     sources = [source for source in (config.text, config.second) if source is not None]
-    drawn = torch.empty(config.samples + config.correction_samples, config.length, dtype=torch.long)
-    for turn, source in enumerate(sources):
-        places = drawn[turn :: len(sources)]
-        places.copy_(sampled_windows(tokens_of(source), config.length, len(places), config.seed, source))
+    total, every = config.samples + config.correction_samples, len(sources)
+    counts = [len(range(turn, total, every)) for turn in range(every)]
+    parts = [
+        sampled_windows(tokens_of(source), config.length, count, config.seed, source)
+        for source, count in zip(sources, counts, strict=True)
+    ]
+    drawn = torch.empty(total, config.length, dtype=torch.long)
+    for turn, part in enumerate(parts):
+        drawn[turn::every] = part
     return drawn

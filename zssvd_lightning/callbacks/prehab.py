@@ -16,7 +16,6 @@ weight. `prehab/regularizers.py` defines R, and `prehab/run.py` holds the state 
 """
 
 import logging
-import math
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,7 +27,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from zssvd_lightning._state_checks import anything, entries, finite_tensor, mapped, optional, text, whole
-from zssvd_lightning._validation import require
+from zssvd_lightning._types import of_type
+from zssvd_lightning._validation import require, require_one_of
 from zssvd_lightning.calibration.batches import token_mask
 from zssvd_lightning.callbacks.callback_state import refuse_damaged
 from zssvd_lightning.callbacks.schedule import ScheduledCompression
@@ -97,7 +97,7 @@ class LowRankPrehab(L.Callback):
         ignore: name patterns of layers to leave out.
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: an argument has another type or is out of range.
         UnsupportedTrainingError: at the start of `fit`, if optimization is manual, no process has whole weights, all
             layers are frozen, or a `ZSSVDCallback` would start too early.
         TargetError: at the start of `fit`, if there is no layer to regularize.
@@ -122,18 +122,20 @@ class LowRankPrehab(L.Callback):
         ignore: Sequence[str] | str | None = None,
     ) -> None:
         super().__init__()
+        steps, weight = of_type(int, steps, "steps"), of_type(float, weight, "weight")
+        moment_batches = of_type(int, moment_batches, "moment_batches")
         require(steps >= 1, "steps", steps, "1 or more")
-        require(0 < weight < math.inf, "weight", weight, "more than 0 and finite")
-        require(schedule in SCHEDULES, "schedule", schedule, f"one of {', '.join(SCHEDULES)}")
-        require(regularizer in REGULARIZERS, "regularizer", regularizer, f"one of {', '.join(REGULARIZERS)}")
+        require(weight > 0, "weight", weight, "more than 0 and finite")
+        require_one_of("schedule", schedule, SCHEDULES)
+        require_one_of("regularizer", regularizer, REGULARIZERS)
         require(moment_batches >= 1, "moment_batches", moment_batches, "1 or more")
         self.steps = steps
         self.weight = weight
         self.schedule = schedule
         self.regularizer = regularizer
         self.moment_batches = moment_batches
-        self.include = [include] if isinstance(include, str) else include
-        self.ignore = [ignore] if isinstance(ignore, str) else ignore
+        self.include: list[str] | None = of_type(list[str] | None, include, "include")
+        self.ignore: list[str] | None = of_type(list[str] | None, ignore, "ignore")
         self._watching = ExitStack()
         self._fitting = True
         self._trainer: weakref.ref[L.Trainer] | None = None

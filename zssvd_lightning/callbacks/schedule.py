@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NotRequired, Protocol, runtime_checkable
 
+from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import require, require_one_of
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
@@ -25,7 +26,7 @@ class Schedule:
             use, so that as many training steps remain as without the callback. Epochs are added as whole epochs.
 
     Raises:
-        ConfigError: a value is out of range.
+        ConfigError: a value has another type or is out of range.
 
     Example:
         >>> schedule = Schedule(start_step=100, calibration_batches=64, extend_training=True)
@@ -38,6 +39,7 @@ class Schedule:
     extend_training: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name, least in (
             ("start_epoch", 0),
             ("start_step", 0),
@@ -62,10 +64,11 @@ def schedule_of(given: Schedule | Mapping[str, Any]) -> Schedule:
     """Return a schedule, built from a mapping of its fields if one is given.
 
     Raises:
-        ConfigError: a field is unknown or out of range.
+        ConfigError: a field is unknown, has another type or is out of range.
     """
     if isinstance(given, Schedule):
         return given
+    require(isinstance(given, Mapping), "schedule", given, "a Schedule or a mapping of its fields")
     names = [field.name for field in fields(Schedule)]
     for name in given:
         require_one_of("schedule", name, names)

@@ -37,6 +37,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 
+from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.batches import loss_terms, token_mask
 from zssvd_lightning.callbacks.batch_observer import BatchObserver
@@ -75,8 +76,9 @@ class ZSSVDCallback(L.Callback):
         preset: name of a preset, such as `best`, `zs-svd` (the paper) or `svd-llm`; see `config/presets/`. None for
             `best`.
         schedule: start and length of the compression: a `Schedule` or a mapping of its fields.
-        recovery: training of the factors, such as `LoRARecovery(rank=8, lr=1e-3)`, or a mapping of its `method`
-            (`lora`, `factors` or `singular_values`) and fields. None to train them with the module's optimizer.
+        recovery: training of the factors, such as `LoRARecovery(rank=8, lr=1e-3)`, the name of its method (`lora`,
+            `factors` or `singular_values`), or a mapping of its `method` and fields. None to train them with the
+            module's optimizer.
         dry_run: only calibrate, write the ranks that would be chosen to this file, restore the model and stop. True
             writes `zssvd_plan.yaml` in the folder of the logger.
         progress: draw a progress bar while spectra are computed.
@@ -88,7 +90,7 @@ class ZSSVDCallback(L.Callback):
         recovers_from: global step of this fit at which training of the factors started; None before.
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: an argument has another type or is out of range.
         UnsupportedTrainingError: at the start of `fit`, if the run is too short or of an unsupported kind.
         TargetError: at the start of `fit`, if there is no layer to compress.
         PlanError: at the start of `fit`, if the plan cannot be read or belongs to another model.
@@ -116,7 +118,7 @@ class ZSSVDCallback(L.Callback):
         preset: str | None = None,
         *,
         schedule: Schedule | dict[str, Any] = Schedule(),
-        recovery: Recovery | dict[str, Any] | None = None,
+        recovery: Recovery | dict[str, Any] | str | None = None,
         dry_run: bool | str | Path = False,
         progress: bool = True,
         **compression: Unpack[CallbackSettings],
@@ -135,6 +137,7 @@ class ZSSVDCallback(L.Callback):
         self.config = CompressionConfig.asked(None, preset, cast("Settings", {"prune_ratio": prune_ratio} | settings))
         self.recovery = recovery_of(recovery)
         refuse_contradictions(self.config, self.recovery)
+        progress = of_type(bool, progress, "progress")
         super().__init__()
         self.fit = FitContext()
         self.recovering = RecoveryHooks(self.fit, self)
@@ -149,11 +152,12 @@ class ZSSVDCallback(L.Callback):
         config: CompressionConfig,
         *,
         schedule: Schedule | dict[str, Any] = Schedule(),
-        recovery: Recovery | dict[str, Any] | None = None,
+        recovery: Recovery | dict[str, Any] | str | None = None,
         dry_run: bool | str | Path = False,
         progress: bool = True,
     ) -> Self:
         """Return a callback for a `CompressionConfig`, such as that of a recipe. Other arguments: see the class."""
+        require(isinstance(config, CompressionConfig), "config", config, "a CompressionConfig")
         return cls(**asdict(config), schedule=schedule, recovery=recovery, dry_run=dry_run, progress=progress)
 
     @property

@@ -26,6 +26,7 @@ from zssvd_lightning.distributed import LayerSet, Team
 from zssvd_lightning.errors import BudgetError, ConfigError, NonFiniteError
 from zssvd_lightning.layers.registry import Factored
 from zssvd_lightning.model.coverage import Coverage
+from zssvd_lightning.model.readiness import refuse_unready
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.budget import Budget
@@ -55,7 +56,8 @@ class Compression:
         importances: importance of each truncated layer, for `quantize`; None unless the settings need it.
 
     Raises:
-        TargetError: there is no layer to compress, or a selected layer cannot be compressed.
+        TargetError: there is no layer to compress, a selected layer cannot be compressed, or weights are not in memory.
+        CalibrationError: the call is within `torch.inference_mode`.
         BudgetError: `min_rank_fraction` makes the prune ratio impossible.
         PlanError: the plan cannot be read or belongs to another model.
     """
@@ -68,6 +70,7 @@ class Compression:
         team: Team | None = None,
         replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
     ) -> None:
+        refuse_unready(model)
         self.model = model
         self.team = team or Team()
         self._replace = replace

@@ -11,6 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from zssvd_lightning._types import check_types
 from zssvd_lightning.calibration.batches import loss_terms, token_mask
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.contexts import measuring
@@ -55,6 +56,9 @@ class BatchReading:
     """Function that returns the mask (B, T) of the positions that are not padding; None for all."""
     terms: Callable[[Any], float] = loss_terms
     """Function that returns the number of terms in the mean loss of a batch."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 class ReadingSettings(TypedDict, total=False):

@@ -10,6 +10,8 @@ from typing import Any, Unpack, cast
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
+from zssvd_lightning._types import of_type
+from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.compression.course import course, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
@@ -30,6 +32,7 @@ from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.model.readiness import refuse_unready
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.plan import Plan
 from zssvd_lightning.whitening.moments import Moments
@@ -88,7 +91,8 @@ def compress(
         >>> report.reached >= 0.3
         True
     """
-    config, reading = _understood(config, preset, asked)
+    config, reading = _understood(config, preset, calibration_batches, progress, asked)
+    require(isinstance(statistics, Moments | None), "statistics", statistics, "a result of calibrate, or None")
     run = Compression(model, config, progress)
     _announce(run)
     with _undone_on_error(run), _gradients_set_aside(model):
@@ -122,7 +126,8 @@ def calibrate(
     Arguments and errors are those of `compress`, except for errors of the budget. Only the settings that select layers
     and those of the metric have an effect.
     """
-    config, reading = _understood(config, preset, asked)
+    config, reading = _understood(config, preset, calibration_batches, progress, asked)
+    refuse_unready(model)
     statistics = StatisticsCollector(
         model, LayerSet(find_targets(model, config.include, config.ignore)), config.watches_outputs
     )
@@ -147,7 +152,7 @@ def plan(
 
     Arguments and errors are those of `compress`.
     """
-    config, reading = _understood(config, preset, asked)
+    config, reading = _understood(config, preset, calibration_batches, progress, asked)
     run = Compression(model, config, progress)
     with _gradients_set_aside(model):
         *before, truncation = to_first_truncation(course(config))
@@ -156,6 +161,11 @@ def plan(
             run.take(stage)
         gather(run, batches, truncation.gathers, calibration_batches, reading)
         return run.plan()
+
+
+def refuse_impossible(model: nn.Module, config: CompressionConfig) -> None:
+    """Raise the errors that `compress` raises before the first batch: those of `Compression`. Nothing is changed."""
+    Compression(model, config, progress=False)
 
 
 def _announce(compression: Compression) -> None:
@@ -167,9 +177,15 @@ def _announce(compression: Compression) -> None:
 
 
 def _understood(
-    config: CompressionConfig | None, preset: str | None, asked: Asked
+    config: CompressionConfig | None,
+    preset: str | None,
+    calibration_batches: int | None,
+    progress: bool,
+    asked: Asked,
 ) -> tuple[CompressionConfig, BatchReading]:
-    """Return the settings and the functions that read a batch. Raises ConfigError for invalid settings."""
+    """Return the settings and the functions that read a batch. Raises ConfigError for invalid arguments."""
+    of_type(int | None, calibration_batches, "calibration_batches")
+    of_type(bool, progress, "progress")
     settings: dict[str, Any] = dict(asked)
     reading = {field.name: settings.pop(field.name) for field in fields(BatchReading) if field.name in settings}
     return CompressionConfig.asked(config, preset, cast("Settings", settings)), BatchReading(**reading)

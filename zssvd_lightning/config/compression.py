@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Self, Unpack
 
-from zssvd_lightning._validation import require, require_one_of
+from zssvd_lightning._types import check_types
+from zssvd_lightning._validation import require, require_count, require_one_of
 from zssvd_lightning.config.corrections import CORRECTIONS, Correction
 from zssvd_lightning.config.presets import DEFAULT, PRESETS, explaining_default, settings_of
 from zssvd_lightning.config.settings import Settings
@@ -18,13 +19,16 @@ from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 BUDGET_OF = ("targets", "model")
 """What a prune ratio can be a fraction of."""
 
+MOST_ROUNDS = 1000
+"""Largest number of truncations or corrections. Each round gathers statistics or decomposes every weight."""
+
 
 @dataclass(frozen=True)
 class CompressionConfig:
     """Settings of a compression.
 
     Raises:
-        ConfigError: a value is out of range or not a known name.
+        ConfigError: a value has another type, is out of range or not a known name.
         ContradictionError: two settings contradict each other.
 
     Example:
@@ -93,19 +97,13 @@ class CompressionConfig:
     """Lowest rank of a matrix, as a fraction in [0, 1] of the highest rank that saves anything."""
     include: list[str] | None = None
     """Name patterns of the layers to compress, such as `*.q_proj`, or `re:` and a regular expression. None means all
-    linear layers."""
+    linear layers. A single pattern needs no list."""
     ignore: list[str] | None = None
     """Name patterns of layers to leave unchanged, in the same form as `include`."""
     plan: str | None = None
     """YAML file with the rank of every layer, as written by a dry run. It replaces `prune_ratio` and `selection`."""
 
     def __post_init__(self) -> None:
-        require(0.0 < self.prune_ratio < 1.0, "prune_ratio", self.prune_ratio, "strictly between 0 and 1")
-        require(self.corrections >= 0, "corrections", self.corrections, "0 or more")
-        require(self.truncations >= 1, "truncations", self.truncations, "1 or more")
-        require(self.step_radius > 0.0, "step_radius", self.step_radius, "above 0")
-        require(self.correction_batches >= 1, "correction_batches", self.correction_batches, "1 or more")
-        require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
         require_one_of("metric", self.metric, METRICS)
         require_one_of("output_side", self.output_side, OUTPUT_GRADIENTS)
         require_one_of("selection", self.selection, RULES)
@@ -114,6 +112,13 @@ class CompressionConfig:
         require_one_of("correction_step", self.correction_step, CORRECTIONS)
         require_one_of("storage", self.storage, STORAGES)
         require_one_of("rows_in_16_bits", self.rows_in_16_bits, ROWS_IN_16_BITS)
+        check_types(self)
+        require(0.0 < self.prune_ratio < 1.0, "prune_ratio", self.prune_ratio, "strictly between 0 and 1")
+        require_count("corrections", self.corrections, 0, MOST_ROUNDS)
+        require_count("truncations", self.truncations, 1, MOST_ROUNDS)
+        require(self.step_radius > 0.0, "step_radius", self.step_radius, "above 0")
+        require_count("correction_batches", self.correction_batches, 1)
+        require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
         metric, rule, form = self.metric_used, self.rule, self.form
         measures = _either(METRICS.those(lambda metric: metric.measures_loss))
         if self.correction.needs_loss_metric and not metric.measures_loss:
@@ -161,10 +166,10 @@ class CompressionConfig:
 
         Args:
             preset: name of a file in `presets/`; None for the defaults of this class.
-            given: fields of this class. `include` and `ignore` may be a single pattern as a string.
+            given: fields of this class.
 
         Raises:
-            ConfigError: the preset or a setting is unknown, or a value is out of range.
+            ConfigError: the preset or a setting is unknown, or a value has another type or is out of range.
         """
         if preset is not None:
             require_one_of("preset", preset, PRESETS)
@@ -173,11 +178,6 @@ class CompressionConfig:
             require_one_of("setting", name, names)
         settings = {} if preset is None else settings_of(preset)
         settings |= {name: value for name, value in given.items() if value is not None}
-        if settings.get("plan") is not None:
-            settings["plan"] = str(settings["plan"])
-        for name in ("include", "ignore"):
-            if isinstance(settings.get(name), str):
-                settings[name] = [settings[name]]
         return cls(**settings)
 
     @classmethod
@@ -194,7 +194,8 @@ class CompressionConfig:
         """
         if config is None:
             with explaining_default(preset is None):
-                return cls.of(preset or DEFAULT, **settings)
+                return cls.of(DEFAULT if preset is None else preset, **settings)
+        require(isinstance(config, cls), "config", config, f"a {cls.__name__} or None")
         if preset is not None or settings:
             given = ", ".join([*(["preset"] if preset is not None else []), *settings])
             raise ConfigError(f"config says it all already, so {given} cannot be given too; give one or the other")

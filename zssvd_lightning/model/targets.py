@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -17,6 +17,7 @@ from zssvd_lightning.errors import TargetError
 from zssvd_lightning.layers.base import shape_of
 from zssvd_lightning.layers.storage import break_even_rank
 from zssvd_lightning.model.heads import classification_heads, output_embeddings
+from zssvd_lightning.model.readiness import is_quantized
 from zssvd_lightning.model.replace import inside_compressed
 
 
@@ -89,8 +90,8 @@ def find_targets(
         ignore: patterns of the same form. They take precedence over `include`.
 
     Raises:
-        TargetError: no layer is left, a pattern matches no module, a pattern of `include` matches only layers that
-            cannot be factorized (the message says why), or weights have no shape yet (`nn.LazyLinear`).
+        TargetError: no layer is left, a chosen layer is quantized, a pattern matches no module, a pattern of `include`
+            matches only layers that cannot be factorized (the message says why), or weights have no shape yet.
     """
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedTensorMixin):
@@ -107,12 +108,13 @@ def find_targets(
     allowed = {n: Target(n, m) for n, m in linears.items() if n not in refused}
     for pattern in include or ():
         _explain_if_refused(pattern, model, set(allowed), refused)
-    targets = {
-        name: target
-        for name, target in allowed.items()
-        if (include is None or any(matches(name, p) for p in include))
-        and not any(matches(name, p) for p in ignore or ())
-    }
+
+    def chosen(name: str) -> bool:
+        included = include is None or any(matches(name, pattern) for pattern in include)
+        return included and not any(matches(name, pattern) for pattern in ignore or ())
+
+    _refuse_quantized({name: module for name, module in linears.items() if chosen(name)})
+    targets = {name: target for name, target in allowed.items() if chosen(name)}
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
         raise TargetError(
@@ -121,6 +123,19 @@ def find_targets(
             + f"; include={include}, ignore={ignore}"
         )
     return targets
+
+
+def _refuse_quantized(linears: Mapping[str, nn.Module]) -> None:
+    """Raise TargetError if the weights of layers hold codes of an earlier quantization."""
+    quantized = {name: module for name, module in linears.items() if is_quantized(module)}
+    for name, module in quantized.items():
+        weight = module.weight
+        others = f" and {len(quantized) - 1} other layers" if len(quantized) > 1 else ""
+        raise TargetError(
+            f"{name}{others} have quantized weights ({type(weight).__name__}, {weight.dtype}), which cannot be "
+            "factorized; load the model in floating point, compress it, and quantize it afterwards, or leave these "
+            "layers out with ignore"
+        )
 
 
 def refusals(model: nn.Module, include: Sequence[str] | None = None) -> dict[str, str]:

@@ -5,15 +5,15 @@ Each method is a class of settings; `METHODS` maps method names to classes, for 
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
 from zssvd_lightning._registry import Registry
 from zssvd_lightning._validation import require, require_one_of
-from zssvd_lightning.config.loading import load_config
-from zssvd_lightning.errors import ConfigError, RecoveryError
+from zssvd_lightning.config.loading import build, refuse_unknown
+from zssvd_lightning.errors import ConfigError, RecoveryError, shown
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
 from zssvd_lightning.layers.registry import Factored
@@ -42,6 +42,10 @@ ELSEWHERE = {
     "target_parameters": "targets",
 }
 """Options of `peft.LoraConfig` that are set by a recovery setting instead, with the name of that setting."""
+
+
+OTHER_NAMES = ELSEWHERE | {"learning_rate": "lr"}
+"""Names that settings have elsewhere, with their names here, for messages about unknown keys."""
 
 
 NEED_BATCHES = ("eva", "corda", "lora_ga", "loftq")
@@ -209,6 +213,10 @@ class SingularValueRecovery(Recovery):
         return "ia3_" in parameter
 
 
+def _settings_of(method: type[Recovery]) -> set[str]:
+    return {field.name for field in fields(method)}
+
+
 def _wrong(name: str, entry: Any) -> str | None:
     if not isinstance(entry, type) or not issubclass(entry, Recovery):
         return "a subclass of Recovery"
@@ -228,20 +236,33 @@ METHODS: Registry[type[Recovery]] = Registry(
 """Methods by name; `register` adds one."""
 
 
-def recovery_of(settings: Recovery | Mapping[str, Any] | None) -> Recovery | None:
+def recovery_of(settings: Recovery | Mapping[str, Any] | str | None) -> Recovery | None:
     """Return the recovery that settings describe; None for None.
 
     Args:
-        settings: a `Recovery`, or a mapping with `method` and the fields of that method, as read from YAML.
+        settings: a `Recovery`, the name of a method, or a mapping with `method` and the fields of that method, as read
+            from YAML.
 
     Raises:
-        ConfigError: the method or a key is unknown, or a value is out of range.
+        ConfigError: the method or a key is unknown, or a value has another type or is out of range.
     """
     if settings is None or isinstance(settings, Recovery):
         return settings
-    given = dict(settings)
+    if not isinstance(settings, Mapping | str):
+        methods = ", ".join(METHODS)
+        raise ConfigError(
+            f"recovery is {shown(settings)}, but must be a Recovery such as LoRARecovery(rank=8), the name of a method "
+            f"({methods}), a mapping with method and its settings, or None"
+        )
+    given = {"method": settings} if isinstance(settings, str) else dict(settings)
     method = given.pop("method", None)
     if method is None:
         raise ConfigError(f"recovery has no method; there are {', '.join(METHODS)}")
-    require_one_of("recovery.method", str(method), METHODS)
-    return load_config(METHODS[str(method)], None, (), given)
+    require_one_of("recovery.method", method, METHODS)
+    for key in given.keys() - _settings_of(METHODS[method]):
+        if others := METHODS.those(lambda kind, key=key: key in _settings_of(kind)):  # type: ignore[misc]
+            raise ConfigError(
+                f"unknown key {f'recovery.{key}'!r} of method {method!r}; it is a setting of {' and '.join(others)}"
+            )
+    refuse_unknown(METHODS[method], given, "recovery.", OTHER_NAMES)
+    return build(METHODS[method], given, "recovery.")

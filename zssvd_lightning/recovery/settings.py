@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import closest, require, require_one_of
 from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError
 from zssvd_lightning.layers.low_rank import LowRankLinear
@@ -69,9 +70,7 @@ class Recovery(ABC):
     """Seed for initial values."""
 
     def __post_init__(self) -> None:
-        for patterns in ("targets", "also_train"):
-            if isinstance(given := getattr(self, patterns), str):
-                object.__setattr__(self, patterns, [given])
+        check_types(self, "recovery.")
         require(self.lr is None or self.lr > 0, "recovery.lr", self.lr, "above 0, or null")
         require(self.weight_decay >= 0, "recovery.weight_decay", self.weight_decay, "0 or more")
         require_one_of("recovery.schedule", self.schedule, SCHEDULES)

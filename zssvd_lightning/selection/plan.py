@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from zssvd_lightning._files import replacing_file
+from zssvd_lightning._files import checked_path, replacing_file
+from zssvd_lightning._yaml import UnfitYAMLError, check_yaml, read_yaml_text
 from zssvd_lightning.errors import OutputError, PlanError
 from zssvd_lightning.selection.budget import Budget, Shape
 from zssvd_lightning.selection.components import Components, Selection
@@ -133,9 +134,9 @@ def check_plan_output(path: str | Path) -> Path:
     """Return the absolute path of a new plan file.
 
     Raises:
-        OutputError: the file exists already; it may hold reviewed ranks.
+        OutputError: the file exists already and may hold reviewed ranks, or its path is impossible.
     """
-    path = Path(path).expanduser().absolute()
+    path = checked_path(path, OutputError, "plan").absolute()
     if path.exists():
         raise OutputError(f"plan {path} exists, and a dry run would overwrite it; name another file, or remove it")
     return path
@@ -143,8 +144,12 @@ def check_plan_output(path: str | Path) -> Path:
 
 def _layers(path: Path, budget: Budget) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = read_yaml_text(checked_path(path, PlanError, "plan"))
+        check_yaml(text)
+        loaded = yaml.safe_load(text)
+    except (UnfitYAMLError, ValueError) as error:
+        if isinstance(error, PlanError):
+            raise
         raise PlanError(f"plan {path} cannot be read: {error}; a dry run writes one") from error
     if not isinstance(loaded, dict) or not isinstance(loaded.get("layers"), dict):
         raise PlanError(f"plan {path} has no mapping 'layers'; a dry run writes one")

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from zssvd_lightning._files import checked_path
 from zssvd_lightning.errors import ModelSourceError
 from zssvd_lightning.hub.loading import from_pretrained
 
@@ -36,7 +37,7 @@ def load_model(source: str, dtype: str = "float32") -> tuple[PreTrainedModel, Pr
     """
     if source.startswith("package:"):
         return _from_package(source.removeprefix("package:"), dtype)
-    folder = Path(source).expanduser()
+    folder = checked_path(source, ModelSourceError, "model source")
     looks_local = folder.exists() or source.startswith((".", "/", "~"))
     if looks_local and not (folder / "config.json").is_file():
         raise ModelSourceError(f"model folder {source} has no config.json; name a folder that save_pretrained wrote")
@@ -98,6 +99,8 @@ def _number(part: Path) -> int:
 
 
 def _files_in(name: str) -> list[Path]:
+    if not name:
+        raise ModelSourceError("'package:' names no package; write package:NAME")
     try:
         return [Path(str(file.locate())) for file in importlib.metadata.files(name) or []]
     except importlib.metadata.PackageNotFoundError as error:

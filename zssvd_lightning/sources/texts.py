@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from zssvd_lightning._files import checked_path
 from zssvd_lightning._validation import needs_extra
 from zssvd_lightning.errors import TextError
 
@@ -21,16 +22,19 @@ HELD_OUT_EVERY = 10
 """Interval of the `test` split: every tenth text of a package, in name order; the other texts are `train`."""
 
 
-def load_text(source: str) -> str:
+def load_text(source: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
     """Load the text of a source as one string.
 
     Args:
         source: `package:NAME` (the `.txt` files of an installed distribution; append `:train` or `:test` for a fixed
             split by file), a local `.txt`, `.raw`, `.jsonl` or `.parquet` file, or `datasets:NAME[:CONFIG]:SPLIT`.
-            `#FIELD` at the end names the field to read from rows; the default is `text`.
+            `#FIELD` at the end names the field to read from rows; the default is `text`. A field with a list of
+            messages, `[{"role": ..., "content": ...}, ...]`, is read through the chat template of the tokenizer.
+        tokenizer: tokenizer of the model; None if no field holds messages.
 
     Raises:
-        TextError: the source has none of these forms, cannot be read, lacks the field or has no text.
+        TextError: the source has none of these forms, cannot be read, lacks the field or has no text, or there is no
+            chat template for its messages. The message names the row.
         MissingExtraError: the source needs the datasets library, which is not installed.
     """
     location, _, named_field = source.partition("#")
@@ -38,9 +42,9 @@ def load_text(source: str) -> str:
     if location.startswith("package:"):
         text = _package_text(location.removeprefix("package:"))
     elif location.startswith("datasets:"):
-        text = _dataset_text(location.removeprefix("datasets:"), field)
+        text = _dataset_text(location.removeprefix("datasets:"), Rows(field, location, tokenizer))
     else:
-        text = _file_text(Path(location).expanduser(), field)
+        text = _file_text(checked_path(location, TextError, "text source"), Rows(field, location, tokenizer))
     if not text.strip():
         raise TextError(f"text source {source!r} is empty")
     return text
@@ -113,16 +117,24 @@ def _enough_windows(tokens: Tokens, length: int, count: int, source: str) -> Ten
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):
-    """Dataset of windows (N, length) for causal language modeling; the labels are the inputs."""
+    """Dataset of windows (N, length) for causal language modeling; the labels are the inputs.
 
-    def __init__(self, input_ids: Tensor) -> None:
+    Args:
+        input_ids: the windows.
+        length: number of items; after the last window, the first comes again. N when None.
+    """
+
+    def __init__(self, input_ids: Tensor, length: int | None = None) -> None:
         self.input_ids = input_ids
+        self.length = len(input_ids) if length is None else length
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = self.input_ids[index]
+        if not 0 <= index < self.length:
+            raise IndexError(f"window {index} of {self.length}")
+        ids = self.input_ids[index % len(self.input_ids)]
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
@@ -130,6 +142,8 @@ def _package_text(name_and_split: str) -> str:
     name, _, split = name_and_split.partition(":")
     if split not in ("", "train", "test"):
         raise TextError(f"package:{name_and_split} names split {split!r}; there are 'train' and 'test'")
+    if not name:
+        raise TextError(f"'package:{name_and_split}' names no package; write package:NAME[:SPLIT]")
     try:
         files = importlib.metadata.files(name)
     except importlib.metadata.PackageNotFoundError as error:
@@ -139,55 +153,128 @@ def _package_text(name_and_split: str) -> str:
         texts = [f for i, f in enumerate(texts) if (i % HELD_OUT_EVERY == 0) == (split == "test")]
     if not texts:
         raise TextError(f"package {name!r} holds no .txt file" + (f" for split {split!r}" if split else ""))
-    return "\n\n".join(Path(str(f.locate())).read_text(encoding="utf-8") for f in texts)
+    return "\n\n".join(_plain_text(Path(str(f.locate()))) for f in texts)
 
 
-def _dataset_text(name_and_split: str, field: str) -> str:
+class Rows(NamedTuple):
+    """Reading of rows with a field of text or of messages."""
+
+    field: str
+    source: str
+    """Name of the source, for error messages."""
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def join(self, rows: Iterable[Any]) -> str:
+        """Return the texts of all rows as one.
+
+        Raises:
+            TextError: a row lacks the field, or it is neither text nor messages that the tokenizer has a template for.
+        """
+        texts, chats = [], []
+        for number, row in enumerate(rows, 1):
+            value = self._value(row, number)
+            chats.append(isinstance(value, list))
+            texts.append(self._checked(self._chat(value, number) if isinstance(value, list) else value, number))
+        ends_lines = bool(texts) and all(text.endswith("\n") for text in texts if text)
+        return ("" if all(chats) or ends_lines else "\n\n").join(texts)
+
+    def _value(self, row: Any, number: int) -> Any:
+        """Return the text or the list of messages in a row."""
+        value = row.get(self.field) if isinstance(row, dict) else None
+        if isinstance(value, str) or (isinstance(value, list) and value and all(map(_is_message, value))):
+            return value
+        if isinstance(value, list):
+            raise TextError(
+                f"row {number} of {self.source} has a list in field {self.field!r}, but not one of messages with role "
+                "and content"
+            )
+        fields = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise TextError(
+            f"row {number} of {self.source} has no text field {self.field!r}; it has {fields}. Name one as "
+            f"{self.source}#FIELD"
+        )
+
+    def _chat(self, messages: list[dict[str, Any]], number: int) -> str:
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            which = "no tokenizer was given" if self.tokenizer is None else "the tokenizer of the model has none"
+            raise TextError(
+                f"field {self.field!r} of {self.source} holds messages, which need a chat template, and {which}; use "
+                "the tokenizer of a chat model, or a field with text"
+            )
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # templates are programs
+            raise TextError(
+                f"the chat template of the tokenizer does not take the messages in row {number} of {self.source}: "
+                f"{error}"
+            ) from error
+
+    def _checked(self, text: str, number: int) -> str:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise TextError(
+                f"row {number} of {self.source} has {text[error.start]!r} in field {self.field!r}, which is half of a "
+                "character; correct the row, or remove it"
+            ) from error
+        return text
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and {"role", "content"} <= value.keys()
+
+
+def _dataset_text(name_and_split: str, rows: Rows) -> str:
     parts = name_and_split.split(":")
-    if len(parts) not in (2, 3):
+    if len(parts) not in (2, 3) or not all(parts):
         raise TextError(f"'datasets:{name_and_split}' is not of the form datasets:NAME[:CONFIG]:SPLIT")
     name, config, split = parts[0], parts[1] if len(parts) == 3 else None, parts[-1]
-    try:
-        rows = _datasets().load_dataset(name, config, split=split)
-    except (OSError, ValueError, ConnectionError) as error:
-        raise TextError(f"cannot load dataset {name_and_split!r}: {error}") from error
-    return _join(rows, field, f"datasets:{name_and_split}")
+    return rows.join(_loaded(f"dataset {name_and_split!r}", name, config, split=split))
 
 
-def _file_text(path: Path, field: str) -> str:
+def _file_text(path: Path, rows: Rows) -> str:
     if not path.is_file():
         raise TextError(
             f"text source {str(path)!r} is not a file; sources are package:NAME, a .txt, .raw, .jsonl or .parquet "
             "file, or datasets:NAME[:CONFIG]:SPLIT"
         )
-    try:
-        if path.suffix in (".txt", ".raw"):
-            return path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return _join([json.loads(line) for line in lines if line.strip()], field, str(path))
-        if path.suffix == ".parquet":
-            return _join(_datasets().load_dataset("parquet", data_files=str(path), split="train"), field, str(path))
-    except (OSError, ValueError) as error:
-        raise TextError(f"cannot read {path}: {error}") from error
+    if path.suffix in (".txt", ".raw"):
+        return _plain_text(path)
+    if path.suffix == ".jsonl":
+        return rows.join(_json_rows(path))
+    if path.suffix == ".parquet":
+        return rows.join(_loaded(str(path), "parquet", data_files=str(path), split="train"))
     raise TextError(f"{path} ends in {path.suffix!r}; text files end in .txt, .raw, .jsonl or .parquet")
 
 
-def _datasets() -> Any:
-    """Import the datasets library; raise MissingExtraError if it is not installed."""
+def _plain_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TextError(f"cannot read {path}: {error}") from error
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    """Yield the rows of a file with one JSON value per line."""
+    for number, line in enumerate(_plain_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError) as error:
+                reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+                raise TextError(f"cannot read {path}: line {number} is no JSON: {reason}") from error
+
+
+def _loaded(what: str, *arguments: Any, **keywords: Any) -> Any:
+    """Return the rows that the datasets library loads.
+
+    Raises:
+        TextError: it cannot load them.
+        MissingExtraError: the library is not installed.
+    """
     with needs_extra("data", "parquet files and texts of the hub"):
         import datasets
-    return datasets
-
-
-def _join(rows: Any, field: str, source: str) -> str:
-    texts = []
-    for row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get(field), str):
-            fields = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            raise TextError(
-                f"a row of {source} has no text field {field!r}; it has {fields}. Name one as {source}#FIELD"
-            )
-        texts.append(row[field])
-    separator = "" if texts and all(re.search(r"\n$", t) for t in texts if t) else "\n\n"
-    return separator.join(texts)
+    try:
+        return datasets.load_dataset(*arguments, **keywords)
+    except Exception as error:  # the library passes on errors of many others
+        raise TextError(f"cannot read {what}: {type(error).__name__}: {error}") from error

@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zssvd_lightning._validation import closest, require
+from zssvd_lightning._types import check_types
+from zssvd_lightning._validation import closest, require, require_count
 from zssvd_lightning.app.run_config import CalibrationConfig, EvaluateConfig, ModelConfig, RunConfig
 from zssvd_lightning.config.compression import CompressionConfig
-from zssvd_lightning.config.loading import load_config
+from zssvd_lightning.config.loading import dotted, load_config
 from zssvd_lightning.config.presets import PRESETS, settings_of
 from zssvd_lightning.errors import ConfigError
 
@@ -62,6 +63,7 @@ class CompareConfig:
     """True to keep these statistics, in `calibration/` of the output folder, when all cells are done."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name, values in (("prune_ratios", self.prune_ratios), ("seeds", self.seeds)):
             require(
                 0 < len(values) == len(set(values)), name, values, "a list of one value or more, none of them twice"
@@ -69,7 +71,7 @@ class CompareConfig:
         require(len(self.presets) == len(set(self.presets)), "presets", self.presets, "a list with no name twice")
         require(all(0.0 < p < 1.0 for p in self.prune_ratios), "prune_ratios", self.prune_ratios, "between 0 and 1")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require_count("batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def read_arguments(arguments: Sequence[str]) -> Comparison:
     overrides = [entry for entry in arguments if OVERRIDE.match(entry)]
     files = [entry for entry in arguments if not OVERRIDE.match(entry)]
     _require_files(files)
-    own = [entry for entry in overrides if _key(entry) in _keys(CompareConfig)]
+    own_keys = {*dotted(CompareConfig)}
+    own = [entry for entry in overrides if _key(entry) in own_keys]
     others = [entry for entry in overrides if entry not in own]
     for entry in others:
         _refuse(_key(entry))
@@ -196,28 +199,15 @@ def _key(entry: str) -> str:
     return entry.partition("=")[0]
 
 
-def _keys(schema: type) -> list[str]:
-    """Return the dotted names of all settings in a dataclass."""
-    return [
-        name
-        for own in fields(schema)
-        for name in (
-            [f"{own.name}.{key}" for key in _keys(own.type)]
-            if isinstance(own.type, type) and is_dataclass(own.type)
-            else [own.name]
-        )
-    ]
-
-
 def _refuse(key: str) -> None:
     """Raise ConfigError for a key that is unknown, has no effect, or differs between cells."""
     if key in OF_CELLS:
         raise ConfigError(f"{key} is what cells differ in; give all its values as {OF_CELLS[key]}=[...]")
     if any(key == name or key.startswith(f"{name}.") for name in WITHOUT_EFFECT):
         raise ConfigError(f"{key} has no effect here, since a comparison trains and saves no model; leave it out")
-    valid = _keys(RunConfig)
+    valid = [*dotted(RunConfig)]
     if key.partition(".")[0] not in {name.partition(".")[0] for name in valid}:
-        raise ConfigError(f"unknown key {key!r}{closest(key, [*_keys(CompareConfig), *valid])}")
+        raise ConfigError(f"unknown key {key!r}{closest(key, [*dotted(CompareConfig), *valid])}")
 
 
 def _run(source: Source, overrides: Sequence[str], config: CompareConfig) -> RunConfig:

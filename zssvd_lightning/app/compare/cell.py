@@ -204,7 +204,7 @@ class Material:
 
     def _tokenized(self, source: str) -> texts.Tokens:
         if source not in self._tokens:
-            self._tokens[source] = texts.tokenize(texts.load_text(source), self.tokenizer)
+            self._tokens[source] = texts.tokenize(texts.load_text(source, self.tokenizer), self.tokenizer)
         return self._tokens[source]
 
 

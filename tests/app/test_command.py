@@ -1,0 +1,167 @@
+"""Usage, errors and JSON of command lines, the recipes among them."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+from support.models import saved_tiny_llama
+
+from zssvd_lightning.app import cli
+from zssvd_lightning.app.command import as_json, errors_in_one_line, start
+from zssvd_lightning.app.run import Run, recorded_evaluation
+from zssvd_lightning.app.run_config import CalibrationConfig, ModelConfig, RunConfig
+from zssvd_lightning.app.settings import with_options
+from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.errors import (
+    BudgetError,
+    ConfigError,
+    ModelSourceError,
+    OutputError,
+    PlanError,
+    TargetError,
+    TextError,
+)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0), (["run.yaml", "-h"], 0)])
+def test_a_script_without_arguments_or_asked_for_help_prints_its_usage(capsys, arguments, code):
+    with pytest.raises(SystemExit) as ended:
+        start(lambda *given: pytest.fail("started"), "Do this: `python -m this`.", arguments)
+    assert ended.value.code == code
+    out, err = capsys.readouterr()
+    assert (out if code == 0 else err) == "Do this: `python -m this`.\n"
+    assert not (err if code == 0 else out)
+
+
+def test_arguments_reach_the_script():
+    given = []
+    start(lambda *arguments: given.extend(arguments), "usage", ["a.yaml", "b=c"])
+    assert given == ["a.yaml", "b=c"]
+
+
+def test_errors_of_this_package_are_one_line_and_others_pass(capsys):
+    with pytest.raises(SystemExit) as ended, errors_in_one_line():
+        raise ConfigError("one\n  two \ud800")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "ConfigError: one two \\ud800\n"
+    with pytest.raises(KeyError), errors_in_one_line():
+        raise KeyError("x")
+
+
+@pytest.mark.parametrize("recipe", ["compare", "compress", "compress_then_finetune"])
+def test_recipes_print_usage_and_one_line_errors(recipe, tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", f"recipes.{recipe}", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = run("--help")
+    assert done.returncode == 0
+    assert f"`python -m recipes.{recipe} CONFIG" in done.stdout
+    done = run(str(tmp_path / "none.yaml"), f"output={tmp_path}/out")
+    assert done.returncode == 1
+    assert "none.yaml does not exist" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_json_has_no_numbers_that_json_lacks(caplog):
+    inf, nan = float("inf"), float("nan")
+    with caplog.at_level(logging.WARNING):
+        text = as_json({"a": nan, "b": [1.5, {"c": -inf}], "d": (True, None, "NaN"), "e": 2})
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [1.5, {"c": None}],
+        "d": [True, None, "NaN"],
+        "e": 2,
+    }
+    assert caplog.messages == ["not finite, and so null in the JSON: a (nan), b[1].c (-inf)"]
+
+
+def test_the_result_of_a_command_is_json_even_if_it_is_not_finite(monkeypatch, capsys, tmp_path):
+    measured = {"perplexity": float("inf"), "tokens": 3}
+    monkeypatch.setattr("zssvd_lightning.app.run.measure", lambda *arguments, **keywords: (measured, None))
+    monkeypatch.setattr(sys, "argv", ["zssvd", "evaluate", str(tmp_path), "text=a"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"perplexity": None, "tokens": 3}
+
+
+def test_a_short_form_may_not_contradict_an_argument():
+    with pytest.raises(
+        ConfigError, match=r"model\.source is 'a' by an option or argument, but 'model=b' says otherwise"
+    ):
+        with_options(["model=b"], {"model.source": "a"})
+    assert with_options(["model=a"], {"model.source": "a"})[0] == "model=a"
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"config": {"evaluation": 3}}', "[" * 100_000])
+def test_a_folder_with_another_report_is_refused_by_name(tmp_path, content):
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ModelSourceError, match=r"report\.json is no report of a run"):
+        recorded_evaluation(str(tmp_path))
+    with pytest.raises(ModelSourceError, match="a name of 300 bytes"):
+        recorded_evaluation(str(tmp_path / ("a" * 300)))
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Names of the sources of models and texts that a run reads."""
+    names = []
+    for function in ("load_model", "texts.load_text"):
+        target = f"zssvd_lightning.app.run.{function}"
+        module = __import__("zssvd_lightning.app.run", fromlist=["x"])
+        real = module.load_model if function == "load_model" else module.texts.load_text
+
+        def noted(source, *rest, real=real):
+            names.append(source)
+            return real(source, *rest)
+
+        monkeypatch.setattr(target, noted)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("{}/new/" + "a" * 300, "a name of 300 bytes"),
+        ("{}/a\0b", "NUL"),
+        ("{}/file/out", "leads through .*file, which is a file"),
+        ("{}/loop/out", "is not possible"),
+        ("~nobody-of-that-name/out", "is not possible"),
+        ("", "is the working directory"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_the_model_is_loaded(tmp_path, loads, output, message):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    config = RunConfig(model=ModelConfig("m"), calibration=CalibrationConfig("t"), output=output.format(tmp_path))
+    with pytest.raises(OutputError, match=message):
+        Run(config)
+    assert loads == []
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"include": ["nothing"]}, TargetError),
+        ({"ignore": ["re:("]}, TargetError),
+        ({"storage": "hq", "prune_ratio": 0.3}, BudgetError),
+        ({"plan": "nowhere.yaml"}, PlanError),
+    ],
+)
+def test_layers_and_budget_are_checked_before_texts_are_read(tmp_path, loads, settings, error):
+    source = str(saved_tiny_llama(tmp_path / "model"))
+    calibration = CalibrationConfig("nowhere.txt")
+    run = RunConfig(
+        model=ModelConfig(source),
+        calibration=calibration,
+        compression=CompressionConfig(**settings),
+        output=str(tmp_path / "out"),
+    )
+    with pytest.raises(error):
+        Run(run, progress=False)
+    assert loads == [source]
+    with pytest.raises(TextError, match="is not a file"):
+        Run(RunConfig(model=run.model, calibration=calibration, output=run.output), progress=False)
