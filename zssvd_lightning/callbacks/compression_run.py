@@ -132,7 +132,7 @@ class CompressionRun:
             if self._config.asks_model:
                 self._meaning.student(module)
             life.attach(module, self._progress, adapter, Safeguard(Replay(trainer, module, adapter, self._meaning)))
-            self._recovering.refuse(module, life)
+            self._recovering.refuse(trainer, module, life)
         gathering = life.compression.gathering
         gathering.can_overflow, gathering.logits_model = scales(trainer), self._meaning.student
         telemetry.log_phase(trainer, life.phase)
@@ -300,8 +300,7 @@ class CompressionRun:
         self._recovering.take_teacher(module, self.life)
         self.life.factorize(trainer.global_step, set_up_optimizers)
         self._fit.adapter.discard_replaced()
-        if (recovery := self.life.active_recovery) is not None:
-            recovery.rollback.keep(module)
+        self._recovering.start(trainer, module, self.life)
         start_ranking_afresh(trainer, "truncated")
         self._compressed = weakref.ref(module)
         if not isinstance(module, LowRankCheckpointMixin):
