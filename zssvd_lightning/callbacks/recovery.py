@@ -12,7 +12,7 @@
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -206,7 +206,8 @@ class RecoveryHooks:
 
 
 def _place_of(student: nn.Module, module: nn.Module) -> str:
-    place = next((name for name, part in module.named_modules() if part is student), None)
+    places: Iterator[str] = (name for name, part in module.named_modules() if part is student)
+    place = next(places, None)
     if place is None:
         raise TeacherError(f"{type(student).__name__}, which student() returns, is no part of the module")
     return place

@@ -149,7 +149,7 @@ class LoRARecovery(Recovery):
         lora = self._lora(list(layer.thin_layers(parts)))
         asked, used = self._ranks(lora, name, layer)
         if asked == used:
-            return lora
+            return lora if asked else None
         if not self.clip_rank:
             part = next(part for part in asked if used[part] < asked[part])
             thin: Any = layer.thin_layers()[part]
@@ -176,10 +176,10 @@ class LoRARecovery(Recovery):
         without = sum(0 in used.values() for used in lower.values())
         least = min(lower, key=lambda name: min(lower[name].values()))
         return (
-            f"recovery.rank {self.rank} is too high for {len(lower)} of {len(layers)} layers. LoRA has a lower rank there "
-            f"(the lowest is {min(lower[least].values())} on {least}, of rank {layers[least].rank}); {without} of them "
-            "have a matrix of a single row or column, which gets none. Train these layers in full with method 'factors', "
-            "or set recovery.clip_rank to false for an error"
+            f"recovery.rank {self.rank} is too high for {len(lower)} of {len(layers)} layers, where LoRA has a lower "
+            f"rank (the lowest is {min(lower[least].values())} on {least}, of rank {layers[least].rank}); {without} of "
+            "them have a matrix of a single row or column, which gets none. Train these layers in full with method "
+            "'factors', or set recovery.clip_rank to false for an error"
         )
 
     def refuse_layers(self, names: Sequence[str], form: type[Factored]) -> None:
