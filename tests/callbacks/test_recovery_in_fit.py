@@ -1,8 +1,6 @@
 """Recovery inside a fit: its own optimizer and loss, of its own parameters, and a plain low-rank model at the end."""
 
 import copy
-import json
-import logging
 import math
 
 import lightning as L

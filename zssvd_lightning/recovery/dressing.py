@@ -55,12 +55,12 @@ def refuse_forms(settings: Recovery, forms: Forms) -> None:
             except RecoveryError as error:
                 if certain:
                     raise
-                refused = refused or error
+                refused = error
             else:
                 trains |= any(settings.trains(part, settings.stages[0]) for part, _ in layer.named_parameters())
     if not trains and not settings.also_train:
         if refused is not None:
-            raise refused
+            raise RecoveryError(f"no rank that layers may get suits this recovery: {refused}") from refused
         refuse_nothing(settings, sum(map(bool, forms.values())))
 
 

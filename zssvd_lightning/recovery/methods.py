@@ -176,10 +176,10 @@ class LoRARecovery(Recovery):
         without = sum(0 in used.values() for used in lower.values())
         least = min(lower, key=lambda name: min(lower[name].values()))
         return (
-            f"recovery.rank {self.rank} is too high for {len(lower)} of {len(layers)} layers, where LoRA has a lower "
-            f"rank (the lowest is {min(lower[least].values())} on {least}, of rank {layers[least].rank}); {without} of "
-            "them have a matrix of a single row or column, which gets none. Train these layers in full with method "
-            "'factors', or set recovery.clip_rank to false for an error"
+            f"recovery.rank {self.rank} is too high for {len(lower)} of {len(layers)} layers, such as {least}, of rank "
+            f"{layers[least].rank}. LoRA has a lower rank there, and none on matrices of a single row or column, which "
+            f"{without} layers have. Train such layers in full with method 'factors', or set recovery.clip_rank to "
+            "false for an error"
         )
 
     def refuse_layers(self, names: Sequence[str], form: type[Factored]) -> None:
