@@ -11,7 +11,7 @@ from support.models import tiny_llama, token_batches
 from torch import nn
 
 from zssvd_lightning import CompressionConfig, compress, from_pretrained, merge, quantize, save_pretrained
-from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError
+from zssvd_lightning.errors import ConfigError, QuantizationError, RecoveryError, TargetError
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
 from zssvd_lightning.model.adapters import FOLDER, Adapter, merge_adapters, merged, on, save_adapter, taken_off
@@ -317,6 +317,18 @@ def test_patterns_of_peft_that_match_nothing_are_refused(option):
     other = LoRARecovery(peft={option: {r".*layers.1.*": 2}}, targets=["*.layers.0.*"])
     with pytest.raises(TargetError, match="matches no matrix"):
         other.refuse_layers([NAME, "model.layers.1.q_proj"], LowRankLinear)
+
+
+def test_what_is_on_pivots_is_merged_and_refused_8_bits_unchanged():
+    model = dressed_llama(LoRARecovery(rank=2), "pivoted")
+    perturb(model)
+    dense, expected, names = copy.deepcopy(model), logits(model), list(model.state_dict())
+    merge(dense)
+    assert not on(dense)
+    torch.testing.assert_close(logits(dense), expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(QuantizationError, match="kept as pivot rows"):
+        quantize(model, "remap")
+    assert list(model.state_dict()) == names
 
 
 def test_what_is_on_the_factors_is_merged_and_quantized_with_them():
