@@ -192,6 +192,7 @@ def test_ranks_that_lora_would_exceed_are_refused_or_clipped(form):
         ({"method": "factors", "warmup": 1.0}, "recovery.warmup"),
         ({"method": "factors", "teacher_dtype": "int8"}, "recovery.teacher_dtype"),
         ({"method": "lora", "peft": {"use_dra": True}}, "LoraConfig has no option 'use_dra'; did you mean 'use_dora'"),
+        ({"method": "lora", "peft": {"alpha_pattern": ["up"]}}, "recovery.peft.alpha_pattern"),
         ({"method": "lora", "peft": {"rank_pattern": {"up": 0}}}, "recovery.peft.rank_pattern.up"),
         ({"method": "lora", "peft": {"r": 3}}, "set recovery.rank instead"),
         ({"method": "lora", "peft": {"modules_to_save": ["x"]}}, "set recovery.also_train instead"),

@@ -129,6 +129,9 @@ class LoRARecovery(Recovery):
                 "its own, while factors are in the basis of their inputs already; there are true, gaussian, pissa, "
                 "pissa_niter_N, olora and orthogonal"
             )
+        for option in ("rank_pattern", "alpha_pattern"):
+            patterns = self._patterns(option)
+            require(isinstance(patterns, Mapping), f"recovery.peft.{option}", patterns, "a mapping of patterns to numbers")
         for pattern, rank in self._patterns("rank_pattern").items():
             require(isinstance(rank, int) and rank >= 1, f"recovery.peft.rank_pattern.{pattern}", rank, "1 or more")
         for parts in self.stages:
