@@ -131,7 +131,7 @@ class LoRARecovery(Recovery):
             )
         for option in ("rank_pattern", "alpha_pattern"):
             patterns = self._patterns(option)
-            require(isinstance(patterns, Mapping), f"recovery.peft.{option}", patterns, "a mapping of patterns to numbers")
+            require(isinstance(patterns, Mapping), f"recovery.peft.{option}", patterns, "a mapping")
         for pattern, rank in self._patterns("rank_pattern").items():
             require(isinstance(rank, int) and rank >= 1, f"recovery.peft.rank_pattern.{pattern}", rank, "1 or more")
         for parts in self.stages:
