@@ -1,6 +1,7 @@
 """Recovery inside a fit: its own optimizer and loss, of its own parameters, and a plain low-rank model at the end."""
 
 import copy
+import math
 
 import lightning as L
 import pytest
@@ -15,6 +16,7 @@ from zssvd_lightning import LowRankCheckpointMixin, LowRankLinear, Phase, ZSSVDC
 from zssvd_lightning.errors import CheckpointError, ConfigError, DivergedError, RecoveryError, TargetError, TeacherError
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.registry import Factored
 from zssvd_lightning.model.adapters import merge_adapters, on
 from zssvd_lightning.recovery.divergence import divergence
 from zssvd_lightning.recovery.methods import FactorRecovery, LoRARecovery, SingularValueRecovery
@@ -63,8 +65,8 @@ def fit(recovery, *callbacks, module=None, batches=None, ckpt_path=None, compres
 
 
 def is_plain(module):
-    low_rank = [m for m in module.modules() if isinstance(m, LowRankLinear)]
-    return bool(low_rank) and all(type(m.up) is type(m.down) is nn.Linear for m in low_rank)
+    thin = [part for m in module.modules() if isinstance(m, Factored) for part in m.thin_layers().values()]
+    return bool(thin) and all(type(part) is nn.Linear for part in thin)
 
 
 def compressed(module):
@@ -78,6 +80,8 @@ def logits(model):
 
 WAYS = {
     "lora": LoRARecovery(**LORA, lr=1e-2),
+    "lora on pivots": LoRARecovery(**LORA, lr=1e-2),
+    "lora in two steps on pivots": LoRARecovery(**LORA, two_step=True, peft={"use_dora": True}),
     "lora in two steps": LoRARecovery(**LORA, two_step=True, peft={"use_dora": True}),
     "pissa": LoRARecovery(**LORA, peft={"init_lora_weights": "pissa"}),
     "factors": FactorRecovery(two_step=True),
@@ -91,11 +95,17 @@ def test_only_what_it_says_is_trained_and_a_plain_model_of_the_same_ranks_is_lef
     module = LM()
     module.model.model.norm.weight.requires_grad_(False)
     flags = {name: p.requires_grad for name, p in module.named_parameters() if ".layers." not in name}
-    module, callback, diary, fitted = fit(recovery, module=module)
+    storage = {"storage": "pivoted" if "pivots" in way else "factors"}
+    module, callback, diary, fitted = fit(recovery, module=module, compress=storage)
     assert callback.phase is Phase.DONE
     assert is_plain(module)
-    ranks = {name: layer.rank for name, layer in callback.report.layers.items() if layer.rank}
-    assert {n: m.rank for n, m in module.named_modules() if isinstance(m, LowRankLinear)} == ranks
+    form = PivotedLinear if "pivots" in way else LowRankLinear
+    report = callback.report
+    ranks = {name: layer.rank for name, layer in report.layers.items() if layer.rank}
+    assert {n: m.rank for n, m in module.named_modules() if isinstance(m, form)} == ranks
+    assert len(compressed(module)) == len(ranks)
+    kept = sum(sum(p.numel() for p in module.get_submodule(name).parameters()) for name in report.layers)
+    assert kept / sum(math.prod(layer.shape) for layer in report.layers.values()) == pytest.approx(1 - report.reached)
     assert {n: p.requires_grad for n, p in module.named_parameters() if ".layers." not in n} == flags
     assert all(p.requires_grad for n, p in module.named_parameters() if ".layers." in n)
     assert not {"training_step", "configure_optimizers", "on_load_checkpoint"} & module.__dict__.keys()
@@ -132,10 +142,9 @@ def test_pivot_rows_and_coefficients_are_trained_in_the_place_of_factors(tmp_pat
     assert {type(layer) for layer in compressed(loaded)} == {PivotedLinear}
 
 
-@pytest.mark.parametrize("recovery", [LoRARecovery(**LORA), SingularValueRecovery()], ids=lambda r: r.method)
-def test_pivot_rows_are_no_factors_to_put_something_on(recovery):
-    with pytest.raises(ConfigError, match="storage 'pivoted' has none"):
-        short(storage="pivoted", recovery=recovery)
+def test_pivot_rows_keep_no_components_apart():
+    with pytest.raises(ConfigError, match="acts on single components, and storage 'pivoted'"):
+        short(storage="pivoted", recovery=SingularValueRecovery())
 
 
 def test_the_rate_has_a_schedule_of_its_own_over_the_steps_left():
@@ -320,7 +329,7 @@ def test_a_gradient_that_is_not_finite_is_not_trained_on():
 @pytest.mark.parametrize(
     ("recovery", "error", "message"),
     [
-        (LoRARecovery(rank=8), RecoveryError, "is not below the layer's rank"),
+        (LoRARecovery(rank=8, clip_rank=False), RecoveryError, "is not below the smaller size"),
         (LoRARecovery(targets=["q_prj"]), TargetError, "'q_prj', which matches no layer .* did you mean"),
         (FactorRecovery(also_train=["*nothing*"]), RecoveryError, "matches no parameter"),
         (FactorRecovery(loss="distill", teacher="/nowhere"), TeacherError, "no predictions"),
@@ -501,7 +510,7 @@ def test_weights_alone_are_tested_and_loaded(tmp_path):
 
 
 def test_nothing_of_a_recovery_that_could_not_begin_is_kept():
-    recovery = LoRARecovery(rank=8, loss="distill")
+    recovery = LoRARecovery(rank=8, clip_rank=False, loss="distill")
     module, callback = LM(), short(corrections=0, calibration_batches=NEEDED, recovery=recovery)
     with pytest.raises(RecoveryError, match="not below"):
         trainer(callback, max_steps=14).fit(module, loader(token_batches(14)))

@@ -17,6 +17,7 @@ WAYS = {
     "lora": LORA | {"two_step": True, "peft": {"use_dora": True}},
     "pissa": LORA | {"peft": {"init_lora_weights": "pissa"}, "loss": "both"},
     "factors": {"method": "factors", "loss": "both", "teacher_dtype": "float32"},
+    "lora on pivots": LORA | {"two_step": True},
     "singular values": {"method": "singular_values", "lr": 1e-1, "also_train": ["*norm.weight"]},
 }
 COUNT = 2 * (NEEDED + 8)
@@ -34,6 +35,8 @@ class ShardedInDouble(InDouble, Sharded):
 
 def described(strategy, way, **settings):
     compression = {"recovery": WAYS[way], "prune_ratio": 0.5}
+    if "pivots" in way:
+        compression["storage"] = "pivoted"
     trainer = {"enable_checkpointing": True, "max_epochs": -1, "max_steps": NEEDED + 8}
     module = {"ddp": InDouble, "fsdp2": ShardedInDouble}[strategy]
     if way == "pissa":  # which peft takes in float32 alone, where rounding may choose other ranks
@@ -51,22 +54,31 @@ def test_factors_in_rows_recover_as_whole_ones_do(tmp_path, way):
         found[strategy] = both[0]
     ddp, fsdp2 = found["ddp"], found["fsdp2"]
     assert ddp["weights"].keys() == fsdp2["weights"].keys()
-    assert any(name.endswith("up.weight") for name in ddp["weights"])
+    first, second = ("others", "pivots") if "pivots" in way else ("up", "down")
+    assert any(name.endswith(f"{first}.weight") for name in ddp["weights"])
+    assert not any("lora" in name for name in ddp["weights"])
     torch.testing.assert_close(fsdp2["seen"], ddp["seen"], rtol=1e-3, atol=1e-4)
-    changed = {n for n, value in ddp["weights"].items() if "_proj.up" in n or "_proj.down" in n}
+    changed = {n for n, value in ddp["weights"].items() if f"_proj.{first}." in n or f"_proj.{second}." in n}
     torch.testing.assert_close(
         {n: fsdp2["weights"][n] for n in changed}, {n: ddp["weights"][n] for n in changed}, rtol=2e-2, atol=2e-3
     )
 
 
 @pytest.mark.parametrize(
-    ("strategy", "distributed", "extend"), [("ddp", None, False), ("fsdp2", True, False), ("fsdp2", False, True)]
+    ("strategy", "distributed", "extend", "way"),
+    [
+        ("ddp", None, False, "lora"),
+        ("fsdp2", True, False, "lora"),
+        ("fsdp2", False, True, "lora"),
+        ("ddp", None, False, "lora on pivots"),
+        ("fsdp2", True, False, "lora on pivots"),
+    ],
 )
-def test_a_recovery_that_is_killed_goes_on_to_the_same_result(tmp_path, strategy, distributed, extend):
+def test_a_recovery_that_is_killed_goes_on_to_the_same_result(tmp_path, strategy, distributed, extend, way):
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), folder.mkdir()
     settings = {} if distributed is None else {"save_distributed_checkpoint": distributed}
-    asked = described(strategy, "lora", **settings)
+    asked = described(strategy, way, **settings)
     if extend:
         asked.compression["extend_training"], asked.trainer["max_steps"] = True, 8
     expected = run(whole, 2, asked)

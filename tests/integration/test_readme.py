@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed.checkpoint
+import yaml
 from support.models import CausalLM, loader, tiny_llama, tiny_tokenizer, token_batches, trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -87,15 +88,16 @@ def test_blocks_of_deployment_run(tmp_path, monkeypatch):
     assert "30." in (tmp_path / "mine" / "README.md").read_text()
 
 
-def test_blocks_of_recovery_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_blocks_of_recovery_run(tmp_path, monkeypatch, storage):
     monkeypatch.chdir(tmp_path)
     predictions, adapter = blocks_of("recovery.md")
     exec(predictions, {"dense_model": tiny_llama(), "dataloader": loader(token_batches(2))})
     assert list((tmp_path / "predictions").iterdir())
 
     module = CausalLM(tiny_llama())
-    recovery = LoRARecovery(rank=2, clip_rank=True, lr=1e-2, merge=False)
-    settings = {"corrections": 0, "recovery": recovery, "schedule": Schedule(calibration_batches=4)}
+    recovery = LoRARecovery(rank=8, lr=1e-2, merge=False)
+    settings = {"corrections": 0, "recovery": recovery, "schedule": Schedule(calibration_batches=4), "storage": storage}
     trainer(ZSSVDCallback(0.3, "zs-svd-line-search", **settings, progress=False)).fit(module, loader(token_batches(12)))
     expected = logits(module.model.eval())
     save_pretrained(module.model, "mine")
@@ -104,6 +106,25 @@ def test_blocks_of_recovery_run(tmp_path, monkeypatch):
     torch.testing.assert_close(logits(names["model"].eval()), expected)
     torch.testing.assert_close(logits(module.model), expected, rtol=1e-3, atol=1e-4)
     assert not on(module.model)
+
+
+@pytest.mark.parametrize("preset", [None, "best"])
+@pytest.mark.parametrize("page", [README, README.parent / "docs" / "recovery.md"], ids=lambda page: page.name)
+def test_settings_of_a_recovery_work_as_written(page, preset):
+    found = re.findall(r"recovery: (\{method: .*?\})", page.read_text())
+    assert found
+    for settings in found:
+        callback = ZSSVDCallback(
+            prune_ratio=0.4,
+            preset=preset,
+            corrections=1,
+            recovery=yaml.safe_load(settings),
+            schedule=Schedule(calibration_batches=2),
+            correction_batches=2,
+            progress=False,
+        )
+        trainer(callback).fit(CausalLM(tiny_llama()), loader(token_batches(12)))
+        assert callback.phase == "done"
 
 
 class Sharded(LowRankCheckpointMixin, CausalLM):

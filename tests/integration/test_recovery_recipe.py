@@ -10,6 +10,7 @@ from support.models import saved_tiny_llama
 from zssvd_lightning import LowRankLinear, from_pretrained
 from zssvd_lightning.app.cli import main
 from zssvd_lightning.errors import ConfigError
+from zssvd_lightning.layers.pivoted import PivotedLinear
 from zssvd_lightning.sources.texts import load_text
 
 ROOT = Path(__file__).parents[2]
@@ -17,9 +18,10 @@ CONFIG = ROOT / "configs" / "smollm2-135m" / "recover-40.yaml"
 WAYS = {
     "its own": [],
     "lora": [
-        "recovery={method: lora, rank: 4, clip_rank: true, lr: 1e-2, two_step: true}",
+        "recovery={method: lora, rank: 4, lr: 1e-2, two_step: true}",
         "compression.corrections=1",
     ],
+    "lora after best": ["preset=best", "recovery={method: lora, rank: 16, lr: 1e-2}", "compression.corrections=1"],
     "in 8 bits": ["recovery.loss=own", "compression.storage=remap"],
 }
 
@@ -61,7 +63,8 @@ def test_the_report_tells_recovery_from_adaptation(tmp_path, recipe, way):
     assert {"recover", "finetune_dense"} <= report["seconds"].keys()
     assert (tmp_path / "out" / "report.png").exists()
     model = from_pretrained(tmp_path / "out")
-    assert way == "in 8 bits" or any(isinstance(m, LowRankLinear) for m in model.modules())
+    if way != "in 8 bits":
+        assert any(isinstance(m, PivotedLinear if "best" in way else LowRankLinear) for m in model.modules())
 
 
 def test_it_needs_a_recovery_and_others_refuse_one(tmp_path, recipe, monkeypatch, capsys):

@@ -131,7 +131,7 @@ class CompressionRun:
             if self._config.asks_model:
                 self._meaning.student(module)
             life.attach(module, self._progress, adapter, Safeguard(Replay(trainer, module, adapter, self._meaning)))
-            self._recovering.refuse(module, life)
+            self._recovering.refuse(trainer, module, life)
         announce(
             trainer, life, self._schedule, self._batches_until_factorized(trainer), plans=self._dry_run is not False
         )
@@ -307,8 +307,7 @@ class CompressionRun:
         self._recovering.take_teacher(module, self.life)
         self.life.factorize(trainer.global_step, set_up_optimizers)
         self._fit.adapter.discard_replaced()
-        if (recovery := self.life.active_recovery) is not None:
-            recovery.rollback.keep(module)
+        self._recovering.start(trainer, module, self.life)
         start_ranking_afresh(trainer, "truncated")
         conclude(self.life.report)
         self._compressed = weakref.ref(module)

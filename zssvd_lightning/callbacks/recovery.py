@@ -12,11 +12,11 @@
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning as L
-from torch import Tensor
+from torch import Tensor, nn
 
 from zssvd_lightning._contexts import overridden
 from zssvd_lightning.callbacks.batch_meaning import BatchMeaning
@@ -24,11 +24,13 @@ from zssvd_lightning.callbacks.fit_context import FitContext
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.trainer import telemetry
 from zssvd_lightning.callbacks.trainer.guards import refuse_stale_groups
-from zssvd_lightning.callbacks.trainer.limits import scheduled_steps
+from zssvd_lightning.callbacks.trainer.limits import end_is_unknown, scheduled_steps
 from zssvd_lightning.callbacks.trainer.loss_wrapper import changed_loss
 from zssvd_lightning.callbacks.trainer.precision import loss_scale, scales
+from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase, phase_is_after
 from zssvd_lightning.errors import TeacherError
+from zssvd_lightning.layers.registry import Factored, trained_form
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.dense_copy import COMPILED
 from zssvd_lightning.recovery.run import RecoveryRun
@@ -107,12 +109,25 @@ class RecoveryHooks:
             recovery.rollback.check_weights(module, self._fit.adapter.team)
             recovery.finish(module, self._fit.adapter, merge=recovery.settings.merges)
 
-    def refuse(self, module: L.LightningModule, life: Lifecycle) -> None:
+    def refuse(self, trainer: L.Trainer, module: L.LightningModule, life: Lifecycle) -> None:
         """Raise the errors of a recovery that can be detected before calibration."""
         if (recovery := life.recovery) is not None:
+            if end_is_unknown(trainer):
+                recovery.settings.refuse_endless()
             student = self._meaning.student(module) if recovery.settings.distills else None
-            recovery.refuse(list(life.compression.targets), module, student, self._fit.adapter.processes_of_a_copy)
+            if student is not None:
+                _place_of(student, module)
+            form = trained_form(life.compression.config.form.layer)
+            processes = self._fit.adapter.processes_of_a_copy
+            recovery.refuse(form, _possible_forms(form, life.compression), module, student, processes)
             self._watch(module, life)
+
+    def start(self, trainer: L.Trainer, module: L.LightningModule, life: Lifecycle) -> None:
+        """Copy the weights that a new recovery starts from, and warn about layers it trains less than asked for."""
+        if (recovery := life.active_recovery) is not None:
+            recovery.rollback.keep(module)
+            if trainer.is_global_zero and (warning := recovery.reduced(module)) is not None:
+                logger.warning(warning)
 
     def take_teacher(self, module: L.LightningModule, life: Lifecycle) -> None:
         """Copy the dense model as teacher, while the original weights are available."""
@@ -120,9 +135,7 @@ class RecoveryHooks:
         if recovery is None or not recovery.settings.distills:
             return
         student = self._meaning.student(module)
-        place = next((name for name, part in module.named_modules() if part is student), None)
-        if place is None:
-            raise TeacherError(f"{type(student).__name__}, which student() returns, is no part of the module")
+        place = _place_of(student, module)
         prefix = f"{place}." if place else ""
         originals = life.compression.originals
         inside = {name.removeprefix(prefix): W for name, W in originals.items() if name.startswith(prefix)}
@@ -190,6 +203,31 @@ class RecoveryHooks:
     def _loss(self, life: Callable[[], Lifecycle], loss: Tensor, batch: Any) -> Tensor:
         recovery = life().recovery
         return loss if recovery is None else recovery.loss(loss, self._meaning.token_mask(batch))
+
+
+def _place_of(student: nn.Module, module: nn.Module) -> str:
+    places: Iterator[str] = (name for name, part in module.named_modules() if part is student)
+    place = next(places, None)
+    if place is None:
+        raise TeacherError(f"{type(student).__name__}, which student() returns, is no part of the module")
+    return place
+
+
+def _possible_forms(form: type[Factored], compression: Compression) -> dict[str, list[Factored]]:
+    """Return layers without values of the rank that a plan gives, or of the ranks that are largest for each matrix.
+
+    The factors, and pivot rows, are largest at the highest rank k. The coefficients (m - k, k) are at half of m.
+    """
+    budget, plan = compression.budget, compression.followed_plan
+    found: dict[str, list[Factored]] = {}
+    for name, target in compression.targets.items():
+        if plan is not None:
+            ranks = [plan.ranks[name] or 0]
+        else:
+            highest = max(budget.highest_rank(name, eight_bit=choice) for choice in budget.bit_choices)
+            ranks = [highest, min(highest, target.shape[0] // 2)]
+        found[name] = [form.like(target.module, rank=rank) for rank in ranks if rank]
+    return found
 
 
 def _steps(recovery: RecoveryRun, trainer: L.Trainer) -> float:

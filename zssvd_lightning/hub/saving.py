@@ -35,8 +35,8 @@ def save_pretrained(
     """Save a compressed (or dense) model as a folder that transformers can read; nothing is written on an error.
 
     Weights are saved as safetensors, the form and rank of every layer in `config.json`, and a description of the
-    compression in a model card. Adapters that a recovery left on low-rank layers are saved in the folder `adapter`, in
-    the format of peft: `PeftModel.from_pretrained(from_pretrained(folder), f"{folder}/adapter")`.
+    compression in a model card. Adapters that a recovery left on layers are saved in the folder `adapter`, in the
+    format of peft: `PeftModel.from_pretrained(from_pretrained(folder), f"{folder}/adapter")`.
 
     Args:
         model: a transformers model.

@@ -3,7 +3,7 @@
 Shapes: W (m, n). Imports only torch and transformers, so that a saved folder can contain a copy of this file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -119,6 +119,25 @@ class CompressedLinear(nn.Module):
         """Return the shape and sizes for `print(model)`."""
         told = {"in_features": self.in_features, "out_features": self.out_features} | self.spec
         return ", ".join(f"{key}={value}" for key, value in told.items() if key != "kind")
+
+
+class FactoredLinear(CompressedLinear):
+    """Compressed layer that applies two thin linear layers in a row. Their weights can be trained, or carry an adapter.
+
+    Attributes:
+        thin: names of the thin layers by the factor that they stand for: `down` reads the input, `up` comes after it.
+        adapter: note in saved weights that describes the peft adapter on the thin layers, or None without an adapter.
+        flags: `requires_grad` of the weights and of the bias before the adapter was attached.
+    """
+
+    thin: ClassVar[Mapping[str, str]]
+    adapter: str | None = None
+    flags: tuple[bool, bool] = (True, True)
+
+    def thin_layers(self, factors: Sequence[str] = ("down", "up")) -> dict[str, nn.Module]:
+        """Return the thin layers that stand for these factors, by name, with their adapters; skip those not needed."""
+        found = {name: getattr(self, name) for factor, name in self.thin.items() if factor in factors}
+        return {name: layer for name, layer in found.items() if layer is not None}
 
 
 def shape_of(layer: Dense | CompressedLinear) -> tuple[int, int]:

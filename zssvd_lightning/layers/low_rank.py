@@ -1,15 +1,15 @@
 """Linear layer of two factors."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from zssvd_lightning.layers.base import CompressedLinear
+from zssvd_lightning.layers.base import FactoredLinear
 
 
-class LowRankLinear(CompressedLinear):
+class LowRankLinear(FactoredLinear):
     """Linear layer of rank k, as two thin layers: `y = up(down(x))`.
 
     Args:
@@ -21,8 +21,6 @@ class LowRankLinear(CompressedLinear):
     Attributes:
         down: `nn.Linear` with weight (k, n), without bias.
         up: `nn.Linear` with weight (m, k) and the bias of the replaced layer.
-        adapter: note in saved weights that describes the peft adapter on the factors, or None without an adapter.
-        flags: `requires_grad` of the factors and of the bias before the adapter was attached.
 
     Example:
         >>> LowRankLinear(in_features=64, out_features=48, rank=8)(torch.randn(3, 64)).shape
@@ -30,8 +28,7 @@ class LowRankLinear(CompressedLinear):
     """
 
     kind = "low_rank"
-    adapter: str | None = None
-    flags: tuple[bool, bool] = (True, True)
+    thin: ClassVar[Mapping[str, str]] = {"down": "down", "up": "up"}
 
     def __init__(
         self,

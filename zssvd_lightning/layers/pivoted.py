@@ -5,15 +5,15 @@ and transformers, so that a saved folder can contain a copy of this file. Making
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from zssvd_lightning.layers.base import CompressedLinear
+from zssvd_lightning.layers.base import FactoredLinear
 
 
-class PivotedLinear(CompressedLinear):
+class PivotedLinear(FactoredLinear):
     """Linear layer of rank k in `k (m + n - k)` numbers: `y = [z; C z][order] + b` with `z = P x`.
 
     Two factors of the same W take `k (m + n)` numbers, k^2 of which encode a choice of basis that has no effect on W.
@@ -32,6 +32,7 @@ class PivotedLinear(CompressedLinear):
 
     kind = "pivoted"
     permutations = ("order",)
+    thin: ClassVar[Mapping[str, str]] = {"down": "pivots", "up": "others"}
     order: Tensor
 
     def __init__(
@@ -61,9 +62,9 @@ class PivotedLinear(CompressedLinear):
     @classmethod
     def found_in(cls, weights: Mapping[str, Any], name: str) -> dict[str, Any] | None:
         """See `CompressedLinear`."""
-        if f"{name}.pivots.weight" not in weights or f"{name}.order" not in weights:
-            return None
-        return {"rank": len(weights[f"{name}.pivots.weight"])}
+        part = f"{name}.pivots"  # peft renames its weight to base_layer
+        rows = weights.get(f"{part}.weight", weights.get(f"{part}.base_layer.weight"))
+        return None if rows is None or f"{name}.order" not in weights else {"rank": len(rows)}
 
     @torch.no_grad()
     def fill(self, up: Tensor, down: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> None:
@@ -96,7 +97,7 @@ class PivotedLinear(CompressedLinear):
 
     @property
     def weight(self) -> Tensor:
-        """See `CompressedLinear`."""
+        """See `CompressedLinear`. Excludes an adapter."""
         P = self.pivots.weight
         rows = P if self.others is None else torch.cat([P, self.others.weight @ P])
         return rows.index_select(0, self.order)

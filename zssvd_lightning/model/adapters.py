@@ -1,4 +1,7 @@
-"""PEFT adapters on the factors of low-rank layers: attach, record in saved weights, merge and save.
+"""PEFT adapters on the thin layers of compressed layers: attach, record in saved weights, merge and save.
+
+The thin layers are the two factors of a low-rank layer, or the pivot rows and coefficients of a pivoted one. Merging
+changes the shape of neither, so the layer keeps its form and rank.
 
 An adapter on `layer.up` renames `layer.up.weight` in the checkpoint to `layer.up.base_layer.weight` and adds the
 adapter's weights next to it. The name of one more entry, the note, describes the adapter, so that the layers can be
@@ -23,15 +26,15 @@ from torch import Tensor, nn
 from zssvd_lightning._validation import closest, needs_extra
 from zssvd_lightning.errors import ConfigError, RecoveryError
 from zssvd_lightning.layers.base import ADAPTER_NOTE, HOOKS, carry_hooks, type_of
-from zssvd_lightning.layers.low_rank import LowRankLinear
-from zssvd_lightning.model.replace import replace_module
+from zssvd_lightning.layers.registry import Factored
+from zssvd_lightning.model.replace import factored_layers, replace_module
 
 NAME = "default"
 """Name of the adapter in peft."""
 
 
 PARTS = ("down", "up")
-"""Names of the factors of a low-rank layer."""
+"""Names of the two factors, in the order in which they are applied."""
 
 
 FOLDER = "adapter"
@@ -43,7 +46,7 @@ RANK_OPTIONS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modu
 
 @dataclass(frozen=True)
 class Adapter:
-    """Description of a peft adapter for factors.
+    """Description of a peft adapter for the thin layers of a layer.
 
     Args:
         kind: a `peft.PeftType`, such as `LORA`.
@@ -93,14 +96,14 @@ class Adapter:
         """Create the adapter that a note describes."""
         return cls(**json.loads(note.removeprefix(ADAPTER_NOTE)))
 
-    def parts_of(self, name: str) -> list[str]:
-        """Return the factors of the layer `name` that the adapter applies to."""
+    def parts_of(self, name: str, layer: Factored) -> list[str]:
+        """Return the thin layers of `layer`, which is called `name` in its model, that the adapter applies to."""
         from peft.tuners.tuners_utils import check_target_module_exists
 
-        return [part for part in PARTS if check_target_module_exists(self.config, f"{name}.{part}")]
+        return [part for part in layer.thin_layers() if check_target_module_exists(self.config, f"{name}.{part}")]
 
-    def attach(self, name: str, layer: LowRankLinear, *, empty: bool = False) -> None:
-        """Attach the adapter to the factors of a layer, in place. Only the added weights require gradients.
+    def attach(self, name: str, layer: Factored, *, empty: bool = False) -> None:
+        """Attach the adapter to the thin layers of a layer, in place. Only the added weights require gradients.
 
         Args:
             name: name of the layer in its model, which peft's patterns match.
@@ -113,7 +116,8 @@ class Adapter:
         from peft import inject_adapter_in_model
 
         holder = _holding(name, layer)
-        flags = layer.up.weight.requires_grad, layer.up.bias is not None and layer.up.bias.requires_grad
+        weights = next(iter(layer.thin_layers().values())).weight
+        flags = bool(weights.requires_grad), layer.bias is not None and layer.bias.requires_grad
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed + zlib.crc32(name.encode()))
@@ -124,10 +128,9 @@ class Adapter:
         layer.adapter, layer.flags = self.note, flags
 
 
-def on(model: nn.Module) -> dict[str, LowRankLinear]:
+def on(model: nn.Module) -> dict[str, Factored]:
     """Return the layers of a model that have an adapter, by name."""
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear))
-    return {name: layer for name, layer in layers if layer.adapter is not None}
+    return {name: layer for name, layer in factored_layers(model) if layer.adapter is not None}
 
 
 def told_in(weights: Mapping[str, Any]) -> dict[str, Adapter]:
@@ -137,8 +140,8 @@ def told_in(weights: Mapping[str, Any]) -> dict[str, Adapter]:
 
 
 @torch.no_grad()
-def merged(layer: LowRankLinear, whole: Callable[[Tensor], Tensor]) -> LowRankLinear:
-    """Return a plain layer with the adapter of `layer` merged into its factors. Rank and hooks are the same.
+def merged(layer: Factored, whole: Callable[[Tensor], Tensor]) -> Factored:
+    """Return a plain layer with the adapter of `layer` merged into it. Form, rank and hooks are the same.
 
     Args:
         layer: layer with an adapter.
@@ -150,14 +153,12 @@ def merged(layer: LowRankLinear, whole: Callable[[Tensor], Tensor]) -> LowRankLi
     memo: dict[int, Any] = {id(layer.__dict__[kind]): OrderedDict() for kind in HOOKS if layer.__dict__[kind]}
     memo |= {id(p): nn.Parameter(whole(p).clone(), requires_grad=False) for p in layer.parameters()}
     new = copy.deepcopy(layer, memo)
-    for part in PARTS:
-        factor: Any = getattr(new, part)
-        if not isinstance(factor, nn.Linear):
-            try:
-                factor.merge()
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                raise RecoveryError(f"peft cannot merge {layer.adapter}: {error}") from error
-            setattr(new, part, factor.get_base_layer())
+    for name, part in _wrapped(new).items():
+        try:
+            part.merge()
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            raise RecoveryError(f"peft cannot merge {layer.adapter}: {error}") from error
+        setattr(new, name, part.get_base_layer())
     new.adapter = None
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(layer.flags[name.endswith("bias")])
@@ -170,10 +171,10 @@ def merge_adapters(
     replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
     whole: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> None:
-    """Merge every adapter into its factors, in place. Ranks and outputs do not change.
+    """Merge every adapter into its layer, in place. Forms, ranks and outputs do not change.
 
     Args:
-        model: model with or without adapters on its low-rank layers.
+        model: model with or without adapters on its compressed layers.
         replace: function that replaces one layer by another, called as `replace(model, old, new)`.
         whole: see `merged`.
 
@@ -187,18 +188,18 @@ def merge_adapters(
 @contextmanager
 def taken_off(model: nn.Module) -> Iterator[None]:
     """Detach all adapters within the context, which restores the parameter names of the plain model."""
-    before = [(layer, layer.adapter, dict(layer._modules)) for layer in on(model).values()]  # noqa: SLF001
+    before = [(layer, layer.adapter, _wrapped(layer)) for layer in on(model).values()]
     for layer, _, parts in before:
         layer.adapter = None
-        for part, factor in parts.items():
-            setattr(layer, part, factor if isinstance(factor, nn.Linear) else factor.get_base_layer())  # type: ignore[union-attr, operator]
+        for name, part in parts.items():
+            setattr(layer, name, part.get_base_layer())
     try:
         yield
     finally:
         for layer, adapter, parts in before:
             layer.adapter = adapter
-            for part, factor in parts.items():
-                setattr(layer, part, factor)
+            for name, part in parts.items():
+                setattr(layer, name, part)
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
@@ -208,7 +209,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     (PiSSA, OLoRA) subtract a part from the factors.
 
     Args:
-        model: model with an adapter on its low-rank layers, unsharded.
+        model: model with an adapter on its compressed layers, unsharded.
         folder: output folder, created if missing.
 
     Raises:
@@ -217,7 +218,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     layers = on(model)
     if not layers:
         raise RecoveryError(
-            f"{type(model).__name__} has no adapter on its low-rank layers; train one with LoRARecovery(merge=False) "
+            f"{type(model).__name__} has no adapter on its compressed layers; train one with LoRARecovery(merge=False) "
             "or SingularValueRecovery(merge=False)"
         )
     by_layer = {name: Adapter.of(layer.adapter or "") for name, layer in layers.items()}
@@ -227,13 +228,12 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
             f"the adapter of {other[0]} differs from that of {next(iter(by_layer))} in more than its rank, but PEFT "
             "has one set of options for all layers; merge_adapters(model) first"
         )
-    parts = {f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in PARTS}
-    factors = {name: factor for name, factor in parts.items() if not isinstance(factor, nn.Linear)}
-    kept = {"target_modules": list(factors), "inference_mode": True}
+    parts = {f"{name}.{part}": wrapped for name, layer in layers.items() for part, wrapped in _wrapped(layer).items()}
+    kept = {"target_modules": list(parts), "inference_mode": True}
     if adapter.kind == "LORA":
         kept["init_lora_weights"] = True  # other initializations would change the factors again on loading
-        kept["rank_pattern"] = {name: factor.r[NAME] for name, factor in factors.items()}
-        kept["alpha_pattern"] = {name: factor.lora_alpha[NAME] for name, factor in factors.items()}
+        kept["rank_pattern"] = {name: part.r[NAME] for name, part in parts.items()}
+        kept["alpha_pattern"] = {name: part.lora_alpha[NAME] for name, part in parts.items()}
     folder.mkdir(parents=True, exist_ok=True)
     Adapter(adapter.kind, dict(adapter.options) | kept).config.save_pretrained(str(folder))
     weights = {
@@ -243,6 +243,11 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         if f".{NAME}" in key
     }
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _wrapped(layer: Factored) -> dict[str, Any]:
+    """Return the thin layers that peft has wrapped, by name."""
+    return {name: part for name, part in layer.thin_layers().items() if not isinstance(part, nn.Linear)}
 
 
 def _apart_from_ranks(adapter: Adapter) -> tuple[str, dict[str, Any]]:

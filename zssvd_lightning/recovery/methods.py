@@ -13,11 +13,11 @@ import torch
 from zssvd_lightning._registry import Registry
 from zssvd_lightning._validation import require, require_one_of
 from zssvd_lightning.config.loading import build, refuse_unknown
-from zssvd_lightning.errors import ConfigError, RecoveryError, shown
+from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError, shown
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
 from zssvd_lightning.layers.registry import Factored
-from zssvd_lightning.model.adapters import NAME, Adapter, merged
+from zssvd_lightning.model.adapters import Adapter, merged
 from zssvd_lightning.recovery.settings import BOTH_AT_ONCE, Recovery
 
 ONE_BY_ONE = [("up",), ("down",)]
@@ -90,23 +90,24 @@ class FactorRecovery(Recovery):
 
 @dataclass(frozen=True)
 class LoRARecovery(Recovery):
-    """Recovery that trains LoRA (arXiv 2106.09685) on the factors, through peft.
+    """Recovery that trains LoRA (arXiv 2106.09685) on the factors, or on pivot rows and coefficients, through peft.
 
-    Merging LoRA into a factor does not change its shape, so the layer keeps its rank.
+    Merging LoRA into them does not change their shapes, so the layer keeps its storage and rank.
 
     Example:
-        >>> LoRARecovery(rank=8, lr=1e-3, clip_rank=True).to_dict()["method"]
+        >>> LoRARecovery(rank=8, lr=1e-3).to_dict()["method"]
         'lora'
     """
 
     method = "lora"
 
     rank: int = 8
-    """Rank r of LoRA; must be below the rank of every layer to which LoRA is added."""
+    """Rank r of LoRA, on each factor, or on pivot rows and coefficients."""
     alpha: float | None = None
     """Scale of LoRA: the product of its two matrices is multiplied by `alpha / rank`; twice the rank when None."""
-    clip_rank: bool = False
-    """True to lower LoRA's rank on layers whose rank is not above it; False to raise an error for them."""
+    clip_rank: bool = True
+    """True to lower LoRA's rank where it is not below both sizes of a matrix, with a warning, and to leave out matrices
+    with a single row or column; False to raise an error for them."""
     dropout: float = 0.0
     """Dropout probability on LoRA's inputs, in [0, 1)."""
     two_step: bool = False
@@ -132,6 +133,11 @@ class LoRARecovery(Recovery):
                 "its own, while factors are in the basis of their inputs already; there are true, gaussian, pissa, "
                 "pissa_niter_N, olora and orthogonal"
             )
+        for option in ("rank_pattern", "alpha_pattern"):
+            patterns = self._patterns(option)
+            require(isinstance(patterns, Mapping), f"recovery.peft.{option}", patterns, "a mapping")
+        for pattern, rank in self._patterns("rank_pattern").items():
+            require(isinstance(rank, int) and rank >= 1, f"recovery.peft.rank_pattern.{pattern}", rank, "1 or more")
         for parts in self.stages:
             self._try(parts)
 
@@ -145,46 +151,109 @@ class LoRARecovery(Recovery):
         """True if LoRA is merged into the factors at the end."""
         return self.merge
 
-    def adapter(self, parts: Sequence[str], rank: int | None = None) -> Adapter | None:
+    def adapter(self, parts: Sequence[str], name: str, layer: Factored) -> Adapter | None:
         """Return LoRA for these factors of a layer; None if no rank is left for it. See `Recovery.adapter`."""
-        r = self.rank if rank is None or not self.clip_rank else min(self.rank, rank - 1)
-        if r < 1:
+        lora = self._lora(list(layer.thin_layers(parts)))
+        asked, used = self._ranks(lora, name, layer)
+        if asked == used:
+            return lora if asked else None
+        if not self.clip_rank:
+            part = next(part for part in asked if used[part] < asked[part])
+            thin: Any = layer.thin_layers()[part]
+            raise RecoveryError(
+                f"LoRA of rank {asked[part]} on {name}.{part} {(thin.out_features, thin.in_features)} is not below the "
+                f"smaller size of this matrix (the layer has rank {layer.rank}); set recovery.clip_rank, lower "
+                "recovery.rank, leave the layer out with recovery.targets, raise min_rank_fraction, or train the "
+                "factors themselves (method 'factors')"
+            )
+        kept = {part: rank for part, rank in used.items() if rank >= 1}
+        if not kept:
             return None
-        own = {
-            "r": r,
-            "lora_alpha": 2 * r if self.alpha is None else self.alpha,
-            "lora_dropout": self.dropout,
-            "target_modules": list(parts),
+        alphas = {part: self._alpha(f"{name}.{part}", rank) for part, rank in kept.items()}
+        return self._lora(list(kept), rank_pattern=kept, alpha_pattern=alphas)
+
+    def reduced(self, layers: Mapping[str, Factored]) -> str | None:
+        """Return a warning if LoRA has a lower rank than asked for on some of these layers."""
+        ranks = {
+            name: self._ranks(self._lora(list(layer.thin_layers())), name, layer) for name, layer in layers.items()
         }
-        return Adapter("LORA", own | dict(self.peft), self.seed)
+        lower = {name: used for name, (asked, used) in ranks.items() if asked != used}
+        if not lower:
+            return None
+        without = sum(0 in used.values() for used in lower.values())
+        least = min(lower, key=lambda name: min(lower[name].values()))
+        return (
+            f"recovery.rank {self.rank} is too high for {len(lower)} of {len(layers)} layers, such as {least}, of rank "
+            f"{layers[least].rank}. LoRA has a lower rank there, and none on matrices of a single row or column, which "
+            f"{without} layers have. Train such layers in full with method 'factors', or set recovery.clip_rank to "
+            "false for an error"
+        )
+
+    def refuse_layers(self, names: Sequence[str], form: type[Factored]) -> None:
+        """Raise TargetError if a pattern of `targets` or of the options of peft matches nothing. See `Recovery`."""
+        super().refuse_layers(names, form)
+        from peft.utils.other import get_pattern_key
+
+        matrices = [f"{name}.{part}" for name in names if self.chooses(name) for part in form.thin.values()]
+        for option in ("rank_pattern", "alpha_pattern"):
+            for pattern in self._patterns(option):
+                if all(get_pattern_key([pattern], matrix) != pattern for matrix in matrices):
+                    raise TargetError(
+                        f"recovery.peft.{option} has {pattern!r}, which matches no matrix that LoRA is put on, such as "
+                        f"{matrices[0]}; they are the {' and '.join(form.thin.values())} of each layer"
+                    )
 
     def trains(self, parameter: str, parts: Sequence[str]) -> bool:
         """Return True if a parameter of a chosen layer belongs to LoRA."""
         return "lora_" in parameter
 
+    def _patterns(self, option: str) -> Mapping[str, Any]:
+        return self.peft.get(option) or {}
+
+    def _lora(self, matrices: list[str], **changed: Any) -> Adapter:
+        """Return LoRA for these thin layers, with the ranks that the settings ask for unless `changed` has others."""
+        own = {
+            "r": self.rank,
+            "lora_alpha": 2 * self.rank if self.alpha is None else self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": matrices,
+        }
+        return Adapter("LORA", own | dict(self.peft) | changed, self.seed)
+
+    def _ranks(self, lora: Adapter, name: str, layer: Factored) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the rank of LoRA on each thin layer that it applies to: as asked for, and below both of its sizes."""
+        from peft.utils.other import get_pattern_key
+
+        thin: dict[str, Any] = layer.thin_layers()
+        asked, patterns = {}, self._patterns("rank_pattern")
+        for part in lora.parts_of(name, layer):
+            asked[part] = patterns.get(get_pattern_key(list(patterns), f"{name}.{part}"), self.rank)
+        used = {part: min(r, thin[part].in_features - 1, thin[part].out_features - 1) for part, r in asked.items()}
+        return asked, used
+
+    def _alpha(self, matrix: str, rank: int) -> float:
+        """Return LoRA's scale on a thin layer where it has a lower rank than asked for."""
+        from peft.utils.other import get_pattern_key
+
+        patterns = self._patterns("alpha_pattern")
+        own = 2 * rank if self.alpha is None else self.alpha
+        return float(patterns.get(get_pattern_key(list(patterns), matrix), own))
+
     def _try(self, parts: Sequence[str]) -> None:
         """Raise ConfigError if peft cannot apply these options to a layer or cannot merge the result."""
-        adapter, name = self.adapter(parts), "model.layers.0.q_proj"
-        if adapter is None or not adapter.parts_of(name):
+        name, layer = (
+            "model.layers.0.q_proj",
+            LowRankLinear.from_factors(torch.randn(16, 12), torch.randn(12, 16), None),
+        )
+        adapter = self._lora(list(layer.thin_layers(parts)))
+        if not adapter.parts_of(name, layer):
             return
-        layer = LowRankLinear.from_factors(torch.randn(16, 12), torch.randn(12, 16), None)
         small = Adapter("LORA", {**adapter.options, "r": 2, "rank_pattern": {}}, self.seed)
         try:
             small.attach(name, layer)
             merged(layer, torch.Tensor.detach)
         except RecoveryError as error:
             raise ConfigError(f"recovery.peft is {self.peft}: {error}") from error
-
-    def refuse_rank(self, name: str, layer: LowRankLinear) -> None:
-        """Raise RecoveryError if LoRA's rank is not below the rank of the layer."""
-        for part, factor in (("down", layer.down), ("up", layer.up)):
-            rank = getattr(factor, "r", {}).get(NAME, 0)
-            if rank >= layer.rank:
-                raise RecoveryError(
-                    f"LoRA of rank {rank} on {name}.{part} {tuple(factor.weight.shape)} is not below the layer's rank "
-                    f"{layer.rank}; lower recovery.rank, set recovery.clip_rank, leave the layer out with "
-                    "recovery.targets, raise min_rank_fraction, or train the factors themselves (method 'factors')"
-                )
 
 
 @dataclass(frozen=True)
@@ -195,6 +264,7 @@ class SingularValueRecovery(Recovery):
     """
 
     method = "singular_values"
+    needs_components = True
 
     merge: bool = True
     """True to merge the multipliers at the end of the fit; otherwise they are saved beside the compressed model."""
@@ -204,7 +274,7 @@ class SingularValueRecovery(Recovery):
         """True if the multipliers are merged into the factors at the end."""
         return self.merge
 
-    def adapter(self, parts: Sequence[str], rank: int | None = None) -> Adapter | None:
+    def adapter(self, parts: Sequence[str], name: str, layer: Factored) -> Adapter | None:
         """Return the (IA)^3 adapter for `down`; see `Recovery.adapter`."""
         return Adapter("IA3", {"target_modules": ["down"], "feedforward_modules": []}, self.seed)
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import RecoveryError, TeacherError
-from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.registry import Factored
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.dense_copy import copied, refuse_too_large
 from zssvd_lightning.model.logits import logits_of
 from zssvd_lightning.model.replace import factored_layers
 from zssvd_lightning.model.targets import Target, local_part, matches
+from zssvd_lightning.recovery.dressing import Forms, dress, needs_adapter, refuse_forms, refuse_nothing
 from zssvd_lightning.recovery.rollback import Rollback
 from zssvd_lightning.recovery.settings import Recovery
 from zssvd_lightning.recovery.teachers import Call, DenseTeacher, SavedPredictions, Teacher, has_encoder
@@ -57,27 +57,32 @@ class RecoveryRun:
         """Factors trained in the current stage."""
         return self.settings.stages[self.stage]
 
-    def refuse(self, names: list[str], module: nn.Module, student: nn.Module | None, processes: int) -> None:
+    def refuse(
+        self, form: type[Factored], forms: Forms, module: nn.Module, student: nn.Module | None, processes: int
+    ) -> None:
         """Raise the errors that can be detected before calibration.
 
         Args:
-            names: names of the layers to compress.
+            form: class of the layers that replace dense ones.
+            forms: forms that each layer to compress may get.
             module: the module to train.
             student: the model whose logits will be compared; None without distillation.
             processes: number of processes that would share a copy of the student.
 
         Raises:
             TargetError: a pattern of layers matches nothing.
-            RecoveryError: a pattern of parameters matches no parameter that now requires gradients.
+            RecoveryError: a pattern of parameters matches no parameter that now requires gradients, or the forms of the
+                layers leave nothing to train or are too small for the method.
             TeacherError: the teacher does not fit into memory, cannot be copied or read, or is another model.
         """
-        self.settings.refuse_layers(names)
+        self.settings.refuse_layers(list(forms), form)
         also = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         for pattern in self.settings.also_train:
             if not any(matches(name, pattern) for name in also):
                 raise RecoveryError(
                     f"recovery.also_train has {pattern!r}, which matches no parameter that requires gradients"
                 )
+        refuse_forms(self.settings, forms)
         if student is None:
             return
         if self.settings.keeps_teacher:
@@ -118,23 +123,15 @@ class RecoveryRun:
         self._were_trainable = [name for name, p in module.named_parameters() if p.requires_grad]
 
     def dress(self, name: str, layer: Factored) -> None:
-        """Prepare a new layer for training and add its adapter, while the layer is still whole.
-
-        Args:
-            name: qualified name of the layer.
-            layer: the layer.
-
-        Raises:
-            RecoveryError: the rank of the layer is too low for the adapter of this stage or a later one.
-            ConfigError: the method needs an adapter, but the layer has no factors to add it to.
-        """
-        if not self.settings.chooses(name):
-            return
-        if self.stage == 0:
+        """Prepare a layer for the current stage, while the layer is still whole; see `dressing.dress`."""
+        if self.stage == 0 and self.settings.chooses(name):
             self.settings.prepare(layer)
-            for parts in self.settings.stages[1:]:
-                self._attach(name, type(layer).like(layer, rank=layer.rank), parts, empty=True)
-        self._attach(name, layer, self.parts)
+        dress(self.settings, name, layer, self.stage)
+
+    def reduced(self, module: nn.Module) -> str | None:
+        """Return a warning if low-rank layers of a module are trained less than the settings ask for, else None."""
+        chosen = {name: layer for name, layer in factored_layers(module) if self.settings.chooses(name)}
+        return self.settings.reduced(chosen)
 
     def begin(self, module: nn.Module, step: int) -> None:
         """Start the recovery and freeze all parameters that are not trained.
@@ -160,10 +157,7 @@ class RecoveryRun:
         """
         trained = set(self._trained(module))
         if not trained:
-            raise RecoveryError(
-                f"recovery by {self.settings.method} has nothing to train: {len(ranks_of(module))} layers are low-rank "
-                f"and targets is {self.settings.targets}"
-            )
+            refuse_nothing(self.settings, len(ranks_of(module)))
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trained)
 
@@ -177,8 +171,6 @@ class RecoveryRun:
         Raises:
             RecoveryError: the number of steps is unknown, but the schedule or the stages need it.
         """
-        if math.isinf(steps) and len(self.settings.stages) > 1:
-            raise RecoveryError("two_step has to know when training ends; set max_steps or max_epochs")
         parameters = [p for p in module.parameters() if p.requires_grad]
         return self.settings.optimizer(parameters, self._steps_of_stage(steps))
 
@@ -201,10 +193,11 @@ class RecoveryRun:
         self.rollback.check_weights(module, adapter.team)
         self.stage += 1
         self.rollback.forget()
-        for name, layer in adapters.on(module).items():
-            new = adapters.merged(layer, adapter.whole)
-            self.dress(name, new)
-            adapter.replace(module, layer, new)
+        for name, layer in list(factored_layers(module)):
+            if layer.adapter is not None or needs_adapter(self.settings, name, layer, self.stage):
+                new = adapters.merged(layer, adapter.whole)
+                self.dress(name, new)
+                adapter.replace(module, layer, new)
         self.began = step
         self.freeze(module)
 
@@ -311,13 +304,6 @@ class RecoveryRun:
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.settings.teacher_dtype)
         return dtype
-
-    def _attach(self, name: str, layer: Factored, parts: tuple[str, ...], *, empty: bool = False) -> None:
-        self.settings.refuse_storage(layer.kind)
-        adapter = self.settings.adapter(parts, layer.rank)
-        if adapter is not None and isinstance(layer, LowRankLinear) and adapter.parts_of(name):
-            adapter.attach(name, layer, empty=empty)
-            self.settings.refuse_rank(name, layer)
 
     def _steps_of_stage(self, steps: float) -> float:
         stages = len(self.settings.stages)

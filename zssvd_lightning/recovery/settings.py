@@ -1,7 +1,7 @@
 """Settings for training a low-rank model after factorization, common to all methods."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -11,7 +11,6 @@ from torch import nn
 from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import closest, require, require_one_of
 from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError
-from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
 from zssvd_lightning.layers.registry import Factored, trained_form
 from zssvd_lightning.layers.storage import STORAGES
@@ -35,6 +34,9 @@ SCHEDULES = (
     *(ENDLESS_SCHEDULES := ("constant", "constant_with_warmup")),
 )
 """Learning-rate schedules of transformers that need only their length and the length of their warmup."""
+
+
+SAY_WHEN = "set max_steps, or max_epochs if the length of the training data is known"
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,17 @@ class Recovery(ABC):
         """True if adapters are merged into the factors at the end."""
         return True
 
-    def adapter(self, parts: Sequence[str], rank: int | None = None) -> Adapter | None:
-        """Return the adapter for these factors of a layer; None if the factors themselves are trained.
+    def adapter(self, parts: Sequence[str], name: str, layer: Factored) -> Adapter | None:
+        """Return the adapter for these factors of a layer; None if the layer gets none.
 
         Args:
-            parts: names of factors, from `adapters.PARTS`.
-            rank: rank of the layer; None for any rank.
+            parts: names of factors, from `adapters.PARTS`; `layer.thin_layers` tells which thin layers stand for them.
+            name: name of the layer in its model.
+            layer: a layer that `targets` chooses, with or without values.
 
         Raises:
             ConfigError: peft refuses an option.
+            RecoveryError: the layer is too small for the adapter.
         """
         return None
 
@@ -131,17 +135,25 @@ class Recovery(ABC):
         """Return True if the name of a layer matches `targets`."""
         return self.targets is None or any(matches(name, pattern) for pattern in self.targets)
 
+    needs_components: ClassVar[bool] = False
+    """True if the method acts on single components, which pivot rows do not keep apart."""
+
     def refuse_storage(self, storage: str) -> None:
-        """Raise ConfigError if the method adds adapters to factors and a storage, or a kind of layer, has no two."""
+        """Raise ConfigError if the method acts on components, and a storage, or a kind of layer, has none."""
         form = STORAGES[storage].layer if storage in STORAGES else storage
-        if issubclass(trained_form(form), PivotedLinear) and self.adapter(PARTS) is not None:
+        if self.needs_components and issubclass(trained_form(form), PivotedLinear):
             raise ConfigError(
-                f"recovery by {self.method!r} is put on the two factors of a layer, and storage {storage!r} has none; "
-                "recover by 'factors', which trains pivot rows and coefficients, or keep storage 'factors'"
+                f"recovery by {self.method!r} acts on single components, and storage {storage!r} keeps rows of the "
+                "weight instead; recover by 'lora' or 'factors', or keep storage 'factors'"
             )
 
-    def refuse_layers(self, names: Sequence[str]) -> None:
-        """Raise TargetError if a pattern of `targets` matches none of the layers."""
+    def refuse_layers(self, names: Sequence[str], form: type[Factored]) -> None:
+        """Raise TargetError if a pattern of `targets` matches none of the layers.
+
+        Args:
+            names: names of the layers that are compressed.
+            form: class of the layers that replace them.
+        """
         for pattern in self.targets or ():
             if not any(matches(name, pattern) for name in names):
                 raise TargetError(
@@ -149,8 +161,19 @@ class Recovery(ABC):
                     + closest(pattern, names)
                 )
 
-    def refuse_rank(self, name: str, layer: LowRankLinear) -> None:  # noqa: B027  (most methods suit every rank)
-        """Raise RecoveryError if the rank of a layer is too low for the method."""
+    def refuse_endless(self) -> None:
+        """Raise RecoveryError if the number of steps is unknown, but the schedule or the stages need it."""
+        if len(self.stages) > 1:
+            raise RecoveryError(f"recovery.two_step has to know when training ends; {SAY_WHEN}")
+        if self.lr is not None and self.schedule not in ENDLESS_SCHEDULES:
+            raise RecoveryError(
+                f"recovery.schedule {self.schedule!r} has to know when training ends, but neither max_steps nor "
+                f"max_epochs says so; {SAY_WHEN}, or take {' or '.join(ENDLESS_SCHEDULES)}"
+            )
+
+    def reduced(self, layers: Mapping[str, Factored]) -> str | None:
+        """Return a warning if some of the chosen layers are trained less than the settings ask for, otherwise None."""
+        return None
 
     def optimizer(self, parameters: Sequence[nn.Parameter], steps: float) -> dict[str, Any]:
         """Return AdamW and its schedule, in the form that `configure_optimizers` returns.
@@ -166,11 +189,8 @@ class Recovery(ABC):
             raise RuntimeError("without a learning rate the module's own optimizer is used")
         if steps < 1:
             raise RecoveryError(f"the recovery has {steps} steps left; raise max_steps or max_epochs")
-        if steps == float("inf") and self.schedule not in ENDLESS_SCHEDULES:
-            raise RecoveryError(
-                f"recovery.schedule {self.schedule!r} has to know when training ends, but neither max_steps nor "
-                f"max_epochs says so; set one, or take {' or '.join(ENDLESS_SCHEDULES)}"
-            )
+        if steps == float("inf"):
+            self.refuse_endless()
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
         length = 0 if steps == float("inf") else int(steps)
         from transformers import get_scheduler  # loads peft where it is installed

@@ -14,8 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.layers.base import ADAPTER_NOTE, LOADING_NOTE, CompressedLinear, Dense, shape_of
-from zssvd_lightning.layers.low_rank import LowRankLinear
-from zssvd_lightning.layers.registry import KINDS, dense_like, layer_like
+from zssvd_lightning.layers.registry import KINDS, Factored, dense_like, layer_like
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.adapters import Adapter
 from zssvd_lightning.model.replace import inside_compressed, replace_module
@@ -93,7 +92,7 @@ def _successor(
             continue
         spec = {"kind": kind} | sizes
         new, adapter = layer_like(layer, spec), told.get(name)
-        if adapter is not None and isinstance(new, LowRankLinear):
+        if adapter is not None and isinstance(new, Factored):
             adapter.attach(name, new, empty=True)
         for part, value in new.state_dict().items():
             found = weights.get(f"{name}.{part}")
@@ -107,7 +106,7 @@ def _successor(
 
 
 def _form(layer: CompressedLinear) -> tuple[Any, ...]:
-    return layer.spec, layer.adapter if isinstance(layer, LowRankLinear) else None
+    return layer.spec, layer.adapter if isinstance(layer, Factored) else None
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -84,8 +84,15 @@ def scheduled_steps(trainer: L.Trainer) -> float:
     """Return the number of optimizer steps for a learning-rate schedule; call it in `configure_optimizers`.
 
     Before factorization this is the whole training. When `configure_optimizers` runs again after factorization, or in a
-    run resumed from there, it is the recovery.
+    run resumed from there, it is the recovery. It is infinite if the limits of the Trainer do not determine it.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     begun = [start for callback in callbacks if (start := getattr(callback, "recovers_from", None)) is not None]
-    return trainer.estimated_stepping_batches - max(begun, default=0)
+    total = trainer.estimated_stepping_batches
+    return math.inf if total == -1 else total - max(begun, default=0)  # -1: only max_epochs, of unknown length
+
+
+def end_is_unknown(trainer: L.Trainer) -> bool:
+    """Return True if the limits do not determine the number of optimizer steps; call it once the data is loaded."""
+    endless = trainer.max_epochs in (None, -1) or math.isinf(trainer.num_training_batches)
+    return trainer.max_steps == -1 and endless
