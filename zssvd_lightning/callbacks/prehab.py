@@ -31,7 +31,12 @@ from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.batches import token_mask
 from zssvd_lightning.callbacks.schedule import ScheduledCompression
 from zssvd_lightning.callbacks.trainer import telemetry
-from zssvd_lightning.callbacks.trainer.guards import most_accumulated, refuse_early_compression, steps_in
+from zssvd_lightning.callbacks.trainer.guards import (
+    most_accumulated,
+    refuse_early_compression,
+    refuse_other_package,
+    steps_in,
+)
 from zssvd_lightning.callbacks.trainer.limits import batch_is_over, batches_run
 from zssvd_lightning.callbacks.trainer.precision import loss_scale, scales
 from zssvd_lightning.compression.phase import Phase
@@ -134,6 +139,7 @@ class LowRankPrehab(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Reset the state at the start of a fit."""
+        refuse_other_package(trainer)
         self._fitting = stage == "fit"
         if self._fitting:
             self._trainer, self._run, self._run_before = weakref.ref(trainer), PrehabRun(), 0
@@ -196,7 +202,7 @@ class LowRankPrehab(L.Callback):
         divides = getattr(optimizer, "_step_supports_amp_scaling", False)  # fused optimizers divide by the loss scale
         regularizer = REGULARIZERS[self.regularizer]
         value = run.add_gradients(regularizer, weight * (loss_scale(trainer) if divides else 1.0))
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if telemetry.is_due(trainer, trainer.global_step + 1):
             telemetry.log(trainer, **{"prehab_weight": weight, regularizer.metric: value})
 
     def on_train_batch_end(
