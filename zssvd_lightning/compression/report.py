@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.table import Table
 
 from zssvd_lightning.errors import SavedModelError
+from zssvd_lightning.selection.budget import Budget
+from zssvd_lightning.selection.plan import Plan
 
 if TYPE_CHECKING:
     from zssvd_lightning.compression.engine import Compression
@@ -97,6 +99,9 @@ class Report:
     """Removed fraction in that unit. If not given, the removed fraction of the parameters."""
     peak_rss_bytes: int = 0
     """Peak resident memory of the process so far (bytes)."""
+    left_dense: Mapping[str, str] = field(default_factory=dict)
+    """Layer -> reason, for target layers that calibration has not reached. They stay dense, and count neither in
+    `layers` nor in the parameters of the target layers."""
     seed: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -122,7 +127,7 @@ class Report:
             for name, rank in ranks.items()
         }
         return cls(
-            asked=run.config.prune_ratio if run.followed_plan is None else run.followed_plan.reached,
+            asked=run.config.prune_ratio if run.followed_plan is None else _asked_by(run.followed_plan, run.budget),
             parameters_before=counted.total,
             parameters_after=counted.kept(ranks, selection.eight_bit),
             budget_in=run.budget.unit,
@@ -134,6 +139,7 @@ class Report:
             correction_fractions=list(run.fractions),
             seconds=dict(run.stopwatch.seconds),
             kept_back=None if run.safeguard is None else run.safeguard.report(),
+            left_dense=dict(run.left_dense),
         )
 
     @property
@@ -152,7 +158,11 @@ class Report:
         start = f"{prefix}."
         if outside := [name for name in self.layers if not name.startswith(start)]:
             raise KeyError(f"{outside[0]} is not within {prefix}")
-        return replace(self, layers={name.removeprefix(start): layer for name, layer in self.layers.items()})
+        return replace(
+            self,
+            layers={name.removeprefix(start): layer for name, layer in self.layers.items()},
+            left_dense={n.removeprefix(start): why for n, why in self.left_dense.items() if n.startswith(start)},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types under the keys of `report.json`."""
@@ -161,6 +171,7 @@ class Report:
             "perplexity": self.perplexity,
             "perplexity_second": self.perplexity_second,
             "file_bytes": self.file_bytes,
+            "left_dense": dict(self.left_dense) or None,
         }
         return {
             "prune_ratio": {"asked": self.asked, "reached": self.reached, "of": self.budget_in},
@@ -204,6 +215,7 @@ class Report:
             budget_in=saved["prune_ratio"].get("of", "parameters"),
             reached=saved["prune_ratio"]["reached"],
             peak_rss_bytes=saved["peak_rss_bytes"],
+            left_dense=saved.get("left_dense", {}),
             seed=saved["seed"],
             config=saved["config"],
         )
@@ -229,6 +241,8 @@ class Report:
             table.add_row("file size", *(f"{self.file_bytes[k] / 1e6:.1f} MB" for k in ("dense", "compressed")))
         low_rank = sum(layer.rank is not None for layer in self.layers.values())
         table.add_row("low-rank layers", "0", f"{low_rank} of {len(self.layers)}")
+        if self.left_dense:
+            table.add_row("layers not reached", "", f"{len(self.left_dense)} left dense")
         table.add_section()
         for step, seconds in self.seconds.items():
             table.add_row(f"seconds: {step}", "", f"{seconds:.1f}")
@@ -245,6 +259,11 @@ class Report:
             table.add_row("  before corrections", "", f"{losses['truncated']:.4f}")
         if losses["taken_back"]:
             table.add_row("  steps taken back", "", f"{losses['taken_back']}")
+
+
+def _asked_by(plan: Plan, budget: Budget) -> float:
+    """Return the prune ratio of the ranks that a plan gives to the layers of a budget."""
+    return budget.reached(plan.ranks, plan.eight_bit)
 
 
 def write_report(folder: Path, report: Report) -> None:
