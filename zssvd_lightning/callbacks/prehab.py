@@ -165,6 +165,10 @@ class LowRankPrehab(L.Callback):
                 f"all {len(targets)} layers to regularize are frozen, so that the term would change nothing; unfreeze "
                 "some, or include others"
             )
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if trainer.is_global_zero:
+                logger.warning("fast_dev_run: LowRankPrehab has been set up but adds nothing, for lack of batches")
+            return
         if (compression := _compression(trainer)) is not None:
             start = compression.schedule.start_epoch, compression.schedule.start_step
             refuse_early_compression(trainer, *start, self._begins_at(trainer), self.steps)
