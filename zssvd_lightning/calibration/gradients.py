@@ -44,6 +44,5 @@ def refuse_no_gradient(moments: Moments) -> None:
     if ran and not (moments.gradient_sums or moments.with_gradient):
         raise ZeroGradientError(
             f"the loss has no gradient at any layer, though {', '.join(ran[:3])} ({len(ran)} layers) ran: they run "
-            "under torch.no_grad or their outputs are detached, as a teacher's; or activations are checkpointed with "
-            "use_reentrant=True. Let the loss depend on them, or set use_reentrant=False"
+            "under torch.no_grad, or their outputs are detached; let the loss depend on them"
         )

@@ -1,5 +1,6 @@
 """Observation of a model during a batch, through hooks that are removed on any exit."""
 
+import inspect
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from zssvd_lightning._contexts import evaluation_mode, no_cache, uncompiled
 from zssvd_lightning._numerics import accumulated, exact_products
@@ -14,7 +16,7 @@ from zssvd_lightning.calibration.batches import input_of, rows_that_count
 from zssvd_lightning.calibration.contexts import gradients_from_embeddings_on, gradients_only_at
 from zssvd_lightning.calibration.gradients import refuse_no_gradient
 from zssvd_lightning.calibration.recorded_calls import Call
-from zssvd_lightning.errors import CalibrationError, LogitsError
+from zssvd_lightning.errors import CalibrationError, LogitsError, ZeroGradientError
 from zssvd_lightning.model.logits import logits_of
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.whitening.moments import Moments
@@ -55,6 +57,7 @@ class Observation:
         self._taking_outputs = True
         self._has_graph: dict[str, bool] = {}
         self._without_graph: list[str] = []
+        self._checkpointed: set[str] = set()
         self.gradient_weight = 1.0
 
     def watch_inputs(self) -> None:
@@ -156,10 +159,16 @@ class Observation:
             alone: True if no other process has batches. Otherwise a layer may get gradients there.
 
         Raises:
-            ZeroGradientError: layers ran, but none has got a gradient so far.
+            ZeroGradientError: layers ran, but none has got a gradient so far, or those under reentrant checkpointing
+                have not.
             CalibrationError: gradients of the loss have reached layers that drawn ones have not, as under reentrant
                 checkpointing.
         """
+        if without := [name for name in self._targets if name in self._checkpointed - moments.gradient_sums.keys()]:
+            raise ZeroGradientError(
+                f"the loss has no gradient at {', '.join(without[:3])} ({len(without)} layers), because they run under "
+                "activation checkpointing that passes none on; set use_reentrant=False, or add them to ignore"
+            )
         if alone:
             refuse_no_gradient(moments)
         if without := [name for name in self._without_graph if name in moments.gradient_sums]:
@@ -208,6 +217,8 @@ class Observation:
     def _hook(self, name: str) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._see(name, input_of(args, kwargs))
+            if not torch.is_grad_enabled() and _in_reentrant_checkpoint():
+                self._checkpointed.add(name)
 
         return see
 
@@ -224,6 +235,16 @@ class Observation:
                 f"{name} read the same input as {leader} in the first batch, but another one now; "
                 f"compress them in separate runs, or add {name} to ignore"
             )
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Return whether the caller runs in the forward pass of `torch.utils.checkpoint` with `use_reentrant=True`."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

@@ -30,9 +30,7 @@ class Unreached(StrEnum):
 REMEDIES = {
     Unreached.NEVER_RAN: "calibrate on batches that reach them",
     Unreached.NOT_CALLED: "call the layer in the forward pass of the model",
-    Unreached.NO_GRADIENT: (
-        "let their output reach the loss with its graph; if activations are checkpointed, set use_reentrant=False"
-    ),
+    Unreached.NO_GRADIENT: "let their output reach the loss with its graph, unless they are a teacher's",
     Unreached.ZERO_GRADIENT: "calibrate after some training, or with a loss that depends on them",
     Unreached.NO_OUTPUT_GRADIENT: "have output_side 'empirical'",
     Unreached.NO_CURVATURE: "raise correction_batches",
