@@ -105,6 +105,10 @@ class RankDeficientWarning(UserWarning):
     """Warning about a singular second moment. Names the layer and the jitter that made it positive definite."""
 
 
+class LeftDenseWarning(UserWarning):
+    """Warning about target layers that stay dense because calibration has not reached them, with the reasons."""
+
+
 class TaskError(ZSSVDError, ValueError):
     """Evaluation task that is unknown, does not load, or has missing or malformed rows."""
 

@@ -8,11 +8,13 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from support.callbacks import Keeps
 from support.models import CausalLM, loader, padded_batches, tiny_bert, tiny_gpt2, tiny_llama, token_batches, trainer
+from support.warned import warned_once
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from zssvd_lightning import LowRankLinear, Phase, ZSSVDCallback
-from zssvd_lightning.errors import CalibrationError, LogitsError, ZeroGradientError
+from zssvd_lightning.errors import CalibrationError, LeftDenseWarning, LogitsError, ZeroGradientError
+from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.serialization.specs import ranks_of
 from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 
@@ -223,14 +225,28 @@ class Teaches(CausalLM):
         return output.loss - (wanted * output.logits.log_softmax(-1)).mean()
 
 
-def test_a_teacher_is_named_at_the_first_batch_and_can_be_ignored():
-    fitted = trainer(ZSSVDCallback(0.3, "zs-svd-line-search", corrections=0, progress=False), max_epochs=2)
-    with pytest.raises(ZeroGradientError, match=r"teacher\.model\.layers.* as a teacher's.*ignore"):
-        fitted.fit(Teaches(), loader(token_batches()))
-    assert fitted.global_step == 0
-    module = Teaches()
-    statistics(module, callback=Keeps(0.3, corrections=0, ignore="re:teacher.*", progress=False))
-    assert ranks_of(module)
+@pytest.mark.parametrize("settings", [{"preset": "zs-svd-line-search"}, {"preset": "best", "output_side": "sampled"}])
+def test_a_teacher_is_named_and_stays_dense_or_is_ignored(settings):
+    """Drawn gradients, which are sent back from the student's logits, do not need its graph."""
+
+    class Teaching(Teaches):
+        validation_step = None
+
+    class Student(ZSSVDCallback):
+        def student(self, pl_module):
+            return pl_module.model
+
+    settings = {"corrections": 0, "progress": False} | settings
+    torch.manual_seed(1)
+    module, callback = Teaching(), Student(prune_ratio=0.3, **settings)
+    with warned_once(LeftDenseWarning, r"14 of 28 .* teacher\.model\.layers.*no gradient came back.*ignore"):
+        trainer(callback, max_epochs=2).fit(module, loader(token_batches()))
+    assert callback.report.left_dense.keys() == find_targets(module, ["re:teacher.*"]).keys()
+    torch.manual_seed(1)
+    other, ignoring = Teaching(), Student(prune_ratio=0.3, ignore="re:teacher.*", **settings)
+    trainer(ignoring, max_epochs=2).fit(other, loader(token_batches()))
+    assert callback.report.layers == ignoring.report.layers
+    assert ranks_of(module) == ranks_of(other)
     assert not ranks_of(module.teacher)
 
 

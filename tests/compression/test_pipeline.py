@@ -24,7 +24,6 @@ from zssvd_lightning.errors import (
     NonFiniteError,
     RankDeficientWarning,
     TargetError,
-    ZeroGradientError,
 )
 from zssvd_lightning.layers.int8 import EightBitLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
@@ -255,8 +254,6 @@ BAD = {
     "all padding": (tiny_llama, padding, {}, CalibrationError, "all padding"),
     "nan loss": (lambda: poisoned(float("nan")), token_batches, {}, NonFiniteError, "loss"),
     "infinite inputs": (poisoned_where_it_does_not_show, token_batches, {}, NonFiniteError, "inputs of idle"),
-    "never ran": (Idle, token_batches, {}, CalibrationError, "idle never ran"),
-    "zero gradient": (lambda: Idle(read=True), token_batches, {}, ZeroGradientError, "no gradient at idle"),
     "floor": (tiny_llama, token_batches, {"prune_ratio": 0.8, "min_rank_fraction": 0.5}, BudgetError, "at most"),
     "no target": (lambda: nn.Sequential(nn.Conv2d(3, 3, 3)), token_batches, {}, TargetError, "no layer"),
     "head": (tiny_llama, token_batches, {"include": ["lm_head"]}, TargetError, "tied"),

@@ -149,6 +149,62 @@ FAMILIES = {
 }
 
 
+class Unreached(nn.Module):
+    """A language model with layers that calibration does not reach, for each reason."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.model = tiny_llama(**settings)
+        self.config = self.model.config
+        for name in ("idle", "read", "teacher", "gone"):
+            setattr(self, name, nn.Linear(32, 32))
+        self.zero = nn.Linear(32, 32)
+        self.reads = nn.Linear(32, 32)
+
+    def forward(self, **batch: Tensor) -> Any:
+        output = self.model(**batch)
+        x = torch.ones(40, 32)
+        self.read(x)
+        with torch.no_grad():
+            self.teacher(x)
+        output.loss = output.loss + 0.0 * self.zero(x).sum() + 1e-3 * (x @ self.reads.weight).square().mean()
+        return output
+
+
+REASONS = {
+    "idle": "saw no token",
+    "read": "ran, but no gradient came back to it",
+    "teacher": "ran, but no gradient came back to it",
+    "gone": "saw no token",
+    "zero": "has a gradient of exactly zero",
+    "reads": "has its weight read by other code, but is not called itself",
+}
+"""Why calibration does not reach the layers of `Unreached`."""
+
+
+class Experts(nn.Module):
+    """A language model with two experts beside it, each of which runs for the batches that it is chosen for.
+
+    Attributes:
+        chosen: function that returns the experts for the n-th forward pass with gradients and the tokens of the batch.
+    """
+
+    def __init__(self, chosen: Callable[[int, Tensor], list[int]]) -> None:
+        super().__init__()
+        self.model = tiny_llama()
+        self.config = self.model.config
+        self.experts = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
+        self.chosen, self.passes = chosen, 0
+
+    def forward(self, **batch: Tensor) -> Any:
+        output = self.model(**batch, output_hidden_states=True)
+        x = output.hidden_states[-1]
+        for index in self.chosen(self.passes, batch["input_ids"]):
+            output.loss = output.loss + 1e-2 * self.experts[index](x).square().mean()
+        self.passes += torch.is_grad_enabled()
+        return output
+
+
 class CausalLM(L.LightningModule):
     """The plainest module there is around a transformers model."""
 

@@ -119,6 +119,8 @@ class StatisticsCollector:
             self.moments.add_loss(loss, terms)
         self._pending = []
         collect_gradients(self._targets, self.moments, weight * self._team.gradients_divided_by)
+        if self._observation is not None:
+            self._observation.refuse_unusable(self.moments, alone=self._team.size == 1)
 
     def discard_gradients(self) -> None:
         """Discard the recorded losses, the gradients on the targets and, with `can_overflow`, the matching inputs."""

@@ -31,19 +31,18 @@ def checked_loss(loss: Any) -> Tensor:
 
 
 def collect_gradients(targets: Mapping[str, Target], moments: Moments, weight: float) -> None:
-    """Add `weight` times the gradients on the targets to `moments`, and clear the gradients.
-
-    Raises:
-        ZeroGradientError: a layer ran in the forward pass but got no gradient.
-    """
+    """Add `weight` times the gradients on the targets to `moments`, and clear the gradients."""
     for name, target in targets.items():
         if (gradient := target.gradient) is not None:
             moments.add_gradient(name, gradient, weight)
         target.module.weight.grad = None
-    known = {*moments.gradient_sums, *moments.with_gradient}
-    if without := [name for name in moments.leaders if name not in known]:
+
+
+def refuse_no_gradient(moments: Moments) -> None:
+    """Raise ZeroGradientError if layers ran in the forward pass, but none has got a gradient so far."""
+    ran = list(moments.leaders)
+    if ran and not (moments.gradient_sums or moments.with_gradient):
         raise ZeroGradientError(
-            f"the loss has no gradient at {', '.join(without[:3])} ({len(without)} layers), though they run in the "
-            "forward pass: it is under torch.no_grad or its output is detached, as a teacher's; or activations are "
-            "checkpointed with use_reentrant=True. Add them to ignore, or set use_reentrant=False"
+            f"the loss has no gradient at any layer, though {', '.join(ran[:3])} ({len(ran)} layers) ran: they run "
+            "under torch.no_grad, or their outputs are detached; let the loss depend on them"
         )

@@ -1,5 +1,6 @@
 """Observation of a model during a batch, through hooks that are removed on any exit."""
 
+import inspect
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -7,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from zssvd_lightning._contexts import evaluation_mode, no_cache, uncompiled
 from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.calibration.batches import input_of, rows_that_count
 from zssvd_lightning.calibration.contexts import gradients_from_embeddings_on, gradients_only_at
+from zssvd_lightning.calibration.gradients import refuse_no_gradient
 from zssvd_lightning.calibration.recorded_calls import Call
-from zssvd_lightning.errors import CalibrationError, LogitsError
+from zssvd_lightning.errors import CalibrationError, LogitsError, ZeroGradientError
 from zssvd_lightning.model.logits import logits_of
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.whitening.moments import Moments
@@ -53,6 +56,8 @@ class Observation:
         self._drawn: tuple[Draw, torch.Generator] | None = None
         self._taking_outputs = True
         self._has_graph: dict[str, bool] = {}
+        self._without_graph: list[str] = []
+        self._checkpointed: set[str] = set()
         self.gradient_weight = 1.0
 
     def watch_inputs(self) -> None:
@@ -115,7 +120,7 @@ class Observation:
 
         Raises:
             LogitsError: the loss does not depend on the logits that were seen.
-            CalibrationError: a layer ran without a graph, as under reentrant checkpointing.
+            CalibrationError: the drawn gradients cannot be sent back, as under reentrant checkpointing.
         """
         if self._drawn is None:
             return
@@ -134,15 +139,43 @@ class Observation:
             parts = (torch.split(each, POSITIONS) for each in (drawn, logits.flatten(0, -2), counting))
             for rows, z, counts in zip(*parts, strict=True):
                 rows[counts] = draw(z[counts].to(accumulated(z.dtype)), generator).to(rows)
-        if without := [name for name, has_graph in self._has_graph.items() if not has_graph]:
+        self._without_graph = [name for name, has_graph in self._has_graph.items() if not has_graph]
+        weights = [target.module.weight for target in self._targets.values()]
+        before, self.gradient_weight, self._taking_outputs = self.gradient_weight, 1.0, True
+        try:
+            torch.autograd.grad(logits, weights, drawn.view_as(logits), retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise CalibrationError(
+                f"drawn gradients cannot be sent back from the logits: {error}; if activations are checkpointed, set "
+                "use_reentrant=False, else have output_side 'empirical'"
+            ) from error
+        self.gradient_weight, self._taking_outputs = before, False
+
+    def refuse_unusable(self, moments: Moments, *, alone: bool) -> None:
+        """Refuse gradients that show at once that statistics will be missing; call it once they are collected.
+
+        Args:
+            moments: the statistics so far, with the gradients.
+            alone: True if no other process has batches. Otherwise a layer may get gradients there.
+
+        Raises:
+            ZeroGradientError: layers ran, but none has got a gradient so far, or those under reentrant checkpointing
+                have not.
+            CalibrationError: gradients of the loss have reached layers that drawn ones have not, as under reentrant
+                checkpointing.
+        """
+        if without := [name for name in self._targets if name in self._checkpointed - moments.gradient_sums.keys()]:
+            raise ZeroGradientError(
+                f"the loss has no gradient at {', '.join(without[:3])} ({len(without)} layers), because they run under "
+                "activation checkpointing that passes none on; set use_reentrant=False, or add them to ignore"
+            )
+        if alone:
+            refuse_no_gradient(moments)
+        if without := [name for name in self._without_graph if name in moments.gradient_sums]:
             raise CalibrationError(
                 f"{without[0]} ran without a graph ({len(without)} layers), so drawn gradients cannot be sent back to "
                 "it; if activations are checkpointed, set use_reentrant=False, else have output_side 'empirical'"
             )
-        weights = [target.module.weight for target in self._targets.values()]
-        before, self.gradient_weight, self._taking_outputs = self.gradient_weight, 1.0, True
-        torch.autograd.grad(logits, weights, drawn.view_as(logits), retain_graph=True, allow_unused=True)
-        self.gradient_weight, self._taking_outputs = before, False
 
     def forward_done(self) -> None:
         """Stop watching inputs, so that forward passes that activation checkpointing repeats are not counted."""
@@ -184,6 +217,8 @@ class Observation:
     def _hook(self, name: str) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._see(name, input_of(args, kwargs))
+            if not torch.is_grad_enabled() and _in_reentrant_checkpoint():
+                self._checkpointed.add(name)
 
         return see
 
@@ -200,6 +235,16 @@ class Observation:
                 f"{name} read the same input as {leader} in the first batch, but another one now; "
                 f"compress them in separate runs, or add {name} to ignore"
             )
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Return whether the caller runs in the forward pass of `torch.utils.checkpoint` with `use_reentrant=True`."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

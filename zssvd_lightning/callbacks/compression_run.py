@@ -17,6 +17,7 @@ from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.recovery import RecoveryHooks
 from zssvd_lightning.callbacks.schedule import Schedule
 from zssvd_lightning.callbacks.trainer import telemetry
+from zssvd_lightning.callbacks.trainer.fast_dev_run import Asked
 from zssvd_lightning.callbacks.trainer.guards import (
     most_accumulated,
     refuse_stale_groups,
@@ -75,30 +76,37 @@ class CompressionRun:
         self.recovers_from: int | None = None
         self.planned = False
         self._fit, self._meaning, self._recovering = fit, meaning, recovering
-        self._config, self._schedule, self._recovery = config, schedule, recovery
+        self._asked, self._recovery = Asked(config, schedule), recovery
+        self._config, self._schedule = self._asked
         self._dry_run, self._progress = dry_run, progress
         self._compressed: weakref.ref[L.LightningModule] | None = None
         self.life = self.fresh()
 
-    def fresh(self) -> Lifecycle:
-        """Return the lifecycle of a compression that has not started."""
-        schedule = self._schedule
-        return Lifecycle(self._config, schedule.calibration_batches, schedule.calibration_epochs, self._recovery)
+    def fresh(self, asked: Asked | None = None) -> Lifecycle:
+        """Return the lifecycle of a compression that has not started, with the settings of this fit or other ones."""
+        config, schedule = asked or (self._config, self._schedule)
+        return Lifecycle(config, schedule.calibration_batches, schedule.calibration_epochs, self._recovery)
 
     def batches_needed(self, batches_per_epoch: float, accumulate: int) -> int:
         """Return the number of training batches from the start of an epoch until factorization or the written plan."""
-        return self.fresh().batches_needed(batches_per_epoch, accumulate, first_only=self._dry_run is not False)
+        return self.fresh(self._asked).batches_needed(
+            batches_per_epoch, accumulate, first_only=self._dry_run is not False
+        )
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Discard the compression of another module, and show the phase on the progress bar."""
         self.planned = False
-        if self._fit.fitting and self.life.phase in (Phase.RECOVER, Phase.DONE):
+        if not self._fit.fitting:
+            return
+        self._config, self._schedule = self._asked.within(trainer)
+        if self.life.phase is Phase.WAIT:
+            self.life.follow(self._config, self._schedule.calibration_batches, self._schedule.calibration_epochs)
+        elif self.life.phase in (Phase.RECOVER, Phase.DONE):
             if not self._has_compressed(module):
                 self._start_over()
             else:
                 self.recovers_from = 0
-        if self._fit.fitting:
-            self._fit.borrow(telemetry.shown_on_bar(trainer, lambda: self._describe(trainer)))
+        self._fit.borrow(telemetry.shown_on_bar(trainer, lambda: self._describe(trainer)))
 
     def go_on_after(self, module: L.LightningModule) -> bool:
         """Return True if this module is already low-rank, so that its factors train on; otherwise start over."""
@@ -126,7 +134,7 @@ class CompressionRun:
             if life.phase is Phase.WAIT:
                 life.epoch_length = math.inf
                 needed = self._batches_until_factorized(trainer)
-                needed = (1 if self._schedule.extend_training else needed) + (self._recovery is not None)
+                needed = 1 if self._schedule.extend_training else needed + (self._recovery is not None)
                 refuse_too_short(trainer, self._schedule.start_epoch, self._schedule.start_step, needed)
             if self._config.asks_model:
                 self._meaning.student(module)
@@ -137,6 +145,7 @@ class CompressionRun:
         )
         gathering = life.compression.gathering
         gathering.can_overflow, gathering.logits_model = scales(trainer), self._meaning.student
+        self._asked.tell(trainer, life, first_only=self._dry_run is not False)
         telemetry.log_phase(trainer, life.phase)
         self.go_on_if_enough(trainer, module)
 
@@ -291,12 +300,14 @@ class CompressionRun:
     def _write_plan(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         path, plan = plan_file(trainer, self._dry_run), self.life.compression.plan()
         with self._fit.adapter.team.together():
-            if trainer.is_global_zero:
+            if self._asked.is_shortened(trainer):
+                logger.warning("fast_dev_run: the dry run chose ranks, and has not written them to %s", path)
+            elif trainer.is_global_zero:
                 plan.write(path)
+                logger.info("dry run: the ranks are in %s; compress with plan=%s", path, path)
         self.abandon(module)
         self.planned = True
         self._fit.borrow(stopping_now(trainer))
-        logger.info("dry run: the ranks are in %s; compress with plan=%s", path, path)
 
     def _factorize(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         def set_up_optimizers() -> None:

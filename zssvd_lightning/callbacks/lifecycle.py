@@ -60,7 +60,6 @@ class Lifecycle:
         calibration_epochs: int,
         recovery: Recovery | None = None,
     ) -> None:
-        self.config = config
         self.recovery = None if recovery is None else RecoveryRun(recovery)
         self.phase = Phase.WAIT
         self.report: Report | None = None
@@ -70,12 +69,17 @@ class Lifecycle:
         self.batches_into_epoch = 0
         self.epoch_length = math.inf
         self.first_losses: list[float] | None = None
-        self._calibration = (calibration_batches, calibration_epochs)
         self._compression: Compression | None = None
-        self._stages: list[Stage] = course(config)
         self._position = 0
         self._restored: Mapping[str, Any] | None = None
         self._changing = False
+        self.follow(config, calibration_batches, calibration_epochs)
+
+    def follow(self, config: CompressionConfig, calibration_batches: int, calibration_epochs: int) -> None:
+        """Use other settings from now on; call it only before the compression has started."""
+        self.config = config
+        self._calibration = (calibration_batches, calibration_epochs)
+        self._stages: list[Stage] = course(config)
 
     @property
     def compression(self) -> Compression:

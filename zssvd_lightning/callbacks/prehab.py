@@ -33,7 +33,12 @@ from zssvd_lightning.calibration.batches import token_mask
 from zssvd_lightning.callbacks.callback_state import refuse_damaged
 from zssvd_lightning.callbacks.schedule import ScheduledCompression
 from zssvd_lightning.callbacks.trainer import telemetry
-from zssvd_lightning.callbacks.trainer.guards import most_accumulated, refuse_early_compression, steps_in
+from zssvd_lightning.callbacks.trainer.guards import (
+    most_accumulated,
+    refuse_early_compression,
+    refuse_other_package,
+    steps_in,
+)
 from zssvd_lightning.callbacks.trainer.limits import batch_is_over, batches_run
 from zssvd_lightning.callbacks.trainer.precision import loss_scale, scales
 from zssvd_lightning.compression.phase import Phase
@@ -151,6 +156,7 @@ class LowRankPrehab(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Reset the state at the start of a fit."""
+        refuse_other_package(trainer)
         self._fitting = stage == "fit"
         if self._fitting:
             self._trainer, self._run, self._run_before = weakref.ref(trainer), PrehabRun(), 0
@@ -176,6 +182,10 @@ class LowRankPrehab(L.Callback):
                 f"all {len(targets)} layers to regularize are frozen, so that the term would change nothing; unfreeze "
                 "some, or include others"
             )
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if trainer.is_global_zero:
+                logger.warning("fast_dev_run: LowRankPrehab has been set up but adds nothing, for lack of batches")
+            return
         if (compression := _compression(trainer)) is not None:
             start = compression.schedule.start_epoch, compression.schedule.start_step
             refuse_early_compression(trainer, *start, self._begins_at(trainer), self.steps)
@@ -213,7 +223,7 @@ class LowRankPrehab(L.Callback):
         divides = getattr(optimizer, "_step_supports_amp_scaling", False)  # fused optimizers divide by the loss scale
         regularizer = REGULARIZERS[self.regularizer]
         value = run.add_gradients(regularizer, weight * (loss_scale(trainer) if divides else 1.0))
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if telemetry.is_due(trainer, trainer.global_step + 1):
             telemetry.log(trainer, **{"prehab_weight": weight, regularizer.metric: value})
 
     def on_train_batch_end(

@@ -91,7 +91,7 @@ class RecoveryHooks:
         if (recovery := life.active_recovery) is None:
             return
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        if recovery.divergence is not None and batches % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if recovery.divergence is not None and telemetry.is_due(trainer, batches):
             telemetry.log(trainer, distillation=float(recovery.divergence))
         if recovery.stage_is_over(trainer.global_step, _steps(recovery, trainer)):
             self._fit.adapter.unwrap_parameters()

@@ -46,6 +46,7 @@ from zssvd_lightning.callbacks.fit_context import FitContext
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.recovery import RecoveryHooks
 from zssvd_lightning.callbacks.schedule import CallbackSettings, Schedule, schedule_of
+from zssvd_lightning.callbacks.trainer.guards import refuse_other_package
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.quantization import in_8_bits_already
 from zssvd_lightning.compression.report import Report
@@ -216,6 +217,7 @@ class ZSSVDCallback(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the module's structure follow the checkpoints it loads, and show the phase on the progress bar."""
+        refuse_other_package(trainer)
         self.fit.open(trainer, pl_module, stage)
         self.run.setup(trainer, pl_module)
         prepared = functools.partial(self._prepared, pl_module)

@@ -42,7 +42,7 @@ def projected(compression: "Compression") -> None:
     gathering, over_rows = compression.gathering, compression.team.over_rows
     with compression.stopwatch("correct"):
         slopes = []
-        for name, target in compression.targets.items():
+        for name, target in compression.reached.items():
             g = gathering.mean_gradient(name)
             W = target.weight.to(accumulated(target.weight.dtype))
             stepped = projected_step(W, compression.originals[name], g, over_rows)
@@ -97,7 +97,7 @@ def _first_steps(compression: "Compression") -> dict[str, Step]:
     """Return the first natural step of each layer. Collective."""
     with compression.stopwatch("correct"), exact_products():
         gathering, progress = compression.gathering, compression.progress
-        squares = gradient_squares(compression.targets, gathering, compression.metric, progress=progress)
+        squares = gradient_squares(compression.reached, gathering, compression.metric, progress=progress)
         radius = trusted_radius(compression.config.step_radius, compression.truncation_loss)
         factors = natural_lengths(_reaches(compression), squares, radius)
     return {name: Step(t, LONGEST * abs(t) * math.sqrt(squares[name])) for name, t in factors.items()}
@@ -113,7 +113,7 @@ def refit(compression: "Compression") -> None:
     """
     gathering, targets, originals = compression.gathering, compression.targets, compression.originals
     with compression.stopwatch("correct"), exact_products():
-        layers = {name: targets[name] for name in compression.truncated}
+        layers = {name: targets[name] for name in compression.truncated if name not in compression.passed_over}
         calls, gathering.calls = gathering.calls, []
         with compression.team.together():
             call = together(calls)
@@ -135,8 +135,8 @@ STEPS: dict[Act, CorrectionStep] = {
 def _reaches(compression: "Compression") -> dict[str, float]:
     """Return `<G, D>` of each layer, where D is the original minus the truncated weight. Collective."""
     products = []
-    for name, target in compression.targets.items():
+    for name, target in compression.reached.items():
         g = compression.gathering.mean_gradient(name)
         products.append((g * (compression.originals[name].to(g) - target.weight.to(g))).sum())
     sums = compression.team.over_rows(torch.stack(products))
-    return dict(zip(compression.targets, sums.tolist(), strict=True))
+    return dict(zip(compression.reached, sums.tolist(), strict=True))

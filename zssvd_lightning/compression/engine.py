@@ -13,6 +13,8 @@ from torch import nn
 
 from zssvd_lightning._numerics import exact_products
 from zssvd_lightning.calibration.collector import StatisticsCollector
+from zssvd_lightning.calibration.reach import Unreached
+from zssvd_lightning.compression import reach
 from zssvd_lightning.compression.corrections import STEPS, CorrectionStep
 from zssvd_lightning.compression.course import Act, Stage
 from zssvd_lightning.compression.quantization import in_8_bits
@@ -54,6 +56,9 @@ class Compression:
         originals: weights (m, n) before the first truncation, or this process's part of them.
         safeguard: comparison of states on batches kept back; None to keep the last state.
         importances: importance of each truncated layer, for `quantize`; None unless the settings need it.
+        shapes: shape (m, n) of every target layer, including those left dense.
+        left_dense: name -> reason, for the layers that calibration has not reached. They are no longer targets.
+        passed_over: layers that stay as they are in this stage, because its batches have not reached them.
 
     Raises:
         TargetError: there is no layer to compress, a selected layer cannot be compressed, or weights are not in memory.
@@ -77,6 +82,9 @@ class Compression:
         self.config = config
         self.targets = LayerSet(find_targets(model, config.include, config.ignore), self.team)
         self.metric = config.metric_used
+        self.shapes = self.targets.shapes
+        self.left_dense: dict[str, str] = {}
+        self.passed_over: Mapping[str, Unreached] = {}
         self.coverage = Coverage.of(model, self.targets)
         self.budget = budget_of(config, self.targets, self.coverage)
         self.followed_plan = None if config.plan is None else Plan.read(config.plan, self.budget)
@@ -110,6 +118,7 @@ class Compression:
             CalibrationError: statistics are missing, zero or not finite; see `truncate` and `correct`.
             ConfigError: a registered correction does not do what it states; see `correct`.
         """
+        self.passed_over = reach.review(self, stage)
         if self.safeguard is not None and stage.truncates and self.truncations == 0:
             self.safeguard.measure_dense(self)
         for act in stage.acts:
@@ -122,6 +131,23 @@ class Compression:
             self.safeguard.consider(self)
         self.losses.append(self.gathering.moments.mean_loss)
         self.gathering.start_afresh()
+
+    def leave_dense(self, reasons: Mapping[str, str]) -> None:
+        """Take layers out of the targets for the rest of the compression. The prune ratio refers to the others.
+
+        Raises:
+            BudgetError: the prune ratio is impossible for the others.
+        """
+        self.left_dense |= {name: str(reason) for name, reason in reasons.items()}
+        self.gathering.moments.leave_out(reasons)
+        self.targets.leave_out(reasons)
+        self.coverage = Coverage.of(self.model, self.targets, self.left_dense)
+        self.budget = budget_of(self.config, self.targets, self.coverage)
+
+    @property
+    def reached(self) -> LayerSet:
+        """Target layers of which this stage has statistics."""
+        return self.targets.without(self.passed_over)
 
     @torch.no_grad()
     def decompose(self) -> None:
@@ -151,14 +177,17 @@ class Compression:
         decomposition, selection = self._select(self._budget_so_far(), steps)
         with self.stopwatch("truncate"):
             self.originals.keep()
-            self.truncated = TruncatedWeights(self.targets, self.config.storage)
+            before, self.truncated = self.truncated, TruncatedWeights(self.targets, self.config.storage)
             for name, target in self.targets.items():
                 components = selection.kept[name]
                 if components is None:
                     target.assign(self.originals[name])
+                    continue
+                if name in self.passed_over:
+                    self.truncated.held[name] = before.held[name]
                 else:
                     self.truncated.take(decomposition, name, components)
-                    target.assign(self.truncated.truncated(name))
+                target.assign(self.truncated.truncated(name))
         self.selection, self.decomposition, self.gathering.spectra = selection, None, None
         self.truncations += 1
         if steps is None and self.metric.measures_loss:
@@ -166,7 +195,8 @@ class Compression:
             self.truncation_loss += self.team.decide_on_first(lambda: selection.dropped_second_order(found))
         self.gathering.calls_to_record = self.calls_to_record
         if self.config.weighs_rows:
-            self.importances = {name: decomposition.importances[name] for name in self.truncated}
+            known = {**(self.importances or {}), **decomposition.importances}
+            self.importances = {name: known[name] for name in self.truncated}
         if self.team.rank == 0:
             logger.info("truncated %d of %d layers", len(self.truncated), len(self.targets))
 
@@ -216,8 +246,9 @@ class Compression:
         Raises:
             CalibrationError: see `truncate`.
         """
+        reach.review(self)
         _, selection = self._select(self.budget)
-        return Plan.of(selection, self.budget)
+        return Plan.of(selection, self.budget, self.shapes)
 
     def factorize(self, dress: Callable[[str, Factored], None] | None = None) -> None:
         """Replace every truncated layer by a low-rank layer of the chosen storage.
@@ -274,7 +305,7 @@ class Compression:
     def _decomposed(self, steps: Mapping[str, Step] | None = None) -> Decomposition:
         with self.stopwatch("spectrum"), exact_products():
             return decompose(
-                self.targets,
+                self.reached,
                 self.gathering,
                 self.metric,
                 progress=self.progress,
@@ -283,19 +314,13 @@ class Compression:
                 steps=steps,
             )
 
-    def _with_curvature(self, found: Decomposition) -> Decomposition:
-        self.gathering.complete()
-        components = {
-            name: replace(components, curvature=self.gathering.component_curvature(name).cpu())
-            for name, components in found.components.items()
-        }
-        return replace(found, components=components)
-
     def _select(self, budget: Budget, steps: Mapping[str, Step] | None = None) -> tuple[Decomposition, Selection]:
-        found = self._decomposed(steps) if self.decomposition is None else self._with_curvature(self.decomposition)
+        found = self._decomposed(steps) if self.decomposition is None else reach.with_curvature(self)
         with self.stopwatch("select"):
             rule = self.config.rule if self.followed_plan is None else self.followed_plan.rule
-            return found, self.team.decide_on_first(lambda: rule(found.components, budget))
+            rest = reach.budget_of_rest(budget, self.selection, self.passed_over)
+            selection = self.team.decide_on_first(lambda: rule(found.components, rest))
+            return found, reach.with_fixed(selection, self.selection, self.passed_over)
 
     def _budget_so_far(self) -> Budget:
         """Return the budget of the next truncation: storage savings plus this truncation's share of the rest."""

@@ -27,6 +27,7 @@ from zssvd_lightning.compression.gathering import (
 )
 from zssvd_lightning.compression.kept_batches import KEPT_BACK
 from zssvd_lightning.compression.phase import Phase
+from zssvd_lightning.compression.reach import warn_of_unreached_in
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.settings import Settings
@@ -128,13 +129,13 @@ def calibrate(
     """
     config, reading = _understood(config, preset, calibration_batches, progress, asked)
     refuse_unready(model)
-    statistics = StatisticsCollector(
-        model, LayerSet(find_targets(model, config.include, config.ignore)), config.watches_outputs
-    )
+    layers = LayerSet(find_targets(model, config.include, config.ignore))
+    statistics = StatisticsCollector(model, layers, config.watches_outputs)
     with _gradients_set_aside(model):
         every = checked(batches, 0, so_many(batches, calibration_batches), Phase.CALIBRATE, progress=progress)
         observe(model, statistics, every, Phase.CALIBRATE, reading)
-    statistics.moments.output_side = config.watches_outputs
+    warn_of_unreached_in(statistics, layers, config, sum(p.numel() for p in model.parameters()))
+    statistics.moments.output_side, statistics.moments.watched = config.watches_outputs, list(layers)
     return statistics.moments
 
 
@@ -193,6 +194,11 @@ def _understood(
 
 def _fitting(compression: Compression, statistics: Moments) -> Moments:
     """Return the statistics on the model's device, copied only if needed. Raise CalibrationError if they do not fit."""
+    if statistics.watched and (others := [name for name in compression.targets if name not in statistics.watched]):
+        raise CalibrationError(
+            f"the statistics are of other layers: they leave out {', '.join(others[:3])} ({len(others)} layers); "
+            "calibrate with the same include and ignore"
+        )
     widths = {leader: A.shape[0] for leader, A in statistics.input_sums.items()}
     for name, leader in statistics.leaders.items():
         target = compression.targets.get(name)
@@ -205,7 +211,9 @@ def _fitting(compression: Compression, statistics: Moments) -> Moments:
     side = compression.config.watches_outputs
     for name in statistics.leaders if side is not None else ():
         B = statistics.output_sums.get(name)
-        if B is None or len(B) != compression.targets[name].shape[0] or statistics.output_side not in (None, side):
+        m, unknown = compression.targets[name].shape[0], statistics.output_side is None
+        wrong = unknown and name in statistics.gradient_sums if B is None else len(B) != m
+        if wrong or statistics.output_side not in (None, side):
             raise CalibrationError(
                 f"the statistics have no {side} gradients at the output of {name} {compression.targets[name].shape}, "
                 f"by which metric {compression.config.metric!r} goes; calibrate with a config of that metric and "

@@ -107,6 +107,9 @@ class Report:
     """Removed fraction of that. If not given, the removed fraction of the parameters of the target layers."""
     peak_rss_bytes: int = 0
     """Peak resident memory of the process so far (bytes)."""
+    left_dense: Mapping[str, str] = field(default_factory=dict)
+    """Layer -> reason, for target layers that calibration has not reached. They stay dense, and count neither in
+    `layers` nor in the parameters of the target layers."""
     seed: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -120,24 +123,25 @@ class Report:
         selection = run.selection
         if selection is None:
             raise RuntimeError("there is nothing to report before a truncation")
+        config, plan = run.config, run.followed_plan
         ranks = {name: selection.rank(name) for name in run.targets}
         counted = run.budget.counted_in("parameters")
-        of_model = run.coverage.share if run.config.budget_of == "model" else 1.0
+        of_model = run.coverage.share if config.budget_of == "model" else 1.0
         layers = {
             name: LayerReport(
                 rank,
                 run.budget.shapes[name],
                 counted.kept_of(name, rank, eight_bit=name in selection.eight_bit),
-                name in selection.eight_bit or run.config.form.rounds_at(rank),
+                name in selection.eight_bit or config.form.rounds_at(rank),
             )
             for name, rank in ranks.items()
         }
         return cls(
-            asked=run.config.prune_ratio if run.followed_plan is None else run.followed_plan.reached * of_model,
+            asked=config.prune_ratio if plan is None else run.budget.reached(plan.ranks, plan.eight_bit) * of_model,
             parameters_before=counted.total,
             parameters_after=counted.kept(ranks, selection.eight_bit),
             budget_in=run.budget.unit,
-            budget_of=run.config.budget_of,
+            budget_of=config.budget_of,
             reached=run.budget.reached(ranks, selection.eight_bit) * of_model,
             model_parameters_before=run.coverage.model_parameters,
             coverage=run.coverage,
@@ -147,6 +151,7 @@ class Report:
             correction_fractions=list(run.fractions),
             seconds=dict(run.stopwatch.seconds),
             kept_back=None if run.safeguard is None else run.safeguard.report(),
+            left_dense=dict(run.left_dense),
         )
 
     @property
@@ -170,7 +175,11 @@ class Report:
         start = f"{prefix}."
         if outside := [name for name in self.layers if not name.startswith(start)]:
             raise KeyError(f"{outside[0]} is not within {prefix}")
-        return replace(self, layers={name.removeprefix(start): layer for name, layer in self.layers.items()})
+        return replace(
+            self,
+            layers={name.removeprefix(start): layer for name, layer in self.layers.items()},
+            left_dense={n.removeprefix(start): why for n, why in self.left_dense.items() if n.startswith(start)},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types under the keys of `report.json`."""
@@ -180,6 +189,7 @@ class Report:
             "perplexity": self.perplexity,
             "perplexity_second": self.perplexity_second,
             "file_bytes": self.file_bytes,
+            "left_dense": dict(self.left_dense) or None,
         }
         return {
             "prune_ratio": {
@@ -230,6 +240,7 @@ class Report:
             budget_of=saved["prune_ratio"].get("counted_over", "targets"),
             reached=saved["prune_ratio"]["reached"],
             peak_rss_bytes=saved["peak_rss_bytes"],
+            left_dense=saved.get("left_dense", {}),
             seed=saved["seed"],
             config=saved["config"],
         )

@@ -57,10 +57,20 @@ _REPORT = entries(
         "perplexity_second": optional(mapped(number)),
         "file_bytes": optional(mapped(number)),
         "peak_rss_bytes": whole,
+        "left_dense": mapped(text),
         "seed": optional(whole),
         "config": mapped(anything),
     },
-    ("first_order_sum", "predicted_drift", "coverage", "kept_back", "perplexity", "perplexity_second", "file_bytes"),
+    (
+        "first_order_sum",
+        "predicted_drift",
+        "coverage",
+        "kept_back",
+        "perplexity",
+        "perplexity_second",
+        "file_bytes",
+        "left_dense",
+    ),
 )
 
 
@@ -132,6 +142,7 @@ COMPRESSION = entries(
     {
         "config": mapped(anything),
         "shapes": mapped(SIZES),
+        "left_dense": mapped(text),
         "model_parameters": whole,
         "gathering": entries(
             {
@@ -157,7 +168,7 @@ COMPRESSION = entries(
         "safeguard": SAFEGUARD,
         "seconds": mapped(number),
     },
-    ("truncation_loss", "safeguard"),  # not in checkpoints of earlier releases
+    ("truncation_loss", "safeguard", "left_dense"),  # not in checkpoints of earlier releases
 )
 """`snapshot.state_of`."""
 

@@ -26,7 +26,8 @@ def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, 
     run = compression
     return {
         "config": asdict(run.config),
-        "shapes": {name: list(shape) for name, shape in run.budget.shapes.items()},
+        "shapes": {name: list(shape) for name, shape in run.shapes.items()},
+        "left_dense": dict(run.left_dense),
         "model_parameters": run.coverage.model_parameters,
         "gathering": run.gathering.state_dict(so_far=statistics),
         "originals": run.originals.state_dict(),
@@ -53,7 +54,8 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
         CheckpointError: the settings or the target layers differ.
     """
     run = compression
-    refuse_other(state, run.config, run.budget.shapes)
+    refuse_other(state, run.config, run.shapes)
+    run.leave_dense(state.get("left_dense", {}))
     if state["found"] is not None:
         run.decomposition = Decomposition.of_state(state["found"], run.targets)
         run.gathering.spectra = run.decomposition.spectra
@@ -84,6 +86,7 @@ def put_back(compression: Compression, state: Mapping[str, Any]) -> None:
         CheckpointError: the state belongs to other layers.
     """
     if state["originals"] is not None:
+        compression.leave_dense(state.get("left_dense", {}))
         compression.originals.load_state_dict(state["originals"])
         compression.restore()
 

@@ -104,7 +104,8 @@ def decompose(
         progress: draw a progress bar.
         weigh: also compute the importance of outputs and inputs.
         round_off: also compute the predicted cost of storing components in 8 bits.
-        steps: step of each weight along its gradient before its SVD; see `Spectrum.of`. None for no step.
+        steps: step of each weight along its gradient before its SVD; see `Spectrum.of`. None for no step, as for the
+            layers that are not in it.
 
     Raises:
         CalibrationError: statistics are missing, not finite or degenerate, or an SVD failed. The message names the
@@ -122,7 +123,9 @@ def decompose(
                 name, W = layer.name, layer.weight
                 whitening = whitener.whitening(layer)
                 G = layer.moments.mean_gradient(name)
-                spectrum = spectrum_of(layers[name], W, whitening, *(() if steps is None else (G, steps[name])))
+                spectrum = spectrum_of(
+                    layers[name], W, whitening, *(() if steps is None else (G, steps.get(name, NO_STEP)))
+                )
                 delta = spectrum.sensitivities(G)
                 if weigh:
                     H = whitening.whiten_gradient(G)

@@ -37,7 +37,7 @@ def share_out(
     for name in targets:
         groups.setdefault(leaders.get(name, name), []).append(name)
     work = {
-        leader: whitening_work(targets[leader].shape[1])
+        leader: whitening_work(targets[names[0]].shape[1])
         + sum(svd_work(*targets[name].shape) + outputs * whitening_work(targets[name].shape[0]) for name in names)
         for leader, names in groups.items()
     }

@@ -1,6 +1,6 @@
 """The layers that are compressed together, and the processes that hold them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -41,6 +41,15 @@ class LayerSet(Mapping[str, Target]):
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Shape (m, n) of each layer."""
         return {name: target.shape for name, target in self.items()}
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Remove layers, here and for everyone who holds this set."""
+        for name in names:
+            del self._targets[name]
+
+    def without(self, names: Collection[str]) -> "LayerSet":
+        """Return a set of the same team without some layers."""
+        return LayerSet({name: target for name, target in self.items() if name not in names}, self.team)
 
     def of_all_processes(self, own: Mapping[str, T]) -> dict[str, T]:
         """Return what every process has for its layers, in one dictionary. Collective."""

@@ -47,9 +47,15 @@ class Coverage:
     """All other parameters, the most first."""
 
     @classmethod
-    def of(cls, model: nn.Module, targets: Mapping[str, Target]) -> Self:
-        """Return the coverage of a model by `targets`, its layers to compress."""
-        refused = refusals(model)
+    def of(cls, model: nn.Module, targets: Mapping[str, Target], others: Mapping[str, str] | None = None) -> Self:
+        """Return the coverage of a model by `targets`, its layers to compress.
+
+        Args:
+            model: any module.
+            targets: its layers to compress.
+            others: linear layers that are not compressed for another reason than those of `find_targets`, by name.
+        """
+        refused = refusals(model) | dict(others or {})
         weights = {id(target.module.weight): name for name, target in targets.items()}
         groups: dict[str, list[int]] = {}
         seen = set(weights)

@@ -17,6 +17,7 @@ from zssvd_lightning.errors import TargetError
 from zssvd_lightning.layers.base import shape_of
 from zssvd_lightning.layers.storage import break_even_rank
 from zssvd_lightning.model.heads import classification_heads, output_embeddings
+from zssvd_lightning.model.linear_subclasses import is_plain_linear
 from zssvd_lightning.model.readiness import is_quantized
 from zssvd_lightning.model.replace import inside_compressed
 
@@ -78,10 +79,10 @@ def find_targets(
 ) -> dict[str, Target]:
     """Return the layers of `model` to factorize, by qualified name in module order.
 
-    Plain `nn.Linear` and transformers' `Conv1D` are candidates. Excluded are output embeddings, classification heads
-    (unless `include` names one without wildcards), tied weights, subclasses, weights that are not floating point,
-    layers given to `fully_shard` on their own, factors of an earlier compression, and layers where even rank 1 saves no
-    parameter.
+    `nn.Linear`, transformers' `Conv1D` and subclasses that compute the same are candidates; see `is_plain_linear`.
+    Excluded are output embeddings, classification heads (unless `include` names one without wildcards), tied weights,
+    other subclasses, weights that are not floating point, layers given to `fully_shard` on their own, factors of an
+    earlier compression, and layers where even rank 1 saves no parameter.
 
     Args:
         model: any module.
@@ -161,7 +162,7 @@ def _refusals(model: nn.Module, named: Sequence[str]) -> Iterator[tuple[str, str
             yield name, "it is a factor of a layer that is low-rank already"
         elif isinstance(module, FSDPModule):
             yield name, "it was given to fully_shard on its own; give the block around it instead"
-        elif type(module) not in (nn.Linear, Conv1D) or weight is None:
+        elif weight is None or not is_plain_linear(module):
             yield name, f"{type(module).__name__} does not compute W x + b from a plain weight parameter"
         elif not weight.is_floating_point():
             yield name, f"its weight is {weight.dtype}, not floating point"

@@ -52,10 +52,12 @@ class Selection:
         return None if kept is None else len(kept)
 
     def dropped_second_order(self, matrices: Mapping[str, Components]) -> float:
-        """Return the second-order change of the loss from all dropped components."""
+        """Return the second-order change of the loss from all dropped components of `matrices`."""
         losses = {name: components.second_order for name, components in matrices.items()}
         dropped = {
-            name: losses[name].sum() - losses[name][kept].sum() for name, kept in self.kept.items() if kept is not None
+            name: losses[name].sum() - losses[name][kept].sum()
+            for name, kept in self.kept.items()
+            if kept is not None and name in losses
         }
         return max(0.0, float(sum(dropped.values())))
 

@@ -1,7 +1,7 @@
 """Rank plans: files with a rank per layer that a dry run writes, a person reviews and a compression follows."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,29 @@ class Plan:
     storage: str = "factors"
     """Storage of the layers: a key of `storages.STORAGES`."""
     drifts: Mapping[str, float] | None = None
-    """Name -> first-order sum over its dropped components, nats. None for a plan read from a file."""
+    """Name -> first-order sum over its dropped components, nats. None for a plan read from a file. Layers that
+    calibration has not reached are not in it."""
     eight_bit: frozenset[str] = frozenset()
     """Names of the layers to store in 8 bits, if the storage offers the choice."""
     unit: str = "parameters"
     """Unit of costs: a key of `layers.storage.UNITS`."""
 
     @classmethod
-    def of(cls, selection: Selection, budget: Budget) -> "Plan":
-        """Make a plan with the ranks of a selection."""
+    def of(cls, selection: Selection, budget: Budget, shapes: Mapping[str, Shape] | None = None) -> "Plan":
+        """Make a plan with the ranks of a selection.
+
+        Args:
+            selection: the selection.
+            budget: budget of the selection, to which `reached` refers.
+            shapes: shape (m, n) of all layers of the plan, of which those without a rank stay dense. None if the
+                selection has them all.
+        """
         ranks = {name: selection.rank(name) for name in budget.shapes}
-        return cls._of_ranks(ranks, selection.eight_bit, budget, selection.drifts)
+        plan = cls._of_ranks(ranks, selection.eight_bit, budget, selection.drifts)
+        every = replace(budget, shapes=shapes or budget.shapes, planned=True)
+        highest = {name: plan.highest.get(name, every.highest_rank(name)) for name in every.shapes}
+        ranks = {name: ranks.get(name) for name in every.shapes}
+        return replace(plan, ranks=ranks, shapes=every.shapes, highest=highest)
 
     @classmethod
     def read(cls, path: str | Path, budget: Budget) -> "Plan":
@@ -117,15 +129,15 @@ class Plan:
 
     def _select(self, matrices: Mapping[str, Components], budget: Budget) -> Selection:
         full = {name: len(components.sigma) for name, components in matrices.items()}
-        ranks = {name: full[name] if k is None else k for name, k in self.ranks.items()}
-        return of_ranks(matrices, budget, ranks, self.eight_bit)
+        ranks = {name: full[name] if k is None else k for name, k in self.ranks.items() if name in matrices}
+        return of_ranks(matrices, budget, ranks, self.eight_bit & matrices.keys())
 
     def _entry(self, name: str) -> dict[str, Any]:
         rank, shape = self.ranks[name], self.shapes[name]
         entry: dict[str, Any] = {"rank": DENSE if rank is None else rank, "break_even": self.highest[name]}
         if name in self.eight_bit:
             entry["bits"] = 8
-        if self.drifts is not None:
+        if self.drifts is not None and name in self.drifts:
             entry["first_order_sum"] = float(f"{self.drifts[name]:.3g}")
         return entry | {"shape": list(shape)}
 

@@ -6,7 +6,7 @@ token. Each row of D (T, m) is the gradient of the loss, summed over its terms, 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -59,6 +59,8 @@ class Moments:
     """Layer -> sum over tokens of the squared derivative of the loss by each component (r,), if collected."""
     output_side: str | None = None
     """Source of the output gradients: a key of `output_gradients.OUTPUT_GRADIENTS`, or None if unknown."""
+    watched: list[str] = field(default_factory=list)
+    """Layers that the statistics were to be gathered of, including those that never ran. Empty if unknown."""
 
     @torch.no_grad()
     def add_inputs(self, leader: str, X: Tensor) -> None:
@@ -112,6 +114,23 @@ class Moments:
             self.add_components(name, squares)
         self.output_terms += window.output_terms
         window.input_sums, window.tokens, window.output_sums, window.component_sums = {}, {}, {}, {}
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Drop the statistics of layers; call it after `take_counts`.
+
+        A second moment that other layers share is stored under the name of one of these.
+        """
+        remaining = {name: leader for name, leader in self.leaders.items() if name not in names}
+        new = {leader: min(n for n, other in remaining.items() if other == leader) for leader in remaining.values()}
+        new |= {leader: leader for leader in new if leader not in names}
+        self.leaders = {name: new[leader] for name, leader in remaining.items()}
+        self.input_sums = {new[leader]: A for leader, A in self.input_sums.items() if leader in new}
+        self.tokens = {new[leader]: T for leader, T in self.tokens.items() if leader in new}
+        for sums in (self.gradient_sums, self.output_sums, self.component_sums):
+            for name in names:
+                sums.pop(name, None)
+        self.with_gradient = [name for name in self.with_gradient if name not in names]
+        self.with_outputs = [name for name in self.with_outputs if name not in names]
 
     def second_moments(self, *, counted: bool = True) -> "Moments":
         """Return the second moments alone. The tensors are shared, not copied.

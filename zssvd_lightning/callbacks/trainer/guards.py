@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     GradientAccumulationScheduler,
+    ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -39,6 +41,16 @@ def steps_in(batches: float, batches_per_epoch: float, accumulate: int) -> float
     return epochs * math.ceil(batches_per_epoch / accumulate) + math.ceil(rest / accumulate)
 
 
+def refuse_other_package(trainer: Any) -> None:
+    """Raise UnsupportedTrainingError if the Trainer is not the one of `lightning.pytorch`."""
+    if not isinstance(trainer, L.Trainer):
+        package = type(trainer).__module__.partition(".")[0]
+        raise UnsupportedTrainingError(
+            f"the Trainer comes from the package {package!r}, whose classes are not those of lightning.pytorch; import "
+            "Trainer, LightningModule and callbacks from lightning.pytorch"
+        )
+
+
 def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     """Raise UnsupportedTrainingError if the optimization or another callback does not allow compression."""
     if not pl_module.automatic_optimization:
@@ -61,6 +73,11 @@ def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None
             raise UnsupportedTrainingError(
                 f"{type(callback).__name__} keeps optimizer groups by the names of weights, which change when layers "
                 "become low-rank; compress in a second fit"
+            )
+        if isinstance(callback, ModelPruning):
+            raise UnsupportedTrainingError(
+                f"{type(callback).__name__} computes weights from masks of their dense shape, and factors have others; "
+                "compress first, and prune the factors in a second fit"
             )
 
 

@@ -45,9 +45,15 @@ def log_phase(trainer: L.Trainer, phase: Phase) -> None:
     log(trainer, phase=list(Phase).index(phase))
 
 
+def is_due(trainer: L.Trainer, count: int) -> bool:
+    """Return True if Lightning logs at this count of steps or batches. With `log_every_n_steps=0` it never does."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and count % every == 0
+
+
 def log_progress(trainer: L.Trainer, gathered: int, to_gather: int) -> None:
     """Log the number of gathered batches, as often as Lightning logs and after the last batch."""
-    if gathered % trainer.log_every_n_steps == 0 or gathered == to_gather:  # type: ignore[attr-defined]
+    if is_due(trainer, gathered) or gathered == to_gather:
         log(trainer, gathered=gathered, to_gather=to_gather)
 
 
