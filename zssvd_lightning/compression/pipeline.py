@@ -85,7 +85,7 @@ def compress(
         >>> report.reached >= 0.3
         True
     """
-    config, reading = _understood(config, preset, asked)
+    config, reading = _understood(model, batches, config, preset, asked)
     run = Compression(model, config, progress)
     with _undone_on_error(run), _gradients_set_aside(model):
         if statistics is None or config.corrections:
@@ -118,7 +118,7 @@ def calibrate(
     Arguments and errors are those of `compress`, except for errors of the budget. Only the settings that select layers
     and those of the metric have an effect.
     """
-    config, reading = _understood(config, preset, asked)
+    config, reading = _understood(model, batches, config, preset, asked)
     statistics = StatisticsCollector(
         model, LayerSet(find_targets(model, config.include, config.ignore)), config.watches_outputs
     )
@@ -143,7 +143,7 @@ def plan(
 
     Arguments and errors are those of `compress`.
     """
-    config, reading = _understood(config, preset, asked)
+    config, reading = _understood(model, batches, config, preset, asked)
     run = Compression(model, config, progress)
     with _gradients_set_aside(model):
         *before, truncation = to_first_truncation(course(config))
@@ -155,12 +155,13 @@ def plan(
 
 
 def _understood(
-    config: CompressionConfig | None, preset: str | None, asked: Asked
+    model: nn.Module, batches: Iterable[Any], config: CompressionConfig | None, preset: str | None, asked: Asked
 ) -> tuple[CompressionConfig, BatchReading]:
-    """Return the settings and the functions that read a batch. Raises ConfigError for invalid settings."""
+    """Return the settings and the functions that read a batch. Raises ConfigError for invalid settings, CalibrationError for batches."""
     settings: dict[str, Any] = dict(asked)
     reading = {field.name: settings.pop(field.name) for field in fields(BatchReading) if field.name in settings}
-    return CompressionConfig.asked(config, preset, cast("Settings", settings)), BatchReading(**reading)
+    understood = CompressionConfig.asked(config, preset, cast("Settings", settings))
+    return understood, BatchReading.of(model, batches, cast("ReadingSettings", reading))
 
 
 def _fitting(compression: Compression, statistics: Moments) -> Moments:
