@@ -61,8 +61,7 @@ class StatisticsCollector:
         self._draw = None if output_side is None else OUTPUT_GRADIENTS[output_side]
         self._keep = keep
         self._kept: Moments | None = None
-        self._counts_shared = False
-        self._window = Moments()
+        self._window, self._counts_shared = Moments(), False
         self._pending: list[tuple[float, float]] = []
         self._observation: Observation | None = None
 
