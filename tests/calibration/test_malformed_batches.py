@@ -43,7 +43,6 @@ def refused(batches, match, model=None, error=CalibrationError, **settings):
         ([*token_batches(1), tuple(token_batches(1)[0].values())], "batch 2 is a tuple, .* say what the loss"),
         ([*token_batches(1), None], "batch 2 is a NoneType"),
         ([token_batches(1)[0] | {"labels": None}], "CausalLMOutputWithPast without a loss for a batch of input_ids"),
-        ([{"x": torch.ones(2, 3)}] * 2, "without a loss|cannot be called|batch 1"),
     ],
 )
 def test_batches_that_no_model_takes_are_refused_by_number(batches, match):

@@ -1,4 +1,4 @@
-"""Models of several stacks: padded batches give the statistics of the same sequences, one by one and without padding."""
+"""Models of several stacks: padded batches give the statistics of the same sequences, alone and without padding."""
 
 from copy import deepcopy
 

@@ -67,13 +67,14 @@ def refuse_malformed(batch: Any, number: int) -> None:
     """Raise CalibrationError if a mask in batch `number` does not have the shape of the ids beside it."""
     for ids_key, mask_key in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
         for each in _mappings_with(mask_key, batch):
-            mask, ids = each[mask_key], each.get(ids_key)
-            if all(isinstance(tensor, Tensor) and tensor.dim() == 2 for tensor in (mask, ids)):
-                if mask.shape != ids.shape:
-                    raise CalibrationError(
-                        f"calibration batch {number}: {mask_key} is {tuple(mask.shape)}, but {ids_key} are "
-                        f"{tuple(ids.shape)}; pad both to one length"
-                    )
+            mask, ids = (each.get(key) for key in (mask_key, ids_key))
+            if not isinstance(mask, Tensor) or not isinstance(ids, Tensor):
+                continue
+            if mask.dim() == ids.dim() == 2 and mask.shape != ids.shape:
+                raise CalibrationError(
+                    f"calibration batch {number}: {mask_key} is {tuple(mask.shape)}, but {ids_key} are "
+                    f"{tuple(ids.shape)}; pad both to one length"
+                )
 
 
 def predicts_first_label(model: nn.Module) -> bool:

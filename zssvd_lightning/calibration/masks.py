@@ -160,11 +160,10 @@ class Masks:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = _by_name(module, args, kwargs)
         outer = self._open[-1] if self._open else self._batch
-        mask = given.get(MASK)
-        sequence = _sequence(module, given)
+        mask, sequence = _of_tokens(given.get(MASK)), _sequence(module, given)
         states = [given[name] for name in ANOTHER_S_STATES if isinstance(given.get(name), Tensor)]
         another_s = [state for state in states if sequence is None or not _same(state, sequence)]
-        alone = sequence is not None and not states and _masks_tokens(mask) and sequence.shape[:2] == mask.shape
+        alone = sequence is not None and not states and mask is not None and sequence.shape[:2] == mask.shape
         if not isinstance(module, PreTrainedModel) and not alone:
             new = [state for state in another_s if not any(_same(state, seen) for seen, _ in outer.read)]
             outer.read += [(state, self._mask_of_read(state, given, outer)) for state in new]
@@ -202,14 +201,13 @@ class Masks:
         if mask is None:
             of_embeddings = isinstance(stack.arguments.get("inputs_embeds"), Tensor) or is_batch
             return outer.mask if of_embeddings and stack.shape is not None and stack.shape == outer.shape else None
-        if not _masks_tokens(mask) or _equal(mask, outer.arguments.get(MASK)):
-            return outer.mask
-        return mask.bool()
+        own = _of_tokens(mask)
+        return outer.mask if own is None or _equal(mask, outer.arguments.get(MASK)) else own
 
     def _decoder_mask(self, stack: Stack, outer: Stack) -> Tensor | None:
         """Return the mask of a decoder: its own, up to the last label if the caller of the model gave none."""
         mask = stack.arguments.get(MASK)
-        own = mask.bool() if _masks_tokens(mask) else None
+        own = _of_tokens(mask)
         if own is not None and outer is not self._batch and outer.decodes and _equal(mask, outer.arguments.get(MASK)):
             return outer.mask
         labels = self._argument("labels")
@@ -223,9 +221,9 @@ class Masks:
         for seen, known in self._read():
             if _same(seen, state):
                 return known
-        mask = given.get(f"encoder_{MASK}")
-        if _masks_tokens(mask) and mask.shape == state.shape[:2]:
-            return mask.bool()
+        mask = _of_tokens(given.get(f"encoder_{MASK}"))
+        if mask is not None and mask.shape == state.shape[:2]:
+            return mask
         for seen, known in outer.read:
             if seen.shape[:2] == state.shape[:2]:
                 return known
@@ -293,11 +291,13 @@ def _sequence(module: nn.Module, given: Mapping[str, Any]) -> Tensor | None:
     return next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
 
 
-def _masks_tokens(mask: Any) -> bool:
-    """Return True for a mask (B, T) of zeros and ones."""
+def _of_tokens(mask: Any) -> Tensor | None:
+    """Return a mask (B, T) of zeros and ones as booleans; None for all else."""
     if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return False
-    return not mask.is_floating_point() or bool(((mask == 0) | (mask == 1)).all())
+        return None
+    if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
+        return None
+    return mask.bool()
 
 
 def _holds_positions(sequence: Tensor) -> bool:

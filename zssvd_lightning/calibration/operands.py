@@ -29,9 +29,9 @@ class CheckedOperands(TorchFunctionMode):
         """Check the arguments of a function of torch, and call it."""
         given = dict(kwargs or {})
         if func is functional.embedding:
-            self._check_ids(*args[:2])
+            self._check_ids(args[0], args[1])
         elif func in (functional.cross_entropy, functional.nll_loss):
-            self._check_labels(*args[:2], given.get("ignore_index", -100))
+            self._check_labels(args[0], args[1], given.get("ignore_index", -100))
         elif func is Tensor.backward or (func is torch.autograd.grad and given.get("create_graph")):
             raise CalibrationError(
                 f"calibration batch {self._number}: the loss takes derivatives of its own (create_graph or backward), "

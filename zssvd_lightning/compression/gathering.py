@@ -84,8 +84,8 @@ class BatchReading:
     loss: Loss = model_loss
     """Function that returns the mean loss of a batch, `loss(model, batch)`."""
     mask: Callable[[Any], Tensor | None] = token_mask
-    """Function that returns the mask (B, T) of the positions of the inputs that are not padding; None to go by the masks
-    that the model is called with. The outputs of other stacks, such as a decoder, go by the masks of their own calls."""
+    """Function that returns the mask (B, T) of the positions of the inputs that are not padding; None to go by the
+    masks that the model is called with. Other stacks, such as a decoder, go by the masks of their own calls."""
     terms: Callable[[Any], float] = loss_terms
     """Function that returns the number of terms in the mean loss of a batch. Override it for batches without `labels`,
     and for losses that are no mean over all labels."""

@@ -157,7 +157,12 @@ def plan(
 def _understood(
     model: nn.Module, batches: Iterable[Any], config: CompressionConfig | None, preset: str | None, asked: Asked
 ) -> tuple[CompressionConfig, BatchReading]:
-    """Return the settings and the functions that read a batch. Raises ConfigError for invalid settings, CalibrationError for batches."""
+    """Return the settings and the functions that read a batch.
+
+    Raises:
+        ConfigError: a setting is invalid.
+        CalibrationError: a batch or the model cannot be used; see `BatchReading.of`.
+    """
     settings: dict[str, Any] = dict(asked)
     reading = {field.name: settings.pop(field.name) for field in fields(BatchReading) if field.name in settings}
     understood = CompressionConfig.asked(config, preset, cast("Settings", settings))
