@@ -193,6 +193,7 @@ def test_whole_text_and_no_text(workshop, zssvd):
         (["compress", "{}/config.yaml", "compression.prune_ration=0.2"], "did you mean 'compression.prune_ratio'"),
         (["compress", "{}/nowhere.yaml"], "does not exist"),
         (["compress", "{}/config.yaml", "calibration.samples=9999"], "windows of 32"),
+        (["compress", "{}/config.yaml", "calibration.length=65"], "calibration.length is 65"),
         (["compress", "{}/config.yaml", "evaluation.length=999999"], "windows of 999999"),
         (["compress", "{}/config.yaml", "output={}/model"], "is what is read from"),
         (["compress", "{}/config.yaml", "compression.include=[lm_head]", "output={}/new"], "tied"),

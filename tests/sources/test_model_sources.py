@@ -1,9 +1,11 @@
 """Packages that hold a GGUF file, whole or in parts, as installers leave them."""
 
 import pytest
+from support.models import tiny_gpt2, tiny_llama
+from transformers import BloomConfig, BloomForCausalLM
 
-from zssvd_lightning.errors import ModelSourceError
-from zssvd_lightning.sources.models import _weights_in, load_model
+from zssvd_lightning.errors import ConfigError, ModelSourceError
+from zssvd_lightning.sources.models import _weights_in, load_model, longest_input, refuse_long_windows
 
 
 @pytest.fixture
@@ -58,3 +60,19 @@ def test_requirements_of_extras_are_not_looked_into(install):
     install("no-parts", {"no_parts/m.txt": b""}, ['not-installed; extra == "test"'])
     with pytest.raises(ModelSourceError, match=r"holds 0 \.gguf files"):
         load_model("package:no-parts")
+
+
+@pytest.mark.parametrize(
+    ("model", "most"),
+    [
+        (tiny_llama(), 64),
+        (tiny_gpt2(n_positions=48), 48),
+        (BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=2)), None),
+    ],
+)
+def test_windows_longer_than_the_inputs_of_the_model_are_refused(model, most):
+    assert longest_input(model) == most
+    refuse_long_windows(model, calibration_length=most or 10**6)
+    if most is not None:
+        with pytest.raises(ConfigError, match=rf"training\.length is {most + 1}, but .* takes at most {most} tokens"):
+            refuse_long_windows(model, calibration_length=most, training_length=most + 1)

@@ -26,7 +26,7 @@ from zssvd_lightning.hub.model_card import write_card
 from zssvd_lightning.hub.saving import write_model
 from zssvd_lightning.serialization.specs import specs_of
 from zssvd_lightning.sources import texts
-from zssvd_lightning.sources.models import load_model, place
+from zssvd_lightning.sources.models import load_model, place, refuse_long_windows
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Run:
         saves: whether `save` will be called, so that the output folder must be fit for it.
 
     Raises:
-        ConfigError: the device is not available.
+        ConfigError: the device is not available, or windows are longer than the inputs of the model.
         ModelSourceError: the model cannot be loaded.
         TextError: a text cannot be read or is too short.
         OutputError: the output folder holds something else, or cannot be written.
@@ -63,6 +63,10 @@ class Run:
         torch.manual_seed(config.calibration.seed)
         self.model, self.tokenizer = load_model(config.model.source, config.model.dtype)
         refuse_impossible(self.model, config.compression)
+        lengths = {"calibration_length": config.calibration.length}
+        if config.recovery is not None:
+            lengths["training_length"] = config.training.length
+        refuse_long_windows(self.model, **lengths)
         _place(self.model, self.device)
         self.calibration = texts.TokenWindows(calibration_windows(config.calibration, self._tokens))
         self._windows = {key: self._evaluation_windows(text) for key, text in self._evaluation_texts().items()}

@@ -1,47 +1,106 @@
 """Calibration batches: their tokens, the number of their loss terms, and the rows that count."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from zssvd_lightning.errors import CalibrationError
 
 IGNORED_LABEL = -100
 
 
+def tensors_in(batch: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in nested mappings and sequences, each with its path, such as `inputs.input_ids`."""
+    if isinstance(batch, Tensor):
+        yield path or "the batch", batch
+    elif isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield from tensors_in(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        for index, value in enumerate(batch):
+            yield from tensors_in(value, f"{path}[{index}]")
+
+
 def token_mask(batch: Any) -> Tensor | None:
-    """Return the mask (B, T) of the positions that are not padding, from `attention_mask`; None for all positions."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return None
-    return mask.bool()
+    """Return the mask (B, T) of the positions that are not padding, from `attention_mask`, which may be nested.
+
+    It is None if there is none, or several: the masks that the model is called with then count.
+    """
+    masks = [each["attention_mask"] for each in _mappings_with("attention_mask", batch)]
+    masks = [mask for mask in masks if isinstance(mask, Tensor) and mask.dim() == 2]
+    return masks[0].bool() if len(masks) == 1 else None
 
 
-def loss_terms(batch: Any) -> int:
+def loss_terms(batch: Any, *, shifts: bool = True) -> int:
     """Return the number of terms in the mean loss of a batch, which is the weight of its gradient.
 
-    Labels count where they are not -100. If labels have the shape (B, T) of their inputs, the first column does not
-    count: causal models never predict it, and masked models have a special token there. Without labels, the number is
-    that of the rows of the first tensor.
+    Labels, which may be nested, count where they are not -100. If labels have the shape (B, T) of their inputs, the
+    first column does not count: causal models never predict it, and masked models have a special token there. Without
+    labels, the number is that of the rows of the first tensor.
+
+    Args:
+        batch: the batch.
+        shifts: False for a model that predicts the first column too, as an encoder-decoder does.
 
     Raises:
         CalibrationError: no label counts, or the batch has no tensor.
     """
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if isinstance(labels, Tensor):
-        inputs = batch.get("input_ids")
-        shifted = isinstance(inputs, Tensor) and labels.dim() == 2 and labels.shape == inputs.shape
-        counted = labels[:, 1:] if shifted else labels
-        terms = int((counted != IGNORED_LABEL).sum())
+    labeled = [each for each in _mappings_with("labels", batch) if isinstance(each["labels"], Tensor)]
+    if labeled:
+        ids = next((each["input_ids"] for each in _mappings_with("input_ids", batch)), None)
+        terms = sum(int((_predicted(each, ids, shifts) != IGNORED_LABEL).sum()) for each in labeled)
         if terms == 0:
             raise CalibrationError("a calibration batch has no label to predict: all are -100; drop such batches")
         return terms
-    tensors = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else [batch]
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.dim() > 0:
+    for _, tensor in tensors_in(batch):
+        if tensor.dim() > 0:
             return len(tensor)
-    raise CalibrationError(f"cannot tell the size of a calibration batch of type {type(batch).__name__}")
+    raise CalibrationError(
+        f"cannot tell the size of a calibration batch of type {type(batch).__name__}, which holds no tensor; give "
+        "batches of tensors, or say how many terms their mean loss has (terms of compress, loss_terms of the callback)"
+    )
+
+
+def refuse_malformed(batch: Any, number: int) -> None:
+    """Raise CalibrationError if a mask in batch `number` does not have the shape of the ids beside it."""
+    for ids_key, mask_key in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
+        for each in _mappings_with(mask_key, batch):
+            mask, ids = (each.get(key) for key in (mask_key, ids_key))
+            if not isinstance(mask, Tensor) or not isinstance(ids, Tensor):
+                continue
+            if mask.dim() == ids.dim() == 2 and mask.shape != ids.shape:
+                raise CalibrationError(
+                    f"calibration batch {number}: {mask_key} is {tuple(mask.shape)}, but {ids_key} are "
+                    f"{tuple(ids.shape)}; pad both to one length"
+                )
+
+
+def predicts_first_label(model: nn.Module) -> bool:
+    """Return True if a module holds an encoder-decoder of transformers, which predicts all of its labels."""
+    if isinstance(model, PreTrainedModel):
+        return bool(getattr(model.config, "is_encoder_decoder", False))
+    return any(predicts_first_label(part) for part in model.children())
+
+
+def _predicted(labeled: Mapping[str, Any], ids: Any, shifts: bool) -> Tensor:
+    """Return the labels that the loss depends on."""
+    labels: Tensor = labeled["labels"]
+    inputs = labeled.get("input_ids", ids)
+    same_shape = isinstance(inputs, Tensor) and labels.dim() == 2 and labels.shape == inputs.shape
+    return labels[:, 1:] if shifts and same_shape else labels
+
+
+def _mappings_with(key: str, batch: Any) -> list[Mapping[str, Any]]:
+    """Return the batch if it has a key, otherwise all mappings nested in it that have."""
+    if isinstance(batch, Mapping):
+        if key in batch:
+            return [batch]
+        batch = list(batch.values())
+    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        return [found for value in batch for found in _mappings_with(key, value)]
+    return []
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zssvd_lightning._numerics import accumulated
 from zssvd_lightning.calibration.gradients import checked_loss, collect_gradients
 from zssvd_lightning.calibration.hooks import Observation, observing
+from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.calibration.recorded_calls import Call
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError, CheckpointError
@@ -32,6 +33,7 @@ class StatisticsCollector:
         keep: True to reuse second moments in later steps that gather none.
 
     Attributes:
+        model: the module that the batches run through.
         moments: statistics of the batches whose gradients are collected.
         calls_to_record: number of batches per step whose forward passes are recorded, to be run again.
         calls: the recorded forward passes.
@@ -53,19 +55,18 @@ class StatisticsCollector:
         self.spectra: Mapping[str, Spectrum] | None = None
         self.can_overflow = False
         self.logits_model: Callable[[Any], nn.Module] = lambda model: model
-        self._model = model
+        self.model = model
         self._targets, self._team = layers, layers.team
         self._output_side = output_side
         self._draw = None if output_side is None else OUTPUT_GRADIENTS[output_side]
         self._keep = keep
         self._kept: Moments | None = None
-        self._counts_shared = False
-        self._window = Moments()
+        self._window, self._counts_shared = Moments(), False
         self._pending: list[tuple[float, float]] = []
         self._observation: Observation | None = None
 
     @contextmanager
-    def observing(self, mask: Tensor | None, inputs: bool = True) -> Iterator[Observation]:
+    def observing(self, mask: TokenMask, inputs: bool = True) -> Iterator[Observation]:
         """Observe one batch; see `hooks.observing`."""
         into = self.moments
         if self.can_overflow:
@@ -74,14 +75,15 @@ class StatisticsCollector:
         outputs = into if inputs and self._output_side is not None else None
         with (
             self._team.inputs(into, self._targets) if inputs else nullcontext(into) as seen,
-            observing(self._model, self._targets, seen, mask, inputs, outputs) as observation,
+            observing(self.model, self._targets, seen, mask, inputs, outputs) as observation,
         ):
+            observation.check_operands(self._batch + 1)
             if self.spectra is not None:
                 observation.watch_components(self.spectra, into)
             if outputs is not None and self._draw is not None:
-                observation.watch_logits(self.logits_model(self._model), self._draw, self._generator())
+                observation.watch_logits(self.logits_model(self.model), self._draw, self._generator())
             if self._batch < self.calls_to_record:
-                observation.note_calls(self.logits_model(self._model), self.calls, mask)
+                observation.note_calls(self.logits_model(self.model), self.calls, mask)
             self._observation = observation
             yield observation
 

@@ -18,10 +18,10 @@ def checked_loss(loss: Any) -> Tensor:
         CalibrationError: the loss is not a scalar tensor with gradients.
         NonFiniteError: the loss is NaN or infinite.
     """
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad or loss.is_complex():
+        found = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise CalibrationError(
-            f"calibration needs a scalar loss that depends on the target layers, got {found}; return the mean loss"
+            f"calibration needs a real scalar loss that depends on the target layers, got {found}; return the mean loss"
         )
     if not torch.isfinite(loss):
         raise NonFiniteError(

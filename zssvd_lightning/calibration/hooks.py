@@ -15,6 +15,8 @@ from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.calibration.batches import input_of, rows_that_count
 from zssvd_lightning.calibration.contexts import gradients_from_embeddings_on, gradients_only_at
 from zssvd_lightning.calibration.gradients import refuse_no_gradient
+from zssvd_lightning.calibration.masks import Masks, TokenMask
+from zssvd_lightning.calibration.operands import CheckedOperands
 from zssvd_lightning.calibration.recorded_calls import Call
 from zssvd_lightning.errors import CalibrationError, LogitsError, ZeroGradientError
 from zssvd_lightning.model.logits import logits_of
@@ -31,9 +33,10 @@ class Observation:
     """Observation of one batch in the model.
 
     Args:
+        model: the model that the batch runs through.
         targets: layers to watch, by name.
         moments: receives the second moments of the inputs.
-        mask: positions (B, T) that are not padding; None for all.
+        mask: mask of the batch; each stack of the model goes by its own, see `masks`.
 
     Attributes:
         gradient_weight: number by which gradients are multiplied to become gradients of the sum over the batch's loss
@@ -43,18 +46,20 @@ class Observation:
         CalibrationError: the batch is all padding.
     """
 
-    def __init__(self, targets: Mapping[str, Target], moments: Moments, mask: Tensor | None) -> None:
+    def __init__(
+        self, model: nn.Module, targets: Mapping[str, Target], moments: Moments, mask: TokenMask | Tensor | None
+    ) -> None:
+        self._model = model
         self._targets = targets
         self._moments = moments
-        if mask is not None and not mask.any():
-            raise CalibrationError("a calibration batch is all padding (its attention_mask is 0); drop such batches")
-        self._mask = None if mask is None or bool(mask.all()) else mask
+        self._masks = Masks(mask)
         self._latest: dict[str, weakref.ref[Tensor]] = {}
         self._hooks = ExitStack()
         self._output_hooks = ExitStack()
         self._logits: Tensor | None = None
         self._drawn: tuple[Draw, torch.Generator] | None = None
         self._taking_outputs = True
+        self._loss_known = False
         self._has_graph: dict[str, bool] = {}
         self._without_graph: list[str] = []
         self._checkpointed: set[str] = set()
@@ -66,10 +71,19 @@ class Observation:
             handle = target.module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
             self._hooks.callback(handle.remove)
 
+    def watch_masks(self) -> None:
+        """Note the masks of the stacks, until `forward_done`."""
+        self._masks.watch(self._model)
+        self._hooks.callback(self._masks.close)
+
+    def check_operands(self, number: int) -> None:
+        """Refuse ids and labels out of range in batch `number`, until `forward_done`; see `operands`."""
+        self._hooks.enter_context(CheckedOperands(number, self._masks.argument))
+
     def watch_outputs(self, into: Moments) -> None:
         """Add the gradients of each target's output, times `gradient_weight`, to `into`, until `close`."""
         for name, target in self._targets.items():
-            handle = target.module.register_forward_hook(self._output_hook(name, into))
+            handle = target.module.register_forward_hook(self._output_hook(name, into), with_kwargs=True)
             self._output_hooks.callback(handle.remove)
 
     def watch_components(self, spectra: Mapping[str, Spectrum], into: Moments) -> None:
@@ -85,12 +99,12 @@ class Observation:
             )
             self._output_hooks.callback(handle.remove)
 
-    def note_calls(self, model: nn.Module, calls: list[Call], mask: Tensor | None) -> None:
-        """Append the forward passes of `model` to `calls`, with the mask (B, T) of the batch, until `forward_done`."""
+    def note_calls(self, model: nn.Module, calls: list[Call], mask: TokenMask) -> None:
+        """Append the forward passes of `model` to `calls`, with the mask of the batch, until `forward_done`."""
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.is_grad_enabled():
-                calls.append(Call.of(args, kwargs, mask))
+                calls.append(Call.of(args, kwargs, mask.positions, mask.asked))
 
         self._hooks.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
 
@@ -111,7 +125,7 @@ class Observation:
         self._hooks.callback(model.register_forward_hook(note).remove)
 
     def send_back(self, loss: Tensor) -> None:
-        """Backpropagate the drawn gradients from the logits to the outputs, if `watch_logits` was called.
+        """Begin to take output gradients. If `watch_logits` was called, backpropagate the drawn ones from the logits.
 
         Gradients are drawn only at the positions on which the loss depends.
 
@@ -122,6 +136,7 @@ class Observation:
             LogitsError: the loss does not depend on the logits that were seen.
             CalibrationError: the drawn gradients cannot be sent back, as under reentrant checkpointing.
         """
+        self._loss_known = True
         if self._drawn is None:
             return
         (draw, generator), logits, found = self._drawn, self._logits, None
@@ -188,12 +203,13 @@ class Observation:
         self._output_hooks.close()
 
     def _output_hook(self, name: str, into: Moments) -> Any:
-        def see(gradient: Tensor) -> None:
-            if not self._taking_outputs:
-                return
-            into.add_outputs(name, rows_that_count(gradient, self._mask), self.gradient_weight)
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            mask = self._masks.of(name, input_of(args, kwargs))
 
-        def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            def see(gradient: Tensor) -> None:
+                if self._loss_known and self._taking_outputs:
+                    into.add_outputs(name, rows_that_count(gradient, mask), self.gradient_weight)
+
             self._has_graph[name] = self._has_graph.get(name, False) or output.requires_grad
             if output.requires_grad:  # False in the first of two passes under reentrant checkpointing
                 output.register_hook(see)  # type: ignore[no-untyped-call]
@@ -203,10 +219,13 @@ class Observation:
     def _component_hook(self, name: str, spectrum: Spectrum, into: Moments) -> Any:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             X = input_of(args, kwargs).detach()
+            mask = self._masks.of(name, X)
 
             def see(gradient: Tensor) -> None:
+                if not self._loss_known:
+                    return
                 with torch.autocast(gradient.device.type, enabled=False), exact_products():
-                    D, there = (rows_that_count(rows, self._mask).to(spectrum.left) for rows in (gradient, X))
+                    D, there = (rows_that_count(rows, mask).to(spectrum.left) for rows in (gradient, X))
                     into.add_components(name, spectrum.squared_derivatives(there, D * self.gradient_weight))
 
             if output.requires_grad:
@@ -229,7 +248,7 @@ class Observation:
         leader = leaders[name]
         if leader == name:
             self._latest[name] = weakref.ref(X)
-            self._moments.add_inputs(name, rows_that_count(X, self._mask))
+            self._moments.add_inputs(name, rows_that_count(X, self._masks.of(name, X)))
         elif leader not in self._latest or self._latest[leader]() is not X:
             raise CalibrationError(
                 f"{name} read the same input as {leader} in the first batch, but another one now; "
@@ -252,7 +271,7 @@ def observing(
     model: nn.Module,
     targets: Mapping[str, Target],
     moments: Moments,
-    mask: Tensor | None,
+    mask: TokenMask | Tensor | None,
     inputs: bool = True,
     outputs: Moments | None = None,
 ) -> Iterator[Observation]:
@@ -264,7 +283,7 @@ def observing(
         model: the model that the batch runs through.
         targets: the layers to watch, by name.
         moments: receives the second moments of the inputs.
-        mask: positions (B, T) that are not padding; None for all.
+        mask: mask of the batch, a `TokenMask` or (B, T); None to go by the masks that the model is called with.
         inputs: whether to take the second moments of the inputs; if False, only gradients are computed.
         outputs: receives the second moments of the output gradients; None to leave them out.
 
@@ -272,12 +291,13 @@ def observing(
         CalibrationError: the batch is all padding, or layers stop sharing an input.
     """
     with ExitStack() as restored:
-        observation = Observation(targets, moments, mask)
+        observation = Observation(model, targets, moments, mask)
         restored.callback(observation.close)
         restored.enter_context(evaluation_mode(model))
         restored.enter_context(gradients_only_at(model, targets))
         restored.enter_context(no_cache(model))
         restored.enter_context(gradients_from_embeddings_on(model))
+        observation.watch_masks()
         if inputs:
             observation.watch_inputs()
         if outputs is not None:
@@ -286,20 +306,24 @@ def observing(
 
 
 @contextmanager
-def watching_inputs(targets: Mapping[str, Target], moments: Moments, mask: Tensor | None) -> Iterator[None]:
+def watching_inputs(
+    model: nn.Module, targets: Mapping[str, Target], moments: Moments, mask: TokenMask
+) -> Iterator[None]:
     """Add the inputs of the layers to the second moments, in the current mode of the model; remove all hooks on exit.
 
     Args:
+        model: the model that the batch runs through.
         targets: the layers to watch, by name.
         moments: receives the second moments.
-        mask: positions (B, T) that are not padding; None for all.
+        mask: mask of the batch.
 
     Raises:
         CalibrationError: the batch is all padding, or layers stop sharing an input.
     """
-    observation = Observation(targets, moments, mask)
+    observation = Observation(model, targets, moments, mask)
     with ExitStack() as stack:
         stack.callback(observation.forward_done)
         stack.enter_context(uncompiled())
+        observation.watch_masks()
         observation.watch_inputs()
         yield

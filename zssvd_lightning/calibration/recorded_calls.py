@@ -8,6 +8,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.nn.functional import pad
 
+from zssvd_lightning.calibration.batches import IGNORED_LABEL
 from zssvd_lightning.errors import CalibrationError
 
 PLAIN = (Tensor, bool, int, float, str, type(None))
@@ -19,16 +20,19 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     mask: Tensor | None
-    """Positions (B, T) that are not padding; None for all."""
+    """Mask (B, T) of the batch; None to go by the masks of the call."""
+    asked: bool = False
+    """True if the user's function gave the mask; see `TokenMask`."""
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None) -> "Call":
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None, asked: bool = False) -> "Call":
         """Record a call, with copies of its tensors.
 
         Args:
             args: positional arguments of the model.
             kwargs: keyword arguments of the model.
-            mask: positions (B, T) that are not padding; None for all.
+            mask: mask (B, T) of the batch; None to go by the masks of the call.
+            asked: True if the user's function gave the mask.
 
         Raises:
             CalibrationError: an argument is not a tensor, number, string or None.
@@ -40,11 +44,11 @@ class Call(NamedTuple):
                     "may have changed by then; pass tensors, or use another correction_step"
                 )
         kept = {key: _kept(value) for key, value in kwargs.items()}
-        return cls(tuple(map(_kept, args)), kept, mask)
+        return cls(tuple(map(_kept, args)), kept, mask, asked)
 
     def to(self, device: torch.device | str) -> "Call":
         """Return the call with its tensors on another device."""
-        return Call(*move_data_to_device((self.args, self.kwargs, self.mask), device))
+        return Call(*move_data_to_device((self.args, self.kwargs, self.mask, self.asked), device))
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -78,9 +82,10 @@ def together(calls: Sequence[Call]) -> Call:
         )
 
     def joined(key: int | str, values: Sequence[Any]) -> Any:
+        filler = IGNORED_LABEL if key == "labels" else 0
         cut = [isinstance(v, Tensor) and v.dim() > 0 and len(v) == B for v, (B, _) in zip(values, rows, strict=True)]
         if all(cut):
-            return torch.cat([_lengthened(v, T, length) for v, (_, T) in zip(values, rows, strict=True)])
+            return _all_rows(key, [_lengthened(v, T, length, filler) for v, (_, T) in zip(values, rows, strict=True)])
         same = [torch.equal(v, values[0]) if isinstance(v, Tensor) else v == values[0] for v in values]
         if any(cut) or not all(same):
             raise CalibrationError(
@@ -98,6 +103,7 @@ def together(calls: Sequence[Call]) -> Call:
         tuple(joined(i, [call.args[i] for call in calls]) for i in range(len(first.args))),
         {key: joined(key, [call.kwargs[key] for call in calls]) for key in first.kwargs},
         joined("mask", [call.mask for call in calls]),
+        first.asked,
     )
 
 
@@ -105,8 +111,19 @@ def _kept(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _lengthened(value: Tensor, length: int, wanted: int) -> Tensor:
-    """Append zeros along the second dimension, if that is the dimension of positions."""
+def _all_rows(key: int | str, values: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all values. Raise CalibrationError if they differ in other sizes than their number."""
+    if len({value.shape[1:] for value in values}) > 1:
+        shapes = " and ".join(sorted({str(tuple(value.shape)) for value in values}))
+        raise CalibrationError(
+            f"a refit puts batches together, but argument {key!r} of the model is of shapes {shapes}; pad it to one "
+            "length in all batches, or use another correction_step"
+        )
+    return torch.cat(list(values))
+
+
+def _lengthened(value: Tensor, length: int, wanted: int, filler: int) -> Tensor:
+    """Append the filler along the second dimension, if that is the dimension of positions."""
     if value.dim() < 2 or value.shape[1] != length:
         return value
-    return pad(value, [0, 0] * (value.dim() - 2) + [0, wanted - length])
+    return pad(value, [0, 0] * (value.dim() - 2) + [0, wanted - length], value=filler)

@@ -10,7 +10,7 @@ class BatchMeaning(Protocol):
     """Methods of `ZSSVDCallback` that interpret batches or measure the model. Users override them in a subclass."""
 
     def token_mask(self, batch: Any) -> Tensor | None:
-        """Return the mask (B, T) of the positions of a batch that are not padding, or None for all."""
+        """Return the mask (B, T) of the positions of a batch that are not padding, or None."""
 
     def loss_terms(self, batch: Any) -> float:
         """Return the number of terms in the mean loss of a batch."""

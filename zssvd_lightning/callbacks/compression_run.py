@@ -151,16 +151,24 @@ class CompressionRun:
 
     def start_batch(self, trainer: L.Trainer) -> None:
         """Start the compression at the first batch that meets both conditions of the schedule."""
-        life, schedule = self.life, self._schedule
-        started = trainer.current_epoch >= schedule.start_epoch and trainer.global_step >= schedule.start_step
-        if life.phase is Phase.WAIT and started and not self.planned:
-            life.start()
-            telemetry.log_phase(trainer, life.phase)
+        if self._is_due(trainer):
+            self.life.start()
+            telemetry.log_phase(trainer, self.life.phase)
 
-    def end_batch(self, trainer: L.Trainer, module: L.LightningModule, batch_idx: int) -> None:
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        schedule = self._schedule
+        started = trainer.current_epoch >= schedule.start_epoch and trainer.global_step >= schedule.start_step
+        return self.life.phase is Phase.WAIT and started and not self.planned
+
+    def end_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """End the observation, and advance once there are enough batches and the accumulation window is closed."""
         life = self.life
         life.batches_into_epoch = batch_idx + 1
+        if batch is None and (life.gathering or self._is_due(trainer)):
+            raise CalibrationError(
+                f"batch {batch_idx} of epoch {trainer.current_epoch} is None, which Lightning does not run, so that it "
+                "cannot be calibrated on; have the DataLoader leave such batches out"
+            )
         if (observed := life.batch) is None:
             return
         life.close()

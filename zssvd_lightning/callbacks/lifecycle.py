@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
+from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.callbacks.callback_state import VERSION, refuse_state
 from zssvd_lightning.callbacks.observed_batch import ObservedBatch
 from zssvd_lightning.callbacks.trainer.guards import window_end
@@ -152,7 +153,7 @@ class Lifecycle:
         """Enter the first phase that gathers statistics."""
         self.phase = self._stages[0].gathers
 
-    def open(self, mask: Tensor | None, terms: float) -> ObservedBatch:
+    def open(self, mask: TokenMask, terms: float) -> ObservedBatch:
         """Start to observe a batch. Collective for the first batch of a gathering."""
         self.close()
         if self.reference_terms is None:

@@ -3,10 +3,9 @@
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from zssvd_lightning._contexts import uncompiled
 from zssvd_lightning.calibration.hooks import Observation
+from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.callbacks.trainer.replay import copied
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
@@ -26,7 +25,7 @@ class ObservedBatch:
         kept_back: copy of the batch to keep back; None if enough are.
     """
 
-    def __init__(self, compression: Compression, phase: Phase, terms: float, mask: Tensor | None) -> None:
+    def __init__(self, compression: Compression, phase: Phase, terms: float, mask: TokenMask) -> None:
         self.terms = terms
         self._compression = compression
         self.complete = False

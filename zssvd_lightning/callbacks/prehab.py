@@ -30,6 +30,7 @@ from zssvd_lightning._state_checks import anything, entries, finite_tensor, mapp
 from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require, require_one_of
 from zssvd_lightning.calibration.batches import token_mask
+from zssvd_lightning.calibration.masks import mask_of
 from zssvd_lightning.callbacks.callback_state import refuse_damaged
 from zssvd_lightning.callbacks.schedule import ScheduledCompression
 from zssvd_lightning.callbacks.trainer import telemetry
@@ -148,9 +149,10 @@ class LowRankPrehab(L.Callback):
         self._run_before = 0
 
     def token_mask(self, batch: Any) -> Tensor | None:
-        """Return the mask (B, T) of the positions of a batch that are not padding, or None for all.
+        """Return the mask (B, T) of the positions of a batch that are not padding.
 
-        Override this method for batches without an `attention_mask`.
+        None goes by the masks that the model is called with. Override this method for batches without an
+        `attention_mask` whose model is not called with one either.
         """
         return token_mask(batch)
 
@@ -204,7 +206,7 @@ class LowRankPrehab(L.Callback):
         if run.batches >= self.moment_batches and opens_window:
             run.begin(REGULARIZERS[self.regularizer], trainer.global_step)
         else:
-            self._watching.enter_context(run.watching(self.token_mask(batch)))
+            self._watching.enter_context(run.watching(mask_of(batch, self.token_mask)))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Stop watching before activation checkpointing runs layers again."""

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require
-from zssvd_lightning.calibration.batches import loss_terms, token_mask
+from zssvd_lightning.calibration.batches import loss_terms, predicts_first_label, token_mask
 from zssvd_lightning.callbacks.batch_observer import BatchObserver
 from zssvd_lightning.callbacks.compression_run import CompressionRun
 from zssvd_lightning.callbacks.fit_context import FitContext
@@ -182,18 +182,20 @@ class ZSSVDCallback(L.Callback):
         return self.run.life.compression.gathering.moments
 
     def token_mask(self, batch: Any) -> Tensor | None:
-        """Return the mask (B, T) of the positions of a batch that are not padding, or None for all.
+        """Return the mask (B, T) of the positions of a batch that are not padding.
 
-        Override this method for batches without an `attention_mask`.
+        None goes by the masks that the model is called with. Override this method for batches without an
+        `attention_mask` whose model is not called with one either.
         """
         return token_mask(batch)
 
     def loss_terms(self, batch: Any) -> float:
         """Return the number of terms in the mean loss of a batch.
 
-        Override this method for batches without `labels`.
+        Override this method for batches without `labels`, and for losses that are no mean over all labels.
         """
-        return loss_terms(batch)
+        trainer = self.fit.trainer
+        return loss_terms(batch, shifts=trainer is None or not predicts_first_label(trainer.lightning_module))
 
     def student(self, pl_module: L.LightningModule) -> nn.Module:
         """Return the model whose logits the loss uses. Override this method if it is no transformers model."""
@@ -275,7 +277,7 @@ class ZSSVDCallback(L.Callback):
     ) -> None:
         """End the observation, and advance once there are enough batches and the accumulation window is closed."""
         self.recovering.end_batch(trainer, pl_module, self.run.life)
-        self.run.end_batch(trainer, pl_module, batch_idx)
+        self.run.end_batch(trainer, pl_module, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the length of the epoch, for loaders of unknown length, and advance if there are enough batches."""

@@ -1,10 +1,13 @@
 """Gathering of statistics: batches run through a model outside of a Trainer."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -12,9 +15,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from zssvd_lightning._types import check_types
-from zssvd_lightning.calibration.batches import loss_terms, token_mask
+from zssvd_lightning.calibration.batches import loss_terms, predicts_first_label, refuse_malformed, token_mask
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.contexts import measuring
+from zssvd_lightning.calibration.masks import mask_of
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.kept_batches import KEPT_BACK, number_to_keep_back
 from zssvd_lightning.compression.phase import Phase
@@ -24,10 +28,46 @@ from zssvd_lightning.errors import CalibrationError
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss that a transformers model computes itself: `model(**batch).loss`."""
-    loss: Tensor = model(**batch).loss
-    return loss
+SAY_THE_LOSS = "say what the loss of a batch is: compress(..., loss=lambda model, batch: ...)"
+
+
+@dataclass(frozen=True)
+class ModelLoss:
+    """Loss that a transformers model computes itself: `model(**batch).loss`."""
+
+    mixed: bool = False
+    """True to run the model under autocast in bfloat16."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of a batch. Raises CalibrationError if the model gives none."""
+        device = next(model.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16) if self.mixed else nullcontext():
+            output = model(**batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if loss is None:
+            raise CalibrationError(
+                f"{type(model).__name__} returns {type(output).__name__} without a loss for a batch of "
+                f"{', '.join(map(str, batch))}; give it labels, or {SAY_THE_LOSS}"
+            )
+        return cast("Tensor", loss)
+
+    def refuse(self, model: nn.Module, batch: Any, number: int) -> None:
+        """Raise CalibrationError if the model cannot be called with batch `number` as keyword arguments."""
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(
+                f"calibration batch {number} is a {type(batch).__name__}, but without a loss the model is called with "
+                f"the keys of each batch; give mappings such as {{'input_ids': ..., 'labels': ...}}, or {SAY_THE_LOSS}"
+            )
+        try:
+            inspect.signature(model.forward).bind(**batch)
+        except TypeError as error:
+            raise CalibrationError(
+                f"{type(model).__name__} cannot be called with calibration batch {number} of "
+                f"{', '.join(map(str, batch))}: {error}; give its arguments, or {SAY_THE_LOSS}"
+            ) from error
+
+
+model_loss = ModelLoss()
 
 
 def loss_in(precision: str) -> Loss:
@@ -35,15 +75,7 @@ def loss_in(precision: str) -> Loss:
 
     Statistics are gathered in float32 in both cases.
     """
-    if precision == "32-true":
-        return model_loss
-
-    def mixed(model: nn.Module, batch: Any) -> Tensor:
-        device = next(model.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16):
-            return model_loss(model, batch)
-
-    return mixed
+    return model_loss if precision == "32-true" else ModelLoss(mixed=True)
 
 
 @dataclass(frozen=True)
@@ -53,9 +85,37 @@ class BatchReading:
     loss: Loss = model_loss
     """Function that returns the mean loss of a batch, `loss(model, batch)`."""
     mask: Callable[[Any], Tensor | None] = token_mask
-    """Function that returns the mask (B, T) of the positions that are not padding; None for all."""
+    """Function that returns the mask (B, T) of the positions of the inputs that are not padding; None to go by the
+    masks that the model is called with. Other stacks, such as a decoder, go by the masks of their own calls."""
     terms: Callable[[Any], float] = loss_terms
-    """Function that returns the number of terms in the mean loss of a batch."""
+    """Function that returns the number of terms in the mean loss of a batch. Override it for batches without `labels`,
+    and for losses that are no mean over all labels."""
+
+    @classmethod
+    def of(cls, model: nn.Module, batches: Iterable[Any], given: "ReadingSettings") -> "BatchReading":
+        """Return the functions that read the batches of a model.
+
+        Raises:
+            CalibrationError: the functions given do not suit the model or, if all batches are at hand, a batch.
+        """
+        if "terms" not in given and predicts_first_label(model):
+            given = {**given, "terms": partial(loss_terms, shifts=False)}
+        reading = cls(**given)
+        if isinstance(reading.loss, ModelLoss) and hasattr(model, "training_step"):
+            raise CalibrationError(
+                f"{type(model).__name__} is a LightningModule, whose loss is that of its training_step; compress it in "
+                "a fit with ZSSVDCallback, or pass the model inside of it, or "
+                "loss=lambda module, batch: module.training_step(batch, 0)"
+            )
+        for number, batch in enumerate(batches if isinstance(batches, list | tuple) else (), 1):
+            reading.refuse(model, batch, number)
+        return reading
+
+    def refuse(self, model: nn.Module, batch: Any, number: int) -> None:
+        """Raise CalibrationError if batch `number` cannot be run."""
+        if isinstance(self.loss, ModelLoss):
+            self.loss.refuse(model, batch, number)
+        refuse_malformed(batch, number)
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -96,7 +156,13 @@ def gather(
         wanted = checked(batches, first, limit, phase, progress=compression.progress)
         if guard is not None and guard.wants_batches:
             wanted = kept_back(wanted, guard)
-        observe(compression.model, compression.gathering, wanted, phase, reading or BatchReading())
+        observe(
+            compression.model,
+            compression.gathering,
+            wanted,
+            phase,
+            reading or BatchReading.of(compression.model, batches, {}),
+        )
 
 
 def safeguard_of(model: nn.Module, reading: BatchReading) -> Safeguard:
@@ -129,12 +195,13 @@ def observe(
 ) -> None:
     """Run one forward and one backward pass over each batch. CORRECT takes no second moments."""
     device = next(model.parameters()).device
-    for raw in batches:
+    for number, raw in enumerate(batches, 1):
+        reading.refuse(model, raw, number)
         batch = move_data_to_device(raw, device)
         weight = reading.terms(batch)
         with (
             torch.enable_grad(),
-            statistics.observing(reading.mask(batch), inputs=phase is Phase.CALIBRATE) as observation,
+            statistics.observing(mask_of(batch, reading.mask), inputs=phase is Phase.CALIBRATE) as observation,
         ):
             batch_loss = reading.loss(model, batch)
             observation.forward_done()

@@ -92,7 +92,7 @@ def compress(
         >>> report.reached >= 0.3
         True
     """
-    config, reading = _understood(config, preset, calibration_batches, progress, asked)
+    config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
     require(isinstance(statistics, Moments | None), "statistics", statistics, "a result of calibrate, or None")
     run = Compression(model, config, progress)
     _announce(run)
@@ -127,8 +127,7 @@ def calibrate(
     Arguments and errors are those of `compress`, except for errors of the budget. Only the settings that select layers
     and those of the metric have an effect.
     """
-    config, reading = _understood(config, preset, calibration_batches, progress, asked)
-    refuse_unready(model)
+    config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
     layers = LayerSet(find_targets(model, config.include, config.ignore))
     statistics = StatisticsCollector(model, layers, config.watches_outputs)
     with _gradients_set_aside(model):
@@ -153,7 +152,7 @@ def plan(
 
     Arguments and errors are those of `compress`.
     """
-    config, reading = _understood(config, preset, calibration_batches, progress, asked)
+    config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
     run = Compression(model, config, progress)
     with _gradients_set_aside(model):
         *before, truncation = to_first_truncation(course(config))
@@ -178,18 +177,28 @@ def _announce(compression: Compression) -> None:
 
 
 def _understood(
+    model: nn.Module,
+    batches: Iterable[Any],
     config: CompressionConfig | None,
     preset: str | None,
     calibration_batches: int | None,
     progress: bool,
     asked: Asked,
 ) -> tuple[CompressionConfig, BatchReading]:
-    """Return the settings and the functions that read a batch. Raises ConfigError for invalid arguments."""
+    """Return the settings and the functions that read a batch.
+
+    Raises:
+        ConfigError: an argument is invalid.
+        TargetError: the model cannot run where it is; see `refuse_unready`.
+        CalibrationError: a batch or the model cannot be used; see `BatchReading.of`.
+    """
     of_type(int | None, calibration_batches, "calibration_batches")
     of_type(bool, progress, "progress")
+    refuse_unready(model)
     settings: dict[str, Any] = dict(asked)
     reading = {field.name: settings.pop(field.name) for field in fields(BatchReading) if field.name in settings}
-    return CompressionConfig.asked(config, preset, cast("Settings", settings)), BatchReading(**reading)
+    understood = CompressionConfig.asked(config, preset, cast("Settings", settings))
+    return understood, BatchReading.of(model, batches, cast("ReadingSettings", reading))
 
 
 def _fitting(compression: Compression, statistics: Moments) -> Moments:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zssvd_lightning.calibration.terms import doubt, parts_of
 from zssvd_lightning.compression.kept_batches import batches_of_saved, batches_to_save
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
 from zssvd_lightning.errors import DivergedError
@@ -121,6 +122,7 @@ class Safeguard:
         if not len(losses) or not losses.isfinite().all():
             self.give_up("there are no batches" if not len(losses) else f"it is {_mean(losses)} before truncation")
             return
+        self._check_terms(compression)
         self.dense = _mean(losses)
         chance = chance_loss(compression.model)
         if chance is not None and abs(self.dense - chance) < NEAR_CHANCE * chance and compression.team.rank == 0:
@@ -278,6 +280,23 @@ class Safeguard:
                 None if found is None else {name: Importance(*pair) for name, pair in found.items()},
             )
             self._best = best, None
+
+    def _check_terms(self, compression: "Compression") -> None:
+        """Warn if the loss of a batch is no mean over its terms, as far as parts of the batch tell. Collective."""
+        batch = next((batch for batch in self.batches if parts_of(batch)), None)
+        if not all(compression.team.gathered(batch is not None)):
+            return
+        try:
+            with compression.stopwatch("measure"), compression.team.together():
+                found = doubt(self._measure, batch, parts_of(batch))
+        except Exception:  # noqa: BLE001  user code that may need whole batches
+            return
+        if found is not None:
+            logger.warning(
+                "the loss of a calibration batch is %s as they are counted, so that batches are weighted wrongly; say "
+                "how many terms its mean has (terms of compress, loss_terms of the callback), or return a mean",
+                found,
+            )
 
     def _consider(self, compression: "Compression", losses: Tensor) -> None:
         self._losses, mean = losses, _mean(losses)

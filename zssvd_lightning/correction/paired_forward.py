@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 from zssvd_lightning._contexts import evaluation_mode, no_cache, uncompiled
 from zssvd_lightning.calibration.batches import input_of, rows_that_count
+from zssvd_lightning.calibration.masks import Masks, TokenMask
 from zssvd_lightning.calibration.recorded_calls import Call, together
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.model.targets import Target
@@ -55,7 +56,9 @@ def run_side_by_side(
                     f"{name} reads {tuple(X.shape)} of {2 * B} sequences of {T}, so a refit cannot tell whose rows "
                     "those are; add it to ignore, or use another correction_step"
                 )
-            meet(name, *(rows_that_count(half, call.mask) for half in X.chunk(2)))
+            mask = masks.of(name, X)
+            of_halves = (None, None) if mask is None else mask.chunk(2)
+            meet(name, *(rows_that_count(half, own) for half, own in zip(X.chunk(2), of_halves, strict=True)))
 
         return split
 
@@ -73,10 +76,13 @@ def run_side_by_side(
         return replace
 
     doubled = together([call, call])
+    masks = Masks(TokenMask(doubled.mask, doubled.asked))
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(no_cache(model))
         stack.enter_context(uncompiled())
+        stack.callback(masks.close)
+        masks.watch(model)
         for name, target in layers.items():
             stack.callback(target.module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
             stack.callback(target.module.register_forward_hook(after(name), with_kwargs=True).remove)

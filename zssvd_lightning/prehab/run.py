@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.hooks import watching_inputs
+from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.distributed import LayerSet, Team
 from zssvd_lightning.errors import CheckpointError, NonFiniteError
 from zssvd_lightning.model.targets import Target
@@ -83,11 +84,11 @@ class PrehabRun:
             for name, tensor in tensors.items():
                 tensors[name] = tensor.to(targets[name].weight.device)
 
-    def watching(self, mask: Tensor | None) -> AbstractContextManager[None]:
+    def watching(self, mask: TokenMask) -> AbstractContextManager[None]:
         """Return a context that takes the second moments of a batch; `absorb` adds them to the statistics.
 
         Args:
-            mask: positions (B, T) that are not padding, or None.
+            mask: mask of the batch.
 
         Raises:
             CalibrationError: the batch is all padding, or layers stop sharing an input.
@@ -95,7 +96,7 @@ class PrehabRun:
         if self.gathering is None:
             raise RuntimeError("second moments are gathered once")
         self.window = Moments(leaders=self.gathering.moments.leaders)
-        return watching_inputs(self.targets, self.window, mask)
+        return watching_inputs(self.gathering.model, self.targets, self.window, mask)
 
     def absorb(self) -> None:
         """Add the second moments of a finished batch to the statistics."""

@@ -14,8 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from zssvd_lightning._files import checked_path
-from zssvd_lightning.errors import ModelSourceError
+from zssvd_lightning.errors import ConfigError, ModelSourceError
 from zssvd_lightning.hub.loading import from_pretrained
+
+LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
+"""Names under which configs of transformers keep the largest number of tokens."""
 
 PART = re.compile(r"(?<=\.gguf)\.part\d+$")
 """Suffix of the file name of one part of a split GGUF file."""
@@ -50,6 +53,29 @@ def load_model(source: str, dtype: str = "float32") -> tuple[PreTrainedModel, Pr
             f"cannot load model {source!r}: {error}. Sources are package:NAME, a local folder, or a hub id"
         ) from error
     return model, tokenizer
+
+
+def refuse_long_windows(model: PreTrainedModel, **lengths: int) -> None:
+    """Raise ConfigError if windows of tokens are longer than the inputs of a model.
+
+    Args:
+        model: the model.
+        lengths: lengths of windows, by the key of their setting with `_` for the dot.
+    """
+    most = longest_input(model)
+    for key, length in lengths.items():
+        if most is not None and length > most:
+            raise ConfigError(
+                f"{key.replace('_', '.')} is {length}, but {type(model).__name__} takes at most {most} tokens (by its "
+                "config); shorten the windows"
+            )
+
+
+def longest_input(model: PreTrainedModel) -> int | None:
+    """Return the largest number of tokens that the config of a model allows; None if it sets no limit."""
+    config = model.config.get_text_config(decoder=True)
+    found = [getattr(config, name, None) for name in LIMITS]
+    return min((limit for limit in found if isinstance(limit, int) and limit > 0), default=None)
 
 
 def _from_package(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

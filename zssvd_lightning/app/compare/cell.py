@@ -31,7 +31,7 @@ from zssvd_lightning.evaluation import perplexity as evaluation
 from zssvd_lightning.evaluation import zero_shot
 from zssvd_lightning.serialization.integrity import digest
 from zssvd_lightning.sources import texts
-from zssvd_lightning.sources.models import load_model, place
+from zssvd_lightning.sources.models import load_model, place, refuse_long_windows
 from zssvd_lightning.whitening.moments import Moments
 
 CALIBRATE = "calibrate"
@@ -163,8 +163,10 @@ class Material:
         """Return the windows for calibration and corrections, always in the same order.
 
         Raises:
+            ConfigError: the windows are longer than the inputs of the model.
             TextError: a text cannot be read or is too short.
         """
+        refuse_long_windows(self.model, calibration_length=config.length)
         drawn = calibration_windows(config, self._tokenized)
         return DataLoader(texts.TokenWindows(drawn), batch_size=config.batch_size)
 
