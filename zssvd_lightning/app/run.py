@@ -22,6 +22,7 @@ from zssvd_lightning.evaluation import perplexity as evaluation
 from zssvd_lightning.evaluation import zero_shot
 from zssvd_lightning.hub.loading import from_pretrained
 from zssvd_lightning.hub.model_card import write_card
+from zssvd_lightning.model.recompression import low_rank_targets
 from zssvd_lightning.hub.saving import write_model
 from zssvd_lightning.serialization.specs import specs_of
 from zssvd_lightning.sources import texts
@@ -45,6 +46,7 @@ class Run:
     Raises:
         ConfigError: the device is not available.
         ModelSourceError: the model cannot be loaded.
+        TargetError: a selected layer is in 8 bits already or has an adapter of PEFT.
         TextError: a text cannot be read or is too short.
         OutputError: the output folder holds something else.
     """
@@ -58,6 +60,7 @@ class Run:
         self.output = check_output(config.output, config.model.source) if saves else Path(config.output)
         torch.manual_seed(config.calibration.seed)
         self.model, self.tokenizer = load_model(config.model.source, config.model.dtype)
+        low_rank_targets(self.model, config.compression.include, config.compression.ignore)  # refuses some layers
         _place(self.model, self.device)
         self.calibration = texts.TokenWindows(calibration_windows(config.calibration, self._tokens))
         self._windows = {key: self._evaluation_windows(text) for key, text in self._evaluation_texts().items()}

@@ -25,6 +25,7 @@ from zssvd_lightning.decomposition.originals import Originals
 from zssvd_lightning.distributed import LayerSet, Team
 from zssvd_lightning.errors import ConfigError, NonFiniteError
 from zssvd_lightning.layers.registry import Factored
+from zssvd_lightning.layers.storage import Present
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.budget import Budget
@@ -46,6 +47,7 @@ class Compression:
         progress: draw progress bars for the long steps.
         team: processes that compress the model together; None for one process.
         replace: function that replaces a layer, `replace(model, old, new)`.
+        present: forms that layers had before `dense_meanwhile` made them dense, by name; None for a dense model.
 
     Attributes:
         gathering: collector of the statistics for the next step.
@@ -55,7 +57,7 @@ class Compression:
 
     Raises:
         TargetError: there is no layer to compress, or a selected layer cannot be compressed.
-        BudgetError: `min_rank_fraction` makes the prune ratio impossible.
+        BudgetError: `min_rank_fraction` makes the prune ratio impossible, or it is reached already.
         PlanError: the plan cannot be read or belongs to another model.
     """
 
@@ -66,6 +68,7 @@ class Compression:
         progress: bool = True,
         team: Team | None = None,
         replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
+        present: Mapping[str, Present] | None = None,
     ) -> None:
         self.model = model
         self.team = team or Team()
@@ -80,6 +83,8 @@ class Compression:
             config.storage,
             planned=config.plan is not None,
             unit=config.budget_in,
+            present={name: form for name, form in (present or {}).items() if name in self.targets},
+            ratio_of=config.ratio_of,
         )
         self.followed_plan = None if config.plan is None else Plan.read(config.plan, self.budget)
         self.gathering = StatisticsCollector(
@@ -88,7 +93,7 @@ class Compression:
             output_side=config.watches_outputs,
             keep=config.corrections > 0 and not config.fresh_moments,
         )
-        self.model_parameters = sum(p.numel() for p in model.parameters())
+        self.model_parameters = _parameters_of(model, present or {})
         self.originals = Originals(self.targets)
         self.stopwatch = Stopwatch()
         self.progress = progress and self.team.rank == 0
@@ -312,3 +317,9 @@ class Compression:
             return self.budget
         alone = self.budget.reached(dict.fromkeys(self.budget.shapes))
         return replace(self.budget, prune_ratio=alone + share * (self.budget.prune_ratio - alone))
+
+
+def _parameters_of(model: nn.Module, present: Mapping[str, Present]) -> int:
+    """Return the number of parameters of a model, in which the layers of `present` count as the forms given there."""
+    saved = sum(model.get_submodule(name).weight.numel() - form.kept.wide for name, form in present.items())  # type: ignore[operator, union-attr]
+    return sum(p.numel() for p in model.parameters()) - saved

@@ -29,8 +29,11 @@ from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.layers.storage import Present
+from zssvd_lightning.model.recompression import dense_meanwhile
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.plan import Plan
+from zssvd_lightning.serialization.transformers_config import mark
 from zssvd_lightning.whitening.moments import Moments
 
 
@@ -50,6 +53,10 @@ def compress(
     **asked: Unpack[Asked],
 ) -> Report:
     """Compress `model` in place: calibrate, truncate, correct and truncate again, factorize, quantize.
+
+    Layers that are low-rank already are compressed further: their ranks never grow, and a layer that a new truncation
+    would not make smaller keeps its factors. They take the memory of dense layers meanwhile. `ratio_of` says whether
+    `prune_ratio` counts from the dense or from the present model.
 
     Args:
         model: any module with `nn.Linear` or transformers `Conv1D` layers.
@@ -86,21 +93,34 @@ def compress(
         True
     """
     config, reading = _understood(config, preset, asked)
-    run = Compression(model, config, progress)
-    with _undone_on_error(run), _gradients_set_aside(model):
-        if statistics is None or config.corrections:
-            run.safeguard = safeguard_of(model, reading)
-        if statistics is not None and run.safeguard is not None:
-            list(kept_back(islice(batches, calibration_batches or KEPT_BACK), run.safeguard))
-        for stage in course(config):
-            if statistics is None:
-                gather(run, batches, stage.gathers, calibration_batches, reading)
-            else:  # drop the reference, so that the truncation can free them
-                run.gathering.moments, statistics = _fitting(run, statistics), None
-            run.take(stage)
-        run.factorize()
-        run.quantize()
+    with _gradients_set_aside(model), _low_rank_made_dense(model, config) as present:
+        run = Compression(model, config, progress, present=present)
+        with _undone_on_error(run):
+            _carry_out(run, batches, statistics, calibration_batches, reading)
     return run.report()
+
+
+def _carry_out(
+    run: Compression,
+    batches: Iterable[Any],
+    statistics: Moments | None,
+    calibration_batches: int | None,
+    reading: BatchReading,
+) -> None:
+    """Carry out all stages of a compression; arguments as in `compress`."""
+    config = run.config
+    if statistics is None or config.corrections:
+        run.safeguard = safeguard_of(run.model, reading)
+    if statistics is not None and run.safeguard is not None:
+        list(kept_back(islice(batches, calibration_batches or KEPT_BACK), run.safeguard))
+    for stage in course(config):
+        if statistics is None:
+            gather(run, batches, stage.gathers, calibration_batches, reading)
+        else:  # drop the reference, so that the truncation can free them
+            run.gathering.moments, statistics = _fitting(run, statistics), None
+        run.take(stage)
+    run.factorize()
+    run.quantize()
 
 
 def calibrate(
@@ -119,10 +139,9 @@ def calibrate(
     and those of the metric have an effect.
     """
     config, reading = _understood(config, preset, asked)
-    statistics = StatisticsCollector(
-        model, LayerSet(find_targets(model, config.include, config.ignore)), config.watches_outputs
-    )
-    with _gradients_set_aside(model):
+    with _gradients_set_aside(model), _low_rank_made_dense(model, config):
+        layers = LayerSet(find_targets(model, config.include, config.ignore))
+        statistics = StatisticsCollector(model, layers, config.watches_outputs)
         every = checked(batches, 0, so_many(batches, calibration_batches), Phase.CALIBRATE, progress=progress)
         observe(model, statistics, every, Phase.CALIBRATE, reading)
     statistics.moments.output_side = config.watches_outputs
@@ -144,8 +163,8 @@ def plan(
     Arguments and errors are those of `compress`.
     """
     config, reading = _understood(config, preset, asked)
-    run = Compression(model, config, progress)
-    with _gradients_set_aside(model):
+    with _gradients_set_aside(model), _low_rank_made_dense(model, config) as present:
+        run = Compression(model, config, progress, present=present)
         *before, truncation = to_first_truncation(course(config))
         for stage in before:
             gather(run, batches, stage.gathers, calibration_batches, reading)
@@ -185,6 +204,18 @@ def _fitting(compression: Compression, statistics: Moments) -> Moments:
             )
     device = next(compression.model.parameters()).device
     return Moments(**move_data_to_device(statistics.state_dict(), device))
+
+
+@contextmanager
+def _low_rank_made_dense(model: nn.Module, config: CompressionConfig) -> Iterator[Mapping[str, Present]]:
+    """Make the selected low-rank layers dense; see `dense_meanwhile`. Layers that are still there on exit return."""
+    present: Mapping[str, Present] = {}
+    try:
+        with dense_meanwhile(model, config.include, config.ignore) as present:
+            yield present
+    finally:
+        if present:
+            mark(model)
 
 
 @contextmanager

@@ -49,11 +49,11 @@ class LayerReport(NamedTuple):
     """Report on one target layer after compression."""
 
     rank: int | None
-    """Number of remaining components; None if the layer stays dense."""
+    """Number of remaining components; None if the layer stays dense. A layer that stays low-rank has its rank."""
     shape: tuple[int, int]
     """Shape (m, n) of the dense weight."""
     kept: int
-    """Parameters of the layer after compression; two in 8 bits count as one."""
+    """Parameters of the layer after compression, as it is stored; two in 8 bits count as one."""
     in_8_bits: bool = False
     """True if all or most of these parameters are in 8 bits."""
 
@@ -68,9 +68,10 @@ class Report:
     asked: float
     """Requested prune ratio."""
     parameters_before: int
+    """Parameters just before this compression, where layers may be low-rank from an earlier one."""
     parameters_after: int
     model_parameters_before: int
-    """Parameters of the whole model, including embeddings and all other layers that are no targets."""
+    """Parameters just before this compression of the whole model, including embeddings and all other layers that are no targets."""
     layers: Mapping[str, LayerReport]
     predicted_drift: float
     """Predicted first-order change of the calibration loss from the last truncation (nats)."""
@@ -94,7 +95,11 @@ class Report:
     budget_in: str = "parameters"
     """Unit of the prune ratio: `parameters`, `bytes` or `flops` of the target layers."""
     reached: float = math.nan
-    """Removed fraction in that unit. If not given, the removed fraction of the parameters."""
+    """Removed fraction in that unit, of what `ratio_of` says. If not given, that of the parameters."""
+    ratio_of: str = "dense"
+    """What `asked` and `reached` are fractions of: the `dense` targets, or the targets as they were just before."""
+    parameters_dense: int = 0
+    """Parameters of the targets if they were dense. If not given, those before."""
     peak_rss_bytes: int = 0
     """Peak resident memory of the process so far (bytes)."""
     seed: int | None = None
@@ -103,6 +108,7 @@ class Report:
     def __post_init__(self) -> None:
         if math.isnan(self.reached):
             self.reached = (self.parameters_before - self.parameters_after) / self.parameters_before
+        self.parameters_dense = self.parameters_dense or self.parameters_before
 
     @classmethod
     def of(cls, run: "Compression") -> "Report":
@@ -114,16 +120,19 @@ class Report:
         counted = run.budget.counted_in("parameters")
         layers = {
             name: LayerReport(
-                rank,
+                counted.present[name].rank if counted.stays_low_rank(name, rank) else rank,
                 run.budget.shapes[name],
                 counted.kept_of(name, rank, eight_bit=name in selection.eight_bit),
-                name in selection.eight_bit or run.config.form.rounds_at(rank),
+                not counted.stays_low_rank(name, rank)
+                and (name in selection.eight_bit or run.config.form.rounds_at(rank)),
             )
             for name, rank in ranks.items()
         }
         return cls(
             asked=run.config.prune_ratio if run.followed_plan is None else run.followed_plan.reached,
-            parameters_before=counted.total,
+            parameters_before=counted.before,
+            parameters_dense=sum(map(counted.dense, counted.shapes)),
+            ratio_of=run.budget.ratio_of,
             parameters_after=counted.kept(ranks, selection.eight_bit),
             budget_in=run.budget.unit,
             reached=run.budget.reached(ranks, selection.eight_bit),
@@ -135,6 +144,16 @@ class Report:
             seconds=dict(run.stopwatch.seconds),
             kept_back=None if run.safeguard is None else run.safeguard.report(),
         )
+
+    @property
+    def compresses_again(self) -> bool:
+        """True if targets were low-rank before, from an earlier compression."""
+        return self.parameters_before != self.parameters_dense
+
+    @property
+    def parameters_counted(self) -> int:
+        """Parameters of the targets that the prune ratio counts from, as `ratio_of` says."""
+        return self.parameters_dense if self.ratio_of == "dense" else self.parameters_before
 
     @property
     def model_parameters_after(self) -> int:
@@ -163,8 +182,14 @@ class Report:
             "file_bytes": self.file_bytes,
         }
         return {
-            "prune_ratio": {"asked": self.asked, "reached": self.reached, "of": self.budget_in},
+            "prune_ratio": {
+                "asked": self.asked,
+                "reached": self.reached,
+                "of": self.budget_in,
+                "ratio_of": self.ratio_of,
+            },
             "parameters": {
+                "dense": self.parameters_dense,
                 "before": self.parameters_before,
                 "after": self.parameters_after,
                 "model": {"before": self.model_parameters_before, "after": self.model_parameters_after},
@@ -203,15 +228,19 @@ class Report:
             file_bytes=saved.get("file_bytes"),
             budget_in=saved["prune_ratio"].get("of", "parameters"),
             reached=saved["prune_ratio"]["reached"],
+            ratio_of=saved["prune_ratio"].get("ratio_of", "dense"),
+            parameters_dense=saved["parameters"].get("dense", 0),
             peak_rss_bytes=saved["peak_rss_bytes"],
             seed=saved["seed"],
             config=saved["config"],
         )
 
     def table(self) -> Table:
-        """Return a table for the terminal that compares the dense and the compressed model."""
-        table = Table(title=f"prune ratio {self.asked:g} of {self.budget_in} asked, {self.reached:.4f} reached")
-        for column, justify in (("", "left"), ("dense", "right"), ("compressed", "right")):
+        """Return a table for the terminal that compares the model before and after compression."""
+        of = f" of the {self.ratio_of} model" if self.compresses_again else ""
+        table = Table(title=f"prune ratio {self.asked:g} of {self.budget_in}{of} asked, {self.reached:.4f} reached")
+        before = "before" if self.compresses_again else "dense"
+        for column, justify in (("", "left"), (before, "right"), ("compressed", "right")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         self._add_losses(table)
         for title, pair in (("perplexity", self.perplexity), ("perplexity, second text", self.perplexity_second)):
@@ -223,12 +252,14 @@ class Report:
                     table.add_row(f"{title}, trained", f"{finetuned:.2f}", f"{pair['recovered']:.2f}")
                 if "reloaded" in pair:
                     table.add_row(f"{title}, as saved", "", f"{pair['reloaded']:.2f}")
+        if self.compresses_again:
+            table.add_row("target parameters, if dense", f"{self.parameters_dense:,}", "")
         table.add_row("target parameters", f"{self.parameters_before:,}", f"{self.parameters_after:,}")
         table.add_row("all parameters", f"{self.model_parameters_before:,}", f"{self.model_parameters_after:,}")
         if self.file_bytes:
             table.add_row("file size", *(f"{self.file_bytes[k] / 1e6:.1f} MB" for k in ("dense", "compressed")))
         low_rank = sum(layer.rank is not None for layer in self.layers.values())
-        table.add_row("low-rank layers", "0", f"{low_rank} of {len(self.layers)}")
+        table.add_row("low-rank layers", "" if self.compresses_again else "0", f"{low_rank} of {len(self.layers)}")
         table.add_section()
         for step, seconds in self.seconds.items():
             table.add_row(f"seconds: {step}", "", f"{seconds:.1f}")

@@ -93,9 +93,8 @@ def refuse_other(
     state: Mapping[str, Any], config: CompressionConfig, shapes: Mapping[str, Shape] | None = None
 ) -> None:
     """Raise CheckpointError if a saved compression had other settings or other layers."""
-    mine = asdict(config)
-    differing = [f"{key} was {state['config'].get(key)!r} and is {mine[key]!r}" for key in mine]
-    differing = [text for key, text in zip(mine, differing, strict=True) if state["config"].get(key) != mine[key]]
+    mine, told = asdict(config), {"ratio_of": "dense"} | state["config"]  # which older releases did not have
+    differing = [f"{key} was {told.get(key)!r} and is {mine[key]!r}" for key in mine if told.get(key) != mine[key]]
     if differing:
         raise CheckpointError(
             f"the checkpoint was taken in the middle of a compression with other settings ({'; '.join(differing)}); "

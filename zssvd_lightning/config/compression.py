@@ -10,6 +10,7 @@ from zssvd_lightning.config.presets import PRESETS, settings_of
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, UNITS, Storage
+from zssvd_lightning.selection.budget import REFERENCES
 from zssvd_lightning.selection.rules import RULES, Rule
 from zssvd_lightning.selection.storages import STORAGES
 from zssvd_lightning.whitening.metrics import METRICS, Metric
@@ -73,6 +74,9 @@ class CompressionConfig:
     budget_in: str = "parameters"
     """Unit of `prune_ratio`, counted over the target layers: `parameters` (two in 8 bits count as one), `bytes` of
     weights saved in 16 bits, or `flops` of the forward pass per token."""
+    ratio_of: str = "dense"
+    """What `prune_ratio` is a fraction of, for a model with layers that are low-rank already: the `dense` model, so
+    that what an earlier compression removed counts too, or the `present` one. Equal for a dense model."""
     storage: str = "factors"
     """Storage of compressed layers, for an (m, n) weight of rank k. `factors`: two factors in the model's type.
     `remap`: factors in 8 bits, except the rows by which the larger factor exceeds the smaller; a component then costs
@@ -102,6 +106,7 @@ class CompressionConfig:
         require_one_of("output_side", self.output_side, OUTPUT_GRADIENTS)
         require_one_of("selection", self.selection, RULES)
         require_one_of("budget_in", self.budget_in, UNITS)
+        require_one_of("ratio_of", self.ratio_of, REFERENCES)
         require_one_of("correction_step", self.correction_step, CORRECTIONS)
         require_one_of("storage", self.storage, STORAGES)
         require_one_of("rows_in_16_bits", self.rows_in_16_bits, ROWS_IN_16_BITS)

@@ -16,7 +16,11 @@ from zssvd_lightning._validation import closest
 from zssvd_lightning.errors import TargetError
 from zssvd_lightning.layers.base import shape_of
 from zssvd_lightning.layers.storage import break_even_rank
+from zssvd_lightning.model.peft_layers import MERGE_FIRST, linear_layers_in_peft
 from zssvd_lightning.model.replace import inside_compressed
+
+Patterns = Sequence[str] | str | None
+"""Name patterns, or a single one; None for none."""
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -71,14 +75,12 @@ class Target:
         return stored.T if isinstance(self.module, Conv1D) else stored
 
 
-def find_targets(
-    model: nn.Module, include: Sequence[str] | str | None = None, ignore: Sequence[str] | str | None = None
-) -> dict[str, Target]:
+def find_targets(model: nn.Module, include: Patterns = None, ignore: Patterns = None) -> dict[str, Target]:
     """Return the layers of `model` to factorize, by qualified name in module order.
 
     Plain `nn.Linear` and transformers' `Conv1D` are candidates. Excluded are output embeddings, tied weights,
     subclasses, weights that are not floating point, layers given to `fully_shard` on their own, factors of an earlier
-    compression, and layers where even rank 1 saves no parameter.
+    compression (see `recompression`), and layers where even rank 1 saves no parameter.
 
     Args:
         model: any module.
@@ -87,8 +89,8 @@ def find_targets(
         ignore: patterns of the same form. They take precedence over `include`.
 
     Raises:
-        TargetError: no layer is left, a pattern matches no module, or a pattern of `include` matches only layers that
-            cannot be factorized (the message says why).
+        TargetError: no layer is left, a pattern matches no module, a pattern of `include` matches only layers that
+            cannot be factorized (the message says why), or a selected layer has an adapter of PEFT.
     """
     include = [include] if isinstance(include, str) else include
     ignore = [ignore] if isinstance(ignore, str) else ignore
@@ -97,17 +99,13 @@ def find_targets(
         if not any(matches(name, pattern) for name in names):
             raise TargetError(f"pattern {pattern!r} matches no module{closest(pattern, names) if names else ''}")
 
+    refuse_adapted(model, include, ignore)
     refused = dict(_refusals(model))
     linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     allowed = {n: Target(n, m) for n, m in linears.items() if n not in refused}
     for pattern in include or ():
         _explain_if_refused(pattern, model, set(allowed), refused)
-    targets = {
-        name: target
-        for name, target in allowed.items()
-        if (include is None or any(matches(name, p) for p in include))
-        and not any(matches(name, p) for p in ignore or ())
-    }
+    targets = {name: target for name, target in allowed.items() if is_selected(name, include, ignore)}
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
         raise TargetError(
@@ -118,17 +116,39 @@ def find_targets(
     return targets
 
 
+def is_selected(name: str, include: Patterns, ignore: Patterns) -> bool:
+    """Return whether `include` and `ignore` select the layer `name`. Raises TargetError for invalid patterns."""
+    include = [include] if isinstance(include, str) else include
+    ignore = [ignore] if isinstance(ignore, str) else ignore
+    included = include is None or any(matches(name, pattern) for pattern in include)
+    return included and not any(matches(name, pattern) for pattern in ignore or ())
+
+
+def refuse_adapted(model: nn.Module, include: Patterns = None, ignore: Patterns = None) -> None:
+    """Raise TargetError if a selected layer has an adapter of PEFT, or is a copy that PEFT trains."""
+    for outer, name, layer in linear_layers_in_peft(model):
+        included = any(is_selected(place, include, ignore) for place in (outer, name))
+        if included and is_selected(outer, None, ignore):
+            raise TargetError(
+                f"{name} ({type(layer).__name__}) belongs to an adapter layer of PEFT, {outer}: {MERGE_FIRST}; or add "
+                f"{outer} to ignore"
+            )
+
+
 def _refusals(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield the name of every linear layer that cannot be factorized, with the reason."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     heads = {id(head) for head in _output_embeddings(model)}
     factors = inside_compressed(model)
+    adapted = {id(layer) for _, _, layer in linear_layers_in_peft(model)}
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue
         weight = dict(module.named_parameters(recurse=False)).get("weight")
         if id(module) in factors:
             yield name, "it is a factor of a layer that is low-rank already"
+        elif id(module) in adapted:
+            yield name, MERGE_FIRST
         elif isinstance(module, FSDPModule):
             yield name, "it was given to fully_shard on its own; give the block around it instead"
         elif type(module) not in (nn.Linear, Conv1D) or weight is None:
