@@ -22,8 +22,8 @@ from zssvd_lightning.evaluation import perplexity as evaluation
 from zssvd_lightning.evaluation import zero_shot
 from zssvd_lightning.hub.loading import from_pretrained
 from zssvd_lightning.hub.model_card import write_card
-from zssvd_lightning.model.recompression import low_rank_targets
 from zssvd_lightning.hub.saving import write_model
+from zssvd_lightning.model.recompression import low_rank_targets
 from zssvd_lightning.serialization.specs import specs_of
 from zssvd_lightning.sources import texts
 from zssvd_lightning.sources.models import load_model, place

@@ -12,6 +12,7 @@ import lightning as L
 from zssvd_lightning.callbacks.batch_meaning import BatchMeaning
 from zssvd_lightning.callbacks.fit_context import FitContext
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
+from zssvd_lightning.callbacks.recompression import is_outdated
 from zssvd_lightning.callbacks.recovery import RecoveryHooks
 from zssvd_lightning.callbacks.schedule import Schedule
 from zssvd_lightning.callbacks.trainer import telemetry
@@ -131,19 +132,27 @@ class CompressionRun:
                 refuse_too_short(trainer, self._schedule.start_epoch, self._schedule.start_step, needed)
             if self._config.asks_model:
                 self._meaning.student(module)
-            life.attach(module, self._progress, adapter, Safeguard(Replay(trainer, module, adapter, self._meaning)))
+            self._attach(trainer, module)
             self._recovering.refuse(module, life)
-        gathering = life.compression.gathering
-        gathering.can_overflow, gathering.logits_model = scales(trainer), self._meaning.student
         telemetry.log_phase(trainer, life.phase)
         self.go_on_if_enough(trainer, module)
 
-    def start_batch(self, trainer: L.Trainer) -> None:
+    def _attach(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Start the compression of the module, or continue it from a checkpoint."""
+        adapter = self._fit.adapter
+        replay = Replay(trainer, module, adapter, self._meaning)
+        self.life.attach(module, self._progress, adapter, Safeguard(replay))
+        gathering = self.life.compression.gathering
+        gathering.can_overflow, gathering.logits_model = scales(trainer), self._meaning.student
+
+    def start_batch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the compression at the first batch that meets both conditions of the schedule."""
         life, schedule = self.life, self._schedule
         started = trainer.current_epoch >= schedule.start_epoch and trainer.global_step >= schedule.start_step
         if life.phase is Phase.WAIT and started and not self.planned:
             life.start()
+            if is_outdated(life.compression):
+                self._attach(trainer, module)
             telemetry.log_phase(trainer, life.phase)
 
     def end_batch(self, trainer: L.Trainer, module: L.LightningModule, batch_idx: int) -> None:

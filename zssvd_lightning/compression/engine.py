@@ -4,7 +4,7 @@
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from zssvd_lightning.distributed import LayerSet, Team
 from zssvd_lightning.errors import ConfigError, NonFiniteError
 from zssvd_lightning.layers.registry import Factored
 from zssvd_lightning.layers.storage import Present
+from zssvd_lightning.model.recompression import StandIns
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.budget import Budget
@@ -47,7 +48,7 @@ class Compression:
         progress: draw progress bars for the long steps.
         team: processes that compress the model together; None for one process.
         replace: function that replaces a layer, `replace(model, old, new)`.
-        present: forms that layers had before `dense_meanwhile` made them dense, by name; None for a dense model.
+        stand_ins: dense layers that stand in for low-rank ones, in the model already; None if there are none.
 
     Attributes:
         gathering: collector of the statistics for the next step.
@@ -68,13 +69,15 @@ class Compression:
         progress: bool = True,
         team: Team | None = None,
         replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
-        present: Mapping[str, Present] | None = None,
+        stand_ins: StandIns | None = None,
     ) -> None:
         self.model = model
         self.team = team or Team()
         self._replace = replace
         self.config = config
         self.targets = LayerSet(find_targets(model, config.include, config.ignore), self.team)
+        self.stand_ins = stand_ins
+        present = {} if stand_ins is None else stand_ins.present
         self.metric = config.metric_used
         self.budget = Budget(
             {name: target.shape for name, target in self.targets.items()},
@@ -83,7 +86,7 @@ class Compression:
             config.storage,
             planned=config.plan is not None,
             unit=config.budget_in,
-            present={name: form for name, form in (present or {}).items() if name in self.targets},
+            present={name: form for name, form in present.items() if name in self.targets},
             ratio_of=config.ratio_of,
         )
         self.followed_plan = None if config.plan is None else Plan.read(config.plan, self.budget)
@@ -93,7 +96,7 @@ class Compression:
             output_side=config.watches_outputs,
             keep=config.corrections > 0 and not config.fresh_moments,
         )
-        self.model_parameters = _parameters_of(model, present or {})
+        self.model_parameters = _parameters_of(model, present)
         self.originals = Originals(self.targets)
         self.stopwatch = Stopwatch()
         self.progress = progress and self.team.rank == 0
@@ -236,18 +239,19 @@ class Compression:
         """Replace every truncated layer by a low-rank layer of the chosen storage.
 
         Args:
-            dress: called as `dress(name, layer)` with each new layer, while it is whole and before it is inserted.
+            dress: called as `dress(name, layer)` with each new layer, while it is whole and before it is inserted. A
+                layer that stays low-rank is copied for it.
         """
         self.gathering.forget()
         if self.safeguard is not None:
             self.safeguard.settle(self)
         with self.stopwatch("factorize"):
-            for name in self.truncated:
-                layer = self.truncated.layer(name)
+            for name, layer in self._new_layers(copies=dress is not None):
                 if dress is not None:
                     dress(name, layer)
                 self._installed[name] = layer
                 self._replace(self.model, self.targets[name].module, self._installed[name])
+            self._put_back_low_rank()
             mark(self.model)
 
     def quantize(self) -> None:
@@ -267,10 +271,11 @@ class Compression:
             mark(self.model)
 
     def restore(self) -> None:
-        """Restore the dense layers and their original weights, and discard the compression so far."""
+        """Restore the layers of before and their original weights, and discard the compression so far."""
         for name, module in self._installed.items():
             self._replace(self.model, module, self.targets[name].module)
         self.originals.put_back()
+        self._put_back_low_rank()
         mark(self.model)
         self.decomposition, self.selection, self._installed, self.truncations = None, None, {}, 0
         self.truncation_loss = 0.0
@@ -283,6 +288,19 @@ class Compression:
         if self.selection is None:
             raise RuntimeError("report() needs a truncate() before it")
         return Report.of(self)
+
+    def _new_layers(self, *, copies: bool) -> Iterator[tuple[str, Factored]]:
+        """Yield the name and new layer of each truncated layer, and copies of layers that stay low-rank if asked."""
+        for name in self.truncated:
+            yield name, self.truncated.layer(name)
+        if copies and self.stand_ins is not None:
+            for name in [name for name in self.budget.present if name not in self.truncated]:
+                yield name, self.stand_ins.copy_of(name)
+
+    def _put_back_low_rank(self) -> None:
+        """Put back the low-rank layers whose stand-ins are in the model."""
+        if self.stand_ins is not None:
+            self.stand_ins.put_back()
 
     def _decomposed(self, steps: Mapping[str, Step] | None = None) -> Decomposition:
         with self.stopwatch("spectrum"), exact_products():
@@ -321,5 +339,5 @@ class Compression:
 
 def _parameters_of(model: nn.Module, present: Mapping[str, Present]) -> int:
     """Return the number of parameters of a model, in which the layers of `present` count as the forms given there."""
-    saved = sum(model.get_submodule(name).weight.numel() - form.kept.wide for name, form in present.items())  # type: ignore[operator, union-attr]
-    return sum(p.numel() for p in model.parameters()) - saved
+    dense = sum(model.get_parameter(f"{name}.weight").numel() for name in present)
+    return sum(p.numel() for p in model.parameters()) - dense + sum(form.kept.wide for form in present.values())

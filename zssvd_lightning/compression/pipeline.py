@@ -29,8 +29,7 @@ from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
-from zssvd_lightning.layers.storage import Present
-from zssvd_lightning.model.recompression import dense_meanwhile
+from zssvd_lightning.model.recompression import StandIns
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.plan import Plan
 from zssvd_lightning.serialization.transformers_config import mark
@@ -93,8 +92,8 @@ def compress(
         True
     """
     config, reading = _understood(config, preset, asked)
-    with _gradients_set_aside(model), _low_rank_made_dense(model, config) as present:
-        run = Compression(model, config, progress, present=present)
+    with _gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
+        run = Compression(model, config, progress, stand_ins=stand_ins)
         with _undone_on_error(run):
             _carry_out(run, batches, statistics, calibration_batches, reading)
     return run.report()
@@ -163,8 +162,8 @@ def plan(
     Arguments and errors are those of `compress`.
     """
     config, reading = _understood(config, preset, asked)
-    with _gradients_set_aside(model), _low_rank_made_dense(model, config) as present:
-        run = Compression(model, config, progress, present=present)
+    with _gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
+        run = Compression(model, config, progress, stand_ins=stand_ins)
         *before, truncation = to_first_truncation(course(config))
         for stage in before:
             gather(run, batches, stage.gathers, calibration_batches, reading)
@@ -207,14 +206,14 @@ def _fitting(compression: Compression, statistics: Moments) -> Moments:
 
 
 @contextmanager
-def _low_rank_made_dense(model: nn.Module, config: CompressionConfig) -> Iterator[Mapping[str, Present]]:
-    """Make the selected low-rank layers dense; see `dense_meanwhile`. Layers that are still there on exit return."""
-    present: Mapping[str, Present] = {}
+def _low_rank_made_dense(model: nn.Module, config: CompressionConfig) -> Iterator[StandIns]:
+    """Make the selected low-rank layers dense within the context; see `StandIns`."""
+    stand_ins = StandIns(model, config.include, config.ignore)
     try:
-        with dense_meanwhile(model, config.include, config.ignore) as present:
-            yield present
+        with stand_ins.meanwhile():
+            yield stand_ins
     finally:
-        if present:
+        if stand_ins.layers:
             mark(model)
 
 

@@ -71,7 +71,7 @@ class Report:
     """Parameters just before this compression, where layers may be low-rank from an earlier one."""
     parameters_after: int
     model_parameters_before: int
-    """Parameters just before this compression of the whole model, including embeddings and all other layers that are no targets."""
+    """Parameters of the whole model just before this compression, including all layers that are no targets."""
     layers: Mapping[str, LayerReport]
     predicted_drift: float
     """Predicted first-order change of the calibration loss from the last truncation (nats)."""

@@ -80,7 +80,7 @@ def find_targets(model: nn.Module, include: Patterns = None, ignore: Patterns = 
 
     Plain `nn.Linear` and transformers' `Conv1D` are candidates. Excluded are output embeddings, tied weights,
     subclasses, weights that are not floating point, layers given to `fully_shard` on their own, factors of an earlier
-    compression (see `recompression`), and layers where even rank 1 saves no parameter.
+    compression (see `recompression.StandIns`), and layers where even rank 1 saves no parameter.
 
     Args:
         model: any module.
@@ -139,16 +139,14 @@ def _refusals(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield the name of every linear layer that cannot be factorized, with the reason."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     heads = {id(head) for head in _output_embeddings(model)}
-    factors = inside_compressed(model)
-    adapted = {id(layer) for _, _, layer in linear_layers_in_peft(model)}
+    no_targets = dict.fromkeys(inside_compressed(model), "it is a factor of a layer that is low-rank already")
+    no_targets |= {id(layer): MERGE_FIRST for _, _, layer in linear_layers_in_peft(model)}
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue
         weight = dict(module.named_parameters(recurse=False)).get("weight")
-        if id(module) in factors:
-            yield name, "it is a factor of a layer that is low-rank already"
-        elif id(module) in adapted:
-            yield name, MERGE_FIRST
+        if id(module) in no_targets:
+            yield name, no_targets[id(module)]
         elif isinstance(module, FSDPModule):
             yield name, "it was given to fully_shard on its own; give the block around it instead"
         elif type(module) not in (nn.Linear, Conv1D) or weight is None:

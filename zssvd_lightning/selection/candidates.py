@@ -1,7 +1,7 @@
 """Options for storing a matrix: at which rank, or dense, and in how many bits.
 
-Shapes: a matrix has r components. Ranks run from 0 to r, where r stands for the matrix as it is: dense, or low-rank from
-an earlier compression.
+Shapes: a matrix has r components. Ranks run from 0 to r, where r stands for the matrix as it is: dense, or low-rank
+from an earlier compression.
 """
 
 from collections.abc import Sequence
