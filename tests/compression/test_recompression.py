@@ -25,7 +25,7 @@ def dense(**changes):
 
 
 def compressed(model, prune_ratio, **settings):
-    settings = {"correction_batches": 2, "progress": False} | settings
+    settings = {"preset": "zs-svd-line-search", "correction_batches": 2, "progress": False} | settings
     return compress(model, BATCHES, prune_ratio=prune_ratio, **settings)
 
 
@@ -224,7 +224,7 @@ def test_a_plan_names_what_stays_low_rank_and_takes_no_other_word_for_it(tmp_pat
     assert "rank: present" in text
     assert "rank: dense" not in text
     (tmp_path / "dense.yaml").write_text(text.replace("rank: present", "rank: dense"), encoding="utf-8")
-    with pytest.raises(PlanError, match="rank 'dense'; it must be 1 to .* or present"):
+    with pytest.raises(PlanError, match=r"rank 'dense'; it must be 1 to .* or present"):
         compressed(model, 0.5, plan=tmp_path / "dense.yaml")
     too_much = text.replace("rank: present", f"rank: {ranks_of(model)[name] + 9}", 1)
     (tmp_path / "more.yaml").write_text(too_much, encoding="utf-8")

@@ -36,7 +36,8 @@ def with_ia3():
 
 
 def compressed_at(model, prune_ratio=0.3, **settings):
-    compress(model, token_batches(), prune_ratio=prune_ratio, corrections=0, progress=False, **settings)
+    settings |= {"preset": "zs-svd-line-search", "corrections": 0, "progress": False}
+    compress(model, token_batches(), prune_ratio=prune_ratio, **settings)
     return model.eval()
 
 

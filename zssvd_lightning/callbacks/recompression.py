@@ -31,8 +31,8 @@ def stand_ins_in_training(
         if not adapter.compresses_again:
             strategy = type(adapter.trainer.strategy).__name__
             raise UnsupportedTrainingError(
-                f"{name} ({type(layer).__name__}) is low-rank already, and under {strategy} it cannot be compressed again "
-                "during training; train on one device, call zssvd_lightning.compress on the model before the fit, or "
+                f"{name} ({type(layer).__name__}) is low-rank already, and under {strategy} it cannot be compressed "
+                "again during training; train on one device, call zssvd_lightning.compress on the model before the fit, or "
                 "add it to ignore"
             )
         if recovery is not None:
@@ -41,6 +41,6 @@ def stand_ins_in_training(
 
 
 def is_outdated(compression: Compression) -> bool:
-    """Return whether a compression must be created again before it starts, with the layers of the model at that time."""
+    """Return whether a compression must be created again before it starts, for the layers that the model has then."""
     modules = set(compression.model.modules())
     return any(target.module not in modules for target in compression.targets.values())
