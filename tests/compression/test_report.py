@@ -35,8 +35,10 @@ def report(**changes):
 
 def test_json_has_the_names_scripts_rely_on():
     plain = json.loads(json.dumps(report(perplexity={"dense": 5.0, "compressed": 7.0}).to_dict()))
-    assert plain["prune_ratio"] == {"asked": 0.4, "reached": pytest.approx(0.4), "of": "parameters"}
-    assert plain["parameters"] == {"before": 10_000, "after": 6_000, "model": {"before": 15_000, "after": 11_000}}
+    ratio = {"asked": 0.4, "reached": pytest.approx(0.4), "of": "parameters", "ratio_of": "dense"}
+    assert plain["prune_ratio"] == ratio
+    counts = {"dense": 10_000, "before": 10_000, "after": 6_000, "model": {"before": 15_000, "after": 11_000}}
+    assert plain["parameters"] == counts
     assert plain["ranks"]["net.layers.0.up"] == {"rank": None, "shape": [64, 32], "kept": 2048, "in_8_bits": False}
     assert plain["predicted_drift"] == -0.25
     assert plain["perplexity"] == {"dense": 5.0, "compressed": 7.0}

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
+from zssvd_lightning.callbacks.schedule import ScheduledCompression
 from zssvd_lightning.errors import UnsupportedTrainingError
 
 
@@ -50,6 +51,13 @@ def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None
         raise UnsupportedTrainingError(
             f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers, but calibration needs exactly one; "
             "return one from configure_optimizers, or call zssvd_lightning.compress on the model"
+        )
+    compressing = [c for c in trainer.callbacks if isinstance(c, ScheduledCompression)]  # type: ignore[attr-defined]
+    if len(compressing) > 1:
+        names = ", ".join(type(callback).__name__ for callback in compressing)
+        raise UnsupportedTrainingError(
+            f"the Trainer has {len(compressing)} callbacks that compress ({names}), which would disturb each other; "
+            "compress again in a second fit, with a callback of its own"
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
