@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from zssvd_lightning import Run, RunConfig, compress, load_config
+from zssvd_lightning._resources import peak_rss_bytes
 from zssvd_lightning.compression.gathering import Loss, loss_in
-from zssvd_lightning.compression.report import peak_rss_bytes
 
 
 def plain_seconds(model: nn.Module, batches: list[dict[str, Tensor]], loss: Loss) -> float:

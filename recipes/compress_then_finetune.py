@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from recipes.compress import CausalLM
 from zssvd_lightning import Phase, Run, RunConfig, Schedule, ZSSVDCallback, load_config
+from zssvd_lightning._resources import Stopwatch
 from zssvd_lightning.app.command import start
-from zssvd_lightning.compression.report import Stopwatch
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.model.targets import find_targets, matches
 from zssvd_lightning.recovery.methods import recovery_of

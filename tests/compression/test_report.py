@@ -3,8 +3,9 @@ import json
 import pytest
 from rich.console import Console
 
+from zssvd_lightning._resources import Stopwatch, peak_rss_bytes
 from zssvd_lightning.app.pictures import draw
-from zssvd_lightning.compression.report import LayerReport, Report, Stopwatch, peak_rss_bytes
+from zssvd_lightning.compression.report import LayerReport, Report
 from zssvd_lightning.model.coverage import Coverage, LeftAlone
 
 LAYERS = {
@@ -36,9 +37,10 @@ def report(**changes):
 
 def test_json_has_the_names_scripts_rely_on():
     plain = json.loads(json.dumps(report(perplexity={"dense": 5.0, "compressed": 7.0}).to_dict()))
-    ratio = {"asked": 0.4, "reached": pytest.approx(0.4), "of": "parameters", "counted_over": "targets"}
-    assert plain["prune_ratio"] == ratio
-    assert plain["parameters"] == {"before": 10_000, "after": 6_000, "model": {"before": 15_000, "after": 11_000}}
+    ratio = {"asked": 0.4, "reached": pytest.approx(0.4), "of": "parameters"}
+    assert plain["prune_ratio"] == ratio | {"counted_over": "targets", "ratio_of": "dense"}
+    counts = {"dense": 10_000, "before": 10_000, "after": 6_000, "model": {"before": 15_000, "after": 11_000}}
+    assert plain["parameters"] == counts
     assert plain["ranks"]["net.layers.0.up"] == {"rank": None, "shape": [64, 32], "kept": 2048, "in_8_bits": False}
     assert plain["first_order_sum"] == -0.25
     assert plain["perplexity"] == {"dense": 5.0, "compressed": 7.0}

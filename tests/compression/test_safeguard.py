@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 from transformers import BatchEncoding
 
 from zssvd_lightning import compress
-from zssvd_lightning.compression.kept_batches import batches_of_saved, batches_to_save, number_to_keep_back
+from zssvd_lightning.calibration.kept_batches import batches_of_saved, batches_to_save, number_to_keep_back
 from zssvd_lightning.compression.pipeline import calibrate
 from zssvd_lightning.compression.safeguard import Safeguard, _is_worse
 from zssvd_lightning.config.presets import PRESETS

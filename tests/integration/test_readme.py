@@ -75,7 +75,8 @@ def logits(model):
 
 def test_there_is_a_test_for_every_page_with_python():
     pages = {page.name for page in PAGES if blocks_of(page.name)}
-    assert pages == {"deployment.md", "recovery.md", "scaling.md", "extending.md"}  # the last: tests/package
+    tested = {"deployment.md", "lifecycle.md", "recovery.md", "scaling.md"}
+    assert pages == tested | {"extending.md"}  # tests/package
 
 
 def test_blocks_of_deployment_run(tmp_path, monkeypatch):
@@ -86,6 +87,14 @@ def test_blocks_of_deployment_run(tmp_path, monkeypatch):
     exec(block, names)
     torch.testing.assert_close(logits(names["model"]), expected)
     assert "30." in (tmp_path / "mine" / "README.md").read_text()
+
+
+def test_blocks_of_lifecycle_run():
+    (block,) = blocks_of("lifecycle.md")
+    names = {"model": tiny_llama(), "batches": token_batches()}
+    exec(block, names)
+    dense, low_rank = (sum(p.numel() for p in model.parameters()) for model in (tiny_llama(), names["model"]))
+    assert low_rank < dense
 
 
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])

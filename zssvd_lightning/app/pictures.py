@@ -117,7 +117,7 @@ def _grid(report: Report) -> tuple[list[str], list[str], list[list[float]]]:
 
 
 def _headline(report: Report) -> str:
-    parts = [f"{report.removed:.1%} of {report.parameters_before:,} target parameters removed"]
+    parts = [f"{report.removed:.1%} of {report.parameters_counted:,} target parameters removed"]
     if report.perplexities:
         parts.append("perplexity {:.1f} → {:.1f}".format(*report.perplexities))
     return ", ".join(parts)

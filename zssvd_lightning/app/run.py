@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zssvd_lightning._files import check_output, checked_path, replacing_folder
+from zssvd_lightning._resources import Stopwatch, peak_rss_bytes
 from zssvd_lightning.app.pictures import draw
 from zssvd_lightning.app.run_config import EvaluateConfig, RunConfig
 from zssvd_lightning.app.workspace import calibration_windows
 from zssvd_lightning.compression.pipeline import refuse_impossible
-from zssvd_lightning.compression.report import REPORT, Report, Stopwatch, peak_rss_bytes, write_report
+from zssvd_lightning.compression.report import REPORT, Report, write_report
 from zssvd_lightning.errors import ConfigError, ModelSourceError
 from zssvd_lightning.evaluation import perplexity as evaluation
 from zssvd_lightning.evaluation import zero_shot

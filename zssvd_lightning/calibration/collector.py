@@ -42,13 +42,7 @@ class StatisticsCollector:
         logits_model: function that returns the part of the model that takes the batches and returns the logits.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: LayerSet,
-        output_side: str | None = None,
-        keep: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: LayerSet, output_side: str | None = None, keep: bool = False) -> None:
         self.moments = Moments()
         self.calls_to_record = 0
         self.calls: list[Call] = []

@@ -13,6 +13,7 @@ from zssvd_lightning.callbacks.schedule import Schedule
 from zssvd_lightning.callbacks.trainer.guards import most_accumulated, steps_in, steps_left
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
+from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixin
 
 
 def announce(trainer: L.Trainer, life: Lifecycle, schedule: Schedule, needed: int, *, plans: bool = False) -> None:
@@ -59,9 +60,22 @@ def _start(schedule: Schedule) -> str:
     return ", ".join(filter(None, (epoch, step))) or "at once"
 
 
-def conclude(report: Report | None) -> None:
-    """Show the table of a compression."""
+def progress_of(life: Lifecycle, batches_per_epoch: float) -> str:
+    """Return the phase of a compression, with the batches it has gathered and will gather, for a progress bar."""
+    if not life.gathering:
+        return life.phase.value
+    return f"{life.phase} {life.batches}/{life.limit(life.phase, batches_per_epoch)}"
+
+
+def conclude(report: Report | None, module: L.LightningModule) -> None:
+    """Show the table of a compression, and how the checkpoints of the module load from now on."""
     rank_zero_info("\n%s", report)
+    if not isinstance(module, LowRankCheckpointMixin):
+        rank_zero_info(
+            "%s.load_from_checkpoint takes LowRankCheckpointMixin as a base class from now on; a Trainer with this "
+            "callback loads its checkpoints without",
+            type(module).__name__,
+        )
 
 
 def call_to_measure(

@@ -17,10 +17,10 @@ from zssvd_lightning._state_checks import (
     whole,
 )
 from zssvd_lightning.compression.phase import GATHERING, Phase, phase_is_after
-from zssvd_lightning.compression.saved_state import IMPORTANCES, REPORT, check_compression
 from zssvd_lightning.compression.snapshot import refuse_other
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.recovery.saved_state import RECOVERY, refuse_other_recovery
+from zssvd_lightning.serialization.checkpoint_content import IMPORTANCES, REPORT, check_compression
 
 if TYPE_CHECKING:
     from zssvd_lightning.callbacks.lifecycle import Lifecycle
@@ -150,3 +150,12 @@ def _refuse_other_form(state: Mapping[str, Any], mine: "Lifecycle") -> None:
                 f"the checkpoint is of a model compressed for {key} {compressed[key]!r}, and this callback has "
                 f"{settings[key]!r}; go on with the same"
             )
+
+
+def refuse_rounded(checkpoint: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a checkpoint has layers in 8 bits."""
+    if any(name.endswith(("_codes", ".codes")) for name in checkpoint.get("state_dict", {})):
+        raise CheckpointError(
+            "the checkpoint was saved after its fit, with layers in 8 bits, which are not trained; go on from a "
+            "checkpoint of the fit itself"
+        )

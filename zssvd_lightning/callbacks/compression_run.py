@@ -9,9 +9,9 @@ from typing import Any
 
 import lightning as L
 
-from zssvd_lightning.callbacks.announcements import announce, call_to_measure, conclude
+from zssvd_lightning.callbacks.announcements import announce, call_to_measure, conclude, progress_of
 from zssvd_lightning.callbacks.batch_meaning import BatchMeaning
-from zssvd_lightning.callbacks.callback_state import RUN, refuse_damaged
+from zssvd_lightning.callbacks.callback_state import RUN, refuse_damaged, refuse_rounded
 from zssvd_lightning.callbacks.fit_context import FitContext, plan_file
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.recovery import RecoveryHooks
@@ -20,14 +20,14 @@ from zssvd_lightning.callbacks.trainer import telemetry
 from zssvd_lightning.callbacks.trainer.fast_dev_run import Asked
 from zssvd_lightning.callbacks.trainer.guards import (
     most_accumulated,
+    refuse_fit,
     refuse_stale_groups,
     refuse_too_short,
-    refuse_uneven,
-    refuse_unsupported,
 )
 from zssvd_lightning.callbacks.trainer.limits import ExtendedLimits, stopping_now
 from zssvd_lightning.callbacks.trainer.other_callbacks import hold_early_stopping, start_ranking_afresh
 from zssvd_lightning.callbacks.trainer.precision import scales
+from zssvd_lightning.callbacks.trainer.recompression import is_outdated
 from zssvd_lightning.callbacks.trainer.replay import Replay
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.quantization import quantize_layers
@@ -37,7 +37,6 @@ from zssvd_lightning.errors import CalibrationError, CheckpointError, Unfinished
 from zssvd_lightning.layers.int8 import EightBitLinear
 from zssvd_lightning.recovery.settings import Recovery
 from zssvd_lightning.selection.plan import check_plan_output
-from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixin
 from zssvd_lightning.serialization.specs import ranks_of
 
 logger = logging.getLogger(__name__)
@@ -106,7 +105,9 @@ class CompressionRun:
                 self._start_over()
             else:
                 self.recovers_from = 0
-        self._fit.borrow(telemetry.shown_on_bar(trainer, lambda: self._describe(trainer)))
+        self._fit.borrow(
+            telemetry.shown_on_bar(trainer, lambda: progress_of(self.life, self._batches_per_epoch(trainer)))
+        )
 
     def go_on_after(self, module: L.LightningModule) -> bool:
         """Return True if this module is already low-rank, so that its factors train on; otherwise start over."""
@@ -121,11 +122,7 @@ class CompressionRun:
     def begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Refuse unsupported runs before the first batch, then start or continue from a checkpoint."""
         adapter, life = self._fit.adapter, self.life
-        refuse_unsupported(trainer, module)
-        adapter.refuse_unsupported()
-        adapter.refuse_settings(self._config)
-        adapter.unwrap_parameters()
-        refuse_uneven(adapter.team.gathered(trainer.num_training_batches))
+        refuse_fit(trainer, module, adapter, self._config)
         plan_path = None if self._dry_run is False else plan_file(trainer, self._dry_run)
         with adapter.team.together():
             refuse_stale_groups(trainer, module)
@@ -138,21 +135,29 @@ class CompressionRun:
                 refuse_too_short(trainer, self._schedule.start_epoch, self._schedule.start_step, needed)
             if self._config.asks_model:
                 self._meaning.student(module)
-            life.attach(module, self._progress, adapter, Safeguard(Replay(trainer, module, adapter, self._meaning)))
+            self._attach(trainer, module)
             self._recovering.refuse(trainer, module, life)
         announce(
             trainer, life, self._schedule, self._batches_until_factorized(trainer), plans=self._dry_run is not False
         )
-        gathering = life.compression.gathering
-        gathering.can_overflow, gathering.logits_model = scales(trainer), self._meaning.student
         self._asked.tell(trainer, life, first_only=self._dry_run is not False)
         telemetry.log_phase(trainer, life.phase)
         self.go_on_if_enough(trainer, module)
 
-    def start_batch(self, trainer: L.Trainer) -> None:
+    def _attach(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Start the compression of the module, or continue it from a checkpoint."""
+        adapter = self._fit.adapter
+        replay = Replay(trainer, module, adapter, self._meaning)
+        self.life.attach(module, self._progress, adapter, Safeguard(replay))
+        gathering = self.life.compression.gathering
+        gathering.can_overflow, gathering.logits_model = scales(trainer), self._meaning.student
+
+    def start_batch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the compression at the first batch that meets both conditions of the schedule."""
         if self._is_due(trainer):
             self.life.start()
+            if is_outdated(self.life.compression):
+                self._attach(trainer, module)
             telemetry.log_phase(trainer, self.life.phase)
 
     def _is_due(self, trainer: L.Trainer) -> bool:
@@ -172,11 +177,7 @@ class CompressionRun:
         if (observed := life.batch) is None:
             return
         life.close()
-        if not observed.complete:
-            raise CalibrationError(
-                f"training_step gave no loss for calibration batch {batch_idx} of epoch {trainer.current_epoch}; "
-                "calibrate on batches that give one"
-            )
+        observed.refuse_incomplete(f"calibration batch {batch_idx} of epoch {trainer.current_epoch}")
         hold_early_stopping(trainer)
         if self._schedule.extend_training:
             self._fit.limits.add(trainer, observed.stepped, self._batches_per_epoch(trainer))
@@ -260,13 +261,10 @@ class CompressionRun:
 
     def refuse_checkpoint(self, checkpoint: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
         """Raise CheckpointError if a fit cannot continue from a checkpoint. Nothing is loaded before."""
-        if self._fit.fitting and any(n.endswith(("_codes", ".codes")) for n in checkpoint.get("state_dict", {})):
-            raise CheckpointError(
-                "the checkpoint was saved after its fit, with layers in 8 bits, which are not trained; go on from a "
-                "checkpoint of the fit itself"
-            )
-        if self._fit.fitting and state is not None:
-            self.refuse_state(state)
+        if self._fit.fitting:
+            refuse_rounded(checkpoint)
+            if state is not None:
+                self.refuse_state(state)
 
     def refuse_state(self, state: Mapping[str, Any]) -> None:
         """Raise CheckpointError if this fit cannot continue from a callback state."""
@@ -328,14 +326,8 @@ class CompressionRun:
         self._fit.adapter.discard_replaced()
         self._recovering.start(trainer, module, self.life)
         start_ranking_afresh(trainer, "truncated")
-        conclude(self.life.report)
+        conclude(self.life.report, module)
         self._compressed = weakref.ref(module)
-        if not isinstance(module, LowRankCheckpointMixin):
-            logger.info(
-                "%s.load_from_checkpoint takes LowRankCheckpointMixin as a base class from now on; a Trainer with "
-                "this callback loads its checkpoints without",
-                type(module).__name__,
-            )
 
     def _has_compressed(self, module: L.LightningModule) -> bool:
         """Return True if this module is the reported one and still has the reported ranks, or a resumed fit runs."""
@@ -353,12 +345,6 @@ class CompressionRun:
 
     def _batches_per_epoch(self, trainer: L.Trainer) -> float:
         return min(trainer.num_training_batches, self.life.epoch_length)
-
-    def _describe(self, trainer: L.Trainer) -> str:
-        life = self.life
-        if not life.gathering:
-            return life.phase.value
-        return f"{life.phase} {life.batches}/{life.limit(life.phase, self._batches_per_epoch(trainer))}"
 
     def _batches_until_factorized(self, trainer: L.Trainer) -> int:
         return self._meaning.batches_needed(trainer.num_training_batches, most_accumulated(trainer))

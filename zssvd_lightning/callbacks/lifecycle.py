@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from zssvd_lightning.calibration.kept_batches import number_to_keep_back
 from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.callbacks.callback_state import VERSION, refuse_state
 from zssvd_lightning.callbacks.observed_batch import ObservedBatch
 from zssvd_lightning.callbacks.trainer.guards import window_end
+from zssvd_lightning.callbacks.trainer.recompression import stand_ins_in_training
 from zssvd_lightning.compression.course import Stage, course, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
-from zssvd_lightning.compression.kept_batches import number_to_keep_back
 from zssvd_lightning.compression.phase import GATHERING, Phase, phase_is_after
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.compression.safeguard import Safeguard
@@ -139,19 +140,26 @@ class Lifecycle:
         """
         if self.phase in (Phase.RECOVER, Phase.DONE):
             return
-        compression = Compression(model, self.config, progress, adapter.team, adapter.replace)
-        adapter.refuse_layers(compression.targets)
-        compression.safeguard = safeguard
-        saved = (self._restored or {}).get("compression")
-        if self.gathering and saved is not None:
-            take_up(compression, saved)
-        elif saved is not None:
-            put_back(compression, saved)
+        stand_ins = stand_ins_in_training(model, self.config, adapter, self.recovery)
+        with stand_ins.meanwhile(keep=self.gathering):
+            compression = Compression(model, self.config, progress, adapter.team, adapter.replace, stand_ins)
+            adapter.refuse_layers(compression.targets)
+            compression.safeguard = safeguard
+            saved = (self._restored or {}).get("compression")
+            if self.gathering and saved is not None:
+                take_up(compression, saved)
+            elif saved is not None:
+                put_back(compression, saved)
         self._compression, self._restored = compression, None
 
     def start(self) -> None:
         """Enter the first phase that gathers statistics."""
         self.phase = self._stages[0].gathers
+
+    def write_low_rank(self, weights: dict[str, Any]) -> None:
+        """In a state dict of the model, replace layers that are dense only meanwhile; see `StandIns.write_low_rank`."""
+        if self._compression is not None and self._compression.stand_ins is not None:
+            self._compression.stand_ins.write_low_rank(weights)
 
     def open(self, mask: TokenMask, terms: float) -> ObservedBatch:
         """Start to observe a batch. Collective for the first batch of a gathering."""
@@ -246,8 +254,10 @@ class Lifecycle:
         if self._compression is not None:
             self._compression.restore()
         elif self._restored is not None and self._restored["compression"] is not None:
-            compression = Compression(model, self.config, False, adapter.team, adapter.replace)
-            put_back(compression, self._restored["compression"])
+            stand_ins = stand_ins_in_training(model, self.config, adapter, self.recovery)
+            with stand_ins.meanwhile():
+                compression = Compression(model, self.config, False, adapter.team, adapter.replace, stand_ins)
+                put_back(compression, self._restored["compression"])
         if self.recovery is not None:
             if self.recovery.active:
                 self.recovery.let_go(model)

@@ -10,6 +10,7 @@ from zssvd_lightning.callbacks.trainer.replay import copied
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.safeguard import Safeguard
+from zssvd_lightning.errors import CalibrationError
 
 Entered = TypeVar("Entered")
 
@@ -56,6 +57,11 @@ class ObservedBatch:
         if safeguard is not None and self.kept_back is not None:
             safeguard.batches.append(self.kept_back)
             self.kept_back = None
+
+    def refuse_incomplete(self, name: str) -> None:
+        """Raise CalibrationError if the batch called `name` has ended without a loss."""
+        if not self.complete:
+            raise CalibrationError(f"training_step gave no loss for {name}; calibrate on batches that give one")
 
     def close(self) -> None:
         """Restore training mode, flags and cache setting, and remove the hooks."""

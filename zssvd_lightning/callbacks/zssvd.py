@@ -247,7 +247,7 @@ class ZSSVDCallback(L.Callback):
     ) -> None:
         """Start compression when it is due, and observe the batch while statistics are gathered."""
         self.recovering.start_batch(self.run.life)
-        self.run.start_batch(trainer)
+        self.run.start_batch(trainer, pl_module)
         self.observer.start_batch(trainer, pl_module, self.run.life, batch)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
@@ -312,7 +312,11 @@ class ZSSVDCallback(L.Callback):
             self.fit.take_up_limits(trainer, state)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the note for loads without support for low-rank layers. It is also added after the run."""
+        """Add the note for loads without support for low-rank layers. It is also added after the run.
+
+        Layers that are dense only while they are compressed again are saved as the low-rank layers they stand for.
+        """
+        self.run.life.write_low_rank(checkpoint["state_dict"])
         checkpoint["state_dict"].update(note(pl_module))
 
     def refuse_state(self, state: Mapping[str, Any]) -> None:

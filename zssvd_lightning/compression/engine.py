@@ -4,31 +4,32 @@
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from zssvd_lightning._numerics import exact_products
+from zssvd_lightning._resources import Stopwatch
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.reach import Unreached
 from zssvd_lightning.compression import reach
 from zssvd_lightning.compression.corrections import STEPS, CorrectionStep
 from zssvd_lightning.compression.course import Act, Stage
 from zssvd_lightning.compression.quantization import in_8_bits
-from zssvd_lightning.compression.report import Report, Stopwatch
+from zssvd_lightning.compression.report import Report
 from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.decomposition.decompose import Decomposition, decompose
 from zssvd_lightning.decomposition.factors import TruncatedWeights
 from zssvd_lightning.decomposition.originals import Originals
 from zssvd_lightning.distributed import LayerSet, Team
-from zssvd_lightning.errors import BudgetError, ConfigError, NonFiniteError
+from zssvd_lightning.errors import ConfigError, NonFiniteError
 from zssvd_lightning.layers.registry import Factored
 from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
+from zssvd_lightning.model.recompression import StandIns
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.budget import Budget
@@ -50,6 +51,7 @@ class Compression:
         progress: draw progress bars for the long steps.
         team: processes that compress the model together; None for one process.
         replace: function that replaces a layer, `replace(model, old, new)`.
+        stand_ins: dense layers that stand in for low-rank ones, in the model already; None if there are none.
 
     Attributes:
         gathering: collector of the statistics for the next step.
@@ -63,7 +65,7 @@ class Compression:
     Raises:
         TargetError: there is no layer to compress, a selected layer cannot be compressed, or weights are not in memory.
         CalibrationError: the call is within `torch.inference_mode`.
-        BudgetError: `min_rank_fraction` makes the prune ratio impossible.
+        BudgetError: `min_rank_fraction` makes the prune ratio impossible, or it is reached already.
         PlanError: the plan cannot be read or belongs to another model.
     """
 
@@ -74,6 +76,7 @@ class Compression:
         progress: bool = True,
         team: Team | None = None,
         replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
+        stand_ins: StandIns | None = None,
     ) -> None:
         refuse_unready(model)
         self.model = model
@@ -81,12 +84,13 @@ class Compression:
         self._replace = replace
         self.config = config
         self.targets = LayerSet(find_targets(model, config.include, config.ignore), self.team)
+        self.stand_ins = stand_ins
         self.metric = config.metric_used
         self.shapes = self.targets.shapes
         self.left_dense: dict[str, str] = {}
         self.passed_over: Mapping[str, Unreached] = {}
-        self.coverage = Coverage.of(model, self.targets)
-        self.budget = budget_of(config, self.targets, self.coverage)
+        self._present = {} if stand_ins is None else stand_ins.present
+        self.coverage, self.budget = self._covered()
         self.followed_plan = None if config.plan is None else Plan.read(config.plan, self.budget)
         self.gathering = StatisticsCollector(
             model,
@@ -141,8 +145,14 @@ class Compression:
         self.left_dense |= {name: str(reason) for name, reason in reasons.items()}
         self.gathering.moments.leave_out(reasons)
         self.targets.leave_out(reasons)
-        self.coverage = Coverage.of(self.model, self.targets, self.left_dense)
-        self.budget = budget_of(self.config, self.targets, self.coverage)
+        self.coverage, self.budget = self._covered()
+
+    def _covered(self) -> tuple[Coverage, Budget]:
+        """Return the share of the targets in the model, and the budget over them."""
+        present = {name: form.kept.wide for name, form in self._present.items()}
+        coverage = Coverage.of(self.model, self.targets, self.left_dense, present)
+        others = coverage.model_parameters - coverage.parameters
+        return coverage, self.config.budget_over(self.targets.shapes, self._present, others)
 
     @property
     def reached(self) -> LayerSet:
@@ -174,7 +184,7 @@ class Compression:
         """
         if not self._may_truncate:
             raise ConfigError(f"{self._step_name} states truncates=False, so it must not truncate")
-        decomposition, selection = self._select(self._budget_so_far(), steps)
+        decomposition, selection = self._select(self.budget.after(self.truncations + 1, self.config.truncations), steps)
         with self.stopwatch("truncate"):
             self.originals.keep()
             before, self.truncated = self.truncated, TruncatedWeights(self.targets, self.config.storage)
@@ -254,18 +264,19 @@ class Compression:
         """Replace every truncated layer by a low-rank layer of the chosen storage.
 
         Args:
-            dress: called as `dress(name, layer)` with each new layer, while it is whole and before it is inserted.
+            dress: called as `dress(name, layer)` with each new layer, while it is whole and before it is inserted. A
+                layer that stays low-rank is copied for it.
         """
         self.gathering.forget()
         if self.safeguard is not None:
             self.safeguard.settle(self)
         with self.stopwatch("factorize"):
-            for name in self.truncated:
-                layer = self.truncated.layer(name)
+            for name, layer in self._new_layers(copies=dress is not None):
                 if dress is not None:
                     dress(name, layer)
                 self._installed[name] = layer
                 self._replace(self.model, self.targets[name].module, self._installed[name])
+            self._put_back_low_rank()
             mark(self.model)
 
     def quantize(self) -> None:
@@ -285,10 +296,11 @@ class Compression:
             mark(self.model)
 
     def restore(self) -> None:
-        """Restore the dense layers and their original weights, and discard the compression so far."""
+        """Restore the layers of before and their original weights, and discard the compression so far."""
         for name, module in self._installed.items():
             self._replace(self.model, module, self.targets[name].module)
         self.originals.put_back()
+        self._put_back_low_rank()
         mark(self.model)
         self.decomposition, self.selection, self._installed, self.truncations = None, None, {}, 0
         self.truncation_loss = 0.0
@@ -301,6 +313,19 @@ class Compression:
         if self.selection is None:
             raise RuntimeError("report() needs a truncate() before it")
         return Report.of(self)
+
+    def _new_layers(self, *, copies: bool) -> Iterator[tuple[str, Factored]]:
+        """Yield the name and new layer of each truncated layer, and copies of layers that stay low-rank if asked."""
+        for name in self.truncated:
+            yield name, self.truncated.layer(name)
+        if copies and self.stand_ins is not None:
+            for name in [name for name in self.budget.present if name not in self.truncated]:
+                yield name, self.stand_ins.copy_of(name)
+
+    def _put_back_low_rank(self) -> None:
+        """Put back the low-rank layers whose stand-ins are in the model."""
+        if self.stand_ins is not None:
+            self.stand_ins.put_back()
 
     def _decomposed(self, steps: Mapping[str, Step] | None = None) -> Decomposition:
         with self.stopwatch("spectrum"), exact_products():
@@ -321,36 +346,3 @@ class Compression:
             rest = reach.budget_of_rest(budget, self.selection, self.passed_over)
             selection = self.team.decide_on_first(lambda: rule(found.components, rest))
             return found, reach.with_fixed(selection, self.selection, self.passed_over)
-
-    def _budget_so_far(self) -> Budget:
-        """Return the budget of the next truncation: storage savings plus this truncation's share of the rest."""
-        share = (self.truncations + 1) / self.config.truncations
-        if share >= 1:
-            return self.budget
-        alone = self.budget.reached(dict.fromkeys(self.budget.shapes))
-        return replace(self.budget, prune_ratio=alone + share * (self.budget.prune_ratio - alone))
-
-
-def budget_of(config: CompressionConfig, targets: LayerSet, coverage: Coverage) -> Budget:
-    """Return the budget over the targets that the settings ask for.
-
-    Raises:
-        BudgetError: the targets cannot give what is asked for.
-    """
-    ratio = config.prune_ratio / (coverage.share if config.budget_of == "model" else 1.0)
-    try:
-        return Budget(
-            {name: target.shape for name, target in targets.items()},
-            ratio,
-            config.min_rank_fraction,
-            config.storage,
-            planned=config.plan is not None,
-            unit=config.budget_in,
-        )
-    except BudgetError as error:
-        if config.budget_of == "targets":
-            raise
-        raise BudgetError(
-            f"prune_ratio {config.prune_ratio} of the whole model is {ratio:.4g} of its {len(targets)} target layers, "
-            f"which are {coverage.share:.1%} of it: {error}"
-        ) from error

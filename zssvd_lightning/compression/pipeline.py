@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.collector import StatisticsCollector
+from zssvd_lightning.calibration.kept_batches import KEPT_BACK
 from zssvd_lightning.compression.course import course, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.gathering import (
@@ -25,7 +26,6 @@ from zssvd_lightning.compression.gathering import (
     safeguard_of,
     so_many,
 )
-from zssvd_lightning.compression.kept_batches import KEPT_BACK
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.reach import warn_of_unreached_in
 from zssvd_lightning.compression.report import Report
@@ -34,8 +34,10 @@ from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.model.readiness import refuse_unready
+from zssvd_lightning.model.recompression import StandIns
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.plan import Plan
+from zssvd_lightning.serialization.transformers_config import mark
 from zssvd_lightning.whitening.moments import Moments
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,10 @@ def compress(
     **asked: Unpack[Asked],
 ) -> Report:
     """Compress `model` in place: calibrate, truncate, correct and truncate again, factorize, quantize.
+
+    Layers that are low-rank already are compressed further: their ranks never grow, and a layer that a new truncation
+    would not make smaller keeps its factors. They take the memory of dense layers meanwhile. `ratio_of` says whether
+    `prune_ratio` counts from the dense or from the present model.
 
     Args:
         model: any module with `nn.Linear` or transformers `Conv1D` layers.
@@ -94,22 +100,35 @@ def compress(
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
     require(isinstance(statistics, Moments | None), "statistics", statistics, "a result of calibrate, or None")
-    run = Compression(model, config, progress)
-    _announce(run)
-    with _undone_on_error(run), _gradients_set_aside(model):
-        if statistics is None or config.corrections:
-            run.safeguard = safeguard_of(model, reading)
-        if statistics is not None and run.safeguard is not None:
-            list(kept_back(islice(batches, calibration_batches or KEPT_BACK), run.safeguard))
-        for stage in course(config):
-            if statistics is None:
-                gather(run, batches, stage.gathers, calibration_batches, reading)
-            else:  # drop the reference, so that the truncation can free them
-                run.gathering.moments, statistics = _fitting(run, statistics), None
-            run.take(stage)
-        run.factorize()
-        run.quantize()
+    with _gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
+        run = Compression(model, config, progress, stand_ins=stand_ins)
+        _announce(run)
+        with _undone_on_error(run):
+            _carry_out(run, batches, statistics, calibration_batches, reading)
     return run.report()
+
+
+def _carry_out(
+    run: Compression,
+    batches: Iterable[Any],
+    statistics: Moments | None,
+    calibration_batches: int | None,
+    reading: BatchReading,
+) -> None:
+    """Carry out all stages of a compression; arguments as in `compress`."""
+    config = run.config
+    if statistics is None or config.corrections:
+        run.safeguard = safeguard_of(run.model, reading)
+    if statistics is not None and run.safeguard is not None:
+        list(kept_back(islice(batches, calibration_batches or KEPT_BACK), run.safeguard))
+    for stage in course(config):
+        if statistics is None:
+            gather(run, batches, stage.gathers, calibration_batches, reading)
+        else:  # drop the reference, so that the truncation can free them
+            run.gathering.moments, statistics = _fitting(run, statistics), None
+        run.take(stage)
+    run.factorize()
+    run.quantize()
 
 
 def calibrate(
@@ -128,9 +147,9 @@ def calibrate(
     and those of the metric have an effect.
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
-    layers = LayerSet(find_targets(model, config.include, config.ignore))
-    statistics = StatisticsCollector(model, layers, config.watches_outputs)
-    with _gradients_set_aside(model):
+    with _gradients_set_aside(model), _low_rank_made_dense(model, config):
+        layers = LayerSet(find_targets(model, config.include, config.ignore))
+        statistics = StatisticsCollector(model, layers, config.watches_outputs)
         every = checked(batches, 0, so_many(batches, calibration_batches), Phase.CALIBRATE, progress=progress)
         observe(model, statistics, every, Phase.CALIBRATE, reading)
     warn_of_unreached_in(statistics, layers, config, sum(p.numel() for p in model.parameters()))
@@ -153,8 +172,8 @@ def plan(
     Arguments and errors are those of `compress`.
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
-    run = Compression(model, config, progress)
-    with _gradients_set_aside(model):
+    with _gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
+        run = Compression(model, config, progress, stand_ins=stand_ins)
         *before, truncation = to_first_truncation(course(config))
         for stage in before:
             gather(run, batches, stage.gathers, calibration_batches, reading)
@@ -165,7 +184,8 @@ def plan(
 
 def refuse_impossible(model: nn.Module, config: CompressionConfig) -> None:
     """Raise the errors that `compress` raises before the first batch: those of `Compression`. Nothing is changed."""
-    Compression(model, config, progress=False)
+    with _low_rank_made_dense(model, config) as stand_ins:
+        Compression(model, config, progress=False, stand_ins=stand_ins)
 
 
 def _announce(compression: Compression) -> None:
@@ -230,6 +250,18 @@ def _fitting(compression: Compression, statistics: Moments) -> Moments:
             )
     device = next(compression.model.parameters()).device
     return Moments(**move_data_to_device(statistics.state_dict(), device))
+
+
+@contextmanager
+def _low_rank_made_dense(model: nn.Module, config: CompressionConfig) -> Iterator[StandIns]:
+    """Make the selected low-rank layers dense within the context; see `StandIns`."""
+    stand_ins = StandIns(model, config.include, config.ignore)
+    try:
+        with stand_ins.meanwhile():
+            yield stand_ins
+    finally:
+        if stand_ins.layers:
+            mark(model)
 
 
 @contextmanager

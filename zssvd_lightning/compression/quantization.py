@@ -17,8 +17,9 @@ from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
 from zssvd_lightning.layers.storage import round_all
 from zssvd_lightning.model.adapters import merge_adapters
+from zssvd_lightning.model.peft_layers import wraps_by_peft
 from zssvd_lightning.model.replace import replace_module
-from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.model.targets import find_targets, refuse_adapted
 from zssvd_lightning.selection.storages import STORAGES
 from zssvd_lightning.serialization.transformers_config import mark
 from zssvd_lightning.whitening.rounding import Importance
@@ -36,7 +37,8 @@ def quantize(model: nn.Module, storage: str = "remap", importances: Mapping[str,
 
     Raises:
         QuantizationError: the storage does not put all layers in 8 bits, there is no low-rank layer, a layer is
-            pivoted, an importance is missing, or a weight is not finite.
+            pivoted or has an adapter of PEFT on its factors, an importance is missing, or a weight is not finite.
+        TargetError: a dense layer to be stored in 8 bits has an adapter of PEFT.
     """
     form = STORAGES.get(storage)
     if form is None or form.rounded is None:
@@ -53,6 +55,7 @@ def quantize(model: nn.Module, storage: str = "remap", importances: Mapping[str,
     if not names:
         raise QuantizationError(f"{type(model).__name__} has no low-rank layer; compress it with storage={storage!r}")
     if form.rounded_dense is not None:
+        refuse_adapted(model)
         with suppress(TargetError):  # every possible target is low-rank already
             names += find_targets(model)
     quantize_layers(model, names, storage, importances)
@@ -78,6 +81,8 @@ def in_8_bits(
 ) -> dict[str, CompressedLinear]:
     """Return the 8-bit forms of layers by name. `remap` has none for dense layers. See `quantize`."""
     for name, layer in layers.items():
+        if any(wraps_by_peft(part) for part in layer.modules()):
+            raise QuantizationError(f"{name} has an adapter of PEFT; model = model.merge_and_unload() first")
         if not all(parameter.isfinite().all() for parameter in layer.parameters()):
             raise QuantizationError(f"{name} has weights that are NaN or infinite, which 8 bits would hide")
     low_rank = {name: layer for name, layer in layers.items() if isinstance(layer, LowRankLinear)}

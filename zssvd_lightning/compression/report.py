@@ -3,10 +3,7 @@
 import json
 import math
 import platform
-import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from io import StringIO
@@ -17,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from zssvd_lightning._state_checks import FaultError
-from zssvd_lightning.compression.saved_state import REPORT as CONTENT
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.model.coverage import Coverage
+from zssvd_lightning.serialization.checkpoint_content import REPORT as CONTENT
 
 if TYPE_CHECKING:
     from zssvd_lightning.compression.engine import Compression
@@ -30,35 +27,15 @@ REPORT = "report.json"
 VERSIONS = ("zssvd-lightning", "torch", "lightning", "transformers")
 
 
-class Stopwatch:
-    """Timer that adds up the seconds of each step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, step: str) -> Iterator[None]:
-        """Time the block as part of `step`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(step, time.perf_counter() - start)
-
-    def add(self, step: str, seconds: float) -> None:
-        """Add seconds to `step`."""
-        self.seconds[step] = self.seconds.get(step, 0.0) + seconds
-
-
 class LayerReport(NamedTuple):
     """Report on one target layer after compression."""
 
     rank: int | None
-    """Number of remaining components; None if the layer stays dense."""
+    """Number of remaining components; None if the layer stays dense. A layer that stays low-rank has its rank."""
     shape: tuple[int, int]
     """Shape (m, n) of the dense weight."""
     kept: int
-    """Parameters of the layer after compression; two in 8 bits count as one."""
+    """Parameters of the layer after compression, as it is stored; two in 8 bits count as one."""
     in_8_bits: bool = False
     """True if all or most of these parameters are in 8 bits."""
 
@@ -73,9 +50,10 @@ class Report:
     asked: float
     """Requested prune ratio."""
     parameters_before: int
+    """Parameters just before this compression, where layers may be low-rank from an earlier one."""
     parameters_after: int
     model_parameters_before: int
-    """Parameters of the whole model, including embeddings and all other layers that are no targets."""
+    """Parameters of the whole model just before this compression, including all layers that are no targets."""
     layers: Mapping[str, LayerReport]
     first_order_sum: float
     """First-order sum over the dropped components of the last truncation (nats). It is no estimate of the change of
@@ -105,6 +83,10 @@ class Report:
     """What the prune ratio is a fraction of: the `targets` or the whole `model`."""
     reached: float = math.nan
     """Removed fraction of that. If not given, the removed fraction of the parameters of the target layers."""
+    ratio_of: str = "dense"
+    """What `asked` and `reached` are fractions of: the `dense` targets, or the targets as they were just before."""
+    parameters_dense: int = 0
+    """Parameters of the targets if they were dense. If not given, those before."""
     peak_rss_bytes: int = 0
     """Peak resident memory of the process so far (bytes)."""
     left_dense: Mapping[str, str] = field(default_factory=dict)
@@ -114,6 +96,7 @@ class Report:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.parameters_dense = self.parameters_dense or self.parameters_before
         if math.isnan(self.reached):
             self.reached = self.removed
 
@@ -126,19 +109,21 @@ class Report:
         config, plan = run.config, run.followed_plan
         ranks = {name: selection.rank(name) for name in run.targets}
         counted = run.budget.counted_in("parameters")
-        of_model = run.coverage.share if config.budget_of == "model" else 1.0
+        of_model = config.prune_ratio / run.budget.prune_ratio if config.budget_of == "model" else 1.0
         layers = {
             name: LayerReport(
-                rank,
+                counted.present[name].rank if counted.stays_low_rank(name, rank) else rank,
                 run.budget.shapes[name],
                 counted.kept_of(name, rank, eight_bit=name in selection.eight_bit),
-                name in selection.eight_bit or config.form.rounds_at(rank),
+                not counted.stays_low_rank(name, rank) and (name in selection.eight_bit or config.form.rounds_at(rank)),
             )
             for name, rank in ranks.items()
         }
         return cls(
             asked=config.prune_ratio if plan is None else run.budget.reached(plan.ranks, plan.eight_bit) * of_model,
-            parameters_before=counted.total,
+            parameters_before=counted.before,
+            parameters_dense=sum(map(counted.dense, counted.shapes)),
+            ratio_of=run.budget.ratio_of,
             parameters_after=counted.kept(ranks, selection.eight_bit),
             budget_in=run.budget.unit,
             budget_of=config.budget_of,
@@ -156,8 +141,18 @@ class Report:
 
     @property
     def removed(self) -> float:
-        """Removed fraction of the target layers' parameters."""
-        return (self.parameters_before - self.parameters_after) / self.parameters_before
+        """Removed fraction of `parameters_counted`."""
+        return (self.parameters_counted - self.parameters_after) / self.parameters_counted
+
+    @property
+    def compresses_again(self) -> bool:
+        """True if targets were low-rank before, from an earlier compression."""
+        return self.parameters_before != self.parameters_dense
+
+    @property
+    def parameters_counted(self) -> int:
+        """Parameters of the targets that the prune ratio counts from, as `ratio_of` says."""
+        return self.parameters_dense if self.ratio_of == "dense" else self.parameters_before
 
     @property
     def model_parameters_after(self) -> int:
@@ -197,8 +192,10 @@ class Report:
                 "reached": self.reached,
                 "of": self.budget_in,
                 "counted_over": self.budget_of,
+                "ratio_of": self.ratio_of,
             },
             "parameters": {
+                "dense": self.parameters_dense,
                 "before": self.parameters_before,
                 "after": self.parameters_after,
                 "model": {"before": self.model_parameters_before, "after": self.model_parameters_after},
@@ -239,6 +236,8 @@ class Report:
             budget_in=saved["prune_ratio"].get("of", "parameters"),
             budget_of=saved["prune_ratio"].get("counted_over", "targets"),
             reached=saved["prune_ratio"]["reached"],
+            ratio_of=saved["prune_ratio"].get("ratio_of", "dense"),
+            parameters_dense=saved["parameters"].get("dense", 0),
             peak_rss_bytes=saved["peak_rss_bytes"],
             left_dense=saved.get("left_dense", {}),
             seed=saved["seed"],
@@ -253,14 +252,16 @@ class Report:
         return text.get()
 
     def table(self, *, details: bool = True) -> Table:
-        """Return a table for the terminal that compares the dense and the compressed model.
+        """Return a table for the terminal that compares the model before and after compression.
 
         Args:
             details: whether to add the seconds of each step and the first-order sum.
         """
         of = "the target layers" if self.budget_of == "targets" else "the model"
-        table = Table(title=f"removed {self.reached:.4f} of the {self.budget_in} of {of} ({self.asked:g} asked)")
-        for column, justify in (("", "left"), ("dense", "right"), ("compressed", "right")):
+        again = f", counted from the {self.ratio_of} layers" if self.compresses_again else ""
+        table = Table(title=f"removed {self.reached:.4f} of the {self.budget_in} of {of} ({self.asked:g} asked{again})")
+        before = "before" if self.compresses_again else "dense"
+        for column, justify in (("", "left"), (before, "right"), ("compressed", "right")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         self._add_losses(table)
         self._add_perplexities(table)
@@ -302,6 +303,8 @@ class Report:
 
     def _add_sizes(self, table: Table) -> None:
         """Add parameters, bytes, ranks and what was left alone."""
+        if self.compresses_again:
+            table.add_row("parameters of target layers, if dense", f"{self.parameters_dense:,}", "")
         table.add_row("parameters of target layers", f"{self.parameters_before:,}", f"{self.parameters_after:,}")
         table.add_row(
             "parameters of the model", f"{self.model_parameters_before:,}", f"{self.model_parameters_after:,}"
@@ -309,7 +312,7 @@ class Report:
         if self.file_bytes:
             table.add_row("file size", *(f"{self.file_bytes[k] / 1e6:.1f} MB" for k in ("dense", "compressed")))
         low_rank = sum(layer.rank is not None for layer in self.layers.values())
-        table.add_row("low-rank layers", "0", f"{low_rank} of {len(self.layers)}")
+        table.add_row("low-rank layers", "" if self.compresses_again else "0", f"{low_rank} of {len(self.layers)}")
         if self.coverage is not None:
             table.add_section()
             for part in self.coverage.left_alone:
@@ -337,20 +340,3 @@ def read_report(folder: Path) -> Report | None:
         return Report.from_dict(saved)
     except (OSError, ValueError, RecursionError, FaultError) as error:
         raise SavedModelError(f"{path} is no report of a compression: {error}; move it away") from error
-
-
-def peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process (bytes), or 0 on systems that do not report it.
-
-    On Linux, `getrusage` is not used first because its value includes the peak of the parent process.
-    """
-    if sys.platform == "win32":
-        return 0
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

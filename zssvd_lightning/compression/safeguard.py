@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zssvd_lightning.calibration.kept_batches import batches_of_saved, batches_to_save
 from zssvd_lightning.calibration.terms import doubt, parts_of
-from zssvd_lightning.compression.kept_batches import batches_of_saved, batches_to_save
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
 from zssvd_lightning.errors import DivergedError
 from zssvd_lightning.model.heads import chance_loss

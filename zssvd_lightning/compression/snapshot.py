@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from torch import Tensor
+
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.decomposition.decompose import Decomposition
@@ -31,6 +33,7 @@ def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, 
         "model_parameters": run.coverage.model_parameters,
         "gathering": run.gathering.state_dict(so_far=statistics),
         "originals": run.originals.state_dict(),
+        "stand_ins": _stand_ins_of(run),
         "factors": run.truncated.state_dict(),
         "found": None if run.decomposition is None else run.decomposition.state_dict(run.targets),
         "selection": None if run.selection is None else run.selection.state_dict(),
@@ -62,6 +65,8 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
     run.gathering.load_state_dict(state["gathering"])
     run.originals.load_state_dict(state["originals"])
     run.truncated.load_state_dict(state["factors"])
+    for name, W in state.get("stand_ins", {}).items():
+        run.targets[name].assign(W)
     run.selection = None if state["selection"] is None else Selection.of_state(state["selection"])
     run.last_step = None if state["step"] is None else (state["step"][0], state["step"][1])
     run.first_steps = None if state["lengths"] is None else {n: _step(saved) for n, saved in state["lengths"].items()}
@@ -73,6 +78,16 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
     run.gathering.calls_to_record = run.calls_to_record
     run.losses, run.fractions = list(state["losses"]), list(state["fractions"])
     run.stopwatch.seconds = dict(state["seconds"])
+
+
+def _stand_ins_of(run: Compression) -> dict[str, Tensor]:
+    """Return the present weights of the layers that stand in for low-rank ones; empty before the first truncation.
+
+    A checkpoint holds the low-rank layers in their place, so that it has the structure and optimizer of before.
+    """
+    if not run.originals:
+        return {}
+    return {name: run.targets[name].weight.cpu().clone() for name in run.budget.present}
 
 
 def _step(saved: float | Sequence[float]) -> Step:

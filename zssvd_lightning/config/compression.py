@@ -1,7 +1,7 @@
 """Settings of a compression, each with its documentation below it. `zssvd keys` shows these texts."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Self, Unpack
 
 from zssvd_lightning._types import check_types
@@ -9,8 +9,9 @@ from zssvd_lightning._validation import require, require_count, require_one_of
 from zssvd_lightning.config.corrections import CORRECTIONS, Correction
 from zssvd_lightning.config.presets import DEFAULT, PRESETS, explaining_default, settings_of
 from zssvd_lightning.config.settings import Settings
-from zssvd_lightning.errors import ConfigError, ContradictionError
-from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, UNITS, Storage
+from zssvd_lightning.errors import BudgetError, ConfigError, ContradictionError
+from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, UNITS, Present, Storage
+from zssvd_lightning.selection.budget import REFERENCES, Budget, Shape
 from zssvd_lightning.selection.rules import RULES, Rule
 from zssvd_lightning.selection.storages import STORAGES
 from zssvd_lightning.whitening.metrics import METRICS, Metric
@@ -85,6 +86,9 @@ class CompressionConfig:
     budget_of: str = "targets"
     """What `prune_ratio` is a fraction of: the `targets`, or the whole `model` with embeddings and all else that is
     left alone. It is then an error if the targets alone cannot give that much."""
+    ratio_of: str = "dense"
+    """What `prune_ratio` is counted from, for layers that are low-rank already: the `dense` layers, so that what an
+    earlier compression removed counts too, or the `present` ones. Equal for a dense model."""
     storage: str = "factors"
     """Storage of compressed layers, for an (m, n) weight of rank k. `factors`: two factors in the model's type.
     `remap`: factors in 8 bits, except the rows by which the larger factor exceeds the smaller; a component then costs
@@ -109,6 +113,7 @@ class CompressionConfig:
         require_one_of("selection", self.selection, RULES)
         require_one_of("budget_in", self.budget_in, UNITS)
         require_one_of("budget_of", self.budget_of, BUDGET_OF)
+        require_one_of("ratio_of", self.ratio_of, REFERENCES)
         require_one_of("correction_step", self.correction_step, CORRECTIONS)
         require_one_of("storage", self.storage, STORAGES)
         require_one_of("rows_in_16_bits", self.rows_in_16_bits, ROWS_IN_16_BITS)
@@ -200,6 +205,38 @@ class CompressionConfig:
             given = ", ".join([*(["preset"] if preset is not None else []), *settings])
             raise ConfigError(f"config says it all already, so {given} cannot be given too; give one or the other")
         return config
+
+    def budget_over(self, shapes: Mapping[str, Shape], present: Mapping[str, Present], others: int) -> Budget:
+        """Return the budget over the target layers.
+
+        Args:
+            shapes: shape (m, n) of every target.
+            present: form of the layers that are low-rank already, by name.
+            others: number of parameters of the model that are in no target.
+
+        Raises:
+            BudgetError: the targets cannot give what is asked for.
+        """
+        counted = Budget(
+            shapes,
+            self.prune_ratio,
+            self.min_rank_fraction,
+            self.storage,
+            planned=True,
+            present={name: form for name, form in present.items() if name in shapes},
+            ratio_of=self.ratio_of,
+        )
+        share = 1.0 if self.budget_of == "targets" else counted.total / (counted.total + others)
+        ratio = self.prune_ratio / share
+        try:
+            return replace(counted, prune_ratio=ratio, unit=self.budget_in, planned=self.plan is not None)
+        except BudgetError as error:
+            if self.budget_of == "targets":
+                raise
+            raise BudgetError(
+                f"prune_ratio {self.prune_ratio} of the whole model is {ratio:.4g} of its {len(shapes)} target layers, "
+                f"which are {share:.1%} of it: {error}"
+            ) from error
 
     @property
     def metric_used(self) -> Metric:

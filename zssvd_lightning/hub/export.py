@@ -17,6 +17,7 @@ from zssvd_lightning.hub.saving import SHARD, write_model
 from zssvd_lightning.layers.base import CompressedLinear, type_of
 from zssvd_lightning.layers.registry import dense_like
 from zssvd_lightning.model.adapters import merge_adapters
+from zssvd_lightning.model.peft_layers import wraps_by_peft
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.serialization.transformers_config import mark, tell
 
@@ -34,13 +35,17 @@ def merge(model: nn.Module) -> None:
         model: any module.
 
     Raises:
-        ExportError: layers are offloaded, so that their values are not in memory.
+        ExportError: layers are offloaded, so that their values are not in memory, or have an adapter of PEFT that no
+            recovery put there.
     """
     common = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     compressed = (module for module in model.modules() if isinstance(module, CompressedLinear))
     if any(value.is_meta for layer in compressed for value in layer.state_dict().values()):
         raise ExportError("layers are offloaded, and not there to be merged; load the model without device_map")
     merge_adapters(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, CompressedLinear) and any(wraps_by_peft(part) for part in layer.modules()):
+            raise ExportError(f"{name} has an adapter of PEFT on its factors; model = model.merge_and_unload() first")
     for old in [module for module in model.modules() if isinstance(module, CompressedLinear)]:
         own = type_of(old) or common
         W = nn.Module.to(old, torch.promote_types(own, torch.float32)).weight

@@ -61,7 +61,7 @@ def _lines(folder: Path, name: str, specs: Mapping[str, Mapping[str, Any]], repo
 def _done(report: Report) -> Iterator[str]:
     yield "## What was done\n"
     of = "" if report.budget_of == "targets" else " of the whole model"
-    yield f"{report.removed:.1%} of {report.parameters_before:,} parameters of {len(report.layers)} layers removed"
+    yield f"{report.removed:.1%} of {report.parameters_counted:,} parameters of {len(report.layers)} layers removed"
     yield f"({report.asked:.1%}{of} asked for); the whole model went from"
     yield f"{report.model_parameters_before:,} parameters to {report.model_parameters_after:,}.\n"
     calibration, compression = report.config.get("calibration") or {}, report.config.get("compression") or {}

@@ -16,6 +16,7 @@ from zssvd_lightning.hub.model_card import write_card
 from zssvd_lightning.hub.model_classes import saved_class
 from zssvd_lightning.hub.remote_code import carry_code
 from zssvd_lightning.model import adapters
+from zssvd_lightning.model.peft_layers import wraps_by_peft
 from zssvd_lightning.serialization.integrity import digest
 from zssvd_lightning.serialization.specs import rebuild, specs_of
 from zssvd_lightning.serialization.transformers_config import mark, tell
@@ -49,8 +50,8 @@ def save_pretrained(
 
     Raises:
         OutputError: the folder has other content, or cannot be written; its previous content is unchanged.
-        SavedModelError: the model is not a transformers model or transformers does not know its type, or
-            `self_contained` is set for a dense model.
+        SavedModelError: the model is not a transformers model or transformers does not know its type, it has adapters
+            of PEFT other than those of a recovery, or `self_contained` is set for a dense model.
 
     Example:
         >>> save_pretrained(model, "mine", tokenizer, report=report)  # doctest: +SKIP
@@ -78,6 +79,7 @@ def write_model(
         return
     if not isinstance(model, PreTrainedModel):
         raise SavedModelError(f"{type(model).__name__} is no model of transformers; save the one it holds")
+    _refuse_adapters(model)
     specs = specs_of(model)
     if specs and model.config.model_type not in CONFIG_MAPPING:
         raise SavedModelError(
@@ -134,3 +136,12 @@ def _holds(kind: type[PreTrainedModel], model: PreTrainedModel) -> bool:
         made = kind(plain)
     rebuild(made, specs_of(model))
     return made.state_dict().keys() == model.state_dict().keys()
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """Raise SavedModelError if a model has adapters of PEFT, whose names of weights would not load."""
+    if name := next((name for name, module in model.named_modules() if wraps_by_peft(module)), None):
+        raise SavedModelError(
+            f"{name} is an adapter layer of PEFT, and the folder would not load; model = model.merge_and_unload() "
+            "first, or save the adapter and the model without it apart"
+        )

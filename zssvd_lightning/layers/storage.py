@@ -30,6 +30,15 @@ class Kept(NamedTuple):
     """Multiply-adds per token."""
 
 
+class Present(NamedTuple):
+    """Low-rank form that a matrix has before a further compression."""
+
+    rank: int
+    """Rank k."""
+    kept: Kept
+    """Numbers that store it."""
+
+
 UNITS: dict[str, Callable[[Kept], int]] = {
     "parameters": lambda kept: kept.wide - -kept.codes // 2,
     "bytes": lambda kept: 2 * kept.wide + kept.codes + kept.beside,
@@ -152,24 +161,33 @@ class Storage:
         """Return the cost of a matrix (m, n) that stays dense."""
         return UNITS[unit](self.dense(m, n))
 
-    def costs(self, m: int, n: int, unit: str = "parameters") -> tuple[int, ...]:
-        """Return the cost of (m, n) at each number of components from 0 to all; above `highest_rank` it stays dense."""
-        return _costs(self, m, n, unit)
+    def stay_cost(self, m: int, n: int, unit: str = "parameters", present: Present | None = None) -> int:
+        """Return the cost of a matrix (m, n) that stays as it is: dense, or in its present low-rank form."""
+        return self.dense_cost(m, n, unit) if present is None else UNITS[unit](present.kept)
 
-    def highest_rank(self, m: int, n: int, unit: str = "parameters") -> int:
-        """Return the largest rank at which (m, n) costs less than dense, or 0 if there is none.
+    def costs(self, m: int, n: int, unit: str = "parameters", present: Present | None = None) -> tuple[int, ...]:
+        """Return the cost of (m, n) at each number of components from 0 to all.
 
-        The full rank is excluded, because a matrix from which nothing is dropped stays dense.
+        Above `highest_rank` it stays as it is.
         """
-        ranks, dense = range(min(m, n)), self.dense_cost(m, n, unit)
-        return max(0, bisect_left(ranks, dense, key=lambda k: self.low_rank_cost(m, n, k, unit)) - 1)
+        return _costs(self, m, n, unit, present)
+
+    def highest_rank(self, m: int, n: int, unit: str = "parameters", present: Present | None = None) -> int:
+        """Return the largest rank at which (m, n) costs less than if it stays as it is, or 0 if there is none.
+
+        The full rank is excluded, because a matrix from which nothing is dropped stays dense. For a matrix that is
+        low-rank already, the result is at most its present rank.
+        """
+        ranks = range(min(m, n) if present is None else present.rank + 1)
+        stays = self.stay_cost(m, n, unit, present)
+        return max(0, bisect_left(ranks, stays, key=lambda k: self.low_rank_cost(m, n, k, unit)) - 1)
 
 
 @lru_cache(maxsize=1024)
-def _costs(storage: Storage, m: int, n: int, unit: str) -> tuple[int, ...]:
-    highest = storage.highest_rank(m, n, unit)
+def _costs(storage: Storage, m: int, n: int, unit: str, present: Present | None) -> tuple[int, ...]:
+    highest = storage.highest_rank(m, n, unit, present)
     low_rank = [storage.low_rank_cost(m, n, k, unit) for k in range(highest + 1)]
-    return (*low_rank, *[storage.dense_cost(m, n, unit)] * (min(m, n) - highest))
+    return (*low_rank, *[storage.stay_cost(m, n, unit, present)] * (min(m, n) - highest))
 
 
 def break_even_rank(m: int, n: int) -> int:

@@ -40,35 +40,41 @@ class Coverage:
     layers: int
     """Number of targets."""
     parameters: int
-    """Parameters of the targets' weights."""
+    """Parameters of the targets' weights, before the compression."""
     model_parameters: int
     """Parameters of the whole model."""
     left_alone: tuple[LeftAlone, ...]
     """All other parameters, the most first."""
 
     @classmethod
-    def of(cls, model: nn.Module, targets: Mapping[str, Target], others: Mapping[str, str] | None = None) -> Self:
-        """Return the coverage of a model by `targets`, its layers to compress.
+    def of(
+        cls,
+        model: nn.Module,
+        targets: Mapping[str, Target],
+        others: Mapping[str, str] | None = None,
+        present: Mapping[str, int] | None = None,
+    ) -> Self:
+        """Return the coverage of a model.
 
         Args:
             model: any module.
             targets: its layers to compress.
             others: linear layers that are not compressed for another reason than those of `find_targets`, by name.
+            present: number of parameters to count for the weight of a layer that is dense only for now, by name.
         """
-        refused = refusals(model) | dict(others or {})
-        weights = {id(target.module.weight): name for name, target in targets.items()}
+        refused, sizes = refusals(model) | dict(others or {}), present or {}
+        seen = {id(target.module.weight) for target in targets.values()}
         groups: dict[str, list[int]] = {}
-        seen = set(weights)
         for name, module in model.named_modules():
             for key, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
-                    kind = _kind(name, module, key, parameter, refused)
-                    groups.setdefault(kind, []).append(parameter.numel())
+                    size = sizes.get(name, parameter.numel()) if key == "weight" else parameter.numel()
+                    groups.setdefault(_kind(name, module, parameter, refused), []).append(size)
         left = sorted(
             (LeftAlone(what, len(n), sum(n)) for what, n in groups.items()), key=lambda part: -part.parameters
         )
-        covered = sum(target.module.weight.numel() for target in targets.values())
+        covered = sum(sizes.get(name, target.module.weight.numel()) for name, target in targets.items())
         return cls(len(targets), covered, covered + sum(part.parameters for part in left), tuple(left))
 
     @property
@@ -119,7 +125,7 @@ class Coverage:
         return cls(**{**saved, "left_alone": tuple(LeftAlone(**part) for part in saved["left_alone"])})
 
 
-def _kind(name: str, module: nn.Module, key: str, parameter: nn.Parameter, refused: Mapping[str, str]) -> str:
+def _kind(name: str, module: nn.Module, parameter: nn.Parameter, refused: Mapping[str, str]) -> str:
     """Return what a report calls a parameter that is in no target."""
     if parameter.ndim < 2:
         return "biases, norms and other vectors"

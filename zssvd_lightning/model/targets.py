@@ -18,8 +18,12 @@ from zssvd_lightning.layers.base import shape_of
 from zssvd_lightning.layers.storage import break_even_rank
 from zssvd_lightning.model.heads import classification_heads, output_embeddings
 from zssvd_lightning.model.linear_subclasses import is_plain_linear
+from zssvd_lightning.model.peft_layers import MERGE_FIRST, linear_layers_in_peft
 from zssvd_lightning.model.readiness import is_quantized
 from zssvd_lightning.model.replace import inside_compressed
+
+Patterns = Sequence[str] | str | None
+"""Name patterns, or a single one; None for none."""
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -74,15 +78,13 @@ class Target:
         return stored.T if isinstance(self.module, Conv1D) else stored
 
 
-def find_targets(
-    model: nn.Module, include: Sequence[str] | str | None = None, ignore: Sequence[str] | str | None = None
-) -> dict[str, Target]:
+def find_targets(model: nn.Module, include: Patterns = None, ignore: Patterns = None) -> dict[str, Target]:
     """Return the layers of `model` to factorize, by qualified name in module order.
 
     `nn.Linear`, transformers' `Conv1D` and subclasses that compute the same are candidates; see `is_plain_linear`.
     Excluded are output embeddings, classification heads (unless `include` names one without wildcards), tied weights,
     other subclasses, weights that are not floating point, layers given to `fully_shard` on their own, factors of an
-    earlier compression, and layers where even rank 1 saves no parameter.
+    earlier compression (see `recompression.StandIns`), and layers where even rank 1 saves no parameter.
 
     Args:
         model: any module.
@@ -91,8 +93,9 @@ def find_targets(
         ignore: patterns of the same form. They take precedence over `include`.
 
     Raises:
-        TargetError: no layer is left, a chosen layer is quantized, a pattern matches no module, a pattern of `include`
-            matches only layers that cannot be factorized (the message says why), or weights have no shape yet.
+        TargetError: no layer is left, a chosen layer is quantized or has an adapter of PEFT, a pattern matches no
+            module, a pattern of `include` matches only layers that cannot be factorized (the message says why), or
+            weights have no shape yet.
     """
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedTensorMixin):
@@ -104,18 +107,15 @@ def find_targets(
         if not any(matches(name, pattern) for name in names):
             raise TargetError(f"pattern {pattern!r} matches no module{closest(pattern, names) if names else ''}")
 
+    refuse_adapted(model, include, ignore)
     refused = refusals(model, include)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     allowed = {n: Target(n, m) for n, m in linears.items() if n not in refused}
     for pattern in include or ():
         _explain_if_refused(pattern, model, set(allowed), refused)
-
-    def chosen(name: str) -> bool:
-        included = include is None or any(matches(name, pattern) for pattern in include)
-        return included and not any(matches(name, pattern) for pattern in ignore or ())
-
-    _refuse_quantized({name: module for name, module in linears.items() if chosen(name)})
-    targets = {name: target for name, target in allowed.items() if chosen(name)}
+    chosen = {name: module for name, module in linears.items() if is_selected(name, include, ignore)}
+    _refuse_quantized(chosen)
+    targets = {name: target for name, target in allowed.items() if name in chosen}
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
         raise TargetError(
@@ -124,6 +124,25 @@ def find_targets(
             + f"; include={include}, ignore={ignore}"
         )
     return targets
+
+
+def is_selected(name: str, include: Patterns, ignore: Patterns) -> bool:
+    """Return whether `include` and `ignore` select the layer `name`. Raises TargetError for invalid patterns."""
+    include = [include] if isinstance(include, str) else include
+    ignore = [ignore] if isinstance(ignore, str) else ignore
+    included = include is None or any(matches(name, pattern) for pattern in include)
+    return included and not any(matches(name, pattern) for pattern in ignore or ())
+
+
+def refuse_adapted(model: nn.Module, include: Patterns = None, ignore: Patterns = None) -> None:
+    """Raise TargetError if a selected layer has an adapter of PEFT, or is a copy that PEFT trains."""
+    for outer, name, layer in linear_layers_in_peft(model):
+        included = any(is_selected(place, include, ignore) for place in (outer, name))
+        if included and is_selected(outer, None, ignore):
+            raise TargetError(
+                f"{name} ({type(layer).__name__}) belongs to an adapter layer of PEFT, {outer}: {MERGE_FIRST}; or add "
+                f"{outer} to ignore"
+            )
 
 
 def _refuse_quantized(linears: Mapping[str, nn.Module]) -> None:
@@ -153,13 +172,14 @@ def _refusals(model: nn.Module, named: Sequence[str]) -> Iterator[tuple[str, str
     """Yield the name of every linear layer that cannot be factorized, with the reason, unless `named` names a head."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     heads = _heads(model, named)
-    factors = inside_compressed(model)
+    no_targets = dict.fromkeys(inside_compressed(model), "it is a factor of a layer that is low-rank already")
+    no_targets |= {id(layer): MERGE_FIRST for _, _, layer in linear_layers_in_peft(model)}
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue
         weight = dict(module.named_parameters(recurse=False)).get("weight")
-        if id(module) in factors:
-            yield name, "it is a factor of a layer that is low-rank already"
+        if id(module) in no_targets:
+            yield name, no_targets[id(module)]
         elif isinstance(module, FSDPModule):
             yield name, "it was given to fully_shard on its own; give the block around it instead"
         elif weight is None or not is_plain_linear(module):

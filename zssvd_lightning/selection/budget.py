@@ -5,14 +5,18 @@ Shapes: a matrix is (m, n).
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from zssvd_lightning.errors import BudgetError
-from zssvd_lightning.layers.storage import UNITS, Storage, dense_weight
+from zssvd_lightning.layers.storage import UNITS, Present, Storage, dense_weight
 from zssvd_lightning.selection.storages import STORAGES
 
 Shape = tuple[int, int]
 """Shape (m, n) of a matrix: outputs, inputs."""
+
+
+REFERENCES = ("dense", "present")
+"""Values of `ratio_of`: what `prune_ratio` is a fraction of. They differ for matrices that are low-rank already."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,14 @@ class Budget:
     that leaves this choice to selection.
 
     Raises:
-        BudgetError: the rank floor prevents reaching `prune_ratio`, or the storage alone already reaches it.
+        BudgetError: the rank floor prevents reaching `prune_ratio`, or the storage alone or an earlier compression
+            already reaches it.
     """
 
     shapes: Mapping[str, Shape]
     """Shape (m, n) of every target, in module order."""
     prune_ratio: float
-    """Fraction to remove of the cost of the dense targets in 16 bits."""
+    """Fraction to remove of the cost of the targets in 16 bits, counted as `ratio_of` says."""
     min_rank_fraction: float = 0.0
     """Rank floor of each matrix, as a fraction of its highest low rank."""
     storage: str = "factors"
@@ -38,6 +43,10 @@ class Budget:
     """True if the ranks come from a plan, so that `prune_ratio` is not checked."""
     unit: str = "parameters"
     """Unit of costs: a key of `layers.storage.UNITS`."""
+    present: Mapping[str, Present] = field(default_factory=dict)
+    """Present form of the targets that are low-rank already. Such a matrix stays as it is instead of dense."""
+    ratio_of: str = "dense"
+    """What `prune_ratio` is a fraction of: the `dense` targets, or the targets as they are at `present`."""
 
     def __post_init__(self) -> None:
         if self.planned:
@@ -49,7 +58,14 @@ class Budget:
                 f"min_rank_fraction {self.min_rank_fraction} at most {most:,} can go ({most / self.total:.3f}); lower "
                 "one of the two, or target more layers"
             )
-        if self.total - self.kept(dict.fromkeys(self.shapes)) >= self.to_remove:
+        stays = dict.fromkeys(self.shapes)
+        if self.total - self.kept(stays) >= self.to_remove:
+            if self.present:
+                raise BudgetError(
+                    f"prune_ratio {self.prune_ratio} of the {self.unit} is reached already: the low-rank layers leave "
+                    f"{self.kept(stays):,} of {self.total:,} ({self.reached(stays):.4f} removed); ask for more, or for "
+                    "a part of the present model with ratio_of='present'"
+                )
             raise BudgetError(
                 f"prune_ratio {self.prune_ratio} of the {self.unit} is reached by storage {self.storage!r} alone, with "
                 "nothing dropped; ask for more"
@@ -57,8 +73,13 @@ class Budget:
 
     @property
     def total(self) -> int:
-        """Cost of all dense targets in 16 bits."""
-        return sum(self.dense(name) for name in self.shapes)
+        """Cost of all targets in 16 bits that `prune_ratio` is a fraction of."""
+        return sum(self.reference(name) for name in self.shapes)
+
+    @property
+    def before(self) -> int:
+        """Cost of all targets in 16 bits before the compression."""
+        return sum(self.before_of(name) for name in self.shapes)
 
     @property
     def to_remove(self) -> int:
@@ -84,17 +105,26 @@ class Budget:
         """Return the cost of the dense matrix `name` in 16 bits."""
         return UNITS[self.unit](dense_weight(*self.shapes[name]))
 
+    def before_of(self, name: str) -> int:
+        """Return the cost of the matrix `name` in 16 bits before the compression."""
+        present = self.present.get(name)
+        return self.dense(name) if present is None else UNITS[self.unit](present.kept)
+
+    def reference(self, name: str) -> int:
+        """Return the cost of the matrix `name` in 16 bits that `prune_ratio` is a fraction of."""
+        return self.dense(name) if self.ratio_of == "dense" else self.before_of(name)
+
     def floor(self, name: str) -> int:
         """Return the lowest rank `name` may get: `min_rank_fraction` of its highest low rank, at least 1."""
         return max(1, math.ceil(self.min_rank_fraction * self.highest_rank(name) - 1e-9))
 
     def highest_rank(self, name: str, *, eight_bit: bool = False) -> int:
-        """Return the largest rank at which `name` is stored low-rank. Above it, `name` stays dense."""
-        return self._storage(eight_bit).highest_rank(*self.shapes[name], self.unit)
+        """Return the largest rank at which `name` gets a new low-rank form. Above it, `name` stays as it is."""
+        return self._storage(eight_bit).highest_rank(*self.shapes[name], self.unit, self.present.get(name))
 
     def costs(self, name: str, *, eight_bit: bool = False) -> tuple[int, ...]:
         """Return the cost of `name` at each number of remaining components, from 0 to all. Costs never decrease."""
-        return self._storage(eight_bit).costs(*self.shapes[name], self.unit)
+        return self._storage(eight_bit).costs(*self.shapes[name], self.unit, self.present.get(name))
 
     def component_cost(self, name: str) -> float:
         """Return the mean cost of a component of `name` at its highest low rank."""
@@ -102,23 +132,39 @@ class Budget:
         return self.costs(name)[rank] / rank
 
     def kept_of(self, name: str, rank: int | None, *, eight_bit: bool = False) -> int:
-        """Return the cost of `name` at `rank`, where None means dense."""
+        """Return the cost of `name` at `rank`, where None means as it is."""
         storage, shape = self._storage(eight_bit), self.shapes[name]
         if rank is None:
-            return storage.dense_cost(*shape, self.unit)
+            return storage.stay_cost(*shape, self.unit, self.present.get(name))
         return storage.low_rank_cost(*shape, rank, self.unit)
 
     def is_low_rank(self, name: str, rank: int, *, eight_bit: bool = False) -> bool:
-        """Return whether `name` costs less at `rank` than dense."""
+        """Return whether `name` costs less at `rank` than as it is."""
         return rank <= self.highest_rank(name, eight_bit=eight_bit)
 
+    def stays_low_rank(self, name: str, rank: int | None) -> bool:
+        """Return whether `name` at `rank` stays as it is and is low-rank already."""
+        return rank is None and name in self.present
+
     def kept(self, ranks: Mapping[str, int | None], eight_bit: Collection[str] = ()) -> int:
-        """Return the cost of all targets at these ranks, where None means dense."""
+        """Return the cost of all targets at these ranks, where None means as it is."""
         return sum(self.kept_of(name, ranks[name], eight_bit=name in eight_bit) for name in self.shapes)
 
     def reached(self, ranks: Mapping[str, int | None], eight_bit: Collection[str] = ()) -> float:
-        """Return the fraction of the cost that these ranks remove."""
+        """Return the fraction of `total` that these ranks remove, together with earlier compressions if it is dense."""
         return (self.total - self.kept(ranks, eight_bit)) / self.total
+
+    def after(self, truncation: int, of: int) -> "Budget":
+        """Return the budget of one of several truncations: what the storage saves, and an equal share of the rest each.
+
+        Args:
+            truncation: number of the truncation, from 1.
+            of: number of truncations.
+        """
+        if truncation >= of:
+            return self
+        alone = self.reached(dict.fromkeys(self.shapes))
+        return replace(self, prune_ratio=alone + truncation / of * (self.prune_ratio - alone))
 
     def counted_in(self, unit: str) -> "Budget":
         """Return a budget with the same targets and storage in another unit, for counting only: nothing is checked."""

@@ -1,6 +1,7 @@
 """Options for storing a matrix: at which rank, or dense, and in how many bits.
 
-Shapes: a matrix has r components. Ranks run from 0 to r, where r stands for the dense matrix.
+Shapes: a matrix has r components. Ranks run from 0 to r, where r stands for the matrix as it is: dense, or low-rank
+from an earlier compression.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ class Options(NamedTuple):
     losses: Tensor
     """Predicted loss increase of each option, float64 (O,)."""
     ranks: Sequence[int]
-    """Rank of each option; r for the dense matrix."""
+    """Rank of each option; r for the matrix as it is."""
     eight_bit: Sequence[bool]
     """True for each option in 8 bits."""
 
@@ -39,7 +40,8 @@ class Options(NamedTuple):
         for eight_bit in budget.bit_choices:
             lost = dropped + rounded if eight_bit and rounded is not None else dropped
             costs, full = budget.costs(name, eight_bit=eight_bit), len(dropped) - 1
-            ranks = [*range(budget.floor(name), budget.highest_rank(name, eight_bit=eight_bit) + 1), full]
+            ranks = [*range(budget.floor(name), budget.highest_rank(name, eight_bit=eight_bit) + 1)]
+            ranks += [] if eight_bit and name in budget.present else [full]  # what is low-rank stays in 16 bits
             found += [(costs[k], loss, k, eight_bit) for k, loss in zip(ranks, lost[ranks].tolist(), strict=True)]
         found.sort(key=lambda option: option[0])
         every_cost, every_loss, every_rank, every_choice = zip(*found, strict=True)

@@ -35,7 +35,7 @@ class Selection:
     """Components that remain in each matrix."""
 
     kept: Mapping[str, Tensor | None]
-    """Name -> ascending indices (k,) of the remaining components. None if the matrix stays dense."""
+    """Name -> ascending indices (k,) of the remaining components. None if the matrix stays as it is."""
     drifts: Mapping[str, float]
     """Name -> sum of delta over the dropped components."""
     eight_bit: frozenset[str] = frozenset()
@@ -47,7 +47,7 @@ class Selection:
         return sum(self.drifts.values())
 
     def rank(self, name: str) -> int | None:
-        """Return the number of remaining components of `name`, or None if it stays dense."""
+        """Return the number of remaining components of `name`, or None if it stays as it is."""
         kept = self.kept[name]
         return None if kept is None else len(kept)
 

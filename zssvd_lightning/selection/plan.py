@@ -1,6 +1,6 @@
 """Rank plans: files with a rank per layer that a dry run writes, a person reviews and a compression follows."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,12 @@ DENSE = "dense"
 """Rank entry of a layer that stays dense."""
 
 
+PRESENT = "present"
+"""Rank entry of a layer that is low-rank already and stays as it is."""
+
+
 HEADER = """\
-# The rank of every layer. Change any to a number up to break_even, or to {dense}, and compress with plan: this file.
+# The rank of every layer. Change any to a number up to break_even, or to {stays}, and compress with plan: this file.
 # reached and first_order_sum (over the dropped components, nats) are those of the ranks as they were written.
 """
 
@@ -37,13 +41,13 @@ class Plan:
     """Rank of every layer, and the cost it leads to."""
 
     ranks: Mapping[str, int | None]
-    """Name -> number of remaining components. None if the layer stays dense."""
+    """Name -> number of remaining components. None if the layer stays as it is."""
     shapes: Mapping[str, Shape]
     """Name -> shape (m, n)."""
     reached: float
-    """Fraction of the target layers' cost that these ranks remove."""
+    """Fraction of the target layers' cost that these ranks remove, as `Budget.reached` counts it."""
     highest: Mapping[str, int]
-    """Name -> largest rank at which the layer costs less than dense."""
+    """Name -> largest rank at which the layer costs less than as it is."""
     storage: str = "factors"
     """Storage of the layers: a key of `storages.STORAGES`."""
     drifts: Mapping[str, float] | None = None
@@ -53,6 +57,8 @@ class Plan:
     """Names of the layers to store in 8 bits, if the storage offers the choice."""
     unit: str = "parameters"
     """Unit of costs: a key of `layers.storage.UNITS`."""
+    present: frozenset[str] = frozenset()
+    """Names of the layers that are low-rank already."""
 
     @classmethod
     def of(cls, selection: Selection, budget: Budget, shapes: Mapping[str, Shape] | None = None) -> "Plan":
@@ -84,7 +90,7 @@ class Plan:
             raise PlanError(
                 f"plan {path} is for other layers: {len(others)} are in one of plan and model only "
                 f"({', '.join(others[:3])}); plan with the same include and ignore, and give layers to leave alone "
-                f"rank: {DENSE}"
+                f"rank: {_stays(budget.present)}"
             )
         eight_bit = frozenset(name for name in budget.shapes if _in_8_bits(path, name, layers[name], budget))
         ranks = {name: _rank(path, name, layers[name], budget, name in eight_bit) for name in budget.shapes}
@@ -100,7 +106,8 @@ class Plan:
     ) -> "Plan":
         reached = budget.reached(ranks, eight_bit)
         highest = {name: budget.highest_rank(name, eight_bit=name in eight_bit) for name in budget.shapes}
-        return cls(ranks, budget.shapes, reached, highest, budget.storage, drifts, eight_bit, budget.unit)
+        present = frozenset(budget.present)
+        return cls(ranks, budget.shapes, reached, highest, budget.storage, drifts, eight_bit, budget.unit, present)
 
     def write(self, path: str | Path) -> None:
         """Write the plan as YAML.
@@ -117,7 +124,7 @@ class Plan:
             "first_order_sum": None if self.drifts is None else float(f"{sum(self.drifts.values()):.6g}"),
             "layers": {name: self._entry(name) for name in self.ranks},
         }
-        header = HEADER.format(dense=DENSE) + (BITS_HEADER if STORAGES[self.storage].in_8_bits else "")
+        header = HEADER.format(stays=_stays(self.present)) + (BITS_HEADER if STORAGES[self.storage].in_8_bits else "")
         text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
         with replacing_file(path) as file:
             file.write_text(header + text, encoding="utf-8")
@@ -134,7 +141,8 @@ class Plan:
 
     def _entry(self, name: str) -> dict[str, Any]:
         rank, shape = self.ranks[name], self.shapes[name]
-        entry: dict[str, Any] = {"rank": DENSE if rank is None else rank, "break_even": self.highest[name]}
+        stays = PRESENT if name in self.present else DENSE
+        entry: dict[str, Any] = {"rank": stays if rank is None else rank, "break_even": self.highest[name]}
         if name in self.eight_bit:
             entry["bits"] = 8
         if self.drifts is not None and name in self.drifts:
@@ -152,6 +160,11 @@ def check_plan_output(path: str | Path) -> Path:
     if path.exists():
         raise OutputError(f"plan {path} exists, and a dry run would overwrite it; name another file, or remove it")
     return path
+
+
+def _stays(present: Collection[str]) -> str:
+    """Return the rank entries of layers that stay as they are, for a message."""
+    return f"{DENSE} ({PRESENT} for a layer that is low-rank already)" if present else DENSE
 
 
 def _layers(path: Path, budget: Budget) -> dict[str, Any]:
@@ -188,11 +201,12 @@ def _rank(path: str | Path, name: str, entry: Any, budget: Budget, eight_bit: bo
     rank = entry.get("rank") if isinstance(entry, dict) else None
     if isinstance(entry, dict) and list(entry.get("shape", shape)) != list(shape):
         raise PlanError(f"plan {path} has {name} as {entry['shape']}, but it is {list(shape)} in the model")
-    if rank == DENSE:
+    stays = PRESENT if name in budget.present else DENSE
+    if rank == stays:
         return None
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= highest:
         raise PlanError(
             f"plan {path} gives {name} {shape} rank {rank!r}; it must be 1 to {highest}, above which storage "
-            f"{budget.storage!r} takes more than the layer does, or {DENSE}"
+            f"{budget.storage!r} takes more than the layer does, or {stays}"
         )
     return rank

@@ -101,7 +101,7 @@ def uniform(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """
     ranks = {}
     for name, (m, n) in budget.shapes.items():
-        ranks[name] = bisect_right(budget.costs(name), (1 - budget.prune_ratio) * budget.dense(name) + 1e-9) - 1
+        ranks[name] = bisect_right(budget.costs(name), (1 - budget.prune_ratio) * budget.reference(name) + 1e-9) - 1
         if ranks[name] < budget.floor(name):
             raise BudgetError(
                 f"uniform ranks give {name} ({m}, {n}) rank {ranks[name]}, below its floor {budget.floor(name)}; "
@@ -253,7 +253,7 @@ def _selection(
     kept: Mapping[str, Tensor],
     eight_bit: Collection[str] = (),
 ) -> Selection:
-    """Build a selection: matrices above break-even stay dense, and the drift of the others is summed."""
+    """Build a selection: matrices above break-even stay as they are, and the drift of the others is summed."""
     final = {
         name: indices if budget.is_low_rank(name, len(indices), eight_bit=name in eight_bit) else None
         for name, indices in kept.items()

@@ -30,6 +30,9 @@ class StrategyAdapter:
     serves: ClassVar[tuple[type[Strategy], ...]] = ()
     """Strategies that the adapter supports, including their subclasses."""
 
+    compresses_again: ClassVar[bool] = False
+    """True if low-rank layers can be made dense during the compression, without setting up the strategy anew."""
+
     def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.trainer = trainer
         self.module = module
@@ -110,3 +113,4 @@ class SingleDeviceAdapter(StrategyAdapter):
     """Adapter for an unwrapped module on one device."""
 
     serves = (SingleDeviceStrategy,)
+    compresses_again = True

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from zssvd_lightning._files import replacing_file
+from zssvd_lightning._resources import Stopwatch, peak_rss_bytes
 from zssvd_lightning.app.compare.arguments import Settings
 from zssvd_lightning.app.run_config import CalibrationConfig, EvaluateConfig, ModelConfig
 from zssvd_lightning.app.workspace import calibration_windows
 from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.gathering import loss_in
 from zssvd_lightning.compression.pipeline import calibrate, compress
-from zssvd_lightning.compression.report import VERSIONS, Stopwatch, peak_rss_bytes
+from zssvd_lightning.compression.report import VERSIONS
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.loading import load_config
 from zssvd_lightning.errors import NonFiniteError, SavedModelError

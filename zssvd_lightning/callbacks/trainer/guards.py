@@ -13,7 +13,10 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
+from zssvd_lightning.callbacks.schedule import ScheduledCompression
+from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.errors import UnsupportedTrainingError
+from zssvd_lightning.strategies import StrategyAdapter
 
 
 def window_end(batches: int, batches_per_epoch: float, accumulate: int) -> int:
@@ -63,6 +66,13 @@ def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None
             f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers, but calibration needs exactly one; "
             "return one from configure_optimizers, or call zssvd_lightning.compress on the model"
         )
+    compressing = [c for c in trainer.callbacks if isinstance(c, ScheduledCompression)]  # type: ignore[attr-defined]
+    if len(compressing) > 1:
+        names = ", ".join(type(callback).__name__ for callback in compressing)
+        raise UnsupportedTrainingError(
+            f"the Trainer has {len(compressing)} callbacks that compress ({names}), which would disturb each other; "
+            "compress again in a second fit, with a callback of its own"
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
             raise UnsupportedTrainingError(
@@ -79,6 +89,20 @@ def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None
                 f"{type(callback).__name__} computes weights from masks of their dense shape, and factors have others; "
                 "compress first, and prune the factors in a second fit"
             )
+
+
+def refuse_fit(
+    trainer: L.Trainer, pl_module: L.LightningModule, adapter: StrategyAdapter, config: CompressionConfig
+) -> None:
+    """Raise UnsupportedTrainingError if the fit is of a kind in which the module cannot be compressed. Collective.
+
+    The weights are afterwards as the module has them, not as its strategy lays them out.
+    """
+    refuse_unsupported(trainer, pl_module)
+    adapter.refuse_unsupported()
+    adapter.refuse_settings(config)
+    adapter.unwrap_parameters()
+    refuse_uneven(adapter.team.gathered(trainer.num_training_batches))
 
 
 def refuse_stale_groups(trainer: L.Trainer, pl_module: L.LightningModule) -> None:

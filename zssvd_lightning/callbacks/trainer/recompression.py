@@ -1,0 +1,46 @@
+"""Compression of layers that are low-rank already, during training."""
+
+from torch import nn
+
+from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.errors import UnsupportedTrainingError
+from zssvd_lightning.model.recompression import StandIns
+from zssvd_lightning.recovery.run import RecoveryRun
+from zssvd_lightning.strategies import StrategyAdapter
+
+
+def stand_ins_in_training(
+    model: nn.Module, config: CompressionConfig, adapter: StrategyAdapter, recovery: RecoveryRun | None
+) -> StandIns:
+    """Return dense layers that can stand in for the selected low-rank layers of a model, not yet put in.
+
+    Args:
+        model: the model in training.
+        config: settings of the compression, which select the layers.
+        adapter: adapter for the strategy that runs the model.
+        recovery: the recovery that follows; None for the optimizer of the module.
+
+    Raises:
+        TargetError: a selected layer cannot be compressed again.
+        UnsupportedTrainingError: the strategy cannot train with stand-ins.
+        ConfigError: the recovery does not suit the form of a layer that may stay as it is.
+    """
+    stand_ins = StandIns(model, config.include, config.ignore, adapter.replace)
+    for name, layer in stand_ins.layers.items():
+        if not adapter.compresses_again:
+            strategy = type(adapter.trainer.strategy).__name__
+            raise UnsupportedTrainingError(
+                f"{name} ({type(layer).__name__}) is low-rank already, and under {strategy} it cannot be compressed "
+                "again during training; train on one device, call zssvd_lightning.compress on the model before the "
+                "fit, or add it to ignore"
+            )
+        if recovery is not None:
+            recovery.settings.refuse_storage(layer.kind)
+    return stand_ins
+
+
+def is_outdated(compression: Compression) -> bool:
+    """Return whether a compression must be created again before it starts, for the layers that the model has then."""
+    modules = set(compression.model.modules())
+    return any(target.module not in modules for target in compression.targets.values())
