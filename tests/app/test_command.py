@@ -153,7 +153,7 @@ def test_an_output_that_cannot_be_is_refused_before_the_model_is_loaded(tmp_path
 )
 def test_layers_and_budget_are_checked_before_texts_are_read(tmp_path, loads, settings, error):
     source = str(saved_tiny_llama(tmp_path / "model"))
-    calibration = CalibrationConfig("nowhere.txt")
+    calibration = CalibrationConfig("nowhere.txt", length=32)
     run = RunConfig(
         model=ModelConfig(source),
         calibration=calibration,

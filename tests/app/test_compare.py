@@ -58,6 +58,7 @@ def workshop(tmp_path_factory):
         "mixed": "metric: two_sided, corrections: 0, storage: mixed, selection: curvature",
     }.items():
         (folder / f"{name}.yaml").write_text(
+            f"preset: zs-svd-line-search\n"
             f"model: {{source: {folder}/model}}\n"
             f"calibration: {{text: {folder}/text.txt, samples: 4, length: 32, batch_size: 2}}\n"
             f"compression: {{{compression}}}\n"
@@ -773,10 +774,7 @@ def test_statistics_that_are_there_serve_several_compressions(settings):
     before = state_of(models[0])
     statistics = calibrate(models[0], batches, config, progress=False)
     assert_same_state(before, state_of(models[0]))
-    reports = [
-        compress(model, batches, config, statistics=statistics, preset="zs-svd-line-search", progress=False)
-        for model in models[:2]
-    ]
+    reports = [compress(model, batches, config, statistics=statistics, progress=False) for model in models[:2]]
     expected = compress(models[2], batches, config, progress=False)
     for model, report in zip(models, reports, strict=False):
         assert_same_state(state_of(models[2]), state_of(model))

@@ -129,7 +129,7 @@ def test_the_loss_scale_is_taken_off_whatever_the_optimizer(name):
     model = tiny_llama()
     kept = []
     for plugins in ([], [Scaled()]):
-        callback = Keeps(0.3, corrections=0, progress=False)
+        callback = Keeps(0.3, "zs-svd-line-search", corrections=0, progress=False)
         compress(callback, WithOptimizer(copy.deepcopy(model), OPTIMIZERS[name]), padded_batches(), plugins=plugins)
         kept.append(callback.kept)
     for layer in kept[0].gradient_sums:
@@ -147,7 +147,7 @@ def test_frozen_targets_go_with_a_loss_scale():
 
 
 def test_an_overflow_counts_nothing_and_lowers_the_scale():
-    callback, plugin = Keeps(0.3, corrections=0, progress=False), Scaled(2.0**31)
+    callback, plugin = Keeps(0.3, "zs-svd-line-search", corrections=0, progress=False), Scaled(2.0**31)
     compress(callback, plugins=[plugin], max_epochs=12)
     assert callback.kept.batches == 4
     assert set(callback.kept.tokens.values()) == {4 * 4 * 24}
@@ -168,7 +168,7 @@ class StepsEverySecondBatch(CausalLM):
 @pytest.mark.parametrize("plugins", [[], [Scaled()]], ids=["float32", "loss scale"])
 def test_steps_that_a_module_leaves_out_lose_no_gradients(plugins):
     model = tiny_llama()
-    plain, other = (Keeps(0.3, corrections=0, progress=False) for _ in range(2))
+    plain, other = (Keeps(0.3, "zs-svd-line-search", corrections=0, progress=False) for _ in range(2))
     compress(plain, CausalLM(copy.deepcopy(model)), padded_batches())
     compress(other, StepsEverySecondBatch(copy.deepcopy(model)), padded_batches(), plugins=plugins)
     assert plain.kept.loss_terms == other.kept.loss_terms
@@ -352,12 +352,12 @@ class SavesIn(L.Callback):
 def test_a_batch_that_will_run_again_is_not_counted_twice(tmp_path, hook, accumulate):
     batch = token_batches(1) * 9
     settings = {"accumulate_grad_batches": accumulate, "max_epochs": 2}
-    plain = Keeps(0.3, corrections=0, progress=False)
+    plain = Keeps(0.3, "zs-svd-line-search", corrections=0, progress=False)
     torch.manual_seed(0)
     module = CausalLM()
     fitted = trainer(plain, SavesIn(tmp_path, hook), **settings)
     fitted.fit(copy.deepcopy(module), loader(batch))
-    resumed = Keeps(0.3, corrections=0, schedule={"calibration_epochs": 1}, progress=False)
+    resumed = Keeps(0.3, "zs-svd-line-search", corrections=0, schedule={"calibration_epochs": 1}, progress=False)
     fit = trainer(resumed, **(settings | {"max_epochs": 3}))
     fit.fit(module, loader(batch), ckpt_path=str(tmp_path / "1.ckpt"))
     for name in plain.kept.gradient_sums:

@@ -33,7 +33,10 @@ def cli(*arguments):
 
 
 def config(folder, **init_args):
-    callback = {"class_path": "zssvd_lightning.ZSSVDCallback", "init_args": {"progress": False, **init_args}}
+    callback = {
+        "class_path": "zssvd_lightning.ZSSVDCallback",
+        "init_args": {"preset": "zs-svd-line-search", "progress": False, **init_args},
+    }
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump({"trainer": {**SETTINGS, "callbacks": [callback]}}))
     return str(file)

@@ -244,7 +244,14 @@ def test_only_the_layers_that_are_asked_for_and_not_frozen_are_regularized():
 def compression(**settings):
     return Keeps(
         **scheduled(
-            {"prune_ratio": 0.3, "correction_batches": 2, "calibration_batches": 4, "progress": False} | settings
+            {
+                "preset": "zs-svd-line-search",
+                "prune_ratio": 0.3,
+                "correction_batches": 2,
+                "calibration_batches": 4,
+                "progress": False,
+            }
+            | settings
         )
     )
 

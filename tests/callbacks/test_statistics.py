@@ -276,7 +276,7 @@ def test_compiled_modules_give_the_same_statistics_and_run_their_factors(whole):
     losses = [[], []]
     kept = []
     for module, seen in zip((plain, compiled), losses, strict=True):
-        callback = Keeps(0.3, corrections=0, schedule={"start_epoch": 1}, progress=False)
+        callback = Keeps(0.3, "zs-svd-line-search", corrections=0, schedule={"start_epoch": 1}, progress=False)
         diary = Diary(seen)
         torch.manual_seed(0)
         trainer(callback, diary, max_epochs=3).fit(module, loader(token_batches()))

@@ -255,7 +255,7 @@ BAD = {
     "nan loss": (lambda: poisoned(float("nan")), token_batches, {}, NonFiniteError, "loss"),
     "infinite inputs": (poisoned_where_it_does_not_show, token_batches, {}, NonFiniteError, "inputs of idle"),
     "floor": (tiny_llama, token_batches, {"prune_ratio": 0.8, "min_rank_fraction": 0.5}, BudgetError, "at most"),
-    "no target": (lambda: nn.Sequential(nn.Conv2d(3, 3, 3)), token_batches, {}, TargetError, "no layer"),
+    "no target": (tiny_llama, token_batches, {"ignore": ["*"]}, TargetError, "no layer"),
     "head": (tiny_llama, token_batches, {"include": ["lm_head"]}, TargetError, "tied"),
 }
 

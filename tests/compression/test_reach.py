@@ -62,9 +62,9 @@ def test_the_rest_is_compressed_as_if_the_layers_had_been_ignored():
 def test_statistics_of_their_own_and_plans_leave_the_same_layers_dense(tmp_path):
     model = Unreached()
     with pytest.warns(LeftDenseWarning, match=SIX):
-        statistics = calibrate(model, token_batches(), prune_ratio=0.4, progress=False)
+        statistics = calibrate(model, token_batches(), prune_ratio=0.4, preset="zs-svd-line-search", progress=False)
     with pytest.warns(LeftDenseWarning, match=SIX):
-        chosen = plan(model, token_batches(), prune_ratio=0.4, progress=False)
+        chosen = plan(model, token_batches(), prune_ratio=0.4, preset="zs-svd-line-search", progress=False)
     assert list(chosen.ranks)[-6:] == list(REASONS)
     assert all(chosen.ranks[name] is None for name in REASONS)
     chosen.write(tmp_path / "plan.yaml")
@@ -72,8 +72,12 @@ def test_statistics_of_their_own_and_plans_leave_the_same_layers_dense(tmp_path)
     assert entry == {"rank": "dense", "break_even": 15, "shape": [32, 32]}
     state = {name: value.clone() for name, value in model.state_dict().items()}
     results = []
-    asked = {"prune_ratio": 0.4}
-    for settings in (asked | {"statistics": statistics}, {"plan": str(tmp_path / "plan.yaml")}, asked):
+    asked = {"prune_ratio": 0.4, "preset": "zs-svd-line-search"}
+    for settings in (
+        asked | {"statistics": statistics},
+        {"preset": "zs-svd-line-search", "plan": str(tmp_path / "plan.yaml")},
+        asked,
+    ):
         model = Unreached()
         model.load_state_dict(state)
         with pytest.warns(LeftDenseWarning, match="6 of 20"):
@@ -87,9 +91,9 @@ def test_statistics_of_their_own_and_plans_leave_the_same_layers_dense(tmp_path)
 
 def test_statistics_of_fewer_layers_are_still_refused():
     model = tiny_llama()
-    statistics = calibrate(model, token_batches(), ignore=["q_proj"], progress=False)
+    statistics = calibrate(model, token_batches(), preset="zs-svd-line-search", ignore=["q_proj"], progress=False)
     with pytest.raises(CalibrationError, match=r"leave out model\.layers\.0\.self_attn\.q_proj"):
-        compress(model, token_batches(), statistics=statistics, progress=False)
+        compress(model, token_batches(), preset="zs-svd-line-search", statistics=statistics, progress=False)
 
 
 class Hidden(nn.Module):
@@ -137,7 +141,10 @@ def test_what_is_left_may_be_too_little_for_the_floor():
             super().__init__()
             self.idle = nn.Linear(2000, 2000)
 
-    model, settings = Wide(), {"prune_ratio": 0.405, "min_rank_fraction": 0.59, "progress": False}
+    model, settings = (
+        Wide(),
+        {"prune_ratio": 0.405, "preset": "zs-svd-line-search", "min_rank_fraction": 0.59, "progress": False},
+    )
     before = state_of(model)
     with pytest.warns(LeftDenseWarning), pytest.raises(BudgetError, match="at most"):
         compress(model, token_batches(), **settings)
@@ -174,7 +181,7 @@ def test_a_layer_that_later_batches_do_not_reach_stays_as_it_is(case, caplog):
         calibration_batches=4,
         correction_batches=4,
         progress=False,
-        **CORRECTED[case],
+        **{"preset": "zs-svd-line-search"} | CORRECTED[case],
     )
     assert "1 of 16 layers stay as the last truncation left them" in caplog.text
     assert re.search(r"experts\.1: (saw no token|ran, but no gradient)", caplog.text)
@@ -224,7 +231,15 @@ def test_a_correction_that_reaches_no_layer_is_an_error_and_nothing_is_lost():
         return model.model.embed_tokens(batch["input_ids"]).mean()
 
     with pytest.raises(CalibrationError, match="correct batches have reached none of the 14 layers"):
-        compress(model, token_batches(), prune_ratio=0.4, correction_batches=4, loss=loss, progress=False)
+        compress(
+            model,
+            token_batches(),
+            prune_ratio=0.4,
+            preset="zs-svd-line-search",
+            correction_batches=4,
+            loss=loss,
+            progress=False,
+        )
     assert_same_state(state, state_of(model))
 
 

@@ -111,7 +111,9 @@ def test_spectra_are_in_what_is_saved_until_they_are_truncated(statistics):
 def test_in_a_fit_it_takes_its_batches_before_anything_is_truncated():
     torch.manual_seed(0)
     dense = tiny_llama()
-    callback = Keeps(0.4, corrections=0, schedule={"calibration_batches": 4}, progress=False, **REESTIMATED)
+    callback = Keeps(
+        0.4, "zs-svd-line-search", corrections=0, schedule={"calibration_batches": 4}, progress=False, **REESTIMATED
+    )
     assert callback.batches_needed(4) == 7
     trainer(callback, max_epochs=3).fit(CausalLM(copy.deepcopy(dense)), loader(token_batches()))
     assert callback.phase is Phase.DONE

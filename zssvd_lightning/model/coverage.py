@@ -20,8 +20,11 @@ KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
 )
 """Types of modules with weights that are not compressed, and what a report calls these weights."""
 
+BY_CHOICE = "linear layers excluded by include or ignore"
+"""What a report calls layers that could be targets if the user had not chosen otherwise."""
+
 HALF = 0.5
-"""Share of the model below which the targets deserve a warning."""
+"""Share of the model below which what can be compressed deserves a warning."""
 
 
 class LeftAlone(NamedTuple):
@@ -91,8 +94,9 @@ class Coverage:
         )
 
     def warning(self, removed: float) -> str | None:
-        """Return a warning if the targets are less than half of the model, else None."""
-        if self.share >= HALF:
+        """Return a warning if less than half of the model could be compressed, else None."""
+        by_choice = sum(part.parameters for part in self.left_alone if part.what == BY_CHOICE)
+        if (self.parameters + by_choice) / self.model_parameters >= HALF:
             return None
         return (
             f"only {self.share:.1%} of the model's parameters are in layers that can be compressed, so that removing "
@@ -132,7 +136,7 @@ def _kind(name: str, module: nn.Module, parameter: nn.Parameter, refused: Mappin
     if name in refused:
         return f"linear layers: {refused[name]}"
     if isinstance(module, LINEAR):
-        return "linear layers excluded by include or ignore"
+        return BY_CHOICE
     for type_, what in KINDS:
         if isinstance(module, type_):
             return what
