@@ -335,6 +335,8 @@ def _calibrated(run: "Run", function: Callable[..., T]) -> T:
     """Return the result of `compress` or `plan` for the model and settings of a run."""
     from zssvd_lightning.compression.gathering import loss_in
 
+    if run.progress:
+        _print(run.coverage.table(), err=True)
     calibration = run.config.calibration
     return function(
         run.model,

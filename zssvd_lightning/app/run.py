@@ -17,7 +17,7 @@ from zssvd_lightning._resources import Stopwatch, peak_rss_bytes
 from zssvd_lightning.app.pictures import draw
 from zssvd_lightning.app.run_config import EvaluateConfig, RunConfig
 from zssvd_lightning.app.workspace import calibration_windows
-from zssvd_lightning.compression.pipeline import refuse_impossible
+from zssvd_lightning.compression.pipeline import coverage_of
 from zssvd_lightning.compression.report import REPORT, Report, write_report
 from zssvd_lightning.errors import ConfigError, ModelSourceError
 from zssvd_lightning.evaluation import perplexity as evaluation
@@ -44,6 +44,9 @@ class Run:
         device: device of the model, such as `cuda:1`; the GPU if there is one, else the CPU, when None.
         saves: whether `save` will be called, so that the output folder must be fit for it.
 
+    Attributes:
+        coverage: share of the model that will be compressed, and what is left alone.
+
     Raises:
         ConfigError: the device is not available, or windows are longer than the inputs of the model.
         ModelSourceError: the model cannot be loaded.
@@ -63,7 +66,7 @@ class Run:
         self.output = check_output(config.output, config.model.source) if saves else Path(config.output)
         torch.manual_seed(config.calibration.seed)
         self.model, self.tokenizer = load_model(config.model.source, config.model.dtype)
-        refuse_impossible(self.model, config.compression)
+        self.coverage = coverage_of(self.model, config.compression)
         lengths = {"calibration_length": config.calibration.length}
         if config.recovery is not None:
             lengths["training_length"] = config.training.length

@@ -33,6 +33,7 @@ from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
 from zssvd_lightning.model.recompression import StandIns
 from zssvd_lightning.model.targets import find_targets
@@ -182,10 +183,14 @@ def plan(
         return run.plan()
 
 
-def refuse_impossible(model: nn.Module, config: CompressionConfig) -> None:
-    """Raise the errors that `compress` raises before the first batch: those of `Compression`. Nothing is changed."""
+def coverage_of(model: nn.Module, config: CompressionConfig) -> Coverage:
+    """Return which share of a model `compress` would work on. Nothing is changed.
+
+    Raises:
+        ZSSVDError: what `compress` raises before the first batch; see `Compression`.
+    """
     with _low_rank_made_dense(model, config) as stand_ins:
-        Compression(model, config, progress=False, stand_ins=stand_ins)
+        return Compression(model, config, progress=False, stand_ins=stand_ins).coverage
 
 
 def _announce(compression: Compression) -> None:
