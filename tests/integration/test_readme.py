@@ -36,7 +36,12 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) == 3
-    names = {"module": CausalLM(), "datamodule": Data(), "model": tiny_llama(), "batches": token_batches()}
+    names = {
+        "module": CausalLM(),
+        "datamodule": loader(token_batches(24)),
+        "model": tiny_llama(),
+        "batches": token_batches(),
+    }
     names["tokenizer"] = tiny_tokenizer()
     for block in blocks:
         exec(block, names)
@@ -90,7 +95,12 @@ def test_blocks_of_deployment_run(tmp_path, monkeypatch):
 
 
 def test_blocks_of_lifecycle_run():
-    (block,) = blocks_of("lifecycle.md")
+    measured, block = blocks_of("lifecycle.md")
+    names = {"accuracy": lambda module: sum(p.numel() for p in module.parameters())}
+    exec(measured, names)
+    settings = {"corrections": 0, "schedule": Schedule(calibration_batches=4), "progress": False}
+    trainer(callback := names["Measured"](0.4, **settings)).fit(CausalLM(tiny_llama()), loader(token_batches(12)))
+    assert callback.after < callback.before
     names = {"model": tiny_llama(), "batches": token_batches()}
     exec(block, names)
     dense, low_rank = (sum(p.numel() for p in model.parameters()) for model in (tiny_llama(), names["model"]))
