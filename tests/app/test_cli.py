@@ -73,6 +73,9 @@ def test_compress_then_evaluate(workshop, zssvd):
     done = zssvd("compress", workshop / "config.yaml", "compression.prune_ratio=0.3", "compression.corrections=2")
     assert "perplexity" in done.out
     report = json.loads((workshop / "out" / "report.json").read_text())
+    assert "weights to compress" in done.err
+    assert "embedding tables" in done.err
+    assert report["coverage"]["layers"] == len(report["ranks"])
     assert report["prune_ratio"]["asked"] == 0.3
     assert report["prune_ratio"]["reached"] >= 0.3
     before, after = report["parameters"]["before"], report["parameters"]["after"]

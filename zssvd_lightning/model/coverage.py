@@ -9,7 +9,7 @@ from torch import nn
 
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.model.heads import LINEAR
-from zssvd_lightning.model.targets import Target, refusals
+from zssvd_lightning.model.targets import CLASSIFICATION_HEAD, OUTPUT_EMBEDDING, Target, refusals
 
 KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (CompressedLinear, "layers that are compressed already"),
@@ -19,6 +19,9 @@ KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (nn.RNNBase, "weights of recurrent layers"),
 )
 """Types of modules with weights that are not compressed, and what a report calls these weights."""
+
+HEADS = {OUTPUT_EMBEDDING: "output embeddings", CLASSIFICATION_HEAD: "classification heads"}
+"""What a report calls layers that are left alone for these reasons."""
 
 BY_CHOICE = "linear layers excluded by include or ignore"
 """What a report calls layers that could be targets if the user had not chosen otherwise."""
@@ -134,7 +137,7 @@ def _kind(name: str, module: nn.Module, parameter: nn.Parameter, refused: Mappin
     if parameter.ndim < 2:
         return "biases, norms and other vectors"
     if name in refused:
-        return f"linear layers: {refused[name]}"
+        return HEADS.get(refused[name], f"linear layers: {refused[name]}")
     if isinstance(module, LINEAR):
         return BY_CHOICE
     for type_, what in KINDS:

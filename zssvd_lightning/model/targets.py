@@ -25,6 +25,12 @@ from zssvd_lightning.model.replace import inside_compressed
 Patterns = Sequence[str] | str | None
 """Name patterns, or a single one; None for none."""
 
+OUTPUT_EMBEDDING = "it is the output embedding, where every token's logit needs its own row at full rank"
+"""Why an output embedding is no target."""
+
+CLASSIFICATION_HEAD = "its outputs are the model's logits; name it in include to factorize it all the same"
+"""Why a classification head is no target."""
+
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor, as a plain tensor that shares its memory."""
@@ -200,9 +206,9 @@ def _heads(model: nn.Module, named: Sequence[str]) -> dict[str, str]:
     heads = {}
     for name, module in model.named_modules():
         if id(module) in vocabulary:
-            heads[name] = "it is the output embedding, where every token's logit needs its own row at full rank"
+            heads[name] = OUTPUT_EMBEDDING
         elif id(module) in classes and not any(matches(name, pattern) for pattern in named):
-            heads[name] = "its outputs are the model's logits; name it in include to factorize it all the same"
+            heads[name] = CLASSIFICATION_HEAD
     return heads
 
 
