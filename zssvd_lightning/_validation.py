@@ -30,7 +30,10 @@ def _with_words_of(name: str, valid: Iterable[str]) -> list[str]:
     section, _, last = name.rpartition(".")
     words = set(last.split("_"))
     having = [option for option in valid if words <= set(option.rpartition(".")[2].split("_"))]
-    return sorted(having, key=lambda option: (option.rpartition(".")[0] != section, len(option)))[:1]
+    order = {
+        option: (option.rpartition(".")[0] != section, not option.endswith(last), len(option)) for option in having
+    }
+    return sorted(having, key=order.__getitem__)[:1]
 
 
 def require(holds: bool, name: str, value: object, range_: str) -> None:

@@ -14,6 +14,7 @@ from zssvd_lightning import (
     FactorRecovery,
     LoRARecovery,
     Phase,
+    SingularValueRecovery,
     ZSSVDCallback,
     compress,
     from_pretrained,
@@ -213,8 +214,8 @@ def test_layers_that_stay_get_the_adapter_of_the_recovery_too():
 
 
 def test_a_recovery_that_cannot_train_the_form_of_a_layer_is_refused():
-    with pytest.raises(ConfigError, match="recovery by 'lora'"):
-        fitted(low_rank_module("pivoted"), again(recovery=LoRARecovery(rank=1, lr=1e-3)))
+    with pytest.raises(ConfigError, match="recovery by 'singular_values'"):
+        fitted(low_rank_module("pivoted"), again(recovery=SingularValueRecovery(lr=1e-3)))
 
 
 def test_two_compressing_callbacks_in_one_trainer_are_refused():

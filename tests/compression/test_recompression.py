@@ -111,7 +111,7 @@ def test_a_layer_that_a_new_truncation_would_not_make_smaller_keeps_its_factors_
     compressed(model, 0.2, selection="uniform")
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Factored)}
     smallest = next(iter(layers))
-    compress(model, BATCHES, prune_ratio=0.5, selection="uniform", ignore=list(layers)[1:], progress=False)
+    compressed(model, 0.5, selection="uniform", ignore=list(layers)[1:])
     small, factors = model.get_submodule(smallest), copy.deepcopy(model.get_submodule(smallest).state_dict())
     report = compressed(model, 0.4, selection="uniform")
     assert model.get_submodule(smallest) is small
@@ -184,9 +184,9 @@ def test_planning_calibrating_and_failing_leave_a_low_rank_model_exactly_as_it_w
     compressed(model, 0.3, storage=storage)
     model.get_submodule(next(iter(ranks_of(model)))).register_forward_hook(lambda *_: None)
     before, modules = state_of(model), list(model.modules())
-    found = plan(model, BATCHES, prune_ratio=0.5, progress=False)
+    found = plan(model, BATCHES, prune_ratio=0.5, preset="zs-svd-line-search", progress=False)
     found.write(tmp_path / "plan.yaml")
-    calibrate(model, BATCHES, progress=False)
+    calibrate(model, BATCHES, preset="zs-svd-line-search", progress=False)
     with pytest.raises(CalibrationError):
         compressed(model, 0.5, loss=lambda model, batch: torch.tensor(1.0))
     with pytest.raises(KeyError):
@@ -218,7 +218,7 @@ def test_a_plan_names_what_stays_low_rank_and_takes_no_other_word_for_it(tmp_pat
     model = dense()
     compressed(model, 0.3, selection="uniform")
     name = next(iter(ranks_of(model)))
-    found = plan(model, BATCHES, prune_ratio=0.33, progress=False)
+    found = plan(model, BATCHES, prune_ratio=0.33, preset="zs-svd-line-search", progress=False)
     found.write(tmp_path / "plan.yaml")
     text = (tmp_path / "plan.yaml").read_text(encoding="utf-8")
     assert "rank: present" in text
@@ -274,7 +274,8 @@ def test_a_layer_used_in_two_places_is_compressed_once_and_replaced_in_both():
     def loss(model, batch):
         return (model["c"](model["b"](model["a"](batch[0]))) - batch[1]).square().mean()
 
-    compress(model, batches, prune_ratio=0.5, loss=loss, mask=lambda _: None, terms=lambda _: 1, progress=False)
+    reading = {"loss": loss, "mask": lambda _: None, "terms": lambda _: 1}
+    compress(model, batches, prune_ratio=0.5, preset="zs-svd-line-search", progress=False, **reading)
     assert model["a"] is model["c"]
     assert isinstance(model["a"], LowRankLinear)
     assert model["a"].rank <= 12

@@ -77,7 +77,7 @@ def test_it_needs_a_recovery_and_others_refuse_one(tmp_path, recipe, monkeypatch
     ):
         with pytest.raises(ConfigError, match=message):
             recipe["main"](str(CONFIG), *settings(tmp_path), "compression.storage=remap", wrong)
-    with pytest.raises(ConfigError, match="unknown key 'lrr'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'recovery\.lrr'"):
         recipe["main"](str(CONFIG), *settings(tmp_path), "recovery.lrr=1")
     monkeypatch.setattr("sys.argv", ["zssvd", "compress", str(CONFIG), *settings(tmp_path)])
     with pytest.raises(SystemExit, match="1"):

@@ -161,7 +161,6 @@ def test_subclasses_that_compute_the_same_are_linear_layers(layer):
         TakesMore,
         Overridden,
         lambda *_: quantized(),
-        lambda *_: nn.LazyLinear(8),
         lambda *sizes: nn.MultiheadAttention(8, 2).out_proj,
         lambda *sizes: nn.utils.parametrizations.weight_norm(nn.Linear(*sizes)),
         lambda *sizes: torch.ao.nn.qat.Linear(*sizes, qconfig=torch.ao.quantization.get_default_qat_qconfig()),
@@ -177,7 +176,7 @@ def test_subclasses_that_may_compute_anything_else_are_not(build):
 def test_a_falcon_is_compressed_in_all_its_layers():
     config = FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     model = FalconForCausalLM(config)
-    report = compress(model, token_batches(), prune_ratio=0.4, corrections=0, progress=False)
+    report = compress(model, token_batches(), prune_ratio=0.4, preset="svd-llm", progress=False)
     assert len(report.layers) == 8
     assert report.reached >= 0.4
     assert any(isinstance(module, LowRankLinear) for module in model.modules())

@@ -15,7 +15,7 @@ LAYER = "model.layers.0.mlp.up_proj"
 
 
 class Packed(nn.Parameter):
-    """Weight in a type of its own, as quantizing libraries have it."""
+    """Weight of another shape in a type of its own, as quantizing libraries have it."""
 
 
 class Coded(torch.Tensor):
@@ -57,7 +57,7 @@ def packed():
     model = tiny_llama()
     linear = model.get_submodule(LAYER)
     del linear.weight
-    linear.weight = Packed(torch.randn(48, 32))
+    linear.weight = Packed(torch.randn(384, 1, dtype=torch.bfloat16))
     return model
 
 
@@ -134,7 +134,7 @@ def test_a_fit_refuses_it_too(case):
     module = CausalLM(build())
     kinds = [type(each) for each in module.modules()]
     with pytest.raises(TargetError, match=message):
-        trainer(ZSSVDCallback(0.3, progress=False), max_epochs=6).fit(module, loader(token_batches()))
+        trainer(ZSSVDCallback(0.3, "zs-svd", progress=False), max_epochs=6).fit(module, loader(token_batches()))
     assert [type(each) for each in module.modules()] == kinds
 
 

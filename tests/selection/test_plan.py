@@ -65,7 +65,7 @@ def test_a_reviewed_plan_is_not_overwritten(written):
 
 def test_a_plan_that_cannot_be_written_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"plan\.yaml' leads through .*file, which is a file"):
+    with pytest.raises(OutputError, match=r"leads through .*file, which is a file"):
         Plan.of(uniform(MATRICES, BUDGET), BUDGET).write(tmp_path / "file" / "plan.yaml")
 
 

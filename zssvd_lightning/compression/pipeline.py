@@ -105,31 +105,19 @@ def compress(
         run = Compression(model, config, progress, stand_ins=stand_ins)
         _announce(run)
         with _undone_on_error(run):
-            _carry_out(run, batches, statistics, calibration_batches, reading)
+            if statistics is None or config.corrections:
+                run.safeguard = safeguard_of(model, reading)
+            if statistics is not None and run.safeguard is not None:
+                list(kept_back(islice(batches, calibration_batches or KEPT_BACK), run.safeguard))
+            for stage in course(config):
+                if statistics is None:
+                    gather(run, batches, stage.gathers, calibration_batches, reading)
+                else:  # drop the reference, so that the truncation can free them
+                    run.gathering.moments, statistics = _fitting(run, statistics), None
+                run.take(stage)
+            run.factorize()
+            run.quantize()
     return run.report()
-
-
-def _carry_out(
-    run: Compression,
-    batches: Iterable[Any],
-    statistics: Moments | None,
-    calibration_batches: int | None,
-    reading: BatchReading,
-) -> None:
-    """Carry out all stages of a compression; arguments as in `compress`."""
-    config = run.config
-    if statistics is None or config.corrections:
-        run.safeguard = safeguard_of(run.model, reading)
-    if statistics is not None and run.safeguard is not None:
-        list(kept_back(islice(batches, calibration_batches or KEPT_BACK), run.safeguard))
-    for stage in course(config):
-        if statistics is None:
-            gather(run, batches, stage.gathers, calibration_batches, reading)
-        else:  # drop the reference, so that the truncation can free them
-            run.gathering.moments, statistics = _fitting(run, statistics), None
-        run.take(stage)
-    run.factorize()
-    run.quantize()
 
 
 def calibrate(

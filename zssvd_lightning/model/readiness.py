@@ -33,12 +33,15 @@ def refuse_unready(model: nn.Module) -> None:
 def is_quantized(module: nn.Module) -> bool:
     """Return True if the weight of a linear layer holds codes instead of numbers.
 
-    Such weights have a type of their own, in place of `nn.Parameter`, or numbers of one byte or of no floating point.
+    Such weights are tensors of a type of their own or parameters of another shape, or have numbers of one byte or of no
+    floating point.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or isinstance(weight, UninitializedParameter):
         return False
-    plain = type(weight) in (Tensor, nn.Parameter, DTensor)
+    shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    whole = issubclass(type(weight), nn.Parameter) and tuple(weight.shape) == shape
+    plain = whole or type(weight) in (Tensor, nn.Parameter, DTensor)
     return not plain or not weight.is_floating_point() or weight.dtype.itemsize < 2
 
 
