@@ -14,7 +14,7 @@ from support.models import tiny_llama, tiny_tokenizer, token_batches
 from zssvd_lightning import save_pretrained
 
 OF_PROCESSES = {"LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-"""Environment variables that a Trainer of another test leaves, and by which a process takes itself for one of several."""
+"""Environment variables that a Trainer of another test leaves, and that make a process one of several."""
 
 
 EVALUATED = """
