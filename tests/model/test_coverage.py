@@ -57,6 +57,8 @@ def test_kinds_that_are_left_alone_have_their_names():
     assert [part.parameters for part in coverage.left_alone] == sorted(sizes.values(), reverse=True)
     assert coverage.share < 0.1
     assert "stacked matrices" in coverage.warning(0.4)
+    assert coverage.warning(None).startswith("only ")
+    assert "removing" not in coverage.summary(None)
 
 
 def test_little_coverage_is_warned_of_before_any_batch(caplog):

@@ -26,7 +26,7 @@ def announce(trainer: L.Trainer, life: Lifecycle, schedule: Schedule, needed: in
         needed: number of batches from its start until factorization.
         plans: whether only the ranks are written.
     """
-    coverage, removed = life.compression.coverage, life.compression.budget.prune_ratio
+    coverage, removed = life.compression.coverage, life.compression.budget.of_parameters
     rank_zero_info(coverage.summary(removed))
     if (warning := coverage.warning(removed)) is not None:
         rank_zero_warn(warning)

@@ -183,7 +183,7 @@ def coverage_of(model: nn.Module, config: CompressionConfig) -> Coverage:
 
 def _announce(compression: Compression) -> None:
     """Log which share of the model will be compressed."""
-    coverage, removed = compression.coverage, compression.budget.prune_ratio
+    coverage, removed = compression.coverage, compression.budget.of_parameters
     logger.info(coverage.summary(removed))
     if (warning := coverage.warning(removed)) is not None:
         logger.warning(warning)

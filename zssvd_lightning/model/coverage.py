@@ -88,22 +88,30 @@ class Coverage:
         """Share of the model's parameters in the targets, in (0, 1]."""
         return self.parameters / self.model_parameters
 
-    def summary(self, removed: float) -> str:
-        """Return one line on what is compressed and what a removed fraction of the targets means for the model."""
+    def summary(self, removed: float | None) -> str:
+        """Return one line on what is compressed.
+
+        Args:
+            removed: fraction of the targets' parameters that will be removed; None if it is not known.
+        """
+        means = "" if removed is None else f": removing {removed:.1%} of them removes {removed * self.share:.1%} of it"
         return (
-            f"compressing {self.layers} layers with {self.parameters:,} of {self.model_parameters:,} parameters "
-            f"({self.share:.1%}): removing {removed:.1%} of them removes {removed * self.share:.1%} of the model; left "
-            f"alone: {self._most_of_the_rest()}"
+            f"compressing {self.layers} layers with {self.parameters:,} of the model's {self.model_parameters:,} "
+            f"parameters ({self.share:.1%}){means}; left alone: {self._most_of_the_rest()}"
         )
 
-    def warning(self, removed: float) -> str | None:
-        """Return a warning if less than half of the model could be compressed, else None."""
+    def warning(self, removed: float | None) -> str | None:
+        """Return a warning if less than half of the model could be compressed, else None; `removed` as in `summary`."""
         by_choice = sum(part.parameters for part in self.left_alone if part.what == BY_CHOICE)
         if (self.parameters + by_choice) / self.model_parameters >= HALF:
             return None
+        left = (
+            ""
+            if removed is None
+            else f", so that removing {removed:.1%} of these leaves {1 - removed * self.share:.1%}"
+        )
         return (
-            f"only {self.share:.1%} of the model's parameters are in layers that can be compressed, so that removing "
-            f"{removed:.1%} of these leaves {1 - removed * self.share:.1%} of the model; left alone: "
+            f"only {self.share:.1%} of the model's parameters are in layers that can be compressed{left}; left alone: "
             f"{self._most_of_the_rest()}"
         )
 

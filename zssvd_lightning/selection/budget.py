@@ -82,6 +82,12 @@ class Budget:
         return sum(self.before_of(name) for name in self.shapes)
 
     @property
+    def of_parameters(self) -> float | None:
+        """Fraction of the targets' parameters to remove; None if something else is counted, or a plan is followed."""
+        plain = self.unit == "parameters" and not self.present and not self.planned
+        return self.prune_ratio if plain else None
+
+    @property
     def to_remove(self) -> int:
         """Cost that must be removed."""
         return math.ceil(self.prune_ratio * self.total - 1e-9)
