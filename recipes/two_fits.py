@@ -5,16 +5,16 @@ may end as soon as the model is low-rank, and the newest of its checkpoints is t
 `python -m recipes.train fit --config configs/smollm2-135m/train.yaml --trainer.max_steps 10`
 The second builds the low-rank model from it before the strategy wraps or shards it:
 `python -m recipes.two_fits fit --config configs/smollm2-135m/second-fit.yaml --trainer.strategy fsdp
-    --model.compressed outputs/train/checkpoints/last-v2.ckpt`
+    --model.compressed outputs/train/checkpoints/last.ckpt`
 """
 
 import torch
 from lightning.pytorch.cli import LightningCLI
 
 from recipes.train import CausalLM, Text
-from zssvd_lightning import LowRankLinear
 from zssvd_lightning.app.command import errors_in_one_line
 from zssvd_lightning.errors import CheckpointError
+from zssvd_lightning.layers.base import CompressedLinear
 
 
 class CompressedLM(CausalLM):
@@ -32,12 +32,12 @@ class CompressedLM(CausalLM):
         self.save_hyperparameters()
 
     def configure_model(self) -> None:
-        if not any(isinstance(module, LowRankLinear) for module in self.modules()):
+        if not any(isinstance(module, CompressedLinear) for module in self.modules()):
             checkpoint = torch.load(self.hparams.compressed, map_location="cpu", mmap=True, weights_only=True)
             self.load_state_dict(checkpoint["state_dict"])
-            if not any(isinstance(module, LowRankLinear) for module in self.modules()):
+            if not any(isinstance(module, CompressedLinear) for module in self.modules()):
                 raise CheckpointError(
-                    f"{self.hparams.compressed} is of before the model was low-rank; take a later checkpoint"
+                    f"{self.hparams.compressed} was saved before the model was low-rank; use a later checkpoint"
                 )
         super().configure_model()
 

@@ -29,7 +29,7 @@ def test_a_fit_says_first_what_it_will_do_and_then_what_it_did(lines):
     fit(callback, max_epochs=1)
     said = lines()
     course = (
-        "compression starts at once and observes 12 batches (calibration and 1 corrections), in which 12 of the 30 "
+        "compression starts at once and observes 12 batches (calibration and 1 correction), in which 12 of the 30 "
         "optimizer steps change no weight; extend_training=True would add them to the fit; then the low-rank model is "
         "trained"
     )

@@ -152,7 +152,7 @@ class LossOfStates(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("returned", "message"),
-    [({}, "logits are needed"), ({"logits": torch.ones(4, 24, 97)}, "have output_side 'empirical'")],
+    [({}, "logits are needed"), ({"logits": torch.ones(4, 24, 97)}, "set output_side to 'empirical'")],
 )
 def test_a_loss_that_does_not_come_from_logits_cannot_be_drawn_for(returned, message):
     with pytest.raises(LogitsError, match=message):

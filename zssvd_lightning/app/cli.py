@@ -71,7 +71,7 @@ def _main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Compress language models by zero-sum SVD truncation."""
+    """Compress language models by truncated SVD."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
 

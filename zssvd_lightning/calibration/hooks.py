@@ -146,7 +146,7 @@ class Observation:
         if found is None or logits is None:
             raise LogitsError(
                 "the loss does not come from the logits that the model returned, so none can be drawn instead of it; "
-                "have output_side 'empirical', or override ZSSVDCallback.student to name the model that returns them"
+                "set output_side to 'empirical', or override ZSSVDCallback.student to name the model that returns them"
             )
         drawn = found.flatten(0, -2)  # overwritten below
         counting = drawn.any(-1)
@@ -162,7 +162,7 @@ class Observation:
         except RuntimeError as error:
             raise CalibrationError(
                 f"drawn gradients cannot be sent back from the logits: {error}; if activations are checkpointed, set "
-                "use_reentrant=False, else have output_side 'empirical'"
+                "use_reentrant=False, else set output_side to 'empirical'"
             ) from error
         self.gradient_weight, self._taking_outputs = before, False
 
@@ -189,7 +189,7 @@ class Observation:
         if without := [name for name in self._without_graph if name in moments.gradient_sums]:
             raise CalibrationError(
                 f"{without[0]} ran without a graph ({len(without)} layers), so drawn gradients cannot be sent back to "
-                "it; if activations are checkpointed, set use_reentrant=False, else have output_side 'empirical'"
+                "it; if activations are checkpointed, set use_reentrant=False, else set output_side to 'empirical'"
             )
 
     def forward_done(self) -> None:

@@ -76,7 +76,7 @@ class Masks:
         positions = given.positions
         if positions is not None and (not isinstance(positions, Tensor) or positions.dim() != 2):
             found = tuple(positions.shape) if isinstance(positions, Tensor) else type(positions).__name__
-            raise CalibrationError(f"the mask of a batch must be a tensor (B, T), but it is {found}; mend token_mask")
+            raise CalibrationError(f"the mask of a batch must be a tensor (B, T), but it is {found}; fix token_mask")
         self._asked = given.asked
         self._batch = Stack(mask=None if positions is None else positions.bool())
         self._whole: list[tuple[Tensor, bool]] = []

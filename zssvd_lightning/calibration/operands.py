@@ -62,4 +62,4 @@ class CheckedOperands(TorchFunctionMode):
             self._refuse(f"{name} go from {least} to {most}, but {where} has {size}: from 0 to {size - 1}")
 
     def _refuse(self, message: str) -> None:
-        raise CalibrationError(f"calibration batch {self._number}: {message}; mend the batch")
+        raise CalibrationError(f"calibration batch {self._number}: {message}; fix the batch")

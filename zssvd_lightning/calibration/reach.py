@@ -32,7 +32,7 @@ REMEDIES = {
     Unreached.NOT_CALLED: "call the layer in the forward pass of the model",
     Unreached.NO_GRADIENT: "let their output reach the loss with its graph, unless they are a teacher's",
     Unreached.ZERO_GRADIENT: "calibrate after some training, or with a loss that depends on them",
-    Unreached.NO_OUTPUT_GRADIENT: "have output_side 'empirical'",
+    Unreached.NO_OUTPUT_GRADIENT: "set output_side to 'empirical'",
     Unreached.NO_CURVATURE: "raise correction_batches",
 }
 """What to do so that layers are reached."""

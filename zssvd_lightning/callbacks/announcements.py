@@ -39,7 +39,8 @@ def course_of(trainer: L.Trainer, corrections: int, schedule: Schedule, needed: 
     steps = steps_in(needed, trainer.num_training_batches, most_accumulated(trainer))
     total = steps_left(trainer)
     corrections = 0 if plans else corrections
-    purpose = f"calibration and {corrections} corrections" if corrections else "calibration"
+    several = "s" if corrections > 1 else ""
+    purpose = f"calibration and {corrections} correction{several}" if corrections else "calibration"
     share = "" if math.isinf(total) else f" of the {total:g}"
     if plans:
         end = "then it writes the ranks and stops"
@@ -72,8 +73,8 @@ def conclude(report: Report | None, module: L.LightningModule) -> None:
     rank_zero_info("\n%s", report)
     if not isinstance(module, LowRankCheckpointMixin):
         rank_zero_info(
-            "%s.load_from_checkpoint takes LowRankCheckpointMixin as a base class from now on; a Trainer with this "
-            "callback loads its checkpoints without",
+            "from now on, %s.load_from_checkpoint needs the base class LowRankCheckpointMixin; a Trainer with this "
+            "callback loads the checkpoints without it",
             type(module).__name__,
         )
 

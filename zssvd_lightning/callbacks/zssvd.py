@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 
 
 class ZSSVDCallback(L.Callback):
-    """Callback that compresses the model during `trainer.fit` by Zero Sum SVD (arXiv 2602.02848).
+    """Callback that compresses the model during `trainer.fit`, by Zero Sum SVD (arXiv 2602.02848) or a related method.
 
     It works on any `LightningModule` with automatic optimization and one optimizer whose `training_step` returns a mean
     loss. During calibration, dropout is off, no weight changes and the optimizer keeps its state, but the batches count

@@ -1,6 +1,8 @@
 """Phases of a compression inside a training run.
 
-WAIT -> CALIBRATE -> TRUNCATE -> (CORRECT -> CALIBRATE -> TRUNCATE) x corrections -> FACTORIZE -> RECOVER -> DONE
+WAIT -> CALIBRATE -> TRUNCATE -> (CORRECT -> TRUNCATE) x corrections -> FACTORIZE -> RECOVER -> DONE
+
+With `fresh_moments`, a CALIBRATE comes before each TRUNCATE.
 """
 
 import warnings

@@ -84,7 +84,7 @@ class Report:
     reached: float = math.nan
     """Removed fraction of that. If not given, the removed fraction of the parameters of the target layers."""
     ratio_of: str = "dense"
-    """What `asked` and `reached` are fractions of: the `dense` targets, or the targets as they were just before."""
+    """What `asked` and `reached` count from: the `dense` targets, or the `present` ones as they were just before."""
     parameters_dense: int = 0
     """Parameters of the targets if they were dense. If not given, those before."""
     peak_rss_bytes: int = 0

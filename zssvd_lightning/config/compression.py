@@ -28,6 +28,8 @@ MOST_ROUNDS = 1000
 class CompressionConfig:
     """Settings of a compression.
 
+    The defaults of this class are those of preset `zs-svd-line-search`. `of("best")` has those of the default preset.
+
     Raises:
         ConfigError: a value has another type, is out of range or not a known name.
         ContradictionError: two settings contradict each other.
@@ -38,7 +40,7 @@ class CompressionConfig:
     """
 
     prune_ratio: float = 0.2
-    """Fraction to remove of the target layers' parameters, in (0, 1): 0.4 keeps 60 %. `budget_of` and `budget_in`
+    """Fraction to remove of the target layers' parameters, in (0, 1): 0.4 keeps 60%. `budget_of` and `budget_in`
     make it a fraction of something else."""
     metric: str = "input"
     """Coordinates of the SVD: `none` (plain SVD), `rows` (FWSVD), `diagonal` (ASVD), `input` (whitened by the second
@@ -145,12 +147,12 @@ class CompressionConfig:
             )
         if self.truncations > 1 and self.corrections and self.refits:
             raise ContradictionError(
-                "a refit keeps the ranks there are, so they can be reached by one truncation alone"
+                f"a refit keeps the ranks of the first truncation, but truncations is {self.truncations}; set it to 1"
             )
         if self.budget_in == "bytes" and self.weighs_rows:
             raise ContradictionError(
-                "rows_in_16_bits 'loss_aware' keeps an order of rows beside, which a budget in bytes does not count; "
-                "keep the 'last' rows, or have budget_in 'parameters'"
+                "rows_in_16_bits 'loss_aware' also stores the order of the rows, which a budget in bytes does not "
+                "count; keep the 'last' rows, or set budget_in to 'parameters'"
             )
         if form.in_8_bits is not None and not rule.chooses_bits and self.plan is None:
             raise ContradictionError(
@@ -203,7 +205,7 @@ class CompressionConfig:
         require(isinstance(config, cls), "config", config, f"a {cls.__name__} or None")
         if preset is not None or settings:
             given = ", ".join([*(["preset"] if preset is not None else []), *settings])
-            raise ConfigError(f"config says it all already, so {given} cannot be given too; give one or the other")
+            raise ConfigError(f"config has all settings, so {given} cannot be given too; give one or the other")
         return config
 
     def budget_over(self, shapes: Mapping[str, Shape], present: Mapping[str, Present], others: int) -> Budget:

@@ -22,7 +22,7 @@ class CompressionSettings(TypedDict):
         line_search: scale each projected step to the minimum of a parabola through the loss. False takes the full step.
         budget_in: unit of the prune ratio: `parameters`, `bytes` or `flops`.
         budget_of: what the prune ratio is a fraction of: `targets` or `model`.
-        ratio_of: what the prune ratio is a fraction of, for layers that are low-rank already: `dense` or `present`.
+        ratio_of: what the prune ratio counts from, for layers that are low-rank already: `dense` or `present`.
         storage: form of the compressed layers: `factors`, `pivoted`, `remap`, `hq` or `mixed`.
         rows_in_16_bits: rows of the factors that `remap` leaves in 16 bits: `last` or `loss_aware`.
         min_rank_fraction: lowest rank of a matrix, as a fraction of the highest rank that saves anything.

@@ -12,9 +12,6 @@ from huggingface_hub import ModelCardData
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.model.coverage import Coverage
 
-PAPER = "[Zero Sum SVD](https://arxiv.org/abs/2602.02848)"
-
-
 WORDS = {
     "low_rank": "two factors, floating point",
     "pivoted": "pivot rows and the coefficients of the others, floating point",
@@ -44,7 +41,7 @@ def _lines(folder: Path, name: str, specs: Mapping[str, Mapping[str, Any]], repo
         base_model=source if is_on_hub else None, library_name="transformers", tags=["zssvd", "low-rank", "compression"]
     )
     yield f"---\n{data.to_yaml()}\n---\n\n# {name}\n"
-    yield f"{source or 'A language model'}, compressed by {PAPER} with zssvd-lightning {version('zssvd-lightning')}.\n"
+    yield f"{source or 'A language model'}, compressed with zssvd-lightning {version('zssvd-lightning')}.\n"
     if report is not None:
         yield from _done(report)
     yield "## Layers\n"

@@ -12,7 +12,7 @@ from zssvd_lightning.model.replace import inside_compressed
 MERGE_FIRST = (
     "an adapter on it could not be merged into low-rank factors. Merge it first (model = model.merge_and_unload(), or "
     "for adapters injected into a model, merge() every adapter layer and put its get_base_layer() in its place), or "
-    "compress the model without adapters and train the factors afterwards with LoRARecovery"
+    "compress the model without adapters and train the factors afterward with LoRARecovery"
 )
 """Why layers with adapters are not compressed, and what to do instead."""
 

@@ -159,7 +159,7 @@ def _refuse_quantized(linears: Mapping[str, nn.Module]) -> None:
         others = f" and {len(quantized) - 1} other layers" if len(quantized) > 1 else ""
         raise TargetError(
             f"{name}{others} have quantized weights ({type(weight).__name__}, {weight.dtype}), which cannot be "
-            "factorized; load the model in floating point, compress it, and quantize it afterwards, or leave these "
+            "factorized; load the model in floating point, compress it, and quantize it afterward, or leave these "
             "layers out with ignore"
         )
 

@@ -162,7 +162,7 @@ class LoRARecovery(Recovery):
             thin: Any = layer.thin_layers()[part]
             raise RecoveryError(
                 f"LoRA of rank {asked[part]} on {name}.{part} {(thin.out_features, thin.in_features)} is not below the "
-                f"smaller size of this matrix (the layer has rank {layer.rank}); set recovery.clip_rank, lower "
+                f"smaller size of this matrix (the layer has rank {layer.rank}); set recovery.clip_rank to true, lower "
                 "recovery.rank, leave the layer out with recovery.targets, raise min_rank_fraction, or train the "
                 "factors themselves (method 'factors')"
             )

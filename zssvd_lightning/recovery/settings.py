@@ -144,7 +144,7 @@ class Recovery(ABC):
         if self.needs_components and issubclass(trained_form(form), PivotedLinear):
             raise ConfigError(
                 f"recovery by {self.method!r} acts on single components, and storage {storage!r} keeps rows of the "
-                "weight instead; recover by 'lora' or 'factors', or keep storage 'factors'"
+                "weight instead; recover by 'lora' or 'factors', or use storage 'factors'"
             )
 
     def refuse_layers(self, names: Sequence[str], form: type[Factored]) -> None:

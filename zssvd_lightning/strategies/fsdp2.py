@@ -84,7 +84,7 @@ class FSDP2Adapter(StrategyAdapter):
         if config.form.rounds:
             raise UnsupportedTrainingError(
                 f"storage {config.storage!r} puts whole factors into 8 bits when the fit ends, but under FSDP2 each "
-                "process has a part of them; compress under DDP or on one device, or keep storage='factors'"
+                "process has a part of them; compress under DDP or on one device, or use storage='factors'"
             )
 
     def refuse_layers(self, targets: Mapping[str, Target]) -> None:
