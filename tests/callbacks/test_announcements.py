@@ -72,6 +72,11 @@ def test_extended_training_and_a_dry_run_are_told(lines, tmp_path):
     assert any("then it writes the ranks and stops" in line for line in lines())
 
 
+def test_a_short_run_to_try_settings_out_is_told_in_its_own_numbers(lines):
+    fit(ZSSVDCallback(0.3, progress=False), fast_dev_run=2)
+    assert any("observes 2 batches (calibration and 1 correction)" in line for line in lines())
+
+
 def test_hooks_measure_the_model_right_before_and_after():
     class Measures(ZSSVDCallback):
         def loss(self, module):

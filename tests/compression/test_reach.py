@@ -19,8 +19,10 @@ from zssvd_lightning.compression.snapshot import put_back, take_up
 from zssvd_lightning.compression.snapshot import state_of as saved_state_of
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.errors import BudgetError, CalibrationError, LeftDenseWarning, ZeroGradientError
+from zssvd_lightning.layers.storage import Kept, Present
 from zssvd_lightning.selection.budget import Budget
-from zssvd_lightning.selection.components import Selection
+from zssvd_lightning.selection.components import Components, Selection
+from zssvd_lightning.selection.rules import uniform
 from zssvd_lightning.serialization.specs import ranks_of
 from zssvd_lightning.whitening.moments import Moments
 
@@ -321,3 +323,27 @@ def test_what_fixed_layers_keep_is_taken_from_the_budget_of_the_rest():
     merged = with_fixed(chosen, Selection({n: torch.arange(8) for n in "abc"}, dict.fromkeys("abc", 2.0)), {"b": 1})
     assert [merged.rank(name) for name in "abc"] == [2, 8, None]
     assert merged.drifts == {"a": 1.0, "b": 2.0, "c": 0.0}
+
+
+def test_what_later_batches_reach_keeps_the_ratio_of_the_present_layers():
+    shapes = {"a": (32, 32), "b": (32, 32)}
+    present = {name: Present(8, Kept(wide=512)) for name in shapes}
+    budget = Budget(shapes, 0.3, present=present, ratio_of="present")
+    fixed = Selection({"a": None, "b": None}, {"a": 0.0, "b": 0.0})
+    rest = budget_of_rest(budget, fixed, {"b": None})
+    assert rest.allowed == budget.allowed - 512
+    assert rest.total == 512
+
+
+def test_the_rest_may_stay_as_it_is_where_the_others_have_given_enough():
+    budget = Budget({"a": (32, 32), "b": (32, 32)}, 0.3)
+    fixed = Selection({"a": None, "b": torch.arange(2)}, {"a": 0.0, "b": 0.0})
+    rest = budget_of_rest(budget, fixed, {"b": None})
+    assert rest.to_remove == 0
+    chosen = uniform({"a": components(32)}, rest)
+    assert chosen.kept == {"a": None}
+
+
+def components(rank):
+    sigma = torch.linspace(2.0, 1.0, rank)
+    return Components(sigma=sigma, delta=sigma)

@@ -90,6 +90,8 @@ def test_heads_are_left_alone_unless_named():
     assert "classifier" not in find_targets(tiny_vit())
     assert list(find_targets(tiny_vit(), include="classifier")) == ["classifier"]
     assert "classifier" not in find_targets(tiny_vit(), include="*")
+    with pytest.raises(TargetError, match=r"name it in include, without wildcards, to factorize it$"):
+        find_targets(tiny_vit(), include="*classifier")
     body = [nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU()]
     assert list(find_targets(nn.Sequential(*body, nn.Linear(32, 10)))) == ["0", "2"]
     assert list(find_targets(nn.Sequential(*body, nn.Linear(32, 64)))) == ["0", "2", "4"]

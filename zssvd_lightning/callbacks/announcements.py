@@ -16,14 +16,13 @@ from zssvd_lightning.compression.report import Report
 from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixin
 
 
-def announce(trainer: L.Trainer, life: Lifecycle, schedule: Schedule, needed: int, *, plans: bool = False) -> None:
+def announce(trainer: L.Trainer, life: Lifecycle, schedule: Schedule, *, plans: bool = False) -> None:
     """Show which share of the model will be compressed, when, and how many steps of the fit change no weight.
 
     Args:
         trainer: the Trainer at the start of training.
         life: lifecycle of the compression that was attached to the model.
         schedule: start and length of the compression.
-        needed: number of batches from its start until factorization.
         plans: whether only the ranks are written.
     """
     coverage, removed = life.compression.coverage, life.compression.budget.of_parameters
@@ -31,6 +30,7 @@ def announce(trainer: L.Trainer, life: Lifecycle, schedule: Schedule, needed: in
     if (warning := coverage.warning(removed)) is not None:
         rank_zero_warn(warning)
     if life.phase is Phase.WAIT:
+        needed = life.batches_needed(trainer.num_training_batches, most_accumulated(trainer), first_only=plans)
         rank_zero_info(course_of(trainer, life.config.corrections, schedule, needed, plans=plans))
 
 

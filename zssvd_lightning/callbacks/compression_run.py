@@ -137,9 +137,7 @@ class CompressionRun:
                 self._meaning.student(module)
             self._attach(trainer, module)
             self._recovering.refuse(trainer, module, life)
-        announce(
-            trainer, life, self._schedule, self._batches_until_factorized(trainer), plans=self._dry_run is not False
-        )
+        announce(trainer, life, self._schedule, plans=self._dry_run is not False)
         self._asked.tell(trainer, life, first_only=self._dry_run is not False)
         telemetry.log_phase(trainer, life.phase)
         self.go_on_if_enough(trainer, module)

@@ -150,6 +150,8 @@ class Lifecycle:
                 take_up(compression, saved)
             elif saved is not None:
                 put_back(compression, saved)
+                compression = Compression(model, self.config, progress, adapter.team, adapter.replace, stand_ins)
+                compression.safeguard = safeguard
         self._compression, self._restored = compression, None
 
     def start(self) -> None:

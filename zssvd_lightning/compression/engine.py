@@ -59,6 +59,7 @@ class Compression:
         safeguard: comparison of states on batches kept back; None to keep the last state.
         importances: importance of each truncated layer, for `quantize`; None unless the settings need it.
         shapes: shape (m, n) of every target layer, including those left dense.
+        present: form of the layers that are low-rank already, by name.
         left_dense: name -> reason, for the layers that calibration has not reached. They are no longer targets.
         passed_over: layers that stay as they are in this stage, because its batches have not reached them.
 
@@ -89,7 +90,7 @@ class Compression:
         self.shapes = self.targets.shapes
         self.left_dense: dict[str, str] = {}
         self.passed_over: Mapping[str, Unreached] = {}
-        self._present = {} if stand_ins is None else stand_ins.present
+        self.present = {} if stand_ins is None else stand_ins.present
         self.coverage, self.budget = self._covered()
         self.followed_plan = None if config.plan is None else Plan.read(config.plan, self.budget)
         self.gathering = StatisticsCollector(
@@ -149,10 +150,10 @@ class Compression:
 
     def _covered(self) -> tuple[Coverage, Budget]:
         """Return the share of the targets in the model, and the budget over them."""
-        present = {name: form.kept.wide for name, form in self._present.items()}
+        present = {name: form.kept.wide for name, form in self.present.items()}
         coverage = Coverage.of(self.model, self.targets, self.left_dense, present)
         others = coverage.model_parameters - coverage.parameters
-        return coverage, self.config.budget_over(self.targets.shapes, self._present, others)
+        return coverage, self.config.budget_over(self.targets.shapes, self.present, others)
 
     @property
     def reached(self) -> LayerSet:
@@ -258,7 +259,7 @@ class Compression:
         """
         reach.review(self)
         _, selection = self._select(self.budget)
-        return Plan.of(selection, self.budget, self.shapes)
+        return Plan.of(selection, self.budget, self.shapes, self.present)
 
     def factorize(self, dress: Callable[[str, Factored], None] | None = None) -> None:
         """Replace every truncated layer by a low-rank layer of the chosen storage.

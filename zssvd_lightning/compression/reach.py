@@ -51,12 +51,23 @@ def _leave_unreached(compression: "Compression") -> None:
     outputs = run.config.watches_outputs is not None
     reasons = unreached(run.targets, run.gathering.moments, outputs=outputs)
     if reasons:
-        warn_of_unreached(reasons, run.targets, run.config, run.coverage.model_parameters)
+        present = {name: form.kept.wide for name, form in run.present.items()}
+        warn_of_unreached(reasons, run.targets, run.config, run.coverage.model_parameters, present)
+        if run.config.budget_of == "model" and (again := [name for name in reasons if name in present]):
+            raise CalibrationError(
+                f"calibration has not reached {len(again)} layers that are low-rank already ({', '.join(again[:3])}), "
+                "without which a prune_ratio of the whole model cannot be counted; add them to ignore, or set "
+                "budget_of to 'targets'"
+            )
         run.leave_dense(reasons)
 
 
 def warn_of_unreached(
-    reasons: Mapping[str, Unreached], layers: LayerSet, config: CompressionConfig, model_parameters: int
+    reasons: Mapping[str, Unreached],
+    layers: LayerSet,
+    config: CompressionConfig,
+    model_parameters: int,
+    present: Mapping[str, int] | None = None,
 ) -> None:
     """Warn of layers that will stay dense, on the first process.
 
@@ -65,20 +76,23 @@ def warn_of_unreached(
         layers: all target layers.
         config: settings of the compression.
         model_parameters: parameters of the whole model.
+        present: parameters of the layers that are low-rank already, by name.
 
     Raises:
         CalibrationError: these are all layers.
     """
     if len(reasons) == len(layers):
         raise CalibrationError(f"calibration has reached none of the {len(layers)} target layers. {named(reasons)}")
-    of = {name: m * n for name, (m, n) in layers.shapes.items()}
+    of = {name: m * n for name, (m, n) in layers.shapes.items()} | dict(present or {})
     theirs, total = sum(of[name] for name in reasons), sum(of.values())
     if layers.team.rank == 0:
-        counts = f"prune_ratio {config.prune_ratio} counts" if config.plan is None else "the removed fraction counts"
+        counts = f"prune_ratio {config.prune_ratio} counts over"
+        if config.plan is not None or config.budget_of == "model":
+            counts = "all that is removed is removed from"
         warnings.warn(
             f"{len(reasons)} of {len(layers)} target layers stay dense, because calibration has not reached them: "
             f"{theirs / total:.1%} of the target parameters and {theirs / model_parameters:.1%} of the model; {counts} "
-            f"over the other {len(layers) - len(reasons)} layers alone. {named(reasons)}; or add them to ignore",
+            f"the other {len(layers) - len(reasons)} layers alone. {named(reasons)}; or add them to ignore",
             LeftDenseWarning,
             stacklevel=2,
         )
@@ -147,7 +161,7 @@ def with_curvature(compression: "Compression") -> Decomposition:
 
 
 def budget_of_rest(budget: Budget, fixed: Selection | None, names: Mapping[str, Unreached]) -> Budget:
-    """Return the budget of all layers but `names`, which keep their ranks in `fixed`.
+    """Return the budget of all layers but `names`, which keep their ranks in `fixed`. It may ask for nothing.
 
     Raises:
         CalibrationError: without these layers the prune ratio cannot be kept.
@@ -156,7 +170,10 @@ def budget_of_rest(budget: Budget, fixed: Selection | None, names: Mapping[str, 
         return budget
     kept = sum(budget.kept_of(name, fixed.rank(name), eight_bit=name in fixed.eight_bit) for name in names)
     rest = {name: shape for name, shape in budget.shapes.items() if name not in names}
-    total = sum(budget.dense(name) for name in rest)
+    total = sum(budget.reference(name) for name in rest)
+    unchecked = replace(budget, shapes=rest, prune_ratio=0.0, planned=True)
+    if unchecked.kept(dict.fromkeys(rest)) <= budget.allowed - kept:
+        return unchecked
     try:
         return replace(budget, shapes=rest, prune_ratio=(total - (budget.allowed - kept)) / total)
     except BudgetError as error:

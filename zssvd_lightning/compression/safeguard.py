@@ -284,11 +284,13 @@ class Safeguard:
     def _check_terms(self, compression: "Compression") -> None:
         """Warn if the loss of a batch is no mean over its terms, as far as parts of the batch tell. Collective."""
         batch = next((batch for batch in self.batches if parts_of(batch)), None)
-        if not all(compression.team.gathered(batch is not None)):
+        parts = [] if batch is None else parts_of(batch)
+        fewest = min(compression.team.gathered(len(parts)))
+        if not fewest:
             return
         try:
             with compression.stopwatch("measure"), compression.team.together():
-                found = doubt(self._measure, batch, parts_of(batch))
+                found = doubt(self._measure, batch, parts[:fewest])
         except Exception:  # noqa: BLE001  user code that may need whole batches
             return
         if found is not None:

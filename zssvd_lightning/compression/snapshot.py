@@ -13,6 +13,7 @@ from zssvd_lightning.decomposition.decompose import Decomposition
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.selection.budget import Shape
 from zssvd_lightning.selection.components import Selection
+from zssvd_lightning.whitening.rounding import Importance
 from zssvd_lightning.whitening.spectrum import Step
 
 
@@ -37,6 +38,9 @@ def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, 
         "factors": run.truncated.state_dict(),
         "found": None if run.decomposition is None else run.decomposition.state_dict(run.targets),
         "selection": None if run.selection is None else run.selection.state_dict(),
+        "importances": None
+        if run.importances is None
+        else {name: list(pair) for name, pair in run.importances.items()},
         "step": None if run.last_step is None else list(run.last_step),
         "lengths": None if run.first_steps is None else {name: list(step) for name, step in run.first_steps.items()},
         "losses": list(run.losses),
@@ -68,6 +72,8 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
     for name, W in state.get("stand_ins", {}).items():
         run.targets[name].assign(W)
     run.selection = None if state["selection"] is None else Selection.of_state(state["selection"])
+    if (found := state.get("importances")) is not None:
+        run.importances = {name: Importance(*pair) for name, pair in found.items()}
     run.last_step = None if state["step"] is None else (state["step"][0], state["step"][1])
     run.first_steps = None if state["lengths"] is None else {n: _step(saved) for n, saved in state["lengths"].items()}
     run.truncations = state["truncations"]
@@ -101,6 +107,7 @@ def put_back(compression: Compression, state: Mapping[str, Any]) -> None:
         CheckpointError: the state belongs to other layers.
     """
     if state["originals"] is not None:
+        _refuse_other_layers(state, compression.shapes)
         compression.leave_dense(state.get("left_dense", {}))
         compression.originals.load_state_dict(state["originals"])
         compression.restore()
@@ -118,8 +125,13 @@ def refuse_other(
             f"the checkpoint was taken in the middle of a compression with other settings ({'; '.join(differing)}); "
             "go on with the same, or start from a checkpoint of before it"
         )
+    if shapes is not None:
+        _refuse_other_layers(state, shapes)
+
+
+def _refuse_other_layers(state: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
     before = {name: tuple(shape) for name, shape in state["shapes"].items()}
-    if shapes is not None and before != dict(shapes):
+    if before != dict(shapes):
         others = sorted(name for name in before.keys() | shapes.keys() if before.get(name) != shapes.get(name))
         raise CheckpointError(
             f"the checkpoint was taken in the middle of a compression of other layers: {len(others)} differ "

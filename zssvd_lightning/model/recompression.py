@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from zssvd_lightning._numerics import exact_products
 from zssvd_lightning.errors import TargetError
 from zssvd_lightning.layers.base import CompressedLinear, Dense, carry_hooks
-from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.registry import Factored, dense_like, layer_like
 from zssvd_lightning.layers.storage import Kept, Present
 from zssvd_lightning.model.peft_layers import wraps_by_peft
@@ -152,7 +151,7 @@ def _why_not(layer: CompressedLinear, owners: Counter[int]) -> str | None:
             "its form, such as 8 bits, has no factors to truncate; compress the model from before it was quantized",
         ),
         (
-            isinstance(layer, LowRankLinear) and layer.adapter is not None,
+            isinstance(layer, Factored) and layer.adapter is not None,
             "has an adapter from a recovery; merge_adapters(model) first",
         ),
         (

@@ -28,7 +28,7 @@ Patterns = Sequence[str] | str | None
 OUTPUT_EMBEDDING = "it is the output embedding, where every token's logit needs its own row at full rank"
 """Why an output embedding is no target."""
 
-CLASSIFICATION_HEAD = "its outputs are the model's logits; name it in include to factorize it all the same"
+CLASSIFICATION_HEAD = "its outputs are the model's logits; name it in include, without wildcards, to factorize it"
 """Why a classification head is no target."""
 
 
@@ -219,7 +219,8 @@ def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refus
         return
     for name, _ in matched:
         if name in refused:
-            raise TargetError(f"{name} cannot be factorized: {refused[name]}; take it out of include")
+            advice = "" if refused[name] == CLASSIFICATION_HEAD else "; take it out of include"
+            raise TargetError(f"{name} cannot be factorized: {refused[name]}{advice}")
     name, module = matched[0]
     kind = (
         "an embedding is a table lookup, not a product with W"

@@ -224,7 +224,7 @@ class RecoveryRun:
             for part, _ in layer.named_parameters()
         }
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_(dense_name.get(name, name) in before)
+            parameter.requires_grad_(name in before or dense_name.get(name, name) in before)
         self.active, self.over = False, True
         self._teacher, self._call = None, None
         self.rollback.forget()

@@ -10,6 +10,7 @@ import yaml
 from zssvd_lightning._files import checked_path, replacing_file
 from zssvd_lightning._yaml import UnfitYAMLError, check_yaml, read_yaml_text
 from zssvd_lightning.errors import OutputError, PlanError
+from zssvd_lightning.layers.storage import Present
 from zssvd_lightning.selection.budget import Budget, Shape
 from zssvd_lightning.selection.components import Components, Selection
 from zssvd_lightning.selection.rules import Rule, of_ranks
@@ -61,21 +62,29 @@ class Plan:
     """Names of the layers that are low-rank already."""
 
     @classmethod
-    def of(cls, selection: Selection, budget: Budget, shapes: Mapping[str, Shape] | None = None) -> "Plan":
+    def of(
+        cls,
+        selection: Selection,
+        budget: Budget,
+        shapes: Mapping[str, Shape] | None = None,
+        present: Mapping[str, Present] | None = None,
+    ) -> "Plan":
         """Make a plan with the ranks of a selection.
 
         Args:
             selection: the selection.
             budget: budget of the selection, to which `reached` refers.
-            shapes: shape (m, n) of all layers of the plan, of which those without a rank stay dense. None if the
+            shapes: shape (m, n) of all layers of the plan, of which those without a rank stay as they are. None if the
                 selection has them all.
+            present: form of those that are low-rank already. None if the budget has them all.
         """
         ranks = {name: selection.rank(name) for name in budget.shapes}
         plan = cls._of_ranks(ranks, selection.eight_bit, budget, selection.drifts)
-        every = replace(budget, shapes=shapes or budget.shapes, planned=True)
+        low_rank = budget.present if present is None else present
+        every = replace(budget, shapes=shapes or budget.shapes, planned=True, present=low_rank)
         highest = {name: plan.highest.get(name, every.highest_rank(name)) for name in every.shapes}
         ranks = {name: ranks.get(name) for name in every.shapes}
-        return replace(plan, ranks=ranks, shapes=every.shapes, highest=highest)
+        return replace(plan, ranks=ranks, shapes=every.shapes, highest=highest, present=frozenset(low_rank))
 
     @classmethod
     def read(cls, path: str | Path, budget: Budget) -> "Plan":

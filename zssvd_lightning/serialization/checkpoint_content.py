@@ -159,6 +159,7 @@ COMPRESSION = entries(
         "factors": FACTORS,
         "found": optional(mapped(entries({"left": finite_tensor, "right": finite_tensor, "components": COMPONENTS}))),
         "selection": SELECTION,
+        "importances": IMPORTANCES,
         "step": optional(listed(number, 2)),
         "lengths": optional(mapped(anything)),
         "losses": listed(number),
@@ -168,7 +169,7 @@ COMPRESSION = entries(
         "safeguard": SAFEGUARD,
         "seconds": mapped(number),
     },
-    ("truncation_loss", "safeguard", "left_dense"),  # not in checkpoints of earlier releases
+    ("truncation_loss", "safeguard", "left_dense", "importances"),  # not in checkpoints of earlier releases
 )
 """`snapshot.state_of`."""
 
