@@ -1,4 +1,4 @@
-"""What command lines have in common: usage, errors in one line, and JSON."""
+"""Common parts of command lines: usage, errors in one line, and JSON."""
 
 import json
 import logging

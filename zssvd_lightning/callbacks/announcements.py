@@ -1,4 +1,4 @@
-"""What a fit tells its user about the compression: what will happen, what it costs, and what it came to."""
+"""Messages of a fit about its compression: its course, its cost and its result."""
 
 import math
 from collections.abc import Callable

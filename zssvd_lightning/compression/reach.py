@@ -1,4 +1,4 @@
-"""What a compression does about layers that its batches have not reached.
+"""Treatment of layers that the batches of a compression have not reached.
 
 Layers that the first batches have not reached stop being targets and stay dense. Layers that later batches have not
 reached stay as the last truncation left them.

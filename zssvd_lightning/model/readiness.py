@@ -25,9 +25,17 @@ def refuse_unready(model: nn.Module) -> None:
         raise CalibrationError(
             "gradients cannot be taken within torch.inference_mode; call this outside of it (torch.no_grad is fine)"
         )
+    refuse_uninitialized(model)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if (reason := _unready(tensor, offloaded=_is_offloaded(model, name))) is not None:
             raise TargetError(f"{name} {reason}")
+
+
+def refuse_uninitialized(model: nn.Module) -> None:
+    """Raise TargetError, which names it, if a weight or buffer has no shape yet, as in `nn.LazyLinear`."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            raise TargetError(f"{name} has no shape yet; run one batch through the model before it is compressed")
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -47,8 +55,6 @@ def is_quantized(module: nn.Module) -> bool:
 
 def _unready(tensor: Tensor, *, offloaded: bool) -> str | None:
     """Return why a weight or buffer cannot be used, or None."""
-    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-        return "has no shape yet; run a batch through the model first"
     if tensor.is_meta and offloaded:
         return (
             "is offloaded to the memory of the CPU or to disk, from where a hook loads it for each call; load the "

@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning._validation import closest
@@ -19,7 +18,7 @@ from zssvd_lightning.layers.storage import break_even_rank
 from zssvd_lightning.model.heads import classification_heads, output_embeddings
 from zssvd_lightning.model.linear_subclasses import is_plain_linear
 from zssvd_lightning.model.peft_layers import MERGE_FIRST, linear_layers_in_peft
-from zssvd_lightning.model.readiness import is_quantized
+from zssvd_lightning.model.readiness import is_quantized, refuse_uninitialized
 from zssvd_lightning.model.replace import inside_compressed
 
 Patterns = Sequence[str] | str | None
@@ -103,9 +102,7 @@ def find_targets(model: nn.Module, include: Patterns = None, ignore: Patterns = 
             module, a pattern of `include` matches only layers that cannot be factorized (the message says why), or
             weights have no shape yet.
     """
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedTensorMixin):
-            raise TargetError(f"{name} has no shape yet; run one batch through the model before it is compressed")
+    refuse_uninitialized(model)
     include = [include] if isinstance(include, str) else include
     ignore = [ignore] if isinstance(ignore, str) else ignore
     names = [name for name, _ in model.named_modules() if name]
