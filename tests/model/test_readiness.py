@@ -100,7 +100,7 @@ UNREADY = {
     "half offloaded": (half_offloaded, r"model\.layers\.1\..* is offloaded"),
     "inference": (made_in_inference_mode, r"was made in torch\.inference_mode.* clone"),
     "inference buffer": (with_an_inference_buffer, r"inv_freq was made in torch\.inference_mode"),
-    "lazy": (lazy, r"up_proj\.weight has no shape yet; run a batch through"),
+    "lazy": (lazy, r"up_proj\.weight has no shape yet; run one batch through"),
     "int8": (lambda: with_weight(torch.zeros(48, 32, dtype=torch.int8)), rf"{LAYER} have quantized weights"),
     "float8": (
         lambda: with_weight(torch.zeros(48, 32, dtype=torch.float8_e4m3fn)),
