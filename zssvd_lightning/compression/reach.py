@@ -87,8 +87,10 @@ def warn_of_unreached(
     theirs, total = sum(of[name] for name in reasons), sum(of.values())
     if layers.team.rank == 0:
         counts = f"prune_ratio {config.prune_ratio} counts over"
-        if config.plan is not None or config.budget_of == "model":
-            counts = "all that is removed is removed from"
+        if config.plan is not None:
+            counts = "the removed fraction counts over"
+        elif config.budget_of == "model":
+            counts = f"prune_ratio {config.prune_ratio} of the whole model comes from"
         warnings.warn(
             f"{len(reasons)} of {len(layers)} target layers stay dense, because calibration has not reached them: "
             f"{theirs / total:.1%} of the target parameters and {theirs / model_parameters:.1%} of the model; {counts} "
