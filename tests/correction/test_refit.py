@@ -234,5 +234,5 @@ def test_images_are_refitted_on_too():
 
 
 def test_ranks_that_several_truncations_reach_cannot_be_refitted():
-    with pytest.raises(ConfigError, match="reached by one truncation alone"):
+    with pytest.raises(ConfigError, match="truncations is 2; set it to 1"):
         CompressionConfig(truncations=2, correction_step="refit")
