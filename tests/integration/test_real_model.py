@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from zssvd_lightning import LowRankLinear
 from zssvd_lightning.app.cli import main
+from zssvd_lightning.serialization.specs import ranks_of
 from zssvd_lightning.sources.models import load_model
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,8 @@ def test_recipe_compresses_a_real_model_that_evaluate_reads_back(tmp_path, monke
     assert report["losses"][-1] < 8
     assert (output / "report.png").stat().st_size > 10_000
     assert report["file_bytes"]["compressed"] == pytest.approx(
-        report["file_bytes"]["dense"] - 4 * (106_168_320 - report["parameters"]["after"]), rel=1e-3
+        report["file_bytes"]["dense"] - 4 * (106_168_320 - report["parameters"]["after"]),
+        rel=3e-3,  # pivoted layers keep the order of their rows beside
     )
 
     monkeypatch.setattr(sys, "argv", ["zssvd", "evaluate", str(output)])
@@ -54,8 +55,7 @@ def test_recipe_compresses_a_real_model_that_evaluate_reads_back(tmp_path, monke
     assert again["tokens"] == 2 * 511
 
     model, tokenizer = load_model(str(output))
-    ranks = {n: m.rank for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    assert ranks == {n: r["rank"] for n, r in report["ranks"].items() if r["rank"] is not None}
+    assert ranks_of(model) == {n: r["rank"] for n, r in report["ranks"].items() if r["rank"] is not None}
     ids = tokenizer("The state of the union is", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
 

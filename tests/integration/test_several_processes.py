@@ -31,6 +31,7 @@ def config(folder: Path, name: str) -> str:
         saving = trainer["callbacks"][0]["init_args"]
         saving |= {"dirpath": str(folder / "checkpoints"), "every_n_train_steps": trainer["max_steps"]}
         few = {"schedule": {"calibration_batches": 4}, "corrections": 0, "include": "*.layers.?.self_attn.*"}
+        few["preset"] = "zs-svd-line-search"
         trainer["callbacks"][-1]["init_args"] |= few
     path = folder / name
     path.write_text(yaml.safe_dump(settings))

@@ -26,6 +26,7 @@ def config(folder, *more):
     trainer["logger"]["init_args"]["save_dir"] = str(folder)
     trainer["callbacks"][0]["init_args"]["dirpath"] = str(folder / "checkpoints")
     trainer["callbacks"][-1]["init_args"] |= {
+        "preset": "zs-svd-line-search",
         "schedule": {"calibration_batches": 8},
         "corrections": 0,
         "include": "*.layers.?.*",
