@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that tests start
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -16,3 +17,11 @@ datasets.config.HF_HUB_OFFLINE = True
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """Leave no process group to the next test: a Trainer of one process under DDP keeps its own."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
