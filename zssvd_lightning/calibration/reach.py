@@ -35,7 +35,7 @@ REMEDIES = {
     Unreached.NO_OUTPUT_GRADIENT: "set output_side to 'empirical'",
     Unreached.NO_CURVATURE: "raise correction_batches",
 }
-"""What to do so that layers are reached."""
+"""Remedies by which layers are reached."""
 
 
 def unreached(

@@ -61,7 +61,7 @@ RUN = entries(
         "recovers_from": optional(whole),
     }
 )
-"""What `CompressionRun.state_dict` adds."""
+"""Entries that `CompressionRun.state_dict` adds."""
 
 
 def refuse_damaged(check: Check, state: Any, key: str = "") -> None:

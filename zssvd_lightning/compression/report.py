@@ -80,11 +80,11 @@ class Report:
     budget_in: str = "parameters"
     """Unit of the prune ratio: `parameters`, `bytes` or `flops`."""
     budget_of: str = "targets"
-    """What the prune ratio is a fraction of: the `targets` or the whole `model`."""
+    """Reference of the prune ratio: the `targets` or the whole `model`."""
     reached: float = math.nan
     """Removed fraction of that. If not given, the removed fraction of the parameters of the target layers."""
     ratio_of: str = "dense"
-    """What `asked` and `reached` count from: the `dense` targets, or the `present` ones as they were just before."""
+    """Reference of `asked` and `reached`: the `dense` targets, or the `present` ones as they were just before."""
     parameters_dense: int = 0
     """Parameters of the targets if they were dense. If not given, those before."""
     peak_rss_bytes: int = 0

@@ -291,7 +291,8 @@ class Safeguard:
         try:
             with compression.stopwatch("measure"), compression.team.together():
                 found = doubt(self._measure, batch, parts[:fewest])
-        except Exception:  # noqa: BLE001  user code that may need whole batches
+        except Exception as error:  # noqa: BLE001  user code that may need whole batches
+            logger.info("the number of loss terms cannot be checked on parts of a batch: %s", error)
             return
         if found is not None:
             logger.warning(

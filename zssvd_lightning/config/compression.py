@@ -18,7 +18,7 @@ from zssvd_lightning.whitening.metrics import METRICS, Metric
 from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 
 BUDGET_OF = ("targets", "model")
-"""What a prune ratio can be a fraction of."""
+"""Possible references of a prune ratio."""
 
 MOST_ROUNDS = 1000
 """Largest number of truncations or corrections. Each round gathers statistics or decomposes every weight."""
@@ -86,7 +86,7 @@ class CompressionConfig:
     """Unit of `prune_ratio`: `parameters` (two in 8 bits count as one), `bytes` of weights saved in 16 bits, or `flops`
     of the forward pass per token."""
     budget_of: str = "targets"
-    """What `prune_ratio` is a fraction of: the `targets`, or the whole `model` with embeddings and all else that is
+    """Reference of `prune_ratio`: the `targets`, or the whole `model` with embeddings and all else that is
     left alone. It is then an error if the targets alone cannot give that much."""
     ratio_of: str = "dense"
     """What `prune_ratio` is counted from, for layers that are low-rank already: the `dense` layers, so that what an
