@@ -54,7 +54,7 @@ bench: $(READY)  ## Time a whole compression against a plain forward and backwar
 scaling: $(READY)  ## Bytes, memory and seconds on 1, 2 and 4 processes, and what they make of large models
 	$(BIN)/python benchmarks/scaling.py
 
-table: $(READY)  ## The README's table of selections and budgets; needs TEXTS=folder with both WikiText-2 files
+table: $(READY)  ## The table of selection rules in docs/results.md; needs TEXTS=folder with both WikiText-2 files
 	$(BIN)/python benchmarks/table.py $(TEXTS)
 
 clean:  ## Remove the environment and outputs

@@ -35,7 +35,7 @@ class Data(L.LightningDataModule):
 def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 2
     names = {
         "module": CausalLM(),
         "datamodule": loader(token_batches(24)),
