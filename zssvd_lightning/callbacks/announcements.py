@@ -73,8 +73,8 @@ def conclude(report: Report | None, module: L.LightningModule) -> None:
     rank_zero_info("\n%s", report)
     if not isinstance(module, LowRankCheckpointMixin):
         rank_zero_info(
-            "from now on, %s.load_from_checkpoint needs the base class LowRankCheckpointMixin; a Trainer with this "
-            "callback loads the checkpoints without it",
+            "from now on, load checkpoints with zssvd_lightning.load_from_checkpoint(%s, path), or give the class the "
+            "base class LowRankCheckpointMixin; a Trainer with this callback needs neither",
             type(module).__name__,
         )
 
