@@ -302,7 +302,10 @@ class CompressionRun:
         telemetry.log_phase(trainer, life.phase)
 
     def _write_plan(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        path, plan = plan_file(trainer, self._dry_run), self.life.compression.plan()
+        compression = self.life.compression
+        if compression.safeguard is not None:
+            compression.safeguard.check_terms(compression)
+        path, plan = plan_file(trainer, self._dry_run), compression.plan()
         with self._fit.adapter.team.together():
             if self._asked.is_shortened(trainer):
                 logger.warning("fast_dev_run: the dry run chose ranks, and has not written them to %s", path)
