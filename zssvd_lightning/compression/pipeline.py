@@ -23,6 +23,7 @@ from zssvd_lightning.compression.gathering import (
     checked,
     gather,
     kept_back,
+    memory_of_statistics,
     observe,
     safeguard_of,
     so_many,
@@ -167,6 +168,7 @@ def plan(
     with _gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
         run = Compression(model, config, progress, stand_ins=stand_ins)
         run.safeguard = safeguard_of(model, reading)
+        logger.info(memory_of_statistics(run))
         *before, truncation = to_first_truncation(course(config))
         for stage in before:
             gather(run, batches, stage.gathers, calibration_batches, reading)
@@ -187,11 +189,12 @@ def coverage_of(model: nn.Module, config: CompressionConfig) -> Coverage:
 
 
 def _announce(compression: Compression) -> None:
-    """Log which share of the model will be compressed."""
+    """Log which share of the model will be compressed, and the memory that this takes."""
     coverage, removed = compression.coverage, compression.budget.of_parameters
     logger.info(coverage.summary(removed))
     if (warning := coverage.warning(removed)) is not None:
         logger.warning(warning)
+    logger.info(memory_of_statistics(compression))
 
 
 def _understood(
