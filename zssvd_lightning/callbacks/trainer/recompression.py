@@ -34,8 +34,8 @@ def stand_ins_in_training(
             strategy = type(adapter.trainer.strategy).__name__
             raise UnsupportedTrainingError(
                 f"{name} ({type(layer).__name__}) is low-rank already, and under {strategy} it cannot be compressed "
-                "again during training; train on one device, call zssvd_lightning.compress on the model before the "
-                "fit, or add it to ignore"
+                "again during training; train on one device or with strategy='ddp', call zssvd_lightning.compress on "
+                "the model before the fit, or add it to ignore"
             )
         if recovery is not None:
             recovery.settings.refuse_storage(layer.kind)
