@@ -58,7 +58,11 @@ if TYPE_CHECKING:
     from zssvd_lightning.model.adapters import merge_adapters
     from zssvd_lightning.recovery.methods import FactorRecovery, LoRARecovery, SingularValueRecovery
     from zssvd_lightning.recovery.teachers import save_predictions
-    from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixin
+    from zssvd_lightning.serialization.checkpoint_mixin import (
+        LowRankCheckpointMixin,
+        load_from_checkpoint,
+        load_state_dict,
+    )
 
 __all__ = [
     "BatchReading",
@@ -81,6 +85,8 @@ __all__ = [
     "export_onnx",
     "from_pretrained",
     "load_config",
+    "load_from_checkpoint",
+    "load_state_dict",
     "merge",
     "merge_adapters",
     "perplexity",
@@ -109,6 +115,8 @@ _MODULES = {
     "export_onnx": "hub.export",
     "from_pretrained": "hub.loading",
     "load_config": "config.loading",
+    "load_from_checkpoint": "serialization.checkpoint_mixin",
+    "load_state_dict": "serialization.checkpoint_mixin",
     "merge": "hub.export",
     "merge_adapters": "model.adapters",
     "perplexity": "evaluation.perplexity",

@@ -1,17 +1,22 @@
-"""Atomic writing of files and folders, so that an interrupted run loses nothing."""
+"""Atomic writing of files and folders, so that an interrupted run loses nothing, and text in JSON."""
 
 import ctypes
 import errno
 import hashlib
 import json
+import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from zssvd_lightning.errors import OutputError, ZSSVDError
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "zssvd.json"
 """File that lists what this package wrote into a folder. A folder that contains nothing else may be replaced."""
@@ -217,3 +222,24 @@ def _exchange(one: Path, other: Path) -> bool:
         failed: int = exchange(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
         return failed == 0
     return False
+
+
+def json_of(value: Mapping[str, Any], indent: int | None = None) -> str:
+    """Return plain types as JSON. JSON has no NaN and no infinity, so they become null, with a warning."""
+    lost: list[str] = []
+    text = json.dumps(_finite(value, "", lost), indent=indent, allow_nan=False)
+    if lost:
+        logger.warning("not finite, and so null in the JSON: %s", ", ".join(lost))
+    return text
+
+
+def _finite(value: Any, name: str, lost: list[str]) -> Any:
+    """Return a value without numbers that are not finite, and add their dotted names and values to `lost`."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part, f"{name}.{key}" if name else str(key), lost) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part, f"{name}[{index}]", lost) for index, part in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        lost.append(f"{name} ({value})")
+        return None
+    return value

@@ -35,6 +35,7 @@ from zssvd_lightning.compression.pipeline import calibrate
 from zssvd_lightning.config.presets import PRESETS
 from zssvd_lightning.errors import CalibrationError, ConfigError, OutputError, TaskError
 from zssvd_lightning.evaluation.perplexity import Perplexity
+from zssvd_lightning.sources import texts
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,12 +73,12 @@ class Here:
     """Does jobs in this process, up to one that ends it."""
 
     def __init__(self, limit=None):
-        self.jobs, self.limit = [], limit
+        self.jobs, self.checks, self.limit = [], [], limit
 
     def __call__(self, job):
         if len(self.jobs) == self.limit:
             raise KeyboardInterrupt
-        self.jobs.append(job)
+        (self.checks if job.checks else self.jobs).append(job)
         with suppress(Exception):
             perform(read_job(json.dumps(asdict(job))))
         return 0
@@ -273,11 +274,28 @@ def test_a_cell_that_fails_is_a_row_and_the_others_run(run, tmp_path):
     assert [line.split(" | ")[1] for line in lines[2:7]] == ["0", "0.4, seed 0", "0.4, seed 1", "0.4", "0.4, seed 1"]
     retried = Here()
     assert list(run(*asked, runner=retried).errors) == ["impossible-0.4-0", "impossible-0.4-1"]
-    assert [name for name in retried.names if not name.startswith("seed-")] == [
-        "impossible-0.4-0",
-        "impossible-0.4-1",
-        "zero-sum-0.4-1",
+    assert [name for name in retried.names if not name.startswith("seed-")] == ["zero-sum-0.4-1"]
+
+
+def test_layers_and_budgets_are_checked_once_before_texts_are_read(run, workshop, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(texts, "load_text", lambda *source: read.append(source))
+    asked = ["prune_ratios=[0.3,0.4]", "seeds=[0,1]"]
+    here = Here()
+    with pytest.raises(ConfigError, match=r"no cell can run, for instance impossible at 0\.3: BudgetError: "):
+        run("impossible", *asked, runner=here)
+    with pytest.raises(ConfigError, match=r"no cell can run, .*: TargetError: "):
+        run("zero-sum", "uniform", "compression.include=['*no_layer']", *asked, runner=here)
+    with pytest.raises(ConfigError, match=r"no cell can run, .*: ConfigError: calibration.length is 4096"):
+        run("zero-sum", "calibration.length=4096", *asked, runner=here)
+    assert not read
+    assert not here.jobs
+    assert [list(job.checks) for job in here.checks] == [
+        ["impossible-0.3-0", "impossible-0.4-0"],
+        ["zero-sum-0.3-0", "zero-sum-0.4-0", "uniform-0.3-0", "uniform-0.4-0"],
+        ["zero-sum-0.3-0", "zero-sum-0.4-0"],
     ]
+    assert set(written(tmp_path / "out")) <= {"cells", "cells/.lock", "calibration"}
 
 
 def test_cells_whose_calibration_fails_say_so(run, tmp_path):

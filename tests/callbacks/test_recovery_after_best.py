@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.callbacks import short
-from support.models import VOCABULARY, CausalLM, loader, tiny_gpt2, tiny_llama, token_batches, trainer
+from support.models import VOCABULARY, CausalLM, loader, logits, tiny_gpt2, tiny_llama, token_batches, trainer
 from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -92,11 +92,6 @@ def held_out_loss(model):
         loss = sum(float(model.eval()(**batch).loss) for batch in sequences(4, seed=3)) / 4
     model.train(training)
     return loss
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=token_batches(1)[0]["input_ids"]).logits
 
 
 def assert_as_reported(model, report):

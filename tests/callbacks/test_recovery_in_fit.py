@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from support.callbacks import short
-from support.models import CausalLM, loader, sequence_pairs, tiny_t5, token_batches, trainer
+from support.models import CausalLM, loader, logits, sequence_pairs, tiny_t5, token_batches, trainer
 from torch import nn
 
 from zssvd_lightning import LowRankCheckpointMixin, LowRankLinear, Phase, ZSSVDCallback
@@ -71,11 +71,6 @@ def is_plain(module):
 
 def compressed(module):
     return [m for m in module.modules() if isinstance(m, CompressedLinear)]
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=token_batches(1)[0]["input_ids"]).logits
 
 
 WAYS = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.callbacks import short
-from support.models import CausalLM, loader, tiny_llama, token_batches, trainer
+from support.models import CausalLM, loader, logits, tiny_llama, token_batches, trainer
 
 from zssvd_lightning import (
     CompressionConfig,
@@ -48,11 +48,6 @@ def fit(settings, *callbacks, **limits):
 
 def loss(module, batch):
     return module.model(**batch).loss
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=token_batches(1)[0]["input_ids"]).logits
 
 
 @pytest.mark.parametrize("rows", ["last", "loss_aware"])

@@ -37,7 +37,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import Shard
 
-from zssvd_lightning import LowRankCheckpointMixin, ZSSVDCallback
+from zssvd_lightning import LowRankCheckpointMixin, ZSSVDCallback, compress
 from zssvd_lightning.errors import TargetError, UnsupportedTrainingError
 from zssvd_lightning.serialization.specs import ranks_of
 from zssvd_lightning.strategies import FSDP2Adapter
@@ -234,6 +234,7 @@ REFUSED = {
     "whole": ("", "is laid out whole, but compression needs its rows cut over all 2 processes"),
     "columns": ("columns", r"is laid out \(Shard\(dim=1\),\)"),
     "two dimensions": ("mesh", "is laid out .* but compression needs its rows cut over all 2 processes"),
+    "low-rank": ("low-rank", "is compressed already, and its factors are spread over processes; compress the model on"),
     "every layer": ("layers", "it was given to fully_shard on its own; give the block around it instead"),
 }
 
@@ -251,6 +252,10 @@ class OtherLayout(Replicated):
                     fully_shard(module, mesh=mesh)
         if self.layout == "columns":
             fully_shard(self.model.model.layers[0], mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+        if self.layout == "low-rank":
+            settings = {"preset": "zs-svd-line-search", "corrections": 0, "progress": False}
+            compress(self.model, token_batches(4), prune_ratio=0.2, **settings)
+            fully_shard(self.model.model.layers[0], mesh=mesh)
         if self.layout == "mesh":
             both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
             fully_shard(self.model.model.layers[0], mesh=both)

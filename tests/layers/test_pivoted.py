@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import assert_same_state, state_of, tiny_gpt2, tiny_llama, token_batches
+from support.models import assert_same_state, logits, state_of, tiny_gpt2, tiny_llama, token_batches
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -61,11 +61,6 @@ def pivoted_model(build=tiny_llama, dtype=torch.float32):
         replace_module(model, target.module, new)
     mark(model)
     return model
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=token_batches(1)[0]["input_ids"]).logits
 
 
 def error(found, expected):

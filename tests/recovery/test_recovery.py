@@ -8,7 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
-from support.models import tiny_llama, token_batches
+from support.models import logits, tiny_llama, token_batches
 from torch import nn
 
 from zssvd_lightning import CompressionConfig, compress, from_pretrained, merge, quantize, save_pretrained
@@ -55,11 +55,6 @@ def dressed_llama(recovery, storage="factors"):
         ):
             adapter.attach(name, module)
     return model
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=token_batches(1)[0]["input_ids"]).logits
 
 
 OPTIONS = {

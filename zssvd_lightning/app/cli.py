@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from zssvd_lightning._files import check_output
+from zssvd_lightning._files import check_output, json_of
 from zssvd_lightning.app import command
 from zssvd_lightning.app import settings as asked
 from zssvd_lightning.app.settings import meaning
@@ -208,7 +208,7 @@ def evaluate(
         measured, table = measure(model, settings, dtype=dtype, device=device, progress=not quiet)
         if table is not None:
             _print(table, err=True)
-    typer.echo(command.as_json(measured))
+    typer.echo(json_of(measured))
 
 
 @app.command()
@@ -318,7 +318,7 @@ def _show(
 ) -> None:
     """Print the result as JSON, or a table and a line about it, or nothing."""
     if as_json:
-        typer.echo(command.as_json(result))
+        typer.echo(json_of(result))
     elif not quiet:
         if table is not None:
             _print(table)

@@ -1,19 +1,12 @@
-"""Common parts of command lines: usage, errors in one line, and JSON."""
+"""Common parts of command lines: usage, and errors in one line."""
 
-import json
-import logging
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import typer
 
 from zssvd_lightning.errors import ZSSVDError
-
-logger = logging.getLogger(__name__)
-
 
 HELP = {"-h", "--help"}
 
@@ -44,24 +37,3 @@ def start(main: Callable[..., None], usage: str | None, arguments: Sequence[str]
         raise SystemExit(0 if given else 2)
     with errors_in_one_line():
         main(*given)
-
-
-def as_json(result: Mapping[str, Any]) -> str:
-    """Return a result as one JSON object. JSON has no NaN and no infinity, so they become null, with a warning."""
-    lost: list[str] = []
-    text = json.dumps(_finite(result, "", lost), allow_nan=False)
-    if lost:
-        logger.warning("not finite, and so null in the JSON: %s", ", ".join(lost))
-    return text
-
-
-def _finite(value: Any, name: str, lost: list[str]) -> Any:
-    """Return a value without numbers that are not finite, and add their dotted names and values to `lost`."""
-    if isinstance(value, Mapping):
-        return {key: _finite(part, f"{name}.{key}" if name else str(key), lost) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part, f"{name}[{index}]", lost) for index, part in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        lost.append(f"{name} ({value})")
-        return None
-    return value

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from zssvd_lightning._files import json_of
 from zssvd_lightning._state_checks import FaultError
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.serialization.checkpoint_content import REPORT as CONTENT
+from zssvd_lightning.serialization.checkpoint_content import with_nan
 
 if TYPE_CHECKING:
     from zssvd_lightning.compression.engine import Compression
@@ -325,8 +327,8 @@ def _exponential(loss: float) -> str:
 
 
 def write_report(folder: Path, report: Report) -> None:
-    """Write `report.json` into a folder."""
-    (folder / REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    """Write `report.json` into a folder. Numbers that are not finite become null, with a warning."""
+    (folder / REPORT).write_text(json_of(report.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def read_report(folder: Path) -> Report | None:
@@ -335,7 +337,7 @@ def read_report(folder: Path) -> Report | None:
     if not path.is_file():
         return None
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = with_nan(json.loads(path.read_text(encoding="utf-8")))
         CONTENT(saved, "")
         return Report.from_dict(saved)
     except (OSError, ValueError, RecursionError, FaultError) as error:

@@ -1,5 +1,6 @@
 """What the state of a compression in a checkpoint, and its report, must look like to be loaded."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,6 +80,34 @@ def REPORT(value: Any, key: str) -> None:  # noqa: N802  a check like the others
     _REPORT(value, key)
     if "first_order_sum" not in value and "predicted_drift" not in value:
         raise FaultError(f"{key}.first_order_sum is missing".removeprefix("."))
+
+
+_MEASURED = (
+    "first_order_sum",
+    "predicted_drift",
+    "losses",
+    "correction_fractions",
+    "seconds",
+    "kept_back",
+    "perplexity",
+    "perplexity_second",
+)
+"""Entries of a report that can hold numbers that are not finite."""
+
+
+def with_nan(report: Any) -> Any:
+    """Return a report that was read from JSON, with NaN where null stands for a number that is not finite."""
+    if not isinstance(report, Mapping):
+        return report
+    return {**report, **{key: _with_nan(report[key]) for key in _MEASURED if key in report}}
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else value
 
 
 def _moments(sums: Check) -> Check:
