@@ -1,16 +1,21 @@
-"""Common parts of command lines: usage, errors in one line, and JSON."""
+"""Common parts of command lines: usage, errors in one line, streams, tables and JSON."""
 
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from zssvd_lightning.errors import ZSSVDError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +58,44 @@ def as_json(result: Mapping[str, Any]) -> str:
     if lost:
         logger.warning("not finite, and so null in the JSON: %s", ", ".join(lost))
     return text
+
+
+@contextmanager
+def streams(quiet: bool, as_json: bool = False) -> Iterator[None]:
+    """Keep stdout for the result within the context, and show nothing at all if `quiet`. Errors pass through."""
+    with ExitStack() as stack:
+        if quiet:
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.WARNING)
+        elif as_json:
+            stack.enter_context(redirect_stdout(sys.stderr))
+        yield
+
+
+def show(
+    result: Mapping[str, Any],
+    line: str,
+    quiet: bool,
+    only_json: bool = False,
+    table: "RenderableType | None" = None,
+) -> None:
+    """Print the result as JSON, or a table and a line about it, or nothing."""
+    if only_json:
+        typer.echo(as_json(result))
+    elif not quiet:
+        if table is not None:
+            print_table(table)
+        typer.echo(line)
+
+
+def print_table(table: "RenderableType", err: bool = False) -> None:
+    """Print a table to stdout, or with `err` to stderr."""
+    from rich.console import Console
+
+    Console(stderr=err).print(table)
 
 
 def _finite(value: Any, name: str, lost: list[str]) -> Any:
