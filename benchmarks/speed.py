@@ -10,10 +10,8 @@ share at width 2048, and within 1.20 times at the shapes of SmolLM2.
 
 import argparse
 import copy
-import inspect
 import json
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zssvd_lightning._files import replacing_file
 from zssvd_lightning.app.bench.counts import flops_of, weight_bytes
-from zssvd_lightning.app.bench.models import fill_at_random
+from zssvd_lightning.app.bench.forms import layers_at
 from zssvd_lightning.app.bench.results import machine
 from zssvd_lightning.app.bench.timing import Quartiles, turns
-from zssvd_lightning.layers.base import CompressedLinear
-from zssvd_lightning.layers.registry import KINDS
 
 SHAPES: dict[str, dict[str, tuple[int, int]]] = {
     "llama": {"q_proj": (2048, 2048), "k_proj": (512, 2048), "up_proj": (5632, 2048), "down_proj": (2048, 5632)},
@@ -44,25 +41,6 @@ TOKENS = {"decode": 1, "prefill": 512}
 MEMORY = 2**28
 """Bytes of dense layers that one turn in decode runs through, one copy after the other. They are more than caches hold,
 so that weights come from memory, as in a model."""
-
-
-def forms(m: int, n: int, kept: float, dtype: torch.dtype) -> Iterator[tuple[str, CompressedLinear]]:
-    """Yield the name of every form that has a rank, and a layer (m, n) of it with at most this share of the bytes."""
-    old = nn.Linear(n, m, bias=False, device="meta", dtype=dtype)
-    room = kept * weight_bytes(old)
-    for kind, form in KINDS.items():
-        takes = inspect.signature(form).parameters
-        if "rank" not in takes:
-            continue
-        for sizes in ({"ordered": True}, {"ordered": False}) if "ordered" in takes else ({},):
-
-            def size(rank: int, form: Any = form, sizes: dict[str, bool] = sizes) -> int:
-                return weight_bytes(form.like(old, rank=rank, **sizes))
-
-            rank = bisect_right(range(min(m, n)), room, key=size) - 1
-            if rank > 0:
-                name = kind if not sizes else f"{kind}{'' if sizes['ordered'] else ', not'} ordered"
-                yield name, form.like(old, rank=rank, **sizes)
 
 
 def measure(
@@ -98,11 +76,7 @@ def rows(family: str, device: str, dtype: torch.dtype, rounds: int) -> Iterator[
 
     for layer, (m, n) in SHAPES[family].items():
         for kept in KEPT:
-            every: dict[str, nn.Module] = {"dense": nn.Linear(n, m, bias=False, device=device, dtype=dtype)}
-            for name, form in forms(m, n, kept, dtype):
-                filled = form.to_empty(device=device)
-                fill_at_random(filled)
-                every[name] = filled.eval()
+            every = dict(layers_at(m, n, kept, dtype, device))
             for phase, tokens in TOKENS.items():
                 x = torch.randn(tokens, n, device=device, dtype=dtype)
                 flops = {name: flops_of(partial(each, x)) for name, each in every.items()}
@@ -161,8 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"  {name}: {share}")
     if asked.json is not None:
         told = {"machine": machine(asked.device), "torch": torch.__version__, "dtype": asked.dtype, "targets": TARGETS}
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps({**told, "met": met, "rows": found}, indent=2) + "\n", encoding="utf-8")
+        with replacing_file(asked.json) as file:
+            file.write_text(json.dumps({**told, "met": met, "rows": found}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
