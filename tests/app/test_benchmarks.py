@@ -73,8 +73,8 @@ def test_a_part_that_takes_too_long_or_fails_keeps_what_it_has_found():
         return [sys.executable, "-c", text]
 
     start = time.monotonic()
-    slow = list(gpu.in_time(code("print('{\"a\": 1}', flush=True); import time; time.sleep(300)"), 3))
-    assert slow == [{"a": 1}, {"error": "took longer than its limit of 3 seconds"}]
+    slow = list(gpu.in_time(code("print('{\"a\": 1}', flush=True); import time; time.sleep(300)"), 5))
+    assert slow == [{"a": 1}, {"error": "took longer than its limit of 5 seconds"}]
     assert time.monotonic() - start < 200
     failed = list(gpu.in_time(code("print('told'); print('{\"a\": 2}'); raise SystemExit(3)"), 60))
     assert failed == [{"a": 2}, {"error": "exit code 3; the reason is on stderr"}]

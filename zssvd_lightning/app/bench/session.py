@@ -129,6 +129,8 @@ class Session:
         seconds = {PREFILL: self._timed(self._run_prefill)}
         if self.decodes:
             seconds[DECODE] = self._timed(self._run_steps)
+        if not self._static:
+            self._cache = None
         return seconds
 
     def close(self) -> None:
