@@ -274,7 +274,7 @@ def test_other_families_decode():
     assert outcomes[0].flops[DECODE] > 0
 
 
-def test_what_cannot_be_measured_is_refused_by_name(workshop, tmp_path):
+def test_what_cannot_be_measured_is_refused_by_name(workshop, tmp_path, monkeypatch):
     with pytest.raises(ModelSourceError, match="T5ForConditionalGeneration has an encoder and a decoder"):
         abilities_of(tiny_t5().eval())
     with pytest.raises(ConfigError, match="context 64 and 16 decode steps are more than the 64 tokens"):
@@ -289,6 +289,12 @@ def test_what_cannot_be_measured_is_refused_by_name(workshop, tmp_path):
     tiny_llama(hidden_size=16).save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"was not compressed from .*q_proj is \(32, 32\), and is \(16, 16\) there"):
         from_folders([str(workshop / "compressed")], str(tmp_path / "other"), "float32", "cpu")
+    monkeypatch.setattr(models, "recorded_evaluation", lambda folder: {"dense": f"{tmp_path}/moved"})
+    with pytest.raises(ModelSourceError, match="the reports name it as the dense model; name another as --dense"):
+        from_folders([str(workshop / "compressed")], None, "float32", "cpu")
+    monkeypatch.setattr(models, "recorded_evaluation", lambda folder: {"dense": folder})
+    with pytest.raises(ConfigError, match="the models come from several dense ones"):
+        from_folders([str(workshop / "compressed"), str(workshop / "model")], None, "float32", "cpu")
     with pytest.raises(ConfigError, match="a model is named twice"):
         from_folders([str(workshop / "compressed")] * 2, None, "float32", "cpu")
     with pytest.raises(ModelSourceError, match=r"nowhere has no config\.json"):

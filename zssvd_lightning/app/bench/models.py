@@ -74,7 +74,7 @@ def from_folders(folders: Sequence[str], dense: str | None, dtype: str, device: 
     for name, source in zip(names, [base, *folders], strict=True):
         logger.info("%s: %s", name, source)
         with _room_for(source, device):
-            model = load_weights(source, dtype)
+            model = load_weights(source, dtype) if found or dense is not None else _loaded_base(source, dtype)
             nn.Module.to(model, device)
         nn.Module.eval(model)
         if not found and specs_of(model):
@@ -183,6 +183,14 @@ def _recorded_base(folders: Sequence[str]) -> str:
         told = ", ".join(f"{folder}: {base}" for folder, base in bases.items())
         raise ConfigError(f"the models come from several dense ones ({told}); name one as --dense, or run each apart")
     raise ConfigError(f"{', '.join(folders)}: no report there names the dense model; name it as --dense MODEL")
+
+
+def _loaded_base(source: str, dtype: str) -> PreTrainedModel:
+    """Load the dense model that reports name, which may have moved since."""
+    try:
+        return load_weights(source, dtype)
+    except ModelSourceError as error:
+        raise ModelSourceError(f"{error}; the reports name it as the dense model; name another as --dense") from error
 
 
 def _names(folders: Sequence[str]) -> list[str]:
