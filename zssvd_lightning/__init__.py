@@ -21,7 +21,7 @@ The packages, in the order in which data flows through them; imports run up this
     serving         vLLM
     evaluation      perplexity and zero-shot accuracy
     sources         models and texts from packages, files, the hub
-    app             command line, whole runs, comparisons, pictures
+    app             command line, whole runs, comparisons, speed, pictures
 
 Beside them: `errors` (every refusal by name), `_validation`, `_types`, `_yaml`, `_state_checks`, `_contexts`,
 `_numerics`, `_files`, `_resources` and `_registration`.

@@ -119,6 +119,20 @@ def check_output(path: str | Path, source: str | Path | None = None) -> Path:
     return path
 
 
+def check_file(path: str | Path) -> Path:
+    """Return the absolute path of a file if it may be written: missing, or a file.
+
+    Raises:
+        OutputError: the path is impossible, is a folder, or cannot be written.
+    """
+    path = checked_path(path, OutputError).absolute()
+    if path.is_dir():
+        raise OutputError(f"output {path} is a folder; name a file")
+    if not os.access(folder := _existing(path.parent), os.W_OK):
+        raise OutputError(f"output {path} cannot be written, because {folder} is not writable; name another file")
+    return path
+
+
 def _files(folder: Path) -> set[str]:
     """Return the names of files, links and empty folders inside, relative to the folder."""
     return {

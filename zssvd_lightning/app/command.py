@@ -1,12 +1,21 @@
-"""Common parts of command lines: usage, and errors in one line."""
+"""Common parts of command lines: usage, errors in one line, streams, tables and JSON."""
 
+import logging
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from zssvd_lightning._files import json_of
 from zssvd_lightning.errors import ZSSVDError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 
 HELP = {"-h", "--help"}
 
@@ -37,3 +46,41 @@ def start(main: Callable[..., None], usage: str | None, arguments: Sequence[str]
         raise SystemExit(0 if given else 2)
     with errors_in_one_line():
         main(*given)
+
+
+@contextmanager
+def streams(quiet: bool, as_json: bool = False) -> Iterator[None]:
+    """Keep stdout for the result within the context, and show nothing at all if `quiet`. Errors pass through."""
+    with ExitStack() as stack:
+        if quiet:
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.WARNING)
+        elif as_json:
+            stack.enter_context(redirect_stdout(sys.stderr))
+        yield
+
+
+def show(
+    result: Mapping[str, Any],
+    line: str,
+    quiet: bool,
+    only_json: bool = False,
+    table: "RenderableType | None" = None,
+) -> None:
+    """Print the result as JSON, or a table and a line about it, or nothing."""
+    if only_json:
+        typer.echo(json_of(result))
+    elif not quiet:
+        if table is not None:
+            print_table(table)
+        typer.echo(line)
+
+
+def print_table(table: "RenderableType", err: bool = False) -> None:
+    """Print a table to stdout, or with `err` to stderr."""
+    from rich.console import Console
+
+    Console(stderr=err).print(table)

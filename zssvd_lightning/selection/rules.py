@@ -99,6 +99,15 @@ def uniform(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     Raises:
         BudgetError: a rank is below the floor of its matrix.
     """
+    return of_ranks(matrices, budget, uniform_ranks(budget))
+
+
+def uniform_ranks(budget: Budget) -> dict[str, int]:
+    """Return the highest rank of each matrix at which it costs at most its share `1 - prune_ratio`.
+
+    Raises:
+        BudgetError: a rank is below the floor of its matrix.
+    """
     ranks = {}
     for name, (m, n) in budget.shapes.items():
         ranks[name] = bisect_right(budget.costs(name), (1 - budget.prune_ratio) * budget.reference(name) + 1e-9) - 1
@@ -107,7 +116,7 @@ def uniform(matrices: Mapping[str, Components], budget: Budget) -> Selection:
                 f"uniform ranks give {name} ({m}, {n}) rank {ranks[name]}, below its floor {budget.floor(name)}; "
                 "lower min_rank_fraction or prune_ratio, or use a global selection"
             )
-    return of_ranks(matrices, budget, ranks)
+    return ranks
 
 
 def effective_rank(matrices: Mapping[str, Components], budget: Budget) -> Selection:
