@@ -53,6 +53,8 @@ def _wrong(name: str, kept: Any, components: int, budget: Budget, *, eight_bit: 
         return None
     if len(kept) < budget.floor(name):
         return f"its lowest rank is {budget.floor(name)}"
+    if len(kept) % (step := budget.step(name)):
+        return f"with rank_multiple {budget.rank_multiple} its rank must be a multiple of {step}"
     if not budget.is_low_rank(name, len(kept), eight_bit=eight_bit):
         highest = budget.highest_rank(name, eight_bit=eight_bit)
         return f"above rank {highest} it is larger than dense; return None for a dense layer"

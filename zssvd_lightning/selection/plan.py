@@ -79,6 +79,7 @@ class Plan:
             present: form of those that are low-rank already. None if the budget has them all.
         """
         ranks = {name: selection.rank(name) for name in budget.shapes}
+        budget = _of_any_rank(budget)
         plan = cls._of_ranks(ranks, selection.eight_bit, budget, selection.drifts)
         low_rank = budget.present if present is None else present
         every = replace(budget, shapes=shapes or budget.shapes, planned=True, present=low_rank)
@@ -94,6 +95,7 @@ class Plan:
             PlanError: the file is missing, is not a plan, or does not match the layers, storage or unit of `budget`.
                 The message says which.
         """
+        budget = _of_any_rank(budget)
         layers = _layers(Path(path), budget)
         if others := sorted(layers.keys() ^ budget.shapes.keys()):
             raise PlanError(
@@ -146,7 +148,7 @@ class Plan:
     def _select(self, matrices: Mapping[str, Components], budget: Budget) -> Selection:
         full = {name: len(components.sigma) for name, components in matrices.items()}
         ranks = {name: full[name] if k is None else k for name, k in self.ranks.items() if name in matrices}
-        return of_ranks(matrices, budget, ranks, self.eight_bit & matrices.keys())
+        return of_ranks(matrices, _of_any_rank(budget), ranks, self.eight_bit & matrices.keys())
 
     def _entry(self, name: str) -> dict[str, Any]:
         rank, shape = self.ranks[name], self.shapes[name]
@@ -157,6 +159,11 @@ class Plan:
         if self.drifts is not None and name in self.drifts:
             entry["first_order_sum"] = float(f"{self.drifts[name]:.3g}")
         return entry | {"shape": list(shape)}
+
+
+def _of_any_rank(budget: Budget) -> Budget:
+    """Return the budget of a plan: its ranks are followed as they are, whether or not they are multiples."""
+    return replace(budget, planned=True, rank_multiple=1)
 
 
 def check_plan_output(path: str | Path) -> Path:
