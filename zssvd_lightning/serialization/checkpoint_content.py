@@ -58,6 +58,7 @@ _REPORT = entries(
         "file_bytes": optional(mapped(number)),
         "peak_rss_bytes": whole,
         "left_dense": mapped(text),
+        "rank_multiple": whole,
         "seed": optional(whole),
         "config": mapped(anything),
     },
@@ -70,6 +71,7 @@ _REPORT = entries(
         "perplexity_second",
         "file_bytes",
         "left_dense",
+        "rank_multiple",
     ),
 )
 
