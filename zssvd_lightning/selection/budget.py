@@ -27,8 +27,8 @@ FEWEST_STEPS = 16
 class Budget:
     """Amount to remove, and the ranks each matrix may get.
 
-    A matrix gets a rank of `ranks`, or stays as it is. Costs are in `unit`. The argument `eight_bit` of the methods states which matrices are stored in 8 bits, for storage
-    that leaves this choice to selection.
+    A matrix gets a rank of `ranks`, or stays as it is. Costs are in `unit`. The argument `eight_bit` of the methods
+    states which matrices are stored in 8 bits, for storage that leaves this choice to selection.
 
     Raises:
         BudgetError: the lowest allowed ranks prevent reaching `prune_ratio`, or the storage alone or an earlier

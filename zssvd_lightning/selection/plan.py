@@ -67,7 +67,7 @@ class Plan:
     present: frozenset[str] = frozenset()
     """Names of the layers that are low-rank already."""
     rank_multiple: int = 1
-    """Number whose multiples selection chose from. 1 for a plan read from a file, whose ranks are followed as they are."""
+    """Number whose multiples selection chose from. 1 for a plan read from a file, which may have any ranks."""
 
     @classmethod
     def of(

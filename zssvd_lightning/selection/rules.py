@@ -6,8 +6,8 @@ nothing else about storage. Greedy rules differ in the order in which a matrix o
 (`queues`) that picks the next ones; `_drop_until_met` does the rest. The other rules state the loss or weight of each
 rank, and `knapsack` or `proportional` solves for all matrices together.
 
-Ranks are those of `Budget.ranks`. With `rank_multiple` 1, every rule is the published one. With more, a matrix gains and
-loses whole steps: a greedy rule orders the steps by the mean over their components of what it orders components by.
+Ranks are those of `Budget.ranks`. With `rank_multiple` 1, every rule is the published one. With more, a matrix gains
+and loses whole steps: a greedy rule orders steps by the mean over their components of what it orders components by.
 """
 
 from bisect import bisect_right
