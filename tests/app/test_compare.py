@@ -27,7 +27,7 @@ from zssvd_lightning import CompressionConfig, compress
 from zssvd_lightning.app.cli import main
 from zssvd_lightning.app.compare import CompareConfig, Results, compare
 from zssvd_lightning.app.compare.arguments import Cell, Comparison, Settings, read_arguments
-from zssvd_lightning.app.compare.cell import perform, read_job, sources
+from zssvd_lightning.app.compare.cell import perform, read_job, sources, write_result
 from zssvd_lightning.app.compare.folder import alone_in
 from zssvd_lightning.app.compare.picture import HIGHEST, NARROWEST, Curve, draw
 from zssvd_lightning.app.run_config import EvaluateConfig, ModelConfig
@@ -700,6 +700,27 @@ def test_the_published_cells_are_those_of_the_commands_in_the_readme(model, pres
                 assert settings[group] is None
             else:  # settings that came later have no part in this
                 assert {key: settings[group][key] for key in values} == values
+
+
+@pytest.mark.parametrize(("multiple", "repeated"), [(1, []), (2, ["zero-sum-0.3-0"])])
+def test_results_from_before_rank_multiples_are_those_of_any_rank(run, multiple, repeated):
+    asked = ["zero-sum", "prune_ratios=[0.3]", "seeds=[0]", "share_calibration=false"]
+    jobs = []
+
+    def before(job):
+        """Write a result as an earlier release did, without doing the work."""
+        jobs.append(Path(job.result).stem)
+        found = {"perplexity": 2.0, "reached": 0.3, "seconds": {}, "peak_rss_bytes": 1, "evaluate_seconds": 1.0}
+        write_result(job, sources(job.settings), found)
+        told = json.loads(Path(job.result).read_text())
+        (told["settings"]["compression"] or {}).pop("rank_multiple", None)
+        Path(job.result).write_text(json.dumps(told))
+        return 0
+
+    run(*asked, "compression.rank_multiple=1", runner=before)
+    assert jobs == ["dense", "zero-sum-0.3-0"]
+    run(*asked, f"compression.rank_multiple={multiple}", runner=before)
+    assert jobs[2:] == repeated
 
 
 def test_settings_given_as_arguments_win_over_presets(workshop):

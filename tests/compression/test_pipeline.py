@@ -58,6 +58,20 @@ def test_every_family_ends_with_the_parameters_that_were_asked_for(family):
     assert all(p.grad is not None for m in layers.values() for p in m.parameters())
 
 
+@pytest.mark.parametrize("preset", ["best", "mpifa"])
+def test_ranks_are_multiples_after_a_correction(preset):
+    settings = {"preset": preset, "corrections": 1, "correction_batches": 2, "rank_multiple": 8}
+    model = tiny_llama(hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    report = compress(model, token_batches(), prune_ratio=0.4, progress=False, **settings)
+    ranks = {name: layer.rank for name, layer in report.layers.items() if layer.rank is not None}
+    assert ranks
+    assert report.reached >= 0.4
+    for name, rank in ranks.items():
+        assert rank % {64: 4, 32: 2}[min(report.layers[name].shape)] == 0
+    assert report.rank_multiple == 8
+    assert "of a rank that is a multiple of 8" in str(report)
+
+
 @pytest.mark.parametrize("corrections", [0, 1, 5, 10])
 def test_any_number_of_corrections(corrections):
     report = run(tiny_llama(), corrections=corrections)

@@ -80,8 +80,17 @@ def test_numbers_that_are_not_finite_are_null_on_disk(tmp_path, caplog):
 def test_reports_of_earlier_releases_are_read():
     saved = report().to_dict()
     saved["predicted_drift"] = saved.pop("first_order_sum")
-    del saved["prune_ratio"]["counted_over"]
+    del saved["prune_ratio"]["counted_over"], saved["rank_multiple"]
     assert Report.from_dict(saved) == report()
+
+
+def test_the_table_counts_ranks_that_are_multiples():
+    layers = {str(rank): LayerReport(rank, (200, 200), 1000) for rank in (8, 24, 12, None)}
+    told = report(layers=layers, rank_multiple=8)
+    assert Report.from_dict(told.to_dict()) == told
+    (line,) = [line for line in str(told).splitlines() if "multiple of 8" in line]
+    assert "2 of 3" in line
+    assert "multiple" not in str(report(layers=layers))
 
 
 def test_text_is_the_table_without_details():

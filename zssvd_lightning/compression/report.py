@@ -89,6 +89,8 @@ class Report:
     """Reference of `asked` and `reached`: the `dense` targets, or the `present` ones as they were just before."""
     parameters_dense: int = 0
     """Parameters of the targets if they were dense. If not given, those before."""
+    rank_multiple: int = 1
+    """Requested multiple of the ranks. Small layers may have a finer one, and a plan any ranks."""
     peak_rss_bytes: int = 0
     """Peak resident memory of the process so far (bytes)."""
     left_dense: Mapping[str, str] = field(default_factory=dict)
@@ -128,6 +130,7 @@ class Report:
             ratio_of=run.budget.ratio_of,
             parameters_after=counted.kept(ranks, selection.eight_bit),
             budget_in=run.budget.unit,
+            rank_multiple=config.rank_multiple,
             budget_of=config.budget_of,
             reached=run.budget.reached(ranks, selection.eight_bit) * of_model,
             model_parameters_before=run.coverage.model_parameters,
@@ -196,6 +199,7 @@ class Report:
                 "counted_over": self.budget_of,
                 "ratio_of": self.ratio_of,
             },
+            "rank_multiple": self.rank_multiple,
             "parameters": {
                 "dense": self.parameters_dense,
                 "before": self.parameters_before,
@@ -240,6 +244,7 @@ class Report:
             reached=saved["prune_ratio"]["reached"],
             ratio_of=saved["prune_ratio"].get("ratio_of", "dense"),
             parameters_dense=saved["parameters"].get("dense", 0),
+            rank_multiple=saved.get("rank_multiple", 1),
             peak_rss_bytes=saved["peak_rss_bytes"],
             left_dense=saved.get("left_dense", {}),
             seed=saved["seed"],
@@ -313,8 +318,11 @@ class Report:
         )
         if self.file_bytes:
             table.add_row("file size", *(f"{self.file_bytes[k] / 1e6:.1f} MB" for k in ("dense", "compressed")))
-        low_rank = sum(layer.rank is not None for layer in self.layers.values())
-        table.add_row("low-rank layers", "" if self.compresses_again else "0", f"{low_rank} of {len(self.layers)}")
+        ranks = [layer.rank for layer in self.layers.values() if layer.rank is not None]
+        table.add_row("low-rank layers", "" if self.compresses_again else "0", f"{len(ranks)} of {len(self.layers)}")
+        if ranks and self.rank_multiple > 1:
+            multiples = sum(rank % self.rank_multiple == 0 for rank in ranks)
+            table.add_row(f"  of a rank that is a multiple of {self.rank_multiple}", "", f"{multiples} of {len(ranks)}")
         if self.coverage is not None:
             table.add_section()
             for part in self.coverage.left_alone:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from zssvd_lightning.compression.engine import Compression
-from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.config.compression import CompressionConfig, settings_of_saved
 from zssvd_lightning.decomposition.decompose import Decomposition
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.selection.budget import Shape
@@ -118,7 +118,7 @@ def refuse_other(
 ) -> None:
     """Raise CheckpointError if a saved compression had other settings or other layers."""
     mine = asdict(config)
-    saved = asdict(CompressionConfig()) | state["config"]  # checkpoints of earlier releases lack newer settings
+    saved = settings_of_saved(state["config"])
     differing = [f"{key} was {saved[key]!r} and is {mine[key]!r}" for key in mine if saved[key] != mine[key]]
     if differing:
         raise CheckpointError(

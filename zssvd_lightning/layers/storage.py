@@ -170,7 +170,7 @@ class Storage:
 
         Above `highest_rank` it stays as it is.
         """
-        return _costs(self, m, n, unit, present)
+        return costs_in_steps(self, m, n, unit, present)
 
     def highest_rank(self, m: int, n: int, unit: str = "parameters", present: Present | None = None) -> int:
         """Return the largest rank at which (m, n) costs less than if it stays as it is, or 0 if there is none.
@@ -184,9 +184,19 @@ class Storage:
 
 
 @lru_cache(maxsize=1024)
-def _costs(storage: Storage, m: int, n: int, unit: str, present: Present | None) -> tuple[int, ...]:
-    highest = storage.highest_rank(m, n, unit, present)
-    low_rank = [storage.low_rank_cost(m, n, k, unit) for k in range(highest + 1)]
+def costs_in_steps(
+    storage: Storage, m: int, n: int, unit: str, present: Present | None = None, step: int = 1
+) -> tuple[int, ...]:
+    """Return the cost of (m, n) at each number of components from 0 to all, raised to the next multiple of `step`.
+
+    Above the largest multiple that is at most `Storage.highest_rank`, it stays as it is.
+
+    Example:
+        >>> costs_in_steps(STORAGES["factors"], 6, 4, "parameters", step=2)
+        (0, 20, 20, 24, 24)
+    """
+    highest = storage.highest_rank(m, n, unit, present) // step * step
+    low_rank = [storage.low_rank_cost(m, n, -(-k // step) * step, unit) for k in range(highest + 1)]
     return (*low_rank, *[storage.stay_cost(m, n, unit, present)] * (min(m, n) - highest))
 
 

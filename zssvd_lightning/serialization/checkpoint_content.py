@@ -59,6 +59,7 @@ _REPORT = entries(
         "file_bytes": optional(mapped(number)),
         "peak_rss_bytes": whole,
         "left_dense": mapped(text),
+        "rank_multiple": whole,
         "seed": optional(whole),
         "config": mapped(anything),
     },
@@ -71,6 +72,7 @@ _REPORT = entries(
         "perplexity_second",
         "file_bytes",
         "left_dense",
+        "rank_multiple",
     ),
 )
 

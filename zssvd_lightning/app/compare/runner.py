@@ -27,7 +27,7 @@ from zssvd_lightning.app.compare.arguments import Cell, Comparison, Settings, re
 from zssvd_lightning.app.compare.cell import Job, gathering_result, read_result, sources, versions, write_result
 from zssvd_lightning.app.compare.folder import CALIBRATION, CELLS, alone_in, check_folder, clear_unfinished, is_own
 from zssvd_lightning.app.compare.results import Results, write_results
-from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.config.compression import CompressionConfig, settings_of_saved
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.evaluation import zero_shot
 
@@ -253,7 +253,18 @@ class _Course:
 def _told(path: Path, settings: Settings) -> dict[str, Any] | None:
     """Return the result or error of the job with these settings; None if the file has neither."""
     told = read_result(path)
-    return told if told is not None and told.get("settings") == json.loads(json.dumps(asdict(settings))) else None
+    return told if told is not None and _with_later(told.get("settings")) == _plain(settings) else None
+
+
+def _plain(settings: Settings) -> Any:
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def _with_later(told: Any) -> Any:
+    """Return the settings of a result, with those of the compression that did not exist when it was written."""
+    if not isinstance(told, dict) or not isinstance(told.get("compression"), dict):
+        return told
+    return told | {"compression": settings_of_saved(told["compression"])}
 
 
 def _finished(path: Path, settings: Settings) -> dict[str, Any] | None:
