@@ -1,8 +1,9 @@
 """Time of a whole compression against a plain forward and backward over the calibration batches, in one run.
 
 `python benchmarks/bench.py CONFIG [key=value ...]`; model load and evaluation are left aside. `ratio` is over the
-calibration batches, `ratio_with_correction_batches` over those and the correction batches at the same speed. Half of the plain batches
-run before the compression and half after it, so that a machine that slows down or warms up hits both alike.
+calibration batches, `ratio_with_correction_batches` over those and the correction batches at the same speed. Half of
+the plain batches run before the compression and half after it, so that a machine that slows down or warms up hits both
+alike.
 """
 
 import json
