@@ -264,8 +264,11 @@ class StatisticsCollector:
         return next(iter(self._targets.values())).weight.device
 
     def _generator(self) -> torch.Generator:
-        """Return a generator seeded by batch and process; a batch repeated after a restart gets the same draws."""
-        return torch.Generator(self._device).manual_seed(self._batch * self._team.size + self._team.rank)
+        """Return a generator seeded by batch and process; a batch repeated after a restart gets the same draws.
+
+        It is one of the CPU, so that the draws are the same on every device.
+        """
+        return torch.Generator().manual_seed(self._batch * self._team.size + self._team.rank)
 
     @property
     def _batch(self) -> int:

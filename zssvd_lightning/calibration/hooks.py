@@ -114,7 +114,7 @@ class Observation:
         Args:
             model: the model that returns the logits.
             draw: function that draws gradients from logits.
-            generator: random number generator for `draw`.
+            generator: random number generator of the CPU for `draw`.
         """
 
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
