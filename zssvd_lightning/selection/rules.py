@@ -108,7 +108,7 @@ def uniform(matrices: Mapping[str, Components], budget: Budget) -> Selection:
 
 
 def uniform_ranks(budget: Budget) -> dict[str, int]:
-    """Return the highest rank of each matrix at which it costs at most its share `1 - prune_ratio`.
+    """Return the ranks of `uniform`: each matrix costs about its share `1 - prune_ratio`, and all together at most that.
 
     Raises:
         BudgetError: a rank is below the floor of its matrix.
