@@ -16,7 +16,8 @@ from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import NonFiniteError
 from zssvd_lightning.layers.base import Dense, carry_hooks
 from zssvd_lightning.layers.low_rank import LowRankLinear
-from zssvd_lightning.layers.pivoted import PivotForm
+from zssvd_lightning.layers.pivoted import PivotedLinear, PivotForm
+from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
 from zssvd_lightning.layers.pivots import Pivots, choose_pivots
 from zssvd_lightning.layers.registry import Factored, form_for, trained_form
 from zssvd_lightning.model.targets import local_part
@@ -53,8 +54,8 @@ def low_rank_layer(
 
 
 def pivoted_layer(
-    old: Dense, factors: Factors, bias: Tensor | None, pivots: Pivots, form: type[PivotForm]
-) -> PivotForm:
+    old: Dense, factors: Factors, bias: Tensor | None, pivots: Pivots, form: type[PivotedLinear | ColumnPivotedLinear]
+) -> Factored:
     """Return the pivoted layer that replaces `old`, as in `low_rank_layer`. `pivots` are those of `form.basis`."""
     new = form.like(old, rank=len(factors.down)).to_empty(device=factors.up.device)
     new.fill(*factors, bias, *pivots)
@@ -123,7 +124,7 @@ class TruncatedWeights:
         bias = None if old.bias is None else self._team.whole(local_part(old.bias.detach()), len(old.bias))
         with _exact_on(factors.up.device):
             form = form_for(self._kind, *self._targets[name].shape)
-            if issubclass(form, PivotForm):
+            if not issubclass(form, LowRankLinear):
                 # processes may round differently and would then choose different pivots
                 pivots = self._team.decide_on_first(
                     lambda: choose_pivots(form.basis(*factors)).to("cpu", old.weight.dtype)

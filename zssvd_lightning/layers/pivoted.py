@@ -181,7 +181,7 @@ class PivotedLinear(PivotForm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., n) to (..., m)."""
-        if not torch.jit.is_scripting() and not torch.compiler.is_compiling() and self._can_write_once(x):
+        if not torch.jit.is_scripting() and self._can_write_once(x):  # type: ignore[attr-defined]
             return self._written_once(x)
         order, bias = self.order, self.bias  # as local variables, torch.jit.script knows their types
         z = self.pivots(x)
@@ -192,7 +192,7 @@ class PivotedLinear(PivotForm):
 
     @torch.jit.unused
     def _can_write_once(self, x: Tensor) -> bool:
-        return _runs_plainly(x) and all(map(is_plain, self.children()))
+        return not torch.compiler.is_compiling() and _runs_plainly(x) and all(map(is_plain, self.children()))
 
     @torch.jit.unused
     def _written_once(self, x: Tensor) -> Tensor:
@@ -228,6 +228,6 @@ def _runs_plainly(x: Tensor) -> bool:
         and type(x) in (Tensor, nn.Parameter)
         and not x.is_meta
         and not torch.is_autocast_enabled(x.device.type)
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and torch._C._functorch.peek_interpreter_stack() is None  # noqa: SLF001
     )

@@ -80,20 +80,20 @@ class ColumnPivotedLinear(PivotForm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., n) to (..., m)."""
-        if not torch.jit.is_scripting() and not torch.compiler.is_compiling() and self._has_plain_mixing():
+        if not torch.jit.is_scripting() and self._has_plain_mixing():  # type: ignore[attr-defined]
             return self._added_in_product(x)
         order = self.order  # as a local variable, torch.jit.script knows its type
         if order is not None:
             x = x.index_select(-1, order)
         if self.mixing is not None:
-            first, others = x.split([self.mixing.out_features, self.mixing.in_features], -1)
+            first, others = torch.split(x, [self.mixing.out_features, self.mixing.in_features], -1)
             x = first + self.mixing(others)
         y: Tensor = self.columns(x)
         return y
 
     @torch.jit.unused
     def _has_plain_mixing(self) -> bool:
-        return self.mixing is not None and is_plain(self.mixing)
+        return not torch.compiler.is_compiling() and self.mixing is not None and is_plain(self.mixing)
 
     @torch.jit.unused
     def _added_in_product(self, x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class ColumnPivotedLinear(PivotForm):
         rows = x.reshape(-1, x.shape[-1])
         if self.order is not None:
             rows = rows.index_select(-1, self.order)
-        first, others = rows.split([self.rank, self.in_features - self.rank], -1)
+        first, others = torch.split(rows, [self.rank, self.in_features - self.rank], -1)
         z = torch.addmm(first, others, self.mixing.weight.t())  # type: ignore[union-attr]
         y: Tensor = self.columns(z)
         return y.view(*x.shape[:-1], self.out_features)

@@ -100,7 +100,8 @@ def coefficients(up: Tensor, order: Tensor) -> Tensor:
         return others
     LU, swaps, _ = torch.linalg.lu_factor_ex(pivots)
     if LU.diagonal().abs().min() > _tolerance(A):
-        return torch.linalg.lu_solve(LU, swaps, others, left=False)
+        C: Tensor = torch.linalg.lu_solve(LU, swaps, others, left=False)
+        return C
     U, S, _ = torch.linalg.svd(pivots)
     r = int((S / S.max() > _tolerance(A)).sum())
     rows, within = _eliminated(U[:, :r])[:2]

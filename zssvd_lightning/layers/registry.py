@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 from zssvd_lightning.layers.base import CompressedLinear, Dense, shape_of, take_after, type_of
 from zssvd_lightning.layers.int8 import Int8Linear, Int8LowRankLinear
 from zssvd_lightning.layers.low_rank import LowRankLinear
-from zssvd_lightning.layers.pivoted import PivotedLinear, PivotForm
+from zssvd_lightning.layers.pivoted import PivotedLinear
 from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
 
-Factored = LowRankLinear | PivotForm
+Factored = LowRankLinear | PivotedLinear | ColumnPivotedLinear
 """Layers whose factors can be trained."""
 
 
@@ -26,7 +26,7 @@ KINDS: dict[str, type[CompressedLinear]] = {
 """Layer classes by the name in saved configs."""
 
 
-def trained_form(kind: str) -> type[LowRankLinear] | type[PivotForm]:
+def trained_form(kind: str) -> type[Factored]:
     """Return the layer class of a kind that holds trainable factors. Raises TypeError for other kinds."""
     form = KINDS[kind]
     if not issubclass(form, Factored):
@@ -34,7 +34,7 @@ def trained_form(kind: str) -> type[LowRankLinear] | type[PivotForm]:
     return form
 
 
-def form_for(kind: str, m: int, n: int) -> type[LowRankLinear] | type[PivotForm]:
+def form_for(kind: str, m: int, n: int) -> type[Factored]:
     """Return the layer class for a matrix (m, n) in a storage whose layers are of this kind.
 
     Kind `pivoted` stands for both sides. Pivot columns are taken if the inputs are not more than the outputs, since
