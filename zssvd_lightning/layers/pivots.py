@@ -74,7 +74,7 @@ def choose_pivots(up: Tensor) -> Pivots:
     if r < k:
         C = torch.cat([C[k - r :], C.new_zeros(m - k, k - r)], 1)
     pivots, others = rows[:k].argsort(), rows[k:].argsort()
-    return Pivots(torch.cat([rows[:k][pivots], rows[k:][others]]), C[others][:, pivots])
+    return Pivots(torch.cat([rows[:k][pivots], rows[k:][others]]), C[others[:, None], pivots])
 
 
 @torch.no_grad()
@@ -146,7 +146,8 @@ def _exchanged(rows: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     k = C.shape[1]
     left = EXCHANGES * k
     while C.numel():
-        largest = C.abs().amax(1)
+        least, most = torch.aminmax(C, dim=1)  # without a copy of the size of C, as `abs` would make
+        largest = torch.maximum(most, -least)
         found = largest.topk(min(CANDIDATES, len(C)))
         tried = found.indices[found.values > BOUND]
         if not len(tried):
