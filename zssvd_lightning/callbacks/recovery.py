@@ -228,7 +228,7 @@ def _possible_forms(classes: Mapping[str, type[Factored]], compression: Compress
         else:
             highest = max(budget.highest_rank(name, eight_bit=choice) for choice in budget.bit_choices)
             ranks = [highest, *(min(highest, size // 2) for size in target.shape)]
-        found[name] = [classes[name].like(target.module, rank=rank) for rank in dict.fromkeys(ranks) if rank]
+        found[name] = [classes[name].like(target.module, rank=rank) for rank in ranks if rank]
     return found
 
 
