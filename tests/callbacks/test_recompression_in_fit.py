@@ -123,7 +123,8 @@ def test_a_fit_resumes_to_the_same_weights_from_checkpoints_with_the_low_rank_la
         saved = torch.load(path, weights_only=True)
         (state,) = [state for key, state in saved["callbacks"].items() if key.startswith("ZSSVD")]
         phases.add(state["phase"])
-        names = {name.removesuffix(f".{end}.weight") for name in saved["state_dict"] for end in ("down", "pivots")}
+        ends = ("down", "pivots", "columns")
+        names = {name.removesuffix(f".{end}.weight") for name in saved["state_dict"] for end in ends}
         assert ranks.keys() <= names
         resumed = copy.deepcopy(start)
         fit(resumed, ckpt_path=path)

@@ -16,8 +16,10 @@ from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import NonFiniteError
 from zssvd_lightning.layers.base import Dense, carry_hooks
 from zssvd_lightning.layers.low_rank import LowRankLinear
-from zssvd_lightning.layers.pivoted import PivotedLinear, pivots_first
-from zssvd_lightning.layers.registry import Factored, trained_form
+from zssvd_lightning.layers.pivoted import PivotedLinear, PivotForm
+from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
+from zssvd_lightning.layers.pivots import Pivots, choose_pivots
+from zssvd_lightning.layers.registry import Factored, form_for, trained_form
 from zssvd_lightning.model.targets import local_part
 from zssvd_lightning.selection.storages import STORAGES
 
@@ -52,11 +54,11 @@ def low_rank_layer(
 
 
 def pivoted_layer(
-    old: Dense, factors: Factors, bias: Tensor | None, rows: Tensor, form: type[PivotedLinear] = PivotedLinear
-) -> PivotedLinear:
-    """Return the pivoted layer that replaces `old`, as in `low_rank_layer`. `rows` comes from `pivots_first`."""
+    old: Dense, factors: Factors, bias: Tensor | None, pivots: Pivots, form: type[PivotedLinear | ColumnPivotedLinear]
+) -> Factored:
+    """Return the pivoted layer that replaces `old`, as in `low_rank_layer`. `pivots` are those of `form.basis`."""
     new = form.like(old, rank=len(factors.down)).to_empty(device=factors.up.device)
-    new.fill(*factors, bias, rows)
+    new.fill(*factors, bias, *pivots)
     carry_hooks(new, old)
     return new
 
@@ -64,7 +66,7 @@ def pivoted_layer(
 class TruncatedWeights:
     """Factors of all truncated layers, or this process's part of them, as its team determines.
 
-    Factors have the type of the weights. With storage `pivoted` they have a wider type, so that the pivot rows and
+    Factors have the type of the weights. With storage `pivoted` they have a wider type, so that the pivots and
     coefficients computed from them are rounded only once.
 
     Args:
@@ -77,7 +79,8 @@ class TruncatedWeights:
 
     def __init__(self, layers: LayerSet, storage: str = "factors") -> None:
         self._targets, self._team = layers, layers.team
-        self._form = trained_form(STORAGES[storage].layer)
+        self._kind = STORAGES[storage].layer
+        self._pivots = issubclass(trained_form(self._kind), PivotForm)
         self.held: dict[str, Factors] = {}
         self._known_finite = False
 
@@ -120,11 +123,14 @@ class TruncatedWeights:
         old, factors = self._targets[name].module, self._whole(name)
         bias = None if old.bias is None else self._team.whole(local_part(old.bias.detach()), len(old.bias))
         with _exact_on(factors.up.device):
-            if issubclass(self._form, PivotedLinear):
-                # processes may round differently and would then choose different rows
-                rows = self._team.decide_on_first(lambda: pivots_first(factors.up))
-                return pivoted_layer(old, factors, bias, rows, self._form)
-            return low_rank_layer(old, factors, bias, self._form)
+            form = form_for(self._kind, *self._targets[name].shape)
+            if not issubclass(form, LowRankLinear):
+                # processes may round differently and would then choose different pivots
+                pivots = self._team.decide_on_first(
+                    lambda: choose_pivots(form.basis(*factors)).to("cpu", old.weight.dtype)
+                )
+                return pivoted_layer(old, factors, bias, pivots, form)
+            return low_rank_layer(old, factors, bias, form)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """Return the factors by layer name, in the form the team saves. Collective."""
@@ -152,7 +158,7 @@ class TruncatedWeights:
         """Return an empty tensor with the device and type of a layer's factors."""
         weight = self._targets[name].weight
         wide = accumulated(weight.dtype)
-        return weight.new_empty(0, dtype=wide if issubclass(self._form, PivotedLinear) else weight.dtype)
+        return weight.new_empty(0, dtype=wide if self._pivots else weight.dtype)
 
     def refuse_non_finite(self) -> None:
         """Raise NonFiniteError unless the factors of all layers are finite. Runs before the first layer. Collective."""

@@ -71,11 +71,13 @@ def factors(m: int, n: int, k: int) -> Kept:
 def pivoted(m: int, n: int, k: int) -> Kept:
     """Count k pivot rows (k, n), the coefficients of the other rows (m - k, k) and the order: `PivotedLinear`.
 
+    Pivot columns take as many numbers. The order is that of the smaller side; see `form_for`.
+
     Example:
         >>> pivoted(m=6, n=4, k=2).wide
         16
     """
-    return Kept(wide=k * (m + n - k), beside=4 * m, products=k * (m + n - k))
+    return Kept(wide=k * (m + n - k), beside=4 * min(m, n), products=k * (m + n - k))
 
 
 def remapped(m: int, n: int, k: int) -> Kept:
@@ -127,7 +129,8 @@ class Storage:
     in_8_bits: Optional["Storage"] = None
     """The 8-bit alternative, if the selection rule chooses it for each matrix; None otherwise."""
     layer: str = "low_rank"
-    """Kind of the layers that hold factors and are trained: a subclass of `LowRankLinear` or `PivotedLinear`."""
+    """Kind of the layers that hold factors and are trained: a subclass of `LowRankLinear` or `PivotForm`. With
+    `pivoted`, the shape of each matrix decides between rows and columns; see `registry.form_for`."""
     rounded: Callable[["LowRankLinear"], "CompressedLinear"] | None = None
     """Function that returns a low-rank layer in 8 bits, at the end of training. None if it keeps its type."""
     rounded_dense: Callable[["Dense"], "CompressedLinear"] | None = None

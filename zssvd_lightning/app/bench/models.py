@@ -22,7 +22,7 @@ from zssvd_lightning.hub.model_classes import class_named
 from zssvd_lightning.layers.base import CompressedLinear, Dense, shape_of
 from zssvd_lightning.layers.int8 import LARGEST_CODE
 from zssvd_lightning.layers.low_rank import LowRankLinear
-from zssvd_lightning.layers.registry import trained_form
+from zssvd_lightning.layers.registry import form_for
 from zssvd_lightning.model.replace import inside_compressed, replace_module
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.budget import Budget
@@ -153,7 +153,7 @@ def random_layer(old: Dense, rank: int, storage: str) -> CompressedLinear:
         storage: storage by name.
     """
     form = STORAGES[storage]
-    new = trained_form(form.layer).like(old, rank=rank).to_empty(device=old.weight.device)
+    new = form_for(form.layer, *shape_of(old)).like(old, rank=rank).to_empty(device=old.weight.device)
     fill_at_random(new)
     if form.rounded is not None and isinstance(new, LowRankLinear):
         return form.rounded(new)
