@@ -108,7 +108,7 @@ def uniform(matrices: Mapping[str, Components], budget: Budget) -> Selection:
 
 
 def uniform_ranks(budget: Budget) -> dict[str, int]:
-    """Return the ranks of `uniform`: each matrix costs about its share `1 - prune_ratio`, and all together at most that.
+    """Return the ranks of `uniform`: each matrix costs about its share, and all together at most `1 - prune_ratio`.
 
     Raises:
         BudgetError: a rank is below the floor of its matrix.
