@@ -279,7 +279,8 @@ def test_low_rank_layers_that_are_not_reached_count_in_a_budget_of_the_model_as_
     assert found.layers == wanted.layers
     assert (found.reached, found.model_parameters_after) == (wanted.reached, wanted.model_parameters_after)
     assert found.model_parameters_after == sum(p.numel() for p in first.parameters())
-    assert_same_state(state_of(first), state_of(second))
+    for name in ("first", "second", "third"):
+        torch.testing.assert_close(first[name].weight, second[name].weight)
     assert all(torch.equal(value, factors[name]) for name, value in first["third"].state_dict().items())
 
 

@@ -144,8 +144,8 @@ def calibrate(
         every = checked(batches, 0, so_many(batches, calibration_batches), Phase.CALIBRATE, progress=progress)
         guard = safeguard_of(model, reading)
         observe(model, statistics, kept_back(every, guard), Phase.CALIBRATE, reading)
+        warn_of_unreached_in(statistics, layers, config, sum(p.numel() for p in model.parameters()))
         check_terms(guard.measure, guard.batches, Team())
-    warn_of_unreached_in(statistics, layers, config, sum(p.numel() for p in model.parameters()))
     statistics.moments.output_side, statistics.moments.watched = config.watches_outputs, list(layers)
     return statistics.moments
 
@@ -174,8 +174,9 @@ def plan(
             gather(run, batches, stage.gathers, calibration_batches, reading)
             run.take(stage)
         gather(run, batches, truncation.gathers, calibration_batches, reading)
+        ranks = run.plan()
         run.safeguard.check_terms(run)
-        return run.plan()
+        return ranks
 
 
 def coverage_of(model: nn.Module, config: CompressionConfig) -> Coverage:
