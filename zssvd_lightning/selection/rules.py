@@ -9,7 +9,7 @@ rank, and `knapsack` or `proportional` solves for all matrices together.
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from zssvd_lightning.selection.components import Components, Selection
 from zssvd_lightning.selection.knapsack import least_loss
 from zssvd_lightning.selection.proportional import effective_rank_of, proportional_ranks
 from zssvd_lightning.selection.queues import Candidate, Queue, SmallestFirst, ZeroSum
+from zssvd_lightning.selection.walk import Walk
 
 Select = Callable[[Mapping[str, Components], Budget], Selection]
 """Function that selects the remaining components of all matrices within a budget."""
@@ -206,17 +207,18 @@ def _drop_until_met(
     for i in range(len(names)):
         offer(i)
     allowed = budget.allowed
-    stays = sum(cost[rank] for cost, rank in zip(costs, ranks, strict=True))
+    stays, walk = sum(cost[rank] for cost, rank in zip(costs, ranks, strict=True)), Walk()
     while stays > allowed:
         i = queue.take()
         stays -= costs[i][ranks[i]] - costs[i][ranks[i] - 1]
         ranks[i] -= 1
+        walk.add(deltas[i][orders[i][len(orders[i]) - ranks[i] - 1]])
         offer(i)
     kept = {
         name: torch.tensor(sorted(order[len(order) - rank :]), dtype=torch.long)
         for name, order, rank in zip(names, orders, ranks, strict=True)
     }
-    return _selection(matrices, budget, kept)
+    return replace(_selection(matrices, budget, kept), walk=walk)
 
 
 def _of_least_loss(
