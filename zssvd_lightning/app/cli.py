@@ -1,4 +1,4 @@
-"""`zssvd compress`, `plan`, `compare`, `evaluate`, `export`, `phases`, `init` and `keys`.
+"""`zssvd compress`, `plan`, `compare`, `evaluate`, `export`, `report`, `phases`, `init` and `keys`.
 
 Commands import torch and transformers when they run, so that a help text appears at once.
 """
@@ -6,10 +6,10 @@ Commands import torch and transformers when they run, so that a help text appear
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,12 +22,7 @@ from zssvd_lightning.config.presets import PRESETS
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from zssvd_lightning.app.run import Run
-
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-T = TypeVar("T")
 
 
 Source = Annotated[
@@ -103,16 +98,17 @@ def compress(
     with _streams(quiet, as_json):
         settings = asked.read_run(source, overrides or (), options)
 
+        from zssvd_lightning.app.html.page import PAGE
         from zssvd_lightning.app.run import Run
         from zssvd_lightning.compression.pipeline import compress as compress_model
         from zssvd_lightning.compression.report import REPORT
 
         run = Run(settings, not quiet, device=device)
         run.evaluate("dense")
-        report = _calibrated(run, compress_model)
+        report = command.calibrated(run, compress_model)
         run.evaluate("compressed")
         run.save(report)
-    line = f"wrote {run.output / REPORT} and the model beside it"
+    line = f"wrote {run.output / REPORT}, with the model and {PAGE} beside it"
     _show({**report.to_dict(), "output": str(run.output)}, line, quiet, as_json, report.table())
 
 
@@ -144,7 +140,7 @@ def plan(
         from zssvd_lightning.app.run import Run
 
         run = Run(settings, not quiet, device=device, saves=False)
-        _calibrated(run, plan_ranks).write(file)
+        command.calibrated(run, plan_ranks).write(file)
         written = yaml.safe_load(file.read_text(encoding="utf-8"))
     _show({**written, "output": str(file)}, f"wrote {file}", quiet, as_json)
 
@@ -244,6 +240,22 @@ def export(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of compress.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; report.html by default, in the folder if there is only one.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write one HTML file that shows what a compression did, or compares several."""
+    with _streams(quiet):
+        from zssvd_lightning.app.html.page import report_page
+
+        written = report_page(folders, out)
+    _show({}, f"wrote {written}", quiet)
+
+
+@app.command()
 def phases(
     metrics: Annotated[Path, typer.Argument(help="metrics.csv of a CSVLogger.")],
     picture: Annotated[Path, typer.Argument(help="File to write, such as phases.png.")],
@@ -329,20 +341,3 @@ def _print(table: "RenderableType", err: bool = False) -> None:
     from rich.console import Console
 
     Console(stderr=err).print(table)
-
-
-def _calibrated(run: "Run", function: Callable[..., T]) -> T:
-    """Return the result of `compress` or `plan` for the model and settings of a run."""
-    from zssvd_lightning.compression.gathering import loss_in
-
-    if run.progress:
-        _print(run.coverage.table(), err=True)
-    calibration = run.config.calibration
-    return function(
-        run.model,
-        run.calibration_loader(),
-        run.config.compression,
-        calibration_batches=calibration.batches,
-        loss=loss_in(calibration.precision),
-        progress=run.progress,
-    )

@@ -1,4 +1,4 @@
-"""Common parts of command lines: usage, errors in one line, and JSON."""
+"""Common parts of command lines: usage, errors in one line, calibration, and JSON."""
 
 import json
 import logging
@@ -6,13 +6,19 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 from zssvd_lightning.errors import ZSSVDError
 
+if TYPE_CHECKING:
+    from zssvd_lightning.app.run import Run
+
 logger = logging.getLogger(__name__)
+
+
+T = TypeVar("T")
 
 
 HELP = {"-h", "--help"}
@@ -44,6 +50,25 @@ def start(main: Callable[..., None], usage: str | None, arguments: Sequence[str]
         raise SystemExit(0 if given else 2)
     with errors_in_one_line():
         main(*given)
+
+
+def calibrated(run: "Run", function: Callable[..., T]) -> T:
+    """Return the result of `compress` or `plan` for the model and settings of a run."""
+    from zssvd_lightning.compression.gathering import loss_in
+
+    if run.progress:
+        from rich.console import Console
+
+        Console(stderr=True).print(run.coverage.table())
+    calibration = run.config.calibration
+    return function(
+        run.model,
+        run.calibration_loader(),
+        run.config.compression,
+        calibration_batches=calibration.batches,
+        loss=loss_in(calibration.precision),
+        progress=run.progress,
+    )
 
 
 def as_json(result: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zssvd_lightning._files import check_output, checked_path, replacing_folder
 from zssvd_lightning._resources import Stopwatch, peak_rss_bytes
+from zssvd_lightning.app.html.page import PAGE, write_page
 from zssvd_lightning.app.pictures import draw
 from zssvd_lightning.app.run_config import EvaluateConfig, RunConfig
 from zssvd_lightning.app.workspace import calibration_windows
@@ -141,6 +142,7 @@ class Run:
             report.peak_rss_bytes = peak_rss_bytes()
             if picture:
                 draw(report, folder / "report.png")
+            write_page(folder / PAGE, report, self.output.name)
             write_card(folder, self.output.name, specs_of(self.model), report)
             write_report(folder, report)
 
