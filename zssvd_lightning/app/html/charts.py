@@ -14,7 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 12, 26, 44
 """Margins around the plot, for the labels."""
 
 
-CHARACTER = 7.2
+CHARACTER = 8.2
 """Width of a character of a label."""
 
 

@@ -61,7 +61,7 @@ def comparison(runs: Sequence[Facts], id_: str) -> Markup:
         _against_bytes(runs, "perplexity", Facts.final_perplexity, lambda run: run.perplexity().get("dense"), log=True),
         _against_bytes(
             runs,
-            "loss on held-out batches (nats)",
+            "loss on batches kept back (nats)",
             lambda run: (run.report.kept_back or {}).get("final"),
             lambda run: (run.report.kept_back or {}).get("dense"),
             log=False,

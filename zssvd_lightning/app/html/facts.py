@@ -17,6 +17,7 @@ from zssvd_lightning.app.html.markup import (
     of_size,
     percent,
     section,
+    so_many,
     table,
 )
 from zssvd_lightning.compression.report import Report
@@ -76,6 +77,14 @@ class Facts:
         text = self.setting("evaluation.second" if second else "evaluation.text")
         return None if text is None else str(text)
 
+    @property
+    def windows(self) -> str:
+        """How much of an evaluation text was read, if the settings say it."""
+        windows, length = self.setting("evaluation.windows"), self.setting("evaluation.length")
+        if not isinstance(windows, int) or not isinstance(length, int):
+            return ""
+        return f", {so_many(windows, 'window') if windows else 'all windows'} of {so_many(length, 'token')}"
+
     def perplexity(self, second: bool = False) -> Mapping[str, float]:
         """Return the perplexities by model."""
         return (self.report.perplexity_second if second else self.report.perplexity) or {}
@@ -116,7 +125,7 @@ def headline(facts: Facts, id_: str) -> Markup:
             number(final),
             f"dense {number(perplexity.get('dense'))}",
         ),
-        tile("loss on held-out batches (nats)", number(losses.get("final")), f"dense {number(losses.get('dense'))}"),
+        tile("loss on batches kept back (nats)", number(losses.get("final")), f"dense {number(losses.get('dense'))}"),
         tile("in all", duration(facts.seconds), f"peak memory {of_size(report.peak_rss_bytes or None, 'B')}"),
     ]
     quality = table(["quality", "dense", "truncated", "final"], _quality(facts))
@@ -125,7 +134,7 @@ def headline(facts: Facts, id_: str) -> Markup:
         "In numbers",
         element("div", *tiles, class_="tiles"),
         element("div", quality, sizes, class_="columns"),
-        *(_reached_nothing(report)),
+        *_notes(report),
         id_=id_,
     )
 
@@ -136,21 +145,19 @@ def _counted(report: Report) -> str:
 
 def _quality(facts: Facts) -> list[list[str]]:
     losses = facts.report.kept_back or {}
-    held_out = [losses.get(key) for key in ("dense", "truncated", "final")]
-    batches = f", {losses['batches']:g} batches" if "batches" in losses else ""
+    kept_back = [losses.get(key) for key in ("dense", "truncated", "final")]
+    batches = f", {so_many(int(losses['batches']), 'batch')}" if "batches" in losses else ""
     rows = [
-        [f"loss on held-out batches of {facts.calibration}{batches} (nats)", *map(number, held_out)],
-        ["its exponential", *(number(None if loss is None else _exponential(loss)) for loss in held_out)],
+        [f"loss on batches kept back of {facts.calibration}{batches} (nats)", *map(number, kept_back)],
+        ["its exponential", *(number(None if loss is None else _exponential(loss)) for loss in kept_back)],
     ]
     for second in (False, True):
         found, text = facts.perplexity(second), facts.text(second)
         if second and not found:
             continue
-        windows = facts.setting("evaluation.windows")
-        size = f", {windows or 'all'} windows of {facts.setting('evaluation.length')} tokens" if text else ""
-        name = f"perplexity on {text}{size}" if text else "perplexity on a text"
+        name = f"perplexity on {text}{facts.windows}" if text else "perplexity on a text"
         final = found.get("recovered", found.get("compressed"))
-        rows.append([name, *map(number, (found.get("dense"), found.get("truncated", found.get("compressed")), final))])
+        rows.append([name, *map(number, (found.get("dense"), found.get("truncated"), final))])
         if "dense_finetuned" in found:
             rows.append(["  dense model, fine-tuned as long", number(found["dense_finetuned"]), "", ""])
         if "reloaded" in found:
@@ -173,11 +180,14 @@ def _sizes(facts: Facts) -> list[list[str]]:
     ]
 
 
-def _reached_nothing(report: Report) -> list[Markup]:
-    """Return notes on what could not be measured."""
+def _notes(report: Report) -> list[Markup]:
+    """Return notes on the losses, and on what was not measured."""
     notes = []
-    if report.kept_back is None:
-        notes.append(missing(f"the loss on held-out batches ({NOT_MEASURED} in this run)"))
+    if report.kept_back is not None:
+        about = "Batches kept back are batches of the calibration. Their loss compares the states of a run, not texts."
+        notes.append(element("p", about, class_="about"))
+    else:
+        notes.append(missing(f"the loss on batches kept back ({NOT_MEASURED} in this run)"))
     if report.perplexity is None:
         notes.append(missing("perplexity, because the run had no evaluation text"))
     return notes

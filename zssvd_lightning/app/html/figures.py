@@ -6,7 +6,7 @@ from typing import Any
 
 from zssvd_lightning.app.html.charts import Axis, Chart, figure, label
 from zssvd_lightning.app.html.facts import Facts
-from zssvd_lightning.app.html.markup import Markup, count, element, missing, number, section, table
+from zssvd_lightning.app.html.markup import Markup, count, element, missing, number, section, so_many, table
 
 EARLIER = "an earlier release wrote it"
 
@@ -41,9 +41,9 @@ def _walk(facts: Facts, walk: Mapping[str, Any] | None) -> Markup:
     chart.line(highest, "walk")
     within = max(map(abs, (*walk["lowest"], *walk["highest"])))
     about = (
-        f"{count(walk['removals'])} removals change the loss by {number(walk['length'])} nats if their sizes are added "
-        f"up. The sum with signs never leaves ±{number(within)} and ends at {number(walk['total'])}. "
-        "Layers that end up dense are in it too."
+        f"The sizes of {so_many(walk['removals'], 'predicted change')} add up to {number(walk['length'])} nats. With "
+        f"their signs, the sum stays within ±{number(within)} and ends at {number(walk['total'])}. Layers that "
+        "stay dense in the end are in it too."
     )
     return figure(title, chart.drawn(), about)
 
@@ -54,7 +54,7 @@ def _histogram(facts: Facts, found: Mapping[str, Any] | None) -> Markup:
     title = f"Sensitivities of all components, {facts.model}, {facts.calibration}"
     edges, bins = found["edges"], len(found["kept"])
     places = [index for index in range(bins + 1) if abs(index - bins / 2) % 4 == 0.5 % 4 or index in (0, bins)]
-    ticks = [(float(index), label(edges[index])) for index in places]
+    ticks = [(float(index), label(float(f"{edges[index]:.1g}"))) for index in places]
     highest = max(kept + dropped for kept, dropped in zip(found["kept"], found["dropped"], strict=True))
     chart = Chart(
         Axis("predicted change of the loss by dropping it (nats)", 0, bins, ticks=ticks),
@@ -80,7 +80,7 @@ def course(facts: Facts, id_: str) -> Markup:
         return section(title, missing(f"the loss after each truncation and step; {EARLIER}"), id_=id_)
     dense = (facts.report.kept_back or {}).get("dense")
     if dense is None or not trace["states"]:
-        return section(title, missing("losses on held-out batches, which were not measured"), id_=id_)
+        return section(title, missing("losses on batches kept back, which were not measured"), id_=id_)
     states = _predicted(trace["states"], dense)
     return section(
         title, element("div", _losses(facts, states, dense), _states(states, dense), class_="columns"), id_=id_
@@ -105,7 +105,7 @@ def _predicted(states: Sequence[Mapping[str, Any]], dense: float) -> list[dict[s
 
 
 def _losses(facts: Facts, states: Sequence[Mapping[str, Any]], dense: float) -> Markup:
-    title = f"Loss on held-out batches of {facts.calibration}, {facts.model}"
+    title = f"Loss on batches kept back of {facts.calibration}, {facts.model}"
     values = [dense, *(state[key] for state in states for key in ("loss", "first_order", "second_order"))]
     shown = [value for value in values if value is not None and math.isfinite(value)]
     numbers = range(len(states) + 1)
@@ -143,9 +143,11 @@ def _losses(facts: Facts, states: Sequence[Mapping[str, Any]], dense: float) -> 
 
 
 def _states(states: Sequence[Mapping[str, Any]], dense: float) -> Markup:
-    rows = [["dense", number(dense), "", "", ""]]
+    columns = {"first_order": "predicted, first order", "second_order": "predicted, both orders"}
+    columns = {key: title for key, title in columns.items() if any(state[key] is not None for state in states)}
+    rows = [["dense", number(dense), *["" for _ in columns], ""]]
     for index, state in enumerate(states, 1):
-        predicted = ["" if state[key] is None else number(state[key]) for key in ("first_order", "second_order")]
+        predicted = ["" if state[key] is None else number(state[key]) for key in columns]
         rows.append(
             [
                 f"{index}: {state['kind']}",
@@ -154,4 +156,4 @@ def _states(states: Sequence[Mapping[str, Any]], dense: float) -> Markup:
                 "taken back" if state["taken_back"] else "",
             ]
         )
-    return table(["state", "loss (nats)", "first order", "both orders", ""], rows)
+    return table(["state", "loss (nats)", *columns.values(), ""], rows)

@@ -82,13 +82,20 @@ def number(value: float | None, digits: int = 4) -> str:
         return "infinite" if value > 0 else "minus infinite"
     if value != 0 and not 1e-4 <= abs(value) < 1e6:
         return f"{value:.{digits - 1}e}"
-    whole = len(str(int(abs(value))))
-    return f"{value:,.{max(0, digits - whole)}f}"
+    if abs(value) < 1:
+        return f"{value:.{digits}g}"
+    return f"{value:,.{max(0, digits - len(str(int(abs(value)))))}f}"
 
 
 def count(value: int | None) -> str:
     """Return a whole number."""
     return NOT_MEASURED if value is None else f"{value:,}"
+
+
+def so_many(value: int, noun: str) -> str:
+    """Return a whole number of things, such as `1 window` or `16 batches`."""
+    ending = "" if value == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{value:,} {noun}{ending}"
 
 
 def percent(value: float | None) -> str:
