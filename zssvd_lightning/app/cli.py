@@ -249,9 +249,9 @@ def report(
 ) -> None:
     """Write one HTML file that shows what a compression did, or compares several."""
     with _streams(quiet):
-        from zssvd_lightning.app.html.page import report_page
+        from zssvd_lightning.app.html.page import write_page
 
-        written = report_page(folders, out)
+        written = write_page(folders, out)
     _show({}, f"wrote {written}", quiet)
 
 

@@ -33,15 +33,14 @@ class Axis:
     """Positions and labels; chosen from the range when None."""
 
     @classmethod
-    def over(cls, title: str, values: Iterable[float], *, log: bool = False, zero: bool = False) -> "Axis":
-        """Return an axis over the finite ones of `values`, with some room, and with zero in it if asked."""
+    def over(cls, title: str, values: Iterable[float], *, log: bool = False) -> "Axis":
+        """Return an axis over the finite ones of `values`, with some room."""
         finite = [value for value in values if math.isfinite(value) and (value > 0 or not log)] or [1.0]
         low, high = min(finite), max(finite)
         if log:
             return cls(title, low / 1.15, high * 1.15, log=True)
-        low, high = (min(low, 0.0), max(high, 0.0)) if zero else (low, high)
         room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
-        return cls(title, low - room if low else low, high + room if high else high)
+        return cls(title, low - room if low < 0 else max(0.0, low - room), high + room)
 
     def place(self, value: float) -> float:
         """Return where a value is on the axis, from 0 to 1."""

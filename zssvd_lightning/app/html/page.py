@@ -13,7 +13,7 @@ from zssvd_lightning.app.html.figures import choice, course
 from zssvd_lightning.app.html.markup import Markup, element, joined
 from zssvd_lightning.app.html.ranks import ranks
 from zssvd_lightning.app.html.sections import continuations, costs, coverage, settings
-from zssvd_lightning.compression.report import REPORT, Report, read_report
+from zssvd_lightning.compression.report import REPORT, read_report
 from zssvd_lightning.errors import OutputError, SavedModelError
 
 PAGE = "report.html"
@@ -73,18 +73,7 @@ def _sections(run: Facts, index: int) -> list[Markup]:
     return [part for part in found if part is not None]
 
 
-def write_page(file: Path, report: Report, folder: str) -> None:
-    """Write the page of a report into a file.
-
-    Args:
-        file: file to write.
-        report: report of the compression.
-        folder: name of its folder, for the page.
-    """
-    file.write_text(page([Facts(report, folder)]), encoding="utf-8")
-
-
-def report_page(folders: Sequence[Path], out: Path | None = None) -> Path:
+def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page of the reports in folders, and return its path.
 
     Args:
