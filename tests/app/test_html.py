@@ -160,7 +160,7 @@ def test_pages_of_earlier_releases_say_what_is_missing(page):
 
     read = page(change, "old-run")
     assert read.text.count("Not in this report") == 8
-    for words in ("old-run by method not recorded", "running sum", "operations of each layer", "left alone and why"):
+    for words in ("old-run, ", "running sum", "operations of each layer", "left alone and why"):
         assert words in read.text
     assert "What both models write" not in read.text
 

@@ -45,7 +45,7 @@ def comparison(runs: Sequence[Facts], id_: str) -> Markup:
         [
             element("a", f"{letter(i)} {run.folder}", href=f"#run-{i}"),
             run.model,
-            run.method,
+            run.method or "not recorded",
             percent(run.report.reached),
             of_size(run.file_bytes[1], "B"),
             number(run.final_perplexity()),
@@ -85,9 +85,10 @@ def _against_bytes(
         return missing(f"{what} against bytes, because no run has measured both")
     dense = {(d / 1e6, q) for run in runs if (d := run.file_bytes[0]) and (q := of_dense(run)) is not None}
     dense = {(size, value) for size, value in dense if math.isfinite(value)}
-    texts = {run.text() for run in runs} if what == "perplexity" else {run.calibration for run in runs}
+    shown = [runs[i] for i, _, _ in known]
+    texts = {run.text() if what == "perplexity" else run.calibration for run in shown}
     on = f" on {next(iter(texts))}" if len(texts) == 1 else ""
-    title = f"{what.capitalize()}{on} against the size on disk, {' and '.join(sorted({run.model for run in runs}))}"
+    title = f"{what.capitalize()}{on} against the size on disk, {', '.join(dict.fromkeys(run.model for run in shown))}"
     sizes, values = [p[1] for p in known] + [d[0] for d in dense], [p[2] for p in known] + [d[1] for d in dense]
     chart = Chart(Axis.over("weights on disk (MB)", sizes), Axis.over(what, values, log=log), title)
     for size, value in sorted(dense):
@@ -116,7 +117,7 @@ def _differences(runs: Sequence[Facts]) -> list[Markup]:
         ("lengths of windows", "evaluation.length"),
         ("calibration texts, so that losses are of other batches", "calibration.text"),
     ):
-        found = list(dict.fromkeys(str(run.setting(key)) for run in runs))
+        found = list(dict.fromkeys(str(run.setting(key) or "none") for run in runs))
         if len(found) > 1:
             notes.append(paragraph(f"The runs have different {what}: {', '.join(found)}."))
     return notes

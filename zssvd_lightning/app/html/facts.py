@@ -45,9 +45,9 @@ class Facts:
 
     @property
     def method(self) -> str:
-        """Preset, or how the compression is composed if there is none."""
+        """Preset, or how the compression is composed if there is none; empty if it is not recorded."""
         parts = (self.setting(f"compression.{key}") for key in ("metric", "selection"))
-        return str(self.setting("preset") or ", ".join(str(part) for part in parts if part) or "method not recorded")
+        return str(self.setting("preset") or ", ".join(str(part) for part in parts if part))
 
     @property
     def calibration(self) -> str:
@@ -58,7 +58,8 @@ class Facts:
     @property
     def title(self) -> str:
         """Title of the run."""
-        return f"{self.model} by {self.method}, {percent(self.report.reached)} removed"
+        method = f" by {self.method}" if self.method else ""
+        return f"{self.model}{method}, {percent(self.report.reached)} removed"
 
     @property
     def share_of_model(self) -> float:

@@ -138,7 +138,10 @@ def _losses(facts: Facts, states: Sequence[Mapping[str, Any]], dense: float) -> 
     legend += [("first_order", "predicted, first order")] if any(s["first_order"] is not None for s in states) else []
     legend += [("second_order", "predicted, both orders")] if any(s["second_order"] is not None for s in states) else []
     legend += [("back", "taken back")] if any(s["taken_back"] for s in states) else []
-    about = "Predictions are of truncations alone, from the state before, by the terms of the loss that dropping has."
+    about = (
+        "A prediction is of a truncation: the loss of the state before it and the sum of the dropped sensitivities "
+        "(first order), and half the curvature along the dropped components in addition (both orders)."
+    )
     return figure(title, chart.drawn(), about, legend=legend)
 
 

@@ -92,7 +92,8 @@
       const layer = data.layers[index];
       panel.textContent = "";
       const state = layer.rank === null ? "stays dense" : `rank ${layer.rank} of ${Math.min(...layer.shape)}`;
-      line(panel, `${layer.shape.join(" by ")}, ${state}, ${layer.parameters} parameters kept (${layer.kept})`, "about");
+      const bits = layer.bits ? ", in 8 bits" : "";
+      line(panel, `${layer.shape.join(" by ")}, ${state}${bits}, ${layer.parameters} parameters kept (${layer.kept})`, "about");
       if (layer.spectrum.length) {
         draw(panel, layer, data.positions[Math.min(...layer.shape)]);
         legend(panel, layer);

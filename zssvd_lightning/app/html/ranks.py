@@ -116,6 +116,7 @@ def _data(facts: Facts) -> dict[str, Any]:
             "highest": _highest(layer),
             "kept": percent(layer.kept / (layer.shape[0] * layer.shape[1])),
             "parameters": count(layer.kept),
+            "bits": layer.in_8_bits,
             "spectrum": [value if math.isfinite(value) else None for value in trace["spectra"].get(name, ())],
         }
         for name, layer in facts.report.layers.items()
