@@ -93,7 +93,7 @@
       panel.textContent = "";
       const state = layer.rank === null ? "stays dense" : `rank ${layer.rank} of ${Math.min(...layer.shape)}`;
       const bits = layer.bits ? ", in 8 bits" : "";
-      line(panel, `${layer.shape.join(" by ")}, ${state}${bits}, ${layer.parameters} parameters kept (${layer.kept})`, "about");
+      line(panel, `${layer.name}: ${layer.shape.join(" by ")}, ${state}${bits}, ${layer.parameters} parameters kept (${layer.kept})`, "about");
       if (layer.spectrum.length) {
         draw(panel, layer, data.positions[Math.min(...layer.shape)]);
         legend(panel, layer);
