@@ -244,6 +244,8 @@ def test_a_page_replaces_only_a_page(page, tmp_path):
     with pytest.raises(OutputError, match=r"mine\.html exists"):
         write_page([tmp_path / "run"], tmp_path / "mine.html")
     assert (tmp_path / "mine.html").read_text() == "<html>mine"
+    with pytest.raises(OutputError, match="exists"):
+        write_page([tmp_path / "run"], tmp_path)
     with pytest.raises(SavedModelError, match=r"no report\.json"):
         write_page([tmp_path])
 

@@ -25,7 +25,7 @@ def _walk(facts: Facts, walk: Mapping[str, Any] | None) -> Markup:
     if walk is None or not walk["removals"]:
         rule = facts.setting("compression.selection")
         named = f"rule {rule}" if rule else "rule of this run"
-        return missing(f"a running sum over removals, because the {named} chooses all ranks at once")
+        return missing(f"a running sum over removals, because the {named} chooses all ranks at once or records none")
     title = f"Running sum of the predicted changes of the loss, {facts.model}, {facts.calibration}"
     removals = [min((index + 0.5) * walk["stride"], walk["removals"]) for index in range(len(walk["lowest"]))]
     lowest, highest = (

@@ -88,12 +88,19 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
     if out is None:
         out = (folders[0].expanduser() if len(folders) == 1 else Path()) / PAGE
     out = checked_path(out, OutputError)
-    if out.exists() and (out.is_dir() or MARK not in out.read_text(encoding="utf-8", errors="replace")[:500]):
+    if out.exists() and not _is_page(out):
         raise OutputError(f"{out} exists and is no page of this command; name another file with --out")
     with replacing_file(out) as file:
         file.write_text(page(runs), encoding="utf-8")
     list_in_manifest(out)
     return out
+
+
+def _is_page(path: Path) -> bool:
+    try:
+        return MARK in path.read_text(encoding="utf-8", errors="replace")[:500]
+    except OSError:  # a folder, or not ours to read
+        return False
 
 
 def _facts(folder: Path) -> Facts:
