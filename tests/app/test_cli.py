@@ -72,6 +72,8 @@ def zssvd(monkeypatch, capsys):
 def test_compress_then_evaluate(workshop, zssvd):
     done = zssvd("compress", workshop / "config.yaml", "compression.prune_ratio=0.3", "compression.corrections=2")
     assert "perplexity" in done.out
+    assert "report.html" in done.out
+    assert "Measured against predicted loss" in (workshop / "out" / "report.html").read_text()
     report = json.loads((workshop / "out" / "report.json").read_text())
     assert "weights to compress" in done.err
     assert "embedding tables" in done.err

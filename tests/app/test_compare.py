@@ -533,10 +533,11 @@ def test_points_of_one_prune_ratio_stand_at_one_place_in_the_picture(figures, tm
 
 def test_a_broken_model_leaves_room_for_the_others_in_the_picture(figures, tmp_path):
     curves = [Curve(name, [0.4, 0.8], ppl, [0.0] * 2, 8.0) for name, ppl in (("a", [9.0, 1e5]), ("b", [901.0, 1e6]))]
-    draw({"one": curves}, tmp_path / "x.png")
+    draw({"one": curves}, tmp_path / "x.png", "model$: text")
     (figure,) = figures
     assert figure.axes[0].get_ylim()[1] == 9 * HIGHEST
-    assert in_legend(figure) == ["dense", "a", "b (higher)"]
+    assert in_legend(figure) == ["dense", "a"]
+    assert figure.get_suptitle().splitlines() == [r"model\$: text", "above the scale: b"]
 
 
 def test_many_curves_in_a_picture_are_told_apart(figures, tmp_path):

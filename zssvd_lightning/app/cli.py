@@ -1,12 +1,11 @@
-"""`zssvd compress`, `plan`, `compare`, `evaluate`, `bench`, `export`, `phases`, `init` and `keys`.
+"""`zssvd compress`, `plan`, `compare`, `evaluate`, `bench`, `export`, `report`, `phases`, `init` and `keys`.
 
 Commands import torch and transformers when they run, so that a help text appears at once.
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,12 +17,9 @@ from zssvd_lightning.app.settings import meaning
 from zssvd_lightning.config.presets import PRESETS
 
 if TYPE_CHECKING:
-    from zssvd_lightning.app.run import Run
+    pass
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-T = TypeVar("T")
 
 
 Source = Annotated[
@@ -99,16 +95,17 @@ def compress(
     with command.streams(quiet, as_json):
         settings = asked.read_run(source, overrides or (), options)
 
+        from zssvd_lightning.app.html.page import PAGE
         from zssvd_lightning.app.run import Run
         from zssvd_lightning.compression.pipeline import compress as compress_model
         from zssvd_lightning.compression.report import REPORT
 
         run = Run(settings, not quiet, device=device)
         run.evaluate("dense")
-        report = _calibrated(run, compress_model)
+        report = command.calibrated(run, compress_model)
         run.evaluate("compressed")
         run.save(report)
-    line = f"wrote {run.output / REPORT} and the model beside it"
+    line = f"wrote {run.output / REPORT}, with the model and {PAGE} beside it"
     command.show({**report.to_dict(), "output": str(run.output)}, line, quiet, as_json, report.table())
 
 
@@ -140,7 +137,7 @@ def plan(
         from zssvd_lightning.app.run import Run
 
         run = Run(settings, not quiet, device=device, saves=False)
-        _calibrated(run, plan_ranks).write(file)
+        command.calibrated(run, plan_ranks).write(file)
         written = yaml.safe_load(file.read_text(encoding="utf-8"))
     command.show({**written, "output": str(file)}, f"wrote {file}", quiet, as_json)
 
@@ -243,6 +240,22 @@ def export(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of compress.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; report.html by default, in the folder if there is only one.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write one HTML file that shows what a compression did, or compares several."""
+    with command.streams(quiet):
+        from zssvd_lightning.app.html.page import write_page
+
+        written = write_page(folders, out)
+    command.show({}, f"wrote {written}", quiet)
+
+
+@app.command()
 def phases(
     metrics: Annotated[Path, typer.Argument(help="metrics.csv of a CSVLogger.")],
     picture: Annotated[Path, typer.Argument(help="File to write, such as phases.png.")],
@@ -295,20 +308,3 @@ def main() -> None:
 def _options(ratio: float | None, preset: str | None, dtype: str | None, text: str | None) -> dict[str, Any]:
     """Return the options that compress and plan share by the keys they stand for."""
     return {"compression.prune_ratio": ratio, "preset": preset, "model.dtype": dtype, "calibration.text": text}
-
-
-def _calibrated(run: "Run", function: Callable[..., T]) -> T:
-    """Return the result of `compress` or `plan` for the model and settings of a run."""
-    from zssvd_lightning.compression.gathering import loss_in
-
-    if run.progress:
-        command.print_table(run.coverage.table(), err=True)
-    calibration = run.config.calibration
-    return function(
-        run.model,
-        run.calibration_loader(),
-        run.config.compression,
-        calibration_batches=calibration.batches,
-        loss=loss_in(calibration.precision),
-        progress=run.progress,
-    )

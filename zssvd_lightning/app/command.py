@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -15,6 +15,10 @@ from zssvd_lightning.errors import ZSSVDError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from zssvd_lightning.app.run import Run
+
+T = TypeVar("T")
 
 
 HELP = {"-h", "--help"}
@@ -61,6 +65,23 @@ def streams(quiet: bool, as_json: bool = False) -> Iterator[None]:
         elif as_json:
             stack.enter_context(redirect_stdout(sys.stderr))
         yield
+
+
+def calibrated(run: "Run", function: Callable[..., T]) -> T:
+    """Return the result of `compress` or `plan` for the model and settings of a run."""
+    from zssvd_lightning.compression.gathering import loss_in
+
+    if run.progress:
+        print_table(run.coverage.table(), err=True)
+    calibration = run.config.calibration
+    return function(
+        run.model,
+        run.calibration_loader(),
+        run.config.compression,
+        calibration_batches=calibration.batches,
+        loss=loss_in(calibration.precision),
+        progress=run.progress,
+    )
 
 
 def show(

@@ -168,6 +168,7 @@ class Safeguard:
         if self._losses is not None and _is_worse(losses, self._losses):
             self.taken_back += 1
             self.trust *= SHRINKAGE
+            compression.trace.measured(_mean(losses), taken_back=True)
             logger.warning(
                 "a step raised the loss on the batches kept back from %.6g to %.6g nats and was taken back",
                 _mean(self._losses),
@@ -289,6 +290,7 @@ class Safeguard:
 
     def _consider(self, compression: "Compression", losses: Tensor) -> None:
         self._losses, mean = losses, _mean(losses)
+        compression.trace.measured(mean)
         self.judged = compression.truncations
         if self.truncated is None:
             self.truncated = mean

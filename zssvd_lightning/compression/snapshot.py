@@ -10,6 +10,7 @@ from torch import Tensor
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.config.compression import CompressionConfig, settings_of_saved
 from zssvd_lightning.decomposition.decompose import Decomposition
+from zssvd_lightning.decomposition.trace import Trace
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.selection.budget import Shape
 from zssvd_lightning.selection.components import Selection
@@ -47,6 +48,7 @@ def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, 
         "fractions": list(run.fractions),
         "truncations": run.truncations,
         "truncation_loss": run.truncation_loss,
+        "trace": run.trace.to_dict(),
         "safeguard": None if run.safeguard is None else run.safeguard.state_dict(run, statistics=statistics),
         "seconds": dict(run.stopwatch.seconds),
     }
@@ -81,6 +83,7 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
     run.truncation_loss = state.get("truncation_loss", unknown)
     if run.safeguard is not None and (run.truncations or state.get("safeguard") is not None):
         run.safeguard.load_state_dict(state.get("safeguard"), run)
+    run.trace = Trace.of_dict(state.get("trace"))
     run.gathering.calls_to_record = run.calls_to_record
     run.losses, run.fractions = list(state["losses"]), list(state["fractions"])
     run.stopwatch.seconds = dict(state["seconds"])

@@ -12,7 +12,7 @@ and loses whole steps: a greedy rule orders steps by the mean over their compone
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from zssvd_lightning.selection.components import Components, Selection
 from zssvd_lightning.selection.knapsack import least_loss
 from zssvd_lightning.selection.proportional import effective_rank_of, proportional_ranks
 from zssvd_lightning.selection.queues import Candidate, Queue, SmallestFirst, ZeroSum
+from zssvd_lightning.selection.walk import Walk
 
 Select = Callable[[Mapping[str, Components], Budget], Selection]
 """Function that selects the remaining components of all matrices within a budget."""
@@ -246,10 +247,12 @@ def _drop_until_met(
     for i in range(len(names)):
         offer(i)
     allowed = budget.allowed
-    stays = sum(cost[rank] for cost, rank in zip(costs, ranks, strict=True))
+    stays, walk = sum(cost[rank] for cost, rank in zip(costs, ranks, strict=True)), Walk()
     while stays > allowed:
         i = queue.take()
-        rank = lower[i].pop()
+        rank, full = lower[i].pop(), len(orders[i])
+        for component in orders[i][full - ranks[i] : full - rank]:
+            walk.add(deltas[i][component])
         stays -= costs[i][ranks[i]] - costs[i][rank]
         ranks[i] = rank
         offer(i)
@@ -257,7 +260,7 @@ def _drop_until_met(
         name: torch.tensor(sorted(order[len(order) - rank :]), dtype=torch.long)
         for name, order, rank in zip(names, orders, ranks, strict=True)
     }
-    return _selection(matrices, budget, kept)
+    return replace(_selection(matrices, budget, kept), walk=walk)
 
 
 def _of_least_loss(

@@ -29,6 +29,43 @@ IMPORTANCES = optional(mapped(listed(finite_tensor, 2)))
 """Importance of outputs and inputs of each layer."""
 
 
+TRACE = optional(
+    entries(
+        {
+            "positions": mapped(listed(whole)),
+            "spectra": mapped(listed(number)),
+            "sensitivities": optional(
+                entries({"edges": listed(number), "kept": listed(whole), "dropped": listed(whole)})
+            ),
+            "walk": optional(
+                entries(
+                    {
+                        "removals": whole,
+                        "stride": whole,
+                        "lowest": listed(number),
+                        "highest": listed(number),
+                        "total": number,
+                        "length": number,
+                    }
+                )
+            ),
+            "states": listed(
+                entries(
+                    {
+                        "kind": text,
+                        "loss": optional(number),
+                        "taken_back": yes_or_no,
+                        "first_order": optional(number),
+                        "second_order": optional(number),
+                    }
+                )
+            ),
+        }
+    )
+)
+"""`Trace.to_dict`."""
+
+
 _REPORT = entries(
     {
         "prune_ratio": entries(
@@ -36,7 +73,17 @@ _REPORT = entries(
         ),
         "parameters": entries({"before": whole, "after": whole, "model": entries({"before": whole})}),
         "ranks": mapped(
-            entries({"rank": optional(whole), "shape": SIZES, "kept": whole, "in_8_bits": yes_or_no}, ("in_8_bits",))
+            entries(
+                {
+                    "rank": optional(whole),
+                    "shape": SIZES,
+                    "kept": whole,
+                    "in_8_bits": yes_or_no,
+                    "highest": optional(whole),
+                    "flops": optional(whole),
+                },
+                ("in_8_bits", "highest", "flops"),
+            )
         ),
         "first_order_sum": number,
         "predicted_drift": number,
@@ -60,6 +107,8 @@ _REPORT = entries(
         "peak_rss_bytes": whole,
         "left_dense": mapped(text),
         "rank_multiple": whole,
+        "trace": TRACE,
+        "continuations": optional(mapped(text)),
         "seed": optional(whole),
         "config": mapped(anything),
     },
@@ -73,6 +122,8 @@ _REPORT = entries(
         "file_bytes",
         "left_dense",
         "rank_multiple",
+        "trace",
+        "continuations",
     ),
 )
 
@@ -197,10 +248,11 @@ COMPRESSION = entries(
         "fractions": listed(number),
         "truncations": whole,
         "truncation_loss": number,
+        "trace": TRACE,
         "safeguard": SAFEGUARD,
         "seconds": mapped(number),
     },
-    ("truncation_loss", "safeguard", "left_dense", "importances"),  # not in checkpoints of earlier releases
+    ("truncation_loss", "trace", "safeguard", "left_dense", "importances"),  # not in checkpoints of earlier releases
 )
 """`snapshot.state_of`."""
 
