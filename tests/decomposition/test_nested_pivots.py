@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from zssvd_lightning.decomposition.nested_pivots import GAIN, _exchange, nested_order, pivot_coefficients
+from zssvd_lightning.decomposition.nested_pivots import GAIN, _exchange, nested_order
+from zssvd_lightning.layers.pivots import coefficients
 
 
 def matrices(h, ranks, seed=0):
@@ -23,7 +24,7 @@ def test_rows_are_pivots_and_coefficients_give_the_other_rows(ranks):
     order = nested_order(M)
     assert sorted(order.tolist()) == list(range(8))
     for matrix, k in zip(M, ranks, strict=True):
-        C = pivot_coefficients(matrix, order)
+        C = coefficients(matrix, order)
         torch.testing.assert_close(C @ matrix[order[:k]], matrix[order[k:]])
 
 
@@ -47,18 +48,18 @@ def test_one_matrix_gets_rows_near_the_largest_volume():
 
 def test_exchanges_keep_the_coefficients_of_the_order():
     M, order = matrices(12, (3, 5, 8)), torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    C = [pivot_coefficients(matrix, order) for matrix in M]
+    C = [coefficients(matrix, order) for matrix in M]
     _exchange(C, order, [(0, 4), (2, 11), (6, 7), (3, 9), (8, 10)])  # within pivots, across, and within the others
     assert sorted(order.tolist()) == list(range(12))
     for part, matrix in zip(C, M, strict=True):
-        torch.testing.assert_close(part, pivot_coefficients(matrix, order))
+        torch.testing.assert_close(part, coefficients(matrix, order))
 
 
 @pytest.mark.parametrize("ranks", [(60, 60, 60), (40, 70, 90)])
 def test_coefficients_of_larger_matrices_are_bounded(ranks):
     M = matrices(200, ranks)
     order = nested_order(M)
-    assert max(float(pivot_coefficients(matrix, order).abs().max()) for matrix in M) < 10
+    assert max(float(coefficients(matrix, order).abs().max()) for matrix in M) < 10
 
 
 def test_scale_and_basis_of_a_matrix_have_no_effect():
@@ -70,5 +71,14 @@ def test_scale_and_basis_of_a_matrix_have_no_effect():
 def test_matrices_without_a_common_order_are_refused():
     with pytest.raises(ValueError, match=r"shapes \[\(4, 2\), \(5, 2\)\] have no common order"):
         nested_order([torch.randn(4, 2), torch.randn(5, 2)])
-    with pytest.raises(ValueError, match=r"\(6, 3\) has no 3 linearly independent rows"):
-        nested_order([torch.randn(6, 2) @ torch.ones(2, 3)])
+
+
+def test_a_matrix_of_less_than_full_rank_gets_an_order_or_is_refused():
+    M = matrices(12, (4,))[0]
+    M[:, 3] = M[:, 0] + M[:, 1]
+    try:
+        order = nested_order([M])
+    except ValueError as error:
+        assert "do not span" in str(error)
+    else:
+        torch.testing.assert_close(coefficients(M, order) @ M[order[:4]], M[order[4:]])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning._numerics import accumulated
-from zssvd_lightning.calibration.free_widths import FreeWidths, hooked_modules
+from zssvd_lightning.calibration.free_widths import FreeWidths
 from zssvd_lightning.calibration.gradients import checked_loss, collect_gradients
 from zssvd_lightning.calibration.hooks import Observation, observing
 from zssvd_lightning.calibration.masks import TokenMask
@@ -40,7 +40,7 @@ class StatisticsCollector:
         calls: the recorded forward passes.
         spectra: spectra along whose components the curvature is measured; None if it is not.
         can_overflow: True if gradients may be discarded, which takes memory for a second set of second moments.
-        free_widths: receives the hidden widths that batches reach; None if they are not looked for.
+        free_widths: hidden widths that batches have reached; they are tried only with `finds_widths`.
         logits_model: function that returns the part of the model that takes the batches and returns the logits.
     """
 
@@ -49,8 +49,7 @@ class StatisticsCollector:
         self.calls_to_record = 0
         self.calls: list[Call] = []
         self.spectra: Mapping[str, Spectrum] | None = None
-        self.can_overflow = False
-        self.free_widths: FreeWidths | None = None
+        self.can_overflow, self.finds_widths, self.free_widths = False, False, FreeWidths()
         self.logits_model: Callable[[Any], nn.Module] = lambda model: model
         self.model = model
         self._targets, self._team = layers, layers.team
@@ -69,15 +68,14 @@ class StatisticsCollector:
         if self.can_overflow:
             into = self._window
             into.leaders |= self.moments.leaders
-        hooked = hooked_modules(self.model)
         outputs = into if inputs and self._output_side is not None else None
         with (
             self._team.inputs(into, self._targets) if inputs else nullcontext(into) as seen,
             observing(self.model, self._targets, seen, mask, inputs, outputs) as observation,
         ):
             observation.check_operands(self._batch + 1)
-            if inputs and self.free_widths is not None:
-                observation.watch_widths(self.free_widths, hooked)
+            if inputs and self.finds_widths:
+                observation.watch_widths(self.free_widths)
             if self.spectra is not None:
                 observation.watch_components(self.spectra, into)
             if outputs is not None and self._draw is not None:

@@ -54,6 +54,20 @@ class FreeWidths:
     def __init__(self) -> None:
         self.verdicts: dict[Width, bool] = {}
 
+    @classmethod
+    def of_all(cls, states: Sequence[Sequence[Sequence[Any]]]) -> "FreeWidths":
+        """Return what all processes know, by the `state_dict` of each: one that finds no freedom overrules the others."""
+        widths = cls()
+        for producers, consumer, free in (each for state in states for each in state):
+            width = Width(tuple(producers), consumer)
+            widths.verdicts[width] = widths.verdicts.get(width, True) and free
+        return widths
+
+    @property
+    def free(self) -> list[Width]:
+        """Widths whose order is free, in the order in which they were tried."""
+        return [width for width, free in self.verdicts.items() if free]
+
     @contextmanager
     def watching(
         self, model: nn.Module, targets: Mapping[str, Target], leaders: Mapping[str, str], hooked: Collection[nn.Module]
@@ -78,17 +92,7 @@ class FreeWidths:
 
     def load_state_dict(self, state: Sequence[Sequence[Any]]) -> None:
         """Load a `state_dict`."""
-        self.verdicts = {Width(tuple(producers), consumer): free for producers, consumer, free in state}
-
-
-def free_in_all(states: Sequence[Sequence[Sequence[Any]]]) -> list[Width]:
-    """Return the widths whose order is free by the `state_dict` of at least one process, and not fixed by another's."""
-    verdicts: dict[Width, bool] = {}
-    for state in states:
-        for producers, consumer, free in state:
-            width = Width(tuple(producers), consumer)
-            verdicts[width] = verdicts.get(width, True) and free
-    return [width for width in sorted(verdicts) if verdicts[width]]
+        self.verdicts = self.of_all([state]).verdicts
 
 
 def hooked_modules(model: nn.Module) -> set[nn.Module]:

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zssvd_lightning._numerics import in_float64
+from zssvd_lightning.layers.pivots import coefficients
+
 GAIN = 1.2
 """Smallest growth of the product of all volumes for which two rows are exchanged."""
 
@@ -36,33 +39,20 @@ def nested_order(matrices: Sequence[Tensor]) -> Tensor:
         Order of the rows (h,), int64, on the CPU.
 
     Raises:
-        ValueError: the matrices have no common number of rows, or one has no full column rank.
+        ValueError: the matrices have no common number of rows, or the pivots of one do not span its rows.
     """
-    M = sorted((matrix.detach().cpu().double() for matrix in matrices), key=lambda matrix: matrix.shape[1])
+    M = sorted((in_float64(matrix.detach()) for matrix in matrices), key=lambda matrix: matrix.shape[1])
     h = len(M[0])
     if any(len(matrix) != h or matrix.shape[1] > h for matrix in M):
         raise ValueError(f"matrices of shapes {[tuple(matrix.shape) for matrix in M]} have no common order of rows")
     order = _eliminated([torch.linalg.qr(matrix).Q for matrix in M])
-    C = [pivot_coefficients(matrix, order) for matrix in M]
+    C = [coefficients(matrix, order) for matrix in M]
     for _ in range(SWEEPS):
         pairs = _exchanges(C, h)
         if not pairs:
             break
         _exchange(C, order, pairs)
     return order
-
-
-def pivot_coefficients(M: Tensor, order: Tensor) -> Tensor:
-    """Return the coefficients C (h - k, k) of the other rows of M (h, k), by its first k rows in `order`.
-
-    Raises:
-        ValueError: these k rows are linearly dependent.
-    """
-    k, ordered = M.shape[1], M[order]
-    C, info = torch.linalg.solve_ex(ordered[:k], ordered[k:], left=False)
-    if info.any() or not C.isfinite().all():
-        raise ValueError(f"a matrix {tuple(M.shape)} has no {k} linearly independent rows")
-    return C
 
 
 def _eliminated(Q: Sequence[Tensor]) -> Tensor:
@@ -75,7 +65,7 @@ def _eliminated(Q: Sequence[Tensor]) -> Tensor:
     h, largest = len(Q[0]), Q[-1].shape[1]
     left = [basis.square().sum(1) for basis in Q]  # squared distances
     L = [torch.zeros_like(basis) for basis in Q]  # Cholesky factors of Q Q^T
-    chosen = torch.zeros(0, dtype=torch.long)
+    chosen = torch.zeros(0, dtype=torch.long, device=Q[0].device)
     while (t := len(chosen)) < largest:
         active = [i for i, basis in enumerate(Q) if basis.shape[1] > t]
         size = min(AT_ONCE, *(Q[i].shape[1] - t for i in active))
@@ -91,14 +81,14 @@ def _eliminated(Q: Sequence[Tensor]) -> Tensor:
             L[i][:, t : t + size] = new
             left[i] -= new.square().sum(1)
         chosen = torch.cat([chosen, picked])
-    others = torch.ones(h, dtype=torch.bool)
+    others = torch.ones(h, dtype=torch.bool, device=chosen.device)
     others[chosen] = False
-    return torch.cat([chosen, others.nonzero().flatten()])
+    return torch.cat([chosen, others.nonzero().flatten()]).cpu()
 
 
 def _farthest(grams: Sequence[Tensor], size: int) -> list[int]:
     """Return `size` indices, each with the largest product of the pivots that all Gram matrices have left there."""
-    left, picked = np.stack([gram.numpy() for gram in grams]), list[int]()
+    left, picked = np.stack([gram.cpu().numpy() for gram in grams]), list[int]()
     for _ in range(size):
         products = np.log(np.maximum(left.diagonal(0, 1, 2), np.finfo(left.dtype).tiny)).sum(0)
         products[picked] = -np.inf
@@ -136,10 +126,10 @@ def _exchanges(C: Sequence[Tensor], h: int) -> list[tuple[int, int]]:
 def _block(C: Tensor, pairs: Sequence[tuple[int, int]]) -> "np.ndarray[Any, np.dtype[Any]]":
     """Return the coefficients of the second rows of pairs by the first; 1 or 0 where an exchange leaves the pivots."""
     firsts, seconds, across = _sides(C, pairs)
-    block = torch.eye(len(pairs), dtype=C.dtype)
+    block = torch.eye(len(pairs), dtype=C.dtype, device=C.device)
     places = across.nonzero().flatten()
     block[places[:, None], places] = C[seconds[across][:, None] - C.shape[1], firsts[across]]
-    return block.numpy()
+    return block.cpu().numpy()
 
 
 def _sides(C: Tensor, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
