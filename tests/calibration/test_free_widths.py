@@ -160,7 +160,9 @@ FIXED = {
     "norm": lambda: Outer(Block(nn.LayerNorm(10))),
     "batch norm": lambda: Outer(Block(nn.BatchNorm1d(10))),
     "a slope for each": lambda: Outer(Block(nn.PReLU(10))),
-    "softmax of groups": lambda: Outer(Block(forward=lambda b, x: b.second(b.first(x).view(5, 5, 2).softmax(-1).flatten(1)))),
+    "softmax of groups": lambda: Outer(
+        Block(forward=lambda b, x: b.second(b.first(x).view(5, 5, 2).softmax(-1).flatten(1)))
+    ),
     "output used twice": lambda: Outer(Block(forward=lambda b, x: (b.second(b.first(x)), b.first(x)[:, :7]))),
     "one channel used": lambda: Outer(Block(forward=lambda b, x: b.second(b.first(x)) + b.first(x)[:, :1])),
     "a layer that is not compressed": lambda: Outer(

@@ -73,12 +73,8 @@ def test_matrices_without_a_common_order_are_refused():
         nested_order([torch.randn(4, 2), torch.randn(5, 2)])
 
 
-def test_a_matrix_of_less_than_full_rank_gets_an_order_or_is_refused():
+def test_a_matrix_of_less_than_full_rank_gets_an_order():
     M = matrices(12, (4,))[0]
     M[:, 3] = M[:, 0] + M[:, 1]
-    try:
-        order = nested_order([M])
-    except ValueError as error:
-        assert "do not span" in str(error)
-    else:
-        torch.testing.assert_close(coefficients(M, order) @ M[order[:4]], M[order[4:]])
+    order = nested_order([M])
+    torch.testing.assert_close(coefficients(M, order) @ M[order[:4]], M[order[4:]])

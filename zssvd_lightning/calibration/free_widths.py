@@ -1,11 +1,12 @@
 """Hidden widths whose order is free: found by the order in which layers run, and proved by outputs of modules.
 
-Permuting the outputs of all layers that write a hidden width, and the inputs of the layer that reads it, leaves the
-function of a feed-forward network as it is. That holds only if nothing else in between knows single channels. Whether it
-holds is therefore tried: the module around these layers runs again, with permuted weights, on its own inputs.
+Permuting the outputs of all layers that write a hidden width, and the inputs of the layer that reads it, does not
+change the function of a feed-forward network, unless something in between treats channels differently. This is tried:
+the module around these layers runs again on its own inputs, with permuted weights.
 """
 
 import logging
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -56,7 +57,7 @@ class FreeWidths:
 
     @classmethod
     def of_all(cls, states: Sequence[Sequence[Sequence[Any]]]) -> "FreeWidths":
-        """Return what all processes know, by the `state_dict` of each: one that finds no freedom overrules the others."""
+        """Return what all processes know, by the `state_dict` of each. A width must not be fixed on any of them."""
         widths = cls()
         for producers, consumer, free in (each for state in states for each in state):
             width = Width(tuple(producers), consumer)
@@ -165,12 +166,11 @@ class _Trial:
         for place, consumer in enumerate(names):
             h, leader = self._targets[consumer].shape[1], self._leaders[names[place - 1]] if place else None
             readers = [name for name in self._targets if self._leaders.get(name) == self._leaders[consumer]]
-            producers = [
-                name for name in names if self._leaders[name] == leader and self._targets[name].shape[0] == h
-            ]
-            if readers == [consumer] and names[place - 1] in producers and consumer not in producers:
-                if all(names.index(name) < place for name in producers):
-                    yield Width(tuple(producers), consumer)
+            sharing = [name for name in names if self._leaders[name] == leader]
+            producers = [name for name in sharing if self._targets[name].shape[0] == h]
+            precede = names[place - 1] in producers and set(producers) <= set(names[:place])
+            if precede and readers == [consumer]:
+                yield Width(tuple(producers), consumer)
 
     def _is_within(self, width: Width, module: nn.Module) -> bool:
         """Return whether the layers have no place outside the module."""
@@ -232,10 +232,10 @@ def _permuted(module: nn.Module, width: Width, targets: Mapping[str, Target]) ->
             plain[name] += noise * (float(plain[name].square().mean().sqrt()) or 1.0)
     alone = {name: value.clone() for name, value in plain.items()}
     for layer in (targets[name].module for name in width.producers):
-        for value, dim in ((layer.weight, int(isinstance(layer, Conv1D))), (layer.bias, 0)):
-            if value is not None:
-                name = name_of[id(value)]
-                alone[name] = plain[name].index_select(dim, order.to(value.device))
+        for part, dim in ((layer.weight, int(isinstance(layer, Conv1D))), (layer.bias, 0)):
+            if part is not None:
+                name = name_of[id(part)]
+                alone[name] = plain[name].index_select(dim, order.to(part.device))
     both, reader = {name: value.clone() for name, value in alone.items()}, targets[width.consumer].module
     name, dim = name_of[id(reader.weight)], int(not isinstance(reader, Conv1D))
     both[name] = plain[name].index_select(dim, order.to(reader.weight.device))
@@ -244,7 +244,7 @@ def _permuted(module: nn.Module, width: Width, targets: Mapping[str, Target]) ->
 
 @torch.no_grad()
 def _output(
-    module: nn.Module, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    module: nn.Module, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Tensor]:
     """Return the tensors in the output of a module with other parameters and buffers; the module stays as it is.
 
@@ -259,7 +259,11 @@ def _output(
     if any(used[name] is not value or value._version != versions[name] for name, value in values.items()):  # noqa: SLF001
         raise TypeError("its buffers change in a forward pass")
     found: list[Tensor] = []
-    _changed(dict(output) if isinstance(output, Mapping) else output, lambda part: found.append(part) or part)
+
+    def note(part: Tensor) -> None:
+        found.append(part)
+
+    _changed(dict(output) if isinstance(output, Mapping) else output, note)
     return [part for part in found if part.is_floating_point()]
 
 
@@ -309,4 +313,4 @@ def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
 def _distance(first: Sequence[Tensor], second: Sequence[Tensor] | None = None) -> float:
     """Return the Frobenius norm of the difference between outputs, or of the first one."""
     others = [torch.zeros_like(part) for part in first] if second is None else second
-    return sum(float((a - b).double().square().sum()) for a, b in zip(first, others, strict=True)) ** 0.5
+    return math.sqrt(sum(float((a - b).double().square().sum()) for a, b in zip(first, others, strict=True)))

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 from torch import Tensor
 
@@ -64,7 +65,7 @@ def common_orders(
         matrices = [basis(name, Side.ROWS) for name in width.producers]
         if width.consumer not in orders.rows:
             matrices.append(basis(width.consumer, Side.COLUMNS))
-        order = team.decide_on_first(lambda matrices=matrices: bounded_order(matrices))
+        order = team.decide_on_first(partial(bounded_order, matrices))
         if order is None:
             too_large += 1
             continue
@@ -72,8 +73,8 @@ def common_orders(
         orders.columns[width.consumer] = order
     if team.rank == 0:
         logger.info(
-            "%d of %d pivoted layers need no reordering (%d hidden widths; %d others have a layer that stays dense, and "
-            "%d would need coefficients above %g)",
+            "%d of %d pivoted layers need no reordering (%d hidden widths; of others, %d have a layer that stays "
+            "dense, and %d would need coefficients above %g)",
             len(orders.rows.keys() | orders.columns.keys()),
             len(truncated),
             len(widths) - with_dense - too_large,

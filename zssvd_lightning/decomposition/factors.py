@@ -144,7 +144,9 @@ class TruncatedWeights:
         """
         self.refuse_non_finite()
         free = FreeWidths.of_all(self._team.gathered(widths.state_dict())).free
-        orders = common_orders(free, self, self._basis, self._team) if self._kind == PivotedLinear.kind else Orders()
+        orders = (
+            common_orders(free, self.held, self._basis, self._team) if self._kind == PivotedLinear.kind else Orders()
+        )
         for name in self:
             yield name, self.layer(name, orders.rows.get(name), orders.columns.get(name))
 
