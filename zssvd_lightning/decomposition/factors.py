@@ -142,6 +142,8 @@ class TruncatedWeights:
         Raises:
             NonFiniteError: see `layer`.
         """
+        if not self.held:
+            return
         self.refuse_non_finite()
         free = FreeWidths.of_all(self._team.gathered(widths.state_dict())).free
         orders = (
