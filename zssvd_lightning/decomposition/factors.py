@@ -20,14 +20,13 @@ from zssvd_lightning.layers.base import Dense, carry_hooks
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear, PivotForm
 from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
-<<<<<<< HEAD
-from zssvd_lightning.layers.pivots import Pivots, choose_pivots
-=======
 from zssvd_lightning.layers.pivots import Pivots, choose_pivots, coefficients
->>>>>>> 1efb17e (Layers that meet in a free hidden width get a common order, and no order of their own)
 from zssvd_lightning.layers.registry import Factored, form_for, trained_form
 from zssvd_lightning.model.targets import local_part
 from zssvd_lightning.selection.storages import STORAGES
+
+Pivoted = PivotedLinear | ColumnPivotedLinear
+"""Layers of pivots and coefficients."""
 
 
 class Factors(NamedTuple):
@@ -60,20 +59,13 @@ def low_rank_layer(
 
 
 def pivoted_layer(
-<<<<<<< HEAD
-    old: Dense, factors: Factors, bias: Tensor | None, pivots: Pivots, form: type[PivotedLinear | ColumnPivotedLinear]
-) -> Factored:
-    """Return the pivoted layer that replaces `old`, as in `low_rank_layer`. `pivots` are those of `form.basis`."""
-    new = form.like(old, rank=len(factors.down)).to_empty(device=factors.up.device)
-=======
-    old: Dense, factors: Factors, bias: Tensor | None, pivots: Pivots, form: type[PivotForm], *, ordered: bool = True
-) -> PivotForm:
+    old: Dense, factors: Factors, bias: Tensor | None, pivots: Pivots, form: type[Pivoted], *, ordered: bool = True
+) -> Pivoted:
     """Return the pivoted layer that replaces `old`, as in `low_rank_layer`. `pivots` are those of `form.basis`.
 
     Without `ordered`, it has its outputs, or inputs for columns, in the order of the pivots.
     """
     new = form.like(old, rank=len(factors.down), ordered=ordered).to_empty(device=factors.up.device)
->>>>>>> 1efb17e (Layers that meet in a free hidden width get a common order, and no order of their own)
     new.fill(*factors, bias, *pivots)
     carry_hooks(new, old)
     return new
@@ -202,8 +194,8 @@ class TruncatedWeights:
         self._known_finite = False
 
     def _with_order(
-        self, order: Tensor, form: type[PivotForm], old: Dense, factors: Factors, bias: Tensor | None
-    ) -> PivotForm:
+        self, order: Tensor, form: type[Pivoted], old: Dense, factors: Factors, bias: Tensor | None
+    ) -> Pivoted:
         """Return a layer in another order of its outputs, or of its inputs for columns. Collective."""
         pivots = self._team.decide_on_first(
             lambda: Pivots(order, coefficients(form.basis(*factors), order)).to("cpu", old.weight.dtype)
