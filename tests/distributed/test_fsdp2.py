@@ -92,6 +92,9 @@ def test_pivot_rows_are_trained_in_rows_as_whole_and_gone_on_from(tmp_path):
     sharded = Run(strategy="fsdp2", module=InDouble, settings={"save_distributed_checkpoint": True}, **said)
     whole, rows = run(folders["ddp"], 2, Run(module=ReplicatedInDouble, **said)), run(folders["fsdp2"], 2, sharded)
     assert any(name.endswith("pivots.weight") for name in whole[0]["weights"])
+    names = set(whole[0]["weights"])
+    mlp = {name.removesuffix("pivots.weight") for name in names if name.endswith("up_proj.pivots.weight")}
+    assert any(f"{name}order" not in names for name in mlp)  # found in the units, whose weights are whole there
     assert all(torch.equal(value, rows[1]["weights"][name]) for name, value in rows[0]["weights"].items())
     torch.testing.assert_close(rows[0]["weights"], whole[0]["weights"], rtol=1e-5, atol=1e-7)
     sharded.ckpt_path = str(killed(folders["killed"], 2, sharded, "recover", 4))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning._numerics import accumulated
+from zssvd_lightning.calibration.free_widths import FreeWidths
 from zssvd_lightning.calibration.gradients import checked_loss, collect_gradients
 from zssvd_lightning.calibration.hooks import Observation, observing
 from zssvd_lightning.calibration.masks import TokenMask
@@ -39,6 +40,7 @@ class StatisticsCollector:
         calls: the recorded forward passes.
         spectra: spectra along whose components the curvature is measured; None if it is not.
         can_overflow: True if gradients may be discarded, which takes memory for a second set of second moments.
+        free_widths: hidden widths that batches have reached; they are tried only with `finds_widths`.
         logits_model: function that returns the part of the model that takes the batches and returns the logits.
     """
 
@@ -47,7 +49,7 @@ class StatisticsCollector:
         self.calls_to_record = 0
         self.calls: list[Call] = []
         self.spectra: Mapping[str, Spectrum] | None = None
-        self.can_overflow = False
+        self.can_overflow, self.finds_widths, self.free_widths = False, False, FreeWidths()
         self.logits_model: Callable[[Any], nn.Module] = lambda model: model
         self.model = model
         self._targets, self._team = layers, layers.team
@@ -72,6 +74,8 @@ class StatisticsCollector:
             observing(self.model, self._targets, seen, mask, inputs, outputs) as observation,
         ):
             observation.check_operands(self._batch + 1)
+            if inputs and self.finds_widths:
+                observation.watch_widths(self.free_widths)
             if self.spectra is not None:
                 observation.watch_components(self.spectra, into)
             if outputs is not None and self._draw is not None:
@@ -264,10 +268,7 @@ class StatisticsCollector:
         return next(iter(self._targets.values())).weight.device
 
     def _generator(self) -> torch.Generator:
-        """Return a generator seeded by batch and process; a batch repeated after a restart gets the same draws.
-
-        It is one of the CPU, so that the draws are the same on every device.
-        """
+        """Return a generator seeded by batch and process; draws are the same after a restart and on every device."""
         return torch.Generator().manual_seed(self._batch * self._team.size + self._team.rank)
 
     @property

@@ -14,6 +14,7 @@ from zssvd_lightning._contexts import evaluation_mode, no_cache, uncompiled
 from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.calibration.batches import input_of, rows_that_count
 from zssvd_lightning.calibration.contexts import gradients_from_embeddings_on, gradients_only_at
+from zssvd_lightning.calibration.free_widths import FreeWidths, hooked_modules
 from zssvd_lightning.calibration.gradients import refuse_no_gradient
 from zssvd_lightning.calibration.masks import Masks, TokenMask
 from zssvd_lightning.calibration.operands import CheckedOperands
@@ -54,6 +55,7 @@ class Observation:
         self._moments = moments
         self._masks = Masks(mask)
         self._latest: dict[str, weakref.ref[Tensor]] = {}
+        self._hooked = hooked_modules(model)
         self._hooks = ExitStack()
         self._output_hooks = ExitStack()
         self._logits: Tensor | None = None
@@ -75,6 +77,10 @@ class Observation:
         """Note the masks of the stacks, until `forward_done`."""
         self._masks.watch(self._model)
         self._hooks.callback(self._masks.close)
+
+    def watch_widths(self, widths: FreeWidths) -> None:
+        """Try the hidden widths that the batch reaches, until `forward_done`; see `FreeWidths.watching`."""
+        self._hooks.enter_context(widths.watching(self._model, self._targets, self._moments.leaders, self._hooked))
 
     def check_operands(self, number: int) -> None:
         """Refuse ids and labels out of range in batch `number`, until `forward_done`; see `operands`."""

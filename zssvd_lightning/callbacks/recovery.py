@@ -12,7 +12,7 @@
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -30,7 +30,7 @@ from zssvd_lightning.callbacks.trainer.precision import loss_scale, scales
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase, phase_is_after
 from zssvd_lightning.errors import TeacherError
-from zssvd_lightning.layers.registry import Factored, form_for
+from zssvd_lightning.layers.registry import Factored, possible_forms
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.dense_copy import COMPILED
 from zssvd_lightning.recovery.run import RecoveryRun
@@ -118,7 +118,7 @@ class RecoveryHooks:
             if student is not None:
                 _place_of(student, module)
             kind, targets = life.compression.config.form.layer, life.compression.targets
-            classes: dict[str, type[Factored]] = {name: form_for(kind, *each.shape) for name, each in targets.items()}
+            classes = {name: possible_forms(kind, *each.shape) for name, each in targets.items()}
             processes = self._fit.adapter.processes_of_a_copy
             recovery.refuse(classes, _possible_forms(classes, life.compression), module, student, processes)
             self._watch(module, life)
@@ -214,7 +214,9 @@ def _place_of(student: nn.Module, module: nn.Module) -> str:
     return place
 
 
-def _possible_forms(classes: Mapping[str, type[Factored]], compression: Compression) -> dict[str, list[Factored]]:
+def _possible_forms(
+    classes: Mapping[str, Sequence[type[Factored]]], compression: Compression
+) -> dict[str, list[Factored]]:
     """Return layers without values of the rank that a plan gives, or of the ranks that are largest for each matrix.
 
     The factors, and pivots, are largest at the highest rank k. The coefficients of pivot rows (m - k, k) are at half of
@@ -228,7 +230,7 @@ def _possible_forms(classes: Mapping[str, type[Factored]], compression: Compress
         else:
             highest = max(budget.highest_rank(name, eight_bit=choice) for choice in budget.bit_choices)
             ranks = [highest, *(min(highest, size // 2) for size in target.shape)]
-        found[name] = [classes[name].like(target.module, rank=rank) for rank in ranks if rank]
+        found[name] = [form.like(target.module, rank=rank) for form in classes[name] for rank in ranks if rank]
     return found
 
 

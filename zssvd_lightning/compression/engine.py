@@ -101,6 +101,7 @@ class Compression:
             output_side=config.watches_outputs,
             keep=config.corrections > 0 and not config.fresh_moments,
         )
+        self.gathering.finds_widths = config.form.has_pivots
         self.originals = Originals(self.targets)
         self.stopwatch = Stopwatch()
         self.progress = progress and self.team.rank == 0
@@ -318,8 +319,7 @@ class Compression:
 
     def _new_layers(self, *, copies: bool) -> Iterator[tuple[str, Factored]]:
         """Yield the name and new layer of each truncated layer, and copies of layers that stay low-rank if asked."""
-        for name in self.truncated:
-            yield name, self.truncated.layer(name)
+        yield from self.truncated.layers(self.gathering.free_widths)
         if copies and self.stand_ins is not None:
             for name in [name for name in self.budget.present if name not in self.truncated]:
                 yield name, self.stand_ins.copy_of(name)

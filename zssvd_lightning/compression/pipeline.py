@@ -114,7 +114,9 @@ def compress(
             for stage in course(config):
                 if statistics is None:
                     gather(run, batches, stage.gathers, calibration_batches, reading)
-                else:  # drop the reference, so that the truncation can free them
+                else:
+                    run.gathering.free_widths.load_state_dict(statistics.widths)
+                    # drop the reference, so that the truncation can free them
                     run.gathering.moments, statistics = _fitting(run, statistics), None
                 run.take(stage)
             run.factorize()
@@ -141,11 +143,13 @@ def calibrate(
     with _gradients_set_aside(model), _low_rank_made_dense(model, config):
         layers = LayerSet(find_targets(model, config.include, config.ignore))
         statistics = StatisticsCollector(model, layers, config.watches_outputs)
+        statistics.finds_widths = config.form.has_pivots
         every = checked(batches, 0, so_many(batches, calibration_batches), Phase.CALIBRATE, progress=progress)
         guard = safeguard_of(model, reading)
         observe(model, statistics, kept_back(every, guard), Phase.CALIBRATE, reading)
         warn_of_unreached_in(statistics, layers, config, sum(p.numel() for p in model.parameters()))
         check_terms(guard.measure, guard.batches, Team())
+    statistics.moments.widths = statistics.free_widths.state_dict()
     statistics.moments.output_side, statistics.moments.watched = config.watches_outputs, list(layers)
     return statistics.moments
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zssvd_lightning.calibration.free_widths import FreeWidths
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.config.compression import CompressionConfig, settings_of_saved
 from zssvd_lightning.decomposition.decompose import Decomposition
@@ -34,6 +35,7 @@ def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, 
         "left_dense": dict(run.left_dense),
         "model_parameters": run.coverage.model_parameters,
         "gathering": run.gathering.state_dict(so_far=statistics),
+        "widths": FreeWidths.of_all(run.team.gathered(run.gathering.free_widths.state_dict())).state_dict(),
         "originals": run.originals.state_dict(),
         "stand_ins": _stand_ins_of(run),
         "factors": run.truncated.state_dict(),
@@ -69,6 +71,7 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
         run.decomposition = Decomposition.of_state(state["found"], run.targets)
         run.gathering.spectra = run.decomposition.spectra
     run.gathering.load_state_dict(state["gathering"])
+    run.gathering.free_widths.load_state_dict(state.get("widths", []))
     run.originals.load_state_dict(state["originals"])
     run.truncated.load_state_dict(state["factors"])
     for name, W in state.get("stand_ins", {}).items():

@@ -43,6 +43,15 @@ def form_for(kind: str, m: int, n: int) -> type[Factored]:
     return ColumnPivotedLinear if kind == PivotedLinear.kind and n <= m else trained_form(kind)
 
 
+def possible_forms(kind: str, m: int, n: int) -> tuple[type[Factored], ...]:
+    """Return the classes that a layer may get, that of `form_for` first.
+
+    Where the order of a hidden width is free, the layers that meet in it hold pivots on that side.
+    """
+    first, sides = form_for(kind, m, n), (PivotedLinear, ColumnPivotedLinear)
+    return (first, *(form for form in sides if kind == PivotedLinear.kind and form is not first))
+
+
 def layer_like(old: Dense | CompressedLinear, spec: Mapping[str, Any]) -> CompressedLinear:
     """Return a layer on the meta device to replace `old`, of the kind and sizes in `spec`."""
     return KINDS[spec["kind"]].like(old, **{key: value for key, value in spec.items() if key != "kind"})

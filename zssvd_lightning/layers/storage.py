@@ -148,6 +148,11 @@ class Storage:
         return self.in_8_bits is not None or self.rounded is not None or self.rounded_dense is not None
 
     @property
+    def has_pivots(self) -> bool:
+        """True if layers hold pivot rows or columns, which need no order where that of a hidden width is free."""
+        return self.layer == "pivoted"
+
+    @property
     def weighs_rows(self) -> bool:
         """True if the rows and columns that stay in 16 bits can be chosen."""
         return self.rounded_except is not None

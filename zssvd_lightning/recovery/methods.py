@@ -189,17 +189,17 @@ class LoRARecovery(Recovery):
             "false for an error"
         )
 
-    def refuse_layers(self, classes: Mapping[str, type[Factored]]) -> None:
+    def refuse_layers(self, classes: Mapping[str, Sequence[type[Factored]]]) -> None:
         """Raise TargetError if a pattern of `targets` or of the options of peft matches nothing. See `Recovery`."""
         super().refuse_layers(classes)
         from peft.utils.other import get_pattern_key
 
-        chosen = {name: tuple(form.thin.values()) for name, form in classes.items() if self.chooses(name)}
-        matrices = [f"{name}.{part}" for name, parts in chosen.items() for part in parts]
+        chosen = [(name, form) for name, forms in classes.items() if self.chooses(name) for form in forms]
+        matrices = [f"{name}.{part}" for name, form in chosen for part in form.thin.values()]
         for option in ("rank_pattern", "alpha_pattern"):
             for pattern in self._patterns(option):
                 if all(get_pattern_key([pattern], matrix) != pattern for matrix in matrices):
-                    pairs = " or ".join(" and ".join(parts) for parts in dict.fromkeys(chosen.values()))
+                    pairs = " or ".join(dict.fromkeys(" and ".join(form.thin.values()) for _, form in chosen))
                     raise TargetError(
                         f"recovery.peft.{option} has {pattern!r}, which matches no matrix that LoRA is put on, such as "
                         f"{matrices[0]}; they are the {pairs} of each layer"

@@ -1,7 +1,7 @@
 """Recovery within a training run: the trained parameters, their optimizer, the loss and the final model."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class RecoveryRun:
 
     def refuse(
         self,
-        classes: Mapping[str, type[Factored]],
+        classes: Mapping[str, Sequence[type[Factored]]],
         forms: Forms,
         module: nn.Module,
         student: nn.Module | None,
@@ -68,7 +68,8 @@ class RecoveryRun:
         """Raise the errors that can be detected before calibration.
 
         Args:
-            classes: names of the layers to compress, and the classes of those that replace them.
+            classes: names of the layers to compress, and the possible classes of those that replace
+                them.
             forms: forms that each layer to compress may get.
             module: the module to train.
             student: the model whose logits will be compared; None without distillation.

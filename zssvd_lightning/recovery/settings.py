@@ -147,11 +147,11 @@ class Recovery(ABC):
                 "columns of the weight instead; recover by 'lora' or 'factors', or use storage 'factors'"
             )
 
-    def refuse_layers(self, classes: Mapping[str, type[Factored]]) -> None:
+    def refuse_layers(self, classes: Mapping[str, Sequence[type[Factored]]]) -> None:
         """Raise TargetError if a pattern of `targets` matches none of the layers.
 
         Args:
-            classes: names of the layers that are compressed, and the classes of those that replace them.
+            classes: names of the layers that are compressed, and the possible classes of those that replace them.
         """
         for pattern in self.targets or ():
             if not any(matches(name, pattern) for name in classes):

@@ -9,6 +9,7 @@ from zssvd_lightning._state_checks import (
     FaultError,
     anything,
     entries,
+    fault,
     finite,
     finite_tensor,
     listed,
@@ -220,6 +221,15 @@ COMPONENTS = entries(
 )
 
 
+def _width(value: Any, key: str) -> None:
+    """Check an entry of `FreeWidths.state_dict`."""
+    if not isinstance(value, list) or len(value) != 3:
+        raise fault(key, value, "producers, consumer and verdict of a hidden width")
+    listed(text)(value[0], f"{key}[0]")
+    text(value[1], f"{key}[1]")
+    yes_or_no(value[2], f"{key}[2]")
+
+
 COMPRESSION = entries(
     {
         "config": mapped(anything),
@@ -237,6 +247,7 @@ COMPRESSION = entries(
             },
             ("kept",),
         ),
+        "widths": listed(_width),
         "originals": optional(mapped(finite_tensor)),
         "factors": FACTORS,
         "found": optional(mapped(entries({"left": finite_tensor, "right": finite_tensor, "components": COMPONENTS}))),
@@ -252,7 +263,8 @@ COMPRESSION = entries(
         "safeguard": SAFEGUARD,
         "seconds": mapped(number),
     },
-    ("truncation_loss", "trace", "safeguard", "left_dense", "importances"),  # not in checkpoints of earlier releases
+    # not in checkpoints of earlier releases
+    ("truncation_loss", "trace", "safeguard", "left_dense", "importances", "widths"),
 )
 """`snapshot.state_of`."""
 
