@@ -407,7 +407,7 @@ def test_default_text_where_no_package_has_one(workshop, zssvd, tmp_path, withou
 
 
 def test_default_method_is_the_preset_that_help_names(zssvd):
-    assert CompressionConfig.of("zs-svd-line-search") == CompressionConfig()
+    assert CompressionConfig.of("zs-svd-line-search") == CompressionConfig(rank_multiple=1)
     assert CompressionConfig.asked(None, None, {}) == CompressionConfig.of("best")
     assert load_config(
         RunConfig, None, ["model.source=x", "output=y", "calibration.text=z"]

@@ -710,7 +710,8 @@ def test_results_from_before_rank_multiples_are_those_of_any_rank(run, multiple,
 
     def before(job):
         """Write a result as an earlier release did, without doing the work."""
-        jobs.append(Path(job.result).stem)
+        if Path(job.result).stem != "check":
+            jobs.append(Path(job.result).stem)
         found = {"perplexity": 2.0, "reached": 0.3, "seconds": {}, "peak_rss_bytes": 1, "evaluate_seconds": 1.0}
         write_result(job, sources(job.settings), found)
         told = json.loads(Path(job.result).read_text())
