@@ -81,7 +81,7 @@ def test_a_fit_without_training_ends_like_compress():
     module, reference = LM(), LM()
     reference.load_state_dict(module.state_dict())
     batches = token_batches()
-    compress(reference, batches, CompressionConfig(**REMAP), progress=False, loss=loss)
+    compress(reference, batches, CompressionConfig(**REMAP, rank_multiple=1), progress=False, loss=loss)
     trainer(short(**REMAP), max_epochs=1).fit(module, loader(batches))
     assert specs_of(module) == specs_of(reference)
     torch.testing.assert_close(logits(module.model), logits(reference.model), atol=1e-3, rtol=1e-3)
