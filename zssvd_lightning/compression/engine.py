@@ -22,7 +22,7 @@ from zssvd_lightning.compression.report import Report
 from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.decomposition.decompose import Decomposition, decompose
-from zssvd_lightning.decomposition.factors import TruncatedWeights
+from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
 from zssvd_lightning.decomposition.originals import Originals
 from zssvd_lightning.distributed import LayerSet, Team
 from zssvd_lightning.errors import ConfigError, NonFiniteError
@@ -36,8 +36,9 @@ from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Selection
 from zssvd_lightning.selection.plan import Plan
 from zssvd_lightning.serialization.transformers_config import mark
+from zssvd_lightning.sweep.scratch import InMemory, InScratchFiles
 from zssvd_lightning.whitening.rounding import Importance
-from zssvd_lightning.whitening.spectrum import Step
+from zssvd_lightning.whitening.spectrum import Spectrum, Step
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Compression:
 
     Attributes:
         gathering: collector of the statistics for the next step.
+        store: maker of the mappings that hold weights, factors and spectra, in memory or in scratch files.
         originals: weights (m, n) before the first truncation, or this process's part of them.
         safeguard: comparison of states on batches kept back; None to keep the last state.
         importances: importance of each truncated layer, for `quantize`; None unless the settings need it.
@@ -99,7 +101,8 @@ class Compression:
             output_side=config.watches_outputs,
             keep=config.corrections > 0 and not config.fresh_moments,
         )
-        self.originals = Originals(self.targets)
+        self.store = InScratchFiles() if config.by_blocks else InMemory()
+        self.originals = Originals(self.targets, self.store.tensors())
         self.stopwatch = Stopwatch()
         self.progress = progress and self.team.rank == 0
         self.losses: list[float] = []
@@ -110,7 +113,7 @@ class Compression:
         self.truncation_loss = 0.0
         self.decomposition: Decomposition | None = None
         self.selection: Selection | None = None
-        self.truncated = TruncatedWeights(self.targets, config.storage)
+        self.truncated = self._no_factors()
         self._may_truncate = True
         self._installed: dict[str, nn.Module] = {}
         self.importances: dict[str, Importance] | None = None
@@ -167,7 +170,8 @@ class Compression:
         Raises:
             CalibrationError: see `truncate`.
         """
-        self.decomposition = self._decomposed().everywhere(self.targets)
+        found = self._decomposed()
+        self.decomposition = found if self.config.by_blocks else found.everywhere(self.targets)
         self.gathering.spectra = self.decomposition.spectra
 
     @torch.no_grad()
@@ -188,7 +192,7 @@ class Compression:
         decomposition, selection = self._select(self.budget.after(self.truncations + 1, self.config.truncations), steps)
         with self.stopwatch("truncate"):
             self.originals.keep()
-            before, self.truncated = self.truncated, TruncatedWeights(self.targets, self.config.storage)
+            before, self.truncated = self.truncated, self._no_factors()
             for name, target in self.targets.items():
                 components = selection.kept[name]
                 if components is None:
@@ -306,7 +310,7 @@ class Compression:
         self.decomposition, self.selection, self._installed, self.truncations = None, None, {}, 0
         self.truncation_loss = 0.0
         self.first_steps = None
-        self.truncated = TruncatedWeights(self.targets, self.config.storage)
+        self.truncated = self._no_factors()
         self.gathering.forget()
 
     def report(self) -> Report:
@@ -338,7 +342,11 @@ class Compression:
                 weigh=self.config.weighs_rows,
                 round_off=self.budget.chooses_bits,
                 steps=steps,
+                spectra=self.store.tuples(Spectrum),
             )
+
+    def _no_factors(self) -> TruncatedWeights:
+        return TruncatedWeights(self.targets, self.config.storage, self.store.tuples(Factors))
 
     def _select(self, budget: Budget, steps: Mapping[str, Step] | None = None) -> tuple[Decomposition, Selection]:
         found = self._decomposed(steps) if self.decomposition is None else reach.with_curvature(self)

@@ -6,7 +6,8 @@ token. Each row of D (T, m) is the gradient of the loss, summed over its terms, 
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
+from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -35,13 +36,13 @@ class Moments:
 
     leaders: dict[str, str] = field(default_factory=dict)
     """Layer -> its leader, under whose name the input second moment is stored."""
-    input_sums: dict[str, Tensor] = field(default_factory=dict)
+    input_sums: MutableMapping[str, Tensor] = field(default_factory=dict)
     """Leader -> `X^T X` (n, n)."""
     tokens: dict[str, int] = field(default_factory=dict)
     """Leader -> T, the number of rows of X added."""
-    gradient_sums: dict[str, Tensor] = field(default_factory=dict)
+    gradient_sums: MutableMapping[str, Tensor] = field(default_factory=dict)
     """Layer -> gradient (m, n) of the loss summed over its terms."""
-    output_sums: dict[str, Tensor] = field(default_factory=dict)
+    output_sums: MutableMapping[str, Tensor] = field(default_factory=dict)
     """Layer -> `D^T D` (m, m). Empty if output gradients are not collected."""
     output_terms: float = 0.0
     """Number of loss terms in `output_sums`. 0 means the same number as `loss_terms`."""
@@ -115,7 +116,7 @@ class Moments:
         self.output_terms += window.output_terms
         window.input_sums, window.tokens, window.output_sums, window.component_sums = {}, {}, {}, {}
 
-    def leave_out(self, names: Collection[str]) -> None:
+    def leave_out(self, names: Set[str]) -> None:
         """Drop the statistics of layers; call it after `take_counts`.
 
         A second moment that other layers share is stored under the name of one of these.
@@ -124,11 +125,14 @@ class Moments:
         new = {leader: min(n for n, other in remaining.items() if other == leader) for leader in remaining.values()}
         new |= {leader: leader for leader in new if leader not in names}
         self.leaders = {name: new[leader] for name, leader in remaining.items()}
-        self.input_sums = {new[leader]: A for leader, A in self.input_sums.items() if leader in new}
+        for leader in [leader for leader in self.input_sums if new.get(leader) != leader]:
+            A = self.input_sums.pop(leader)
+            if leader in new:
+                self.input_sums[new[leader]] = A
         self.tokens = {new[leader]: T for leader, T in self.tokens.items() if leader in new}
         for sums in (self.gradient_sums, self.output_sums, self.component_sums):
-            for name in names:
-                sums.pop(name, None)
+            for name in names & sums.keys():
+                del sums[name]
         self.with_gradient = [name for name in self.with_gradient if name not in names]
         self.with_outputs = [name for name in self.with_outputs if name not in names]
 
@@ -142,8 +146,14 @@ class Moments:
         tokens = self.tokens if counted else dict.fromkeys(self.tokens, 0)
         terms = (self.output_terms or self.loss_terms) if counted else 0.0
         return Moments(
-            dict(self.leaders), dict(self.input_sums), dict(tokens), {}, dict(self.output_sums), output_terms=terms
+            dict(self.leaders), copy(self.input_sums), dict(tokens), {}, copy(self.output_sums), output_terms=terms
         )
+
+    def reuse(self, second_moments: "Moments") -> None:
+        """Take the second moments of another object, for statistics that have none."""
+        self.leaders, self.tokens = second_moments.leaders, second_moments.tokens
+        self.input_sums, self.output_sums = second_moments.input_sums, second_moments.output_sums
+        self.output_terms += second_moments.output_terms
 
     def counts(self) -> dict[str, Any]:
         """Return token and term counts, layer names and the loss sum as plain types, without tensors."""
