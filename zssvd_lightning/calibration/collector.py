@@ -16,7 +16,7 @@ from zssvd_lightning.calibration.hooks import Observation, observing
 from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.calibration.recorded_calls import Call
 from zssvd_lightning.distributed import LayerSet
-from zssvd_lightning.errors import CalibrationError, CheckpointError
+from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.whitening.moments import Moments
 from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 from zssvd_lightning.whitening.spectrum import Spectrum

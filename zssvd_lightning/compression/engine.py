@@ -15,9 +15,9 @@ from zssvd_lightning._resources import Stopwatch
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.reach import Unreached
 from zssvd_lightning.compression import reach
-from zssvd_lightning.compression.corrections import STEPS, CorrectionStep
+from zssvd_lightning.compression.corrections import STEPS, CorrectionStep, refuse_non_finite
 from zssvd_lightning.compression.course import Act, Stage
-from zssvd_lightning.compression.quantization import in_8_bits
+from zssvd_lightning.compression.quantization import put_in_8_bits
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.config.compression import CompressionConfig
@@ -25,7 +25,7 @@ from zssvd_lightning.decomposition.decompose import Decomposition, decompose
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
 from zssvd_lightning.decomposition.originals import Originals
 from zssvd_lightning.distributed import LayerSet, Team
-from zssvd_lightning.errors import ConfigError, NonFiniteError
+from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.layers.registry import Factored
 from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
@@ -236,10 +236,7 @@ class Compression:
             self._may_truncate = True
         if self.truncations != done + truncates:
             raise ConfigError(f"{self._step_name} states truncates=True, so it must call truncate() once")
-        with self.team.together():
-            for name, target in self.targets.items():
-                if not target.weight.isfinite().all():
-                    raise NonFiniteError(f"{self._step_name} left a weight of {name} that is NaN or infinite")
+        refuse_non_finite(self.targets, self._step_name)
 
     @property
     def _step_name(self) -> str:
@@ -281,6 +278,8 @@ class Compression:
                     dress(name, layer)
                 self._installed[name] = layer
                 self._replace(self.model, self.targets[name].module, self._installed[name])
+                if self.config.by_blocks:  # the original is in a scratch file
+                    self.targets[name].release()
             self._put_back_low_rank()
             mark(self.model)
 
@@ -289,16 +288,9 @@ class Compression:
         if not self.config.form.rounds:
             return
         with self.stopwatch("store"):
-            report = self.report()
-            layers: dict[str, Any] = {
-                name: self._installed.get(name, target.module)
-                for name, target in self.targets.items()
-                if report.layers[name].in_8_bits
-            }
-            for name, new in in_8_bits(layers, self.config.storage, self.importances).items():
-                self._replace(self.model, layers[name], new)
-                self._installed[name] = new
-            mark(self.model)
+            names = [name for name, layer in self.report().layers.items() if layer.in_8_bits]
+            layers: dict[str, Any] = {name: self._installed.get(name, self.targets[name].module) for name in names}
+            self._installed |= put_in_8_bits(self.model, layers, self.config.storage, self.importances, self._replace)
 
     def restore(self) -> None:
         """Restore the layers of before and their original weights, and discard the compression so far."""

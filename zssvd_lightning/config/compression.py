@@ -159,8 +159,8 @@ class CompressionConfig:
             )
         if self.by_blocks and self.corrections and self.refits:
             raise ContradictionError(
-                f"correction_step {self.correction_step!r} runs the whole model on all batches at once, so memory cannot "
-                "be 'blocks'; set memory to 'whole', or corrections to 0"
+                f"correction_step {self.correction_step!r} runs the whole model on all batches at once, so memory "
+                "cannot be 'blocks'; set memory to 'whole', or corrections to 0"
             )
         if self.budget_in == "bytes" and self.weighs_rows:
             raise ContradictionError(

@@ -171,15 +171,18 @@ class _UpTo(Seal):
 
     def __init__(self, chain: int, of: SharedState, receiver: Receiver) -> None:
         super().__init__(*of.seal_arguments())
-        self.receive = receiver.receive  # type: ignore[method-assign]
         self.inputs: list[Tensor] = []
-        self._chain = chain
+        self._chain, self._receiver = chain, receiver
 
     def enter(self, step: Step, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Stop at the chain."""
         if step == (self._chain, 0):
             self.inputs = tensors_of((args, dict(kwargs)))
             raise _StoppedError
+
+    def receive(self, step: Step, gradient: Tensor) -> None:
+        """Add a gradient to that of the output of a block."""
+        self._receiver.receive(step, gradient)
 
 
 def _refuse_other(name: str, output: Tensor, first: Tensor | None) -> None:

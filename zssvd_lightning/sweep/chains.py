@@ -191,7 +191,7 @@ def _call(name: str, events: list[tuple[str, str]], module: nn.Module, args: tup
     events.append(("call", name))
 
 
-def _dropped(tensor: Any) -> None:
+def _dropped(tensor: Any) -> Any:
     """Keep nothing for a backward pass."""
 
 
@@ -259,8 +259,8 @@ class _Proof(Seal):
             elif name is not None:
                 if name not in self.region_of:
                     raise CalibrationError(
-                        f"{what} depends on {name}, inside of a block, other than through the output of the block, as a "
-                        f"loss of routers would, so the model cannot be run block by block; {WHOLE}"
+                        f"{what} depends on {name}, inside of a block, other than through the output of the block, as "
+                        f"a loss of routers would, so the model cannot be run block by block; {WHOLE}"
                     )
                 if name not in self._called and name not in self._seen:
                     self.region_of[name] = region

@@ -113,7 +113,6 @@ class _Recording(Seal):
     def __init__(self, of: SharedState, batch: Batch) -> None:
         super().__init__(*of.seal_arguments())
         self.receiver = Receiver(of.gradients, batch)
-        self.receive = self.receiver.receive  # type: ignore[method-assign]
         self._of, self._batch = of, batch
 
     def enter(self, step: Step, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -126,6 +125,10 @@ class _Recording(Seal):
         chain, block = step
         if block + 1 == len(self._of.structure.chains[chain]) and self._batch.number == 0:
             self._of.hidden.put((chain, block + 1), "0", hidden)
+
+    def receive(self, step: Step, gradient: Tensor) -> None:
+        """Add a gradient to that of the output of a block."""
+        self.receiver.receive(step, gradient)
 
 
 @contextmanager

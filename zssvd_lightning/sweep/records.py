@@ -59,9 +59,8 @@ class SideTensors:
             if known is tensor:
                 return number
         number = len(self._present)
-        known, place = self._before[number] if number < len(self._before) else (None, None)
-        if known is None or place is None or known.dtype != tensor.dtype or not _equal(known, tensor):
-            place = self._file.append(tensor)
+        before = self._before[number] if number < len(self._before) else None
+        place = before[1] if before is not None and _equal(before[0], tensor) else self._file.append(tensor)
         self._present.append((tensor, place))
         return number
 
@@ -85,7 +84,8 @@ class SideTensors:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.device == other.device and one.shape == other.shape and torch.equal(one, other)
+    same_kind = (one.device, one.dtype, one.shape) == (other.device, other.dtype, other.shape)
+    return same_kind and torch.equal(one, other)
 
 
 class Streams:

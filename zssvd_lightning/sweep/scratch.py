@@ -71,7 +71,7 @@ class TensorFile:
         content = torch.empty(place.shape.numel() * place.dtype.itemsize, dtype=torch.uint8)
         if content.numel():
             self._file.seek(place.start)
-            self._file.readinto(content.numpy())  # type: ignore[attr-defined]
+            self._file.readinto(content.numpy().data)
         stored = content.view(place.dtype).reshape(place.shape).to(place.device)
         return stored.T if place.transposed else stored
 
@@ -115,7 +115,7 @@ class OnDisk(MutableMapping[str, V]):
     def __copy__(self) -> "OnDisk[V]":
         """Return a mapping of the same values, which can then differ. The file stays until neither uses it."""
         new = OnDisk(self._parts, self._whole, self._file)
-        new._places |= self._places  # noqa: SLF001  another of this class
+        new._places |= self._places
         return new
 
     def clear(self) -> None:

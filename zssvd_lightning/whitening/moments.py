@@ -6,7 +6,7 @@ token. Each row of D (T, m) is the gradient of the loss, summed over its terms, 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -116,7 +116,7 @@ class Moments:
         self.output_terms += window.output_terms
         window.input_sums, window.tokens, window.output_sums, window.component_sums = {}, {}, {}, {}
 
-    def leave_out(self, names: Set[str]) -> None:
+    def leave_out(self, names: Collection[str]) -> None:
         """Drop the statistics of layers; call it after `take_counts`.
 
         A second moment that other layers share is stored under the name of one of these.
@@ -131,7 +131,7 @@ class Moments:
                 self.input_sums[new[leader]] = A
         self.tokens = {new[leader]: T for leader, T in self.tokens.items() if leader in new}
         for sums in (self.gradient_sums, self.output_sums, self.component_sums):
-            for name in names & sums.keys():
+            for name in [name for name in names if name in sums]:
                 del sums[name]
         self.with_gradient = [name for name in self.with_gradient if name not in names]
         self.with_outputs = [name for name in self.with_outputs if name not in names]
