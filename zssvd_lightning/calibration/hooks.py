@@ -2,7 +2,7 @@
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -163,13 +163,7 @@ class Observation:
         self._without_graph = [name for name, has_graph in self._has_graph.items() if not has_graph]
         weights = [target.module.weight for target in self._targets.values()] + self.leaves()
         before, self.gradient_weight, self._taking_outputs = self.gradient_weight, 1.0, True
-        try:
-            torch.autograd.grad(logits, weights, drawn.view_as(logits), retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            raise CalibrationError(
-                f"drawn gradients cannot be sent back from the logits: {error}; if activations are checkpointed, set "
-                "use_reentrant=False, else set output_side to 'empirical'"
-            ) from error
+        send_back_drawn([logits], weights, [drawn.view_as(logits)])
         self.gradient_weight, self._taking_outputs = before, False
 
     def take_outputs(self, weight: float | None) -> None:
@@ -265,6 +259,17 @@ class Observation:
                 f"{name} read the same input as {leader} in the first batch, but another one now; "
                 f"compress them in separate runs, or add {name} to ignore"
             )
+
+
+def send_back_drawn(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Backpropagate drawn gradients through hooks alone. Raises CalibrationError where that is not possible."""
+    try:
+        torch.autograd.grad(outputs, inputs, gradients, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise CalibrationError(
+            f"drawn gradients cannot be sent back from the logits: {error}; if activations are checkpointed, set "
+            "use_reentrant=False, else set output_side to 'empirical'"
+        ) from error
 
 
 def _in_reentrant_checkpoint() -> bool:

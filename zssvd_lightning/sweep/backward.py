@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from zssvd_lightning.calibration.contexts import gradients_only_at
 from zssvd_lightning.calibration.gradients import collect_gradients
-from zssvd_lightning.calibration.hooks import Observation
+from zssvd_lightning.calibration.hooks import Observation, send_back_drawn
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.sweep.calls import HIDDEN, WHOLE, output_of, tensors_of
@@ -85,6 +86,7 @@ class BackwardSweep:
             with (
                 torch.enable_grad(),
                 of.observing(of.statistics.model, layers, moments, batch.mask) as observation,
+                gradients_only_at(of.statistics.model, of.layers),
                 _UpTo(chain, of, receiver) as stopped,
             ):
                 try:
@@ -116,7 +118,7 @@ class BackwardSweep:
             receiver.sent = sent
             observation.take_outputs(weight)
             if sent == DRAWN:
-                torch.autograd.grad(tensors, [*leaves, *weights], gradients, retain_graph=True, allow_unused=True)
+                send_back_drawn(tensors, [*leaves, *weights], gradients)
             else:
                 torch.autograd.backward(tensors, gradients)
 

@@ -1,5 +1,6 @@
 """Search for the blocks of a model by its structure, and proof that gradients pass from block to block alone."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.sweep.calls import WHOLE, hidden_of, output_of, tensors_of
-from zssvd_lightning.sweep.seal import Chain, Seal, Step, reached_from
+from zssvd_lightning.sweep.seal import Chain, Seal, Step, nothing_saved, reached_from
 from zssvd_lightning.whitening.moments import Moments
+
+logger = logging.getLogger(__name__)
+
 
 MOST_IN_A_BLOCK = 0.75
 """Fraction of the numbers of a chain in its largest block, above which chains inside are used instead."""
@@ -62,7 +66,7 @@ def structure_of(model: nn.Module, layers: LayerSet, mask: TokenMask, loss: Call
         CalibrationError: there are no blocks that run one after the other, or the loss depends on their insides other
             than through the next block. The message says why.
     """
-    with measuring(model):
+    with measuring(model), torch.enable_grad(), nothing_saved():
         chains, calls = _found(model, layers, mask, loss)
     inside = {
         name: tuple(layer for layer in layers if layer == name or layer.startswith(f"{name}."))
@@ -77,7 +81,7 @@ def structure_of(model: nn.Module, layers: LayerSet, mask: TokenMask, loss: Call
         measuring(model),
         torch.enable_grad(),
         observing(model, layers, Moments(), mask, inputs=False),
-        torch.autograd.graph.saved_tensors_hooks(_dropped, _dropped),
+        nothing_saved(),
         proof,
     ):
         proof.refuse_leaks("the loss", len(chains), [loss()])
@@ -119,8 +123,24 @@ def _found(
             + (f" ({reasons})" if reasons else "")
             + f"; {WHOLE}"
         )
+    _warn_of_outside(chosen, candidates, sizes)
     chosen.sort(key=lambda c: events.index(("enter", next(iter(c.blocks)))))
     return [Chain(c.name, c.blocks) for c in chosen], _regions(chosen, events)
+
+
+def _warn_of_outside(chosen: Sequence[_Candidate], candidates: Sequence[_Candidate], sizes: Mapping[str, int]) -> None:
+    """Warn if the layers outside of all blocks have more statistics than the largest block."""
+    of_blocks = [sum(sizes[n] for n in sizes if _is_in(n, block)) for c in chosen for block in c.blocks]
+    outside = sum(sizes.values()) - sum(of_blocks)
+    if outside > max(of_blocks):
+        reasons = [f"{c.name}: {c.wrong}" for c in candidates if c.wrong is not None]
+        logger.warning(
+            "%.1f GB of statistics, of layers outside of %s, are in memory together, and %.1f GB of the largest block%s",
+            4e-9 * outside,
+            " and ".join(c.name or "the model" for c in chosen),
+            4e-9 * max(of_blocks),
+            f". No list of blocks: {'; '.join(reasons[:3])}" if reasons else "",
+        )
 
 
 def _regions(chosen: Sequence[_Candidate], events: Iterable[tuple[str, str]]) -> dict[str, int]:
@@ -191,12 +211,8 @@ def _call(name: str, events: list[tuple[str, str]], module: nn.Module, args: tup
     events.append(("call", name))
 
 
-def _dropped(tensor: Any) -> Any:
-    """Keep nothing for a backward pass."""
-
-
 class _Proof(Seal):
-    """Seal that builds the whole graph without its tensors, and refuses dependences other than from block to block.
+    """Seal that refuses dependences other than from block to block.
 
     Args:
         chains: the chains.
@@ -205,8 +221,6 @@ class _Proof(Seal):
         layers: all target layers.
         called: names of the layers that are called.
     """
-
-    keeps_graph = True
 
     def __init__(
         self,

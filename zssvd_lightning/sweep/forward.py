@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zssvd_lightning.calibration.batches import input_of
 from zssvd_lightning.calibration.collector import StatisticsCollector
+from zssvd_lightning.calibration.contexts import gradients_only_at
 from zssvd_lightning.calibration.gradients import check_terms, checked_loss, collect_gradients
 from zssvd_lightning.calibration.hooks import Observation, observing
 from zssvd_lightning.calibration.masks import Masks, TokenMask
@@ -83,6 +84,7 @@ class ForwardSweep(SharedState):
         with (
             torch.enable_grad(),
             self.observing(statistics.model, last, self.last_region, batch.mask) as observation,
+            gradients_only_at(statistics.model, self.layers),
             _Recording(self, batch) as recording,
         ):
             observation.check_operands(batch.number + 1)

@@ -1,8 +1,11 @@
-"""Forward passes whose graph is cut at every block, so that nothing inside a block is kept for a backward pass."""
+"""Forward passes whose graph is cut at every block, so that nothing inside a block is kept for a backward pass.
+
+Blocks run with gradients enabled all the same, because torch computes other sums without, which round differently.
+"""
 
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -32,7 +35,7 @@ Step = tuple[int, int]
 
 
 class Seal:
-    """Context in which the blocks of all chains run without a graph, and their outputs start a new one.
+    """Context in which the blocks of all chains keep nothing of their graph, and their outputs start a new one.
 
     Gradients that reach the output of a block are handed to `receive`. The pass is divided into regions: region c is
     what runs after the first c chains and before the next one.
@@ -54,7 +57,7 @@ class Seal:
         self._next, self._inside = 0, False
         self._last: Tensor | None = None
         self._leaves: list[tuple[Step, weakref.ref[Tensor]]] = []
-        self._hooks = ExitStack()
+        self._hooks, self._dropping = ExitStack(), ExitStack()
 
     def __enter__(self) -> Self:
         for number, module in enumerate(self._modules):
@@ -67,6 +70,7 @@ class Seal:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.close()
+        self._dropping.close()
         self._last = None
 
     @property
@@ -114,14 +118,11 @@ class Seal:
             )
         self._last = None
         self.enter((chain, block), hidden, args, kwargs)
-        self._inside, self._grad = True, torch.is_grad_enabled()
-        torch.set_grad_enabled(self._grad and self.keeps_graph)
-
-    keeps_graph = False
-    """True to build the graph inside of blocks too."""
+        self._inside = True
+        self._dropping.enter_context(nothing_saved())
 
     def _leave(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        torch.set_grad_enabled(self._grad)
+        self._dropping.close()
         chain, block, name = self._steps[number]
         step, found = (chain, block), output_of(name, output)
         self._next, self._inside = number + 1, False
@@ -139,6 +140,22 @@ class Seal:
                 f"{name} runs between blocks, or elsewhere than in the first batch, so its gradient is not known block "
                 f"by block; add it to ignore, or {WHOLE}"
             )
+
+
+def nothing_saved() -> AbstractContextManager[None]:
+    """Return a context in which a graph is built without the tensors that a backward pass needs."""
+    return torch.autograd.graph.saved_tensors_hooks(_dropped, _refused)
+
+
+def _dropped(tensor: Tensor) -> Any:
+    """Keep nothing of a tensor."""
+
+
+def _refused(nothing: Any) -> Tensor:
+    raise CalibrationError(
+        f"the loss depends on the inside of a block other than in the first batch, so the model cannot be run block by "
+        f"block; {WHOLE}"
+    )
 
 
 def reached_from(tensors: Sequence[Tensor]) -> list[Tensor]:
