@@ -102,8 +102,8 @@ class Block(nn.Module):
         self.mix = nn.Linear(12, 12)
         self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(experts))
 
-    def forward(self, x, scale=1.0):
-        x = x + scale * torch.tanh(self.mix(x))
+    def forward(self, x, scale=1.0, shift=0.0):
+        x = x + scale * torch.tanh(self.mix(x + shift))
         for number, expert in enumerate(self.experts):
             chosen = (x.detach().sum(-1) > 0).long() % len(self.experts) == number
             x = x.index_put((chosen,), x[chosen] + torch.tanh(expert(x[chosen])))
@@ -186,6 +186,30 @@ def test_layers_of_lists_that_are_no_blocks_are_outside_and_named(caplog):
     assert "upper: upper.1 does not run on the output of the one before it" in caplog.text
 
 
+class Buffered(Stacked):
+    """Blocks whose hooks change what they get, after a first one that reads ids, and a shift that changes in place."""
+
+    def __init__(self):
+        super().__init__(experts=0)
+        self.before = self.between = self.after = None
+        self.lower = nn.Sequential(nn.Embedding(30, 12), *[Block() for _ in range(3)])
+        for block in self.lower[1:]:
+            block.register_forward_pre_hook(lambda module, args: (args[0] * 1.1,))
+
+    def forward(self, ids):
+        x, shift = self.lower(ids), torch.zeros(12)
+        for block in self.upper:
+            x = block(x, shift=shift)
+            shift += 0.5
+        return self.head(x.mean(1))
+
+
+def test_ids_hooks_and_arguments_that_change_in_place():
+    g = torch.Generator().manual_seed(3)
+    batches = [(torch.randint(30, (16, 5), generator=g), torch.randint(4, (16,), generator=g)) for _ in range(2)]
+    assert_the_same(*compressed_both_ways(Buffered(), batches, preset="zs-svd", **BY_EXAMPLE))
+
+
 def test_a_model_without_blocks_is_refused_by_name():
     model = nn.ModuleDict({"one": nn.Linear(8, 8), "two": nn.Linear(8, 4)})
 
@@ -260,7 +284,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was_and_no_files(place, tmp_pat
 def test_a_full_disk_is_said_and_nothing_is_lost(monkeypatch):
     model = tiny_gpt2()
     before = state_of(model)
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Path("/dev/full").open("r+b", buffering=0))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Path("/dev/full").open("r+b", buffering=0))  # noqa: SIM115
     with pytest.raises(OutputError, match=r"scratch files.*TMPDIR") as refused:
         compress(model, token_batches(2), **ONE_SHOT, preset="zs-svd", memory="blocks")
     assert refused.value.__cause__.errno == errno.ENOSPC

@@ -35,18 +35,12 @@ class BackwardSweep:
         self._of.put_away(self._of.last_region)
         for chain in reversed(range(len(self._structure.chains))):
             self._through_chain(chain)
-            if self._is_needed(chain):
+            if self._structure.has_layers_up_to(chain):
                 self._through_region(chain)
-
-    def _is_needed(self, region: int) -> bool:
-        """Return whether there are target layers in a region or before it."""
-        earlier = [block for chain in self._structure.chains[:region] for block in chain.blocks]
-        within = any(self._structure.inside[block] for block in earlier)
-        return within or any(of <= region for of in self._structure.region_of.values())
 
     def _through_chain(self, chain: int) -> None:
         of, names = self._structure.chains[chain], list(self._structure.chains[chain].blocks)
-        below = self._is_needed(chain)
+        below = self._structure.has_layers_up_to(chain)
         for number in tqdm(
             reversed(range(len(of))), f"blocks of {of.name}", len(of), unit="block", disable=not self._progress
         ):
@@ -157,6 +151,8 @@ class _Arguments:
         return self._leaf(tensor, ("into", self._step[0], slot))
 
     def _leaf(self, tensor: Tensor, key: Hashable | None) -> Tensor:
+        if not tensor.is_floating_point():  # ids, which a first block may read
+            return tensor
         leaf = tensor.requires_grad_()
         if key is not None:
             leaf.register_hook(partial(self._receiver.receive, key))  # type: ignore[no-untyped-call]

@@ -94,7 +94,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 def hidden_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return the first tensor among the arguments of block `name`. Raises CalibrationError if there is none."""
     found = tensors_of((args, dict(kwargs)))
-    if not found or not found[0].is_floating_point():
+    if not found:
         raise CalibrationError(f"{name} is called without hidden states; {WHOLE}")
     return found[0]
 

@@ -40,6 +40,11 @@ class Structure(NamedTuple):
         """Return the target layers of a region."""
         return [name for name, of in self.region_of.items() if of == region]
 
+    def has_layers_up_to(self, region: int) -> bool:
+        """Return True if there are target layers in a region or before it."""
+        blocks = [block for chain in self.chains[:region] for block in chain.blocks]
+        return any(self.inside[block] for block in blocks) or any(of <= region for of in self.region_of.values())
+
 
 @dataclass
 class _Candidate:
@@ -135,7 +140,7 @@ def _warn_of_outside(chosen: Sequence[_Candidate], candidates: Sequence[_Candida
     if outside > max(of_blocks):
         reasons = [f"{c.name}: {c.wrong}" for c in candidates if c.wrong is not None]
         logger.warning(
-            "%.1f GB of statistics, of layers outside of %s, are in memory together, and %.1f GB of the largest block%s",
+            "%.1f GB of statistics, of layers outside of %s, are in memory together; the largest block has %.1f GB%s",
             4e-9 * outside,
             " and ".join(c.name or "the model" for c in chosen),
             4e-9 * max(of_blocks),

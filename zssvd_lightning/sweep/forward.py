@@ -105,6 +105,8 @@ class ForwardSweep(SharedState):
             loss.backward()  # type: ignore[no-untyped-call]
             collect_gradients(last, self.last_region, batch.terms)
             batch.masks = observation.masks.known()
+        if not self.structure.has_layers_up_to(len(self.structure.chains) - 1):
+            batch.loss = _run_already  # and the batch itself need not be kept
         batch.sides, batch.differentiable = self.sides.places, self.sides.differentiable
         self.batches.append(batch)
 
@@ -131,6 +133,10 @@ class _Recording(Seal):
     def receive(self, step: Step, gradient: Tensor) -> None:
         """Add a gradient to that of the output of a block."""
         self.receiver.receive(step, gradient)
+
+
+def _run_already() -> Tensor:
+    raise RuntimeError("a batch is not run again, because no layer needs it")
 
 
 @contextmanager

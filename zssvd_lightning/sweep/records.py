@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Hashable, MutableMapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,13 +42,26 @@ class Batch:
     differentiable: set[int] = field(default_factory=set)
 
 
+class _Side(NamedTuple):
+    """A side tensor that is stored, with the number of changes in place before."""
+
+    tensor: Tensor
+    version: int
+    place: Place
+
+    @property
+    def is_unchanged(self) -> bool:
+        """True if the tensor still is what was stored."""
+        return self.tensor._version == self.version  # noqa: SLF001
+
+
 class SideTensors:
     """File of the side tensors of all batches. What is equal in two batches in a row is stored once."""
 
     def __init__(self) -> None:
         self._file = TensorFile()
-        self._before: list[tuple[Tensor, Place]] = []
-        self._present: list[tuple[Tensor, Place]] = []
+        self._before: list[_Side] = []
+        self._present: list[_Side] = []
 
     def start(self) -> None:
         """Start the next batch."""
@@ -55,24 +69,26 @@ class SideTensors:
 
     def number_of(self, tensor: Tensor) -> int:
         """Return the number of a tensor in the present batch, and store it if it is new."""
-        for number, (known, _) in enumerate(self._present):
-            if known is tensor:
+        version = tensor._version  # noqa: SLF001  one more after each change in place
+        for number, known in enumerate(self._present):
+            if known.tensor is tensor and known.version == version:
                 return number
         number = len(self._present)
         before = self._before[number] if number < len(self._before) else None
-        place = before[1] if before is not None and _equal(before[0], tensor) else self._file.append(tensor)
-        self._present.append((tensor, place))
+        same = before is not None and before.is_unchanged and _equal(before.tensor, tensor)
+        place = before.place if before is not None and same else self._file.append(tensor)
+        self._present.append(_Side(tensor, version, place))
         return number
 
     @property
     def places(self) -> list[Place]:
         """Places of the tensors of the present batch, by number."""
-        return [place for _, place in self._present]
+        return [side.place for side in self._present]
 
     @property
     def differentiable(self) -> set[int]:
         """Numbers of the tensors of the present batch that require gradients."""
-        return {number for number, (tensor, _) in enumerate(self._present) if tensor.requires_grad}
+        return {number for number, side in enumerate(self._present) if side.tensor.requires_grad}
 
     def forget(self) -> None:
         """Release the tensors of the last batch, which are in the file."""

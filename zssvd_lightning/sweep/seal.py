@@ -61,7 +61,7 @@ class Seal:
 
     def __enter__(self) -> Self:
         for number, module in enumerate(self._modules):
-            entering = module.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
+            entering = module.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True, prepend=True)
             self._hooks.callback(entering.remove)
             self._hooks.callback(module.register_forward_hook(partial(self._leave, number)).remove)
         for name, module in self._outside.items():
