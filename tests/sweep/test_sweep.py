@@ -210,6 +210,15 @@ def test_ids_hooks_and_arguments_that_change_in_place():
     assert_the_same(*compressed_both_ways(Buffered(), batches, preset="zs-svd", **BY_EXAMPLE))
 
 
+def test_layers_of_one_block_and_a_loss_of_all_hidden_states():
+    def loss(model, batch):
+        output = model(**batch, output_hidden_states=True)
+        return output.loss + sum(states.square().mean() for states in output.hidden_states)
+
+    settings = {"preset": "zs-svd", "include": ["*.1.mlp.*"], "loss": loss}
+    assert_the_same(*compressed_both_ways(tiny_llama(num_hidden_layers=3), token_batches(2), **settings))
+
+
 def test_a_model_without_blocks_is_refused_by_name():
     model = nn.ModuleDict({"one": nn.Linear(8, 8), "two": nn.Linear(8, 4)})
 

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.calibration.contexts import measuring
 from zssvd_lightning.calibration.hooks import observing
 from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.model.targets import refusals
 from zssvd_lightning.sweep.calls import WHOLE, hidden_of, output_of, tensors_of
 from zssvd_lightning.sweep.seal import Chain, Seal, Step, nothing_saved, reached_from
 from zssvd_lightning.whitening.moments import Moments
@@ -103,7 +105,7 @@ def _found(
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
     ]
-    candidates = [c for c in candidates if sum(any(_is_in(n, block) for n in layers) for block in c.blocks) > 1]
+    candidates = [c for c in candidates if any(_is_in(name, c.name) for name in layers)]
     events: list[tuple[str, str]] = []
     with ExitStack() as hooks, observing(model, layers, Moments(), mask, inputs=False) as observation:
         observation.check_operands(1)
@@ -120,7 +122,7 @@ def _found(
         if candidate.wrong is None and candidate.left < len(candidate.blocks):
             candidate.wrong = f"{candidate.left} of its {len(candidate.blocks)} modules ran"
     sizes = {name: m * m + n * n + m * n for name, (m, n) in layers.shapes.items()}
-    chosen = _chosen([c for c in candidates if c.wrong is None], sizes)
+    chosen = _chosen([c for c in candidates if c.wrong is None], _numbers_in_linear_layers(model))
     if not chosen:
         reasons = "; ".join(f"{c.name or 'the model'}: {c.wrong}" for c in candidates[:3] if c.wrong is not None)
         raise CalibrationError(
@@ -158,6 +160,13 @@ def _regions(chosen: Sequence[_Candidate], events: Iterable[tuple[str, str]]) ->
         elif kind == "enter" and name in last_blocks:
             region += 1
     return regions
+
+
+def _numbers_in_linear_layers(model: nn.Module) -> dict[str, int]:
+    """Return the number of weights of each layer that could be a target, whether it is one or not."""
+    others = refusals(model)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    return {name: module.weight.numel() for name, module in linears.items() if name not in others}
 
 
 def _chosen(valid: Sequence[_Candidate], sizes: Mapping[str, int]) -> list[_Candidate]:

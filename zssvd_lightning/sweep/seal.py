@@ -63,7 +63,7 @@ class Seal:
         for number, module in enumerate(self._modules):
             entering = module.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True, prepend=True)
             self._hooks.callback(entering.remove)
-            self._hooks.callback(module.register_forward_hook(partial(self._leave, number)).remove)
+            self._hooks.callback(module.register_forward_hook(partial(self._leave, number), prepend=True).remove)
         for name, module in self._outside.items():
             self._hooks.callback(module.register_forward_pre_hook(partial(self._check_region, name)).remove)
         return self
