@@ -178,6 +178,17 @@ def test_a_loss_that_depends_on_the_inside_of_a_block_is_refused_by_name():
     assert_same_state(before, state_of(model))
 
 
+def test_a_later_batch_that_reads_the_inside_of_a_block_is_refused():
+    model, batches = Stacked(experts=0), examples()
+
+    def loss(model, batch):
+        added = model.upper[0].mix.weight.sum() if batch[0] is batches[1][0] else 0.0
+        return example_loss(model, batch) + added
+
+    with pytest.raises(CalibrationError, match=r"depends on upper\.0\.mix other than in the first batch"):
+        compress(model, batches, **ONE_SHOT, preset="zs-svd", memory="blocks", **BY_EXAMPLE | {"loss": loss})
+
+
 def test_layers_of_lists_that_are_no_blocks_are_outside_and_named(caplog):
     model = Stacked(experts=0)
     model.forms["new tensor between blocks"] = True

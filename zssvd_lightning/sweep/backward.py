@@ -14,7 +14,7 @@ from zssvd_lightning.calibration.hooks import Observation, send_back_drawn
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.sweep.calls import HIDDEN, WHOLE, output_of, tensors_of
-from zssvd_lightning.sweep.forward import ForwardSweep, SharedState
+from zssvd_lightning.sweep.forward import ForwardSweep, SharedState, refuse_gradients
 from zssvd_lightning.sweep.records import DRAWN, LOSS, Batch, Receiver
 from zssvd_lightning.sweep.seal import Seal, Step
 from zssvd_lightning.whitening.moments import Moments
@@ -91,7 +91,10 @@ class BackwardSweep:
                 outputs = [(t, of.gradients.at(("into", chain, slot), batch)) for slot, t in inputs.items()]
                 self._send_back(observation, layers, outputs, list(stopped.leaves.values()), receiver)
                 collect_gradients(layers, moments, batch.terms)
+                refuse_gradients(of.layers)
         of.put_away(moments)
+        for slot in {slot for batch in of.batches for slot in batch.calls[chain, 0].slots}:
+            of.gradients.close(("into", chain, slot))
 
     def _send_back(
         self,

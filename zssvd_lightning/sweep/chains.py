@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.calibration.contexts import measuring
+from zssvd_lightning.calibration.gradients import checked_loss
 from zssvd_lightning.calibration.hooks import observing
 from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.distributed import LayerSet
@@ -91,7 +92,7 @@ def structure_of(model: nn.Module, layers: LayerSet, mask: TokenMask, loss: Call
         nothing_saved(),
         proof,
     ):
-        proof.refuse_leaks("the loss", len(chains), [loss()])
+        proof.refuse_leaks("the loss", len(chains), [checked_loss(loss())])
         proof.refuse_unfinished()
     return Structure(chains, inside, proof.region_of)
 

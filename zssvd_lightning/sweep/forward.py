@@ -15,7 +15,8 @@ from zssvd_lightning.calibration.gradients import check_terms, checked_loss, col
 from zssvd_lightning.calibration.hooks import Observation, observing
 from zssvd_lightning.calibration.masks import Masks, TokenMask
 from zssvd_lightning.distributed import LayerSet
-from zssvd_lightning.sweep.calls import BlockCall
+from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.sweep.calls import WHOLE, BlockCall
 from zssvd_lightning.sweep.chains import Structure, structure_of
 from zssvd_lightning.sweep.records import DRAWN, LOSS, Batch, Gradients, Receiver, SideTensors, Streams
 from zssvd_lightning.sweep.scratch import InScratchFiles
@@ -104,6 +105,7 @@ class ForwardSweep(SharedState):
             recording.receiver.sent = LOSS
             loss.backward()  # type: ignore[no-untyped-call]
             collect_gradients(last, self.last_region, batch.terms)
+            refuse_gradients(self.layers)
             batch.masks = observation.masks.known()
         if not self.structure.has_layers_up_to(len(self.structure.chains) - 1):
             batch.loss = _run_already  # and the batch itself need not be kept
@@ -133,6 +135,16 @@ class _Recording(Seal):
     def receive(self, step: Step, gradient: Tensor) -> None:
         """Add a gradient to that of the output of a block."""
         self.receiver.receive(step, gradient)
+
+
+def refuse_gradients(layers: LayerSet) -> None:
+    """Raise CalibrationError if layers other than those of the region have got a gradient."""
+    for name, target in layers.items():
+        if target.gradient is not None:
+            raise CalibrationError(
+                f"the loss depends on {name} other than in the first batch, and not through the blocks alone, so the "
+                f"model cannot be run block by block; {WHOLE}"
+            )
 
 
 def _run_already() -> Tensor:

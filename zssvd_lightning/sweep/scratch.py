@@ -39,7 +39,7 @@ class TensorFile:
 
     def __init__(self) -> None:
         try:
-            self._file = tempfile.TemporaryFile(prefix="zssvd-")  # noqa: SIM115  closed by the finalizer
+            self._file = tempfile.TemporaryFile(prefix="zssvd-", buffering=0)  # noqa: SIM115  closed by the finalizer
         except OSError as error:
             raise OutputError(f"memory 'blocks' needs scratch files: {error}; {_ANOTHER_FOLDER}") from error
         self._end = 0
@@ -54,8 +54,9 @@ class TensorFile:
         if content.numel():
             try:
                 self._file.seek(self._end)
-                self._file.write(content.view(torch.uint8).numpy().data)
-                self._file.flush()
+                left = content.view(torch.uint8).numpy().data
+                while left:
+                    left = left[self._file.write(left) :]
             except OSError as error:
                 folder = tempfile.gettempdir()
                 raise OutputError(
@@ -71,7 +72,9 @@ class TensorFile:
         content = torch.empty(place.shape.numel() * place.dtype.itemsize, dtype=torch.uint8)
         if content.numel():
             self._file.seek(place.start)
-            self._file.readinto(content.numpy().data)
+            left = content.numpy().data
+            while left:
+                left = left[self._file.readinto(left) :]
         stored = content.view(place.dtype).reshape(place.shape).to(place.device)
         return stored.T if place.transposed else stored
 
