@@ -3,6 +3,7 @@
 import copy
 import errno
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from zssvd_lightning import ZSSVDCallback, compress
 from zssvd_lightning.compression.pipeline import calibrate, plan
 from zssvd_lightning.errors import CalibrationError, ConfigError, ContradictionError, OutputError
 from zssvd_lightning.layers.base import CompressedLinear
+from zssvd_lightning.whitening.moments import Moments
 
 ONE_SHOT = {"prune_ratio": 0.3, "corrections": 0, "progress": False}
 
@@ -279,6 +281,22 @@ def test_what_needs_all_statistics_at_once_is_refused_before_the_first_batch():
         compress(tiny_gpt2(), [], preset="zs-svd", memory="block")
 
 
+@pytest.mark.parametrize(("memory", "most"), [("whole", 3), ("blocks", 1)])
+def test_the_number_of_blocks_whose_second_moments_are_in_memory(memory, most, monkeypatch):
+    alive, numbers, add_inputs = {}, [], Moments.add_inputs
+
+    def counted(self, leader, X):
+        add_inputs(self, leader, X)
+        alive[id(self)] = weakref.ref(self)
+        every = [moments for reference in alive.values() if (moments := reference()) is not None]
+        names = {name for moments in every if isinstance(moments.input_sums, dict) for name in moments.input_sums}
+        numbers.append(len({name.split(".")[2] for name in names}))
+
+    monkeypatch.setattr(Moments, "add_inputs", counted)
+    compress(tiny_llama(num_hidden_layers=3), token_batches(2), **ONE_SHOT, preset="zs-svd", memory=memory)
+    assert max(numbers) == most
+
+
 class StoppedError(Exception):
     pass
 
@@ -299,6 +317,23 @@ def test_a_run_that_fails_leaves_the_model_as_it_was_and_no_files(place, tmp_pat
         compress(model, token_batches(2), **ONE_SHOT, preset="zs-svd", memory="blocks")
     assert_same_state(before, state_of(model))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_inside_of_a_block_leaves_the_model_and_autograd_as_they_were():
+    model, calls = tiny_gpt2(), []
+
+    def fail_in_second_batch(module, args):
+        calls.append(None)
+        if len(calls) == 4:  # two passes examine the model
+            raise KeyboardInterrupt
+
+    model.transformer.h[1].mlp.c_fc.register_forward_pre_hook(fail_in_second_batch)
+    before = state_of(model)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, token_batches(2), **ONE_SHOT, preset="zs-svd", memory="blocks")
+    assert_same_state(before, state_of(model))
+    model(**token_batches(1)[0]).loss.backward()
+    assert model.transformer.h[0].mlp.c_fc.weight.grad.any()
 
 
 def test_a_full_disk_is_said_and_nothing_is_lost(monkeypatch):
