@@ -104,7 +104,7 @@ class Block(nn.Module):
         self.mix = nn.Linear(12, 12)
         self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(experts))
 
-    def forward(self, x, scale=1.0, shift=0.0):
+    def forward(self, scale=1.0, x=None, shift=0.0):
         x = x + scale * torch.tanh(self.mix(x + shift))
         for number, expert in enumerate(self.experts):
             chosen = (x.detach().sum(-1) > 0).long() % len(self.experts) == number
@@ -127,15 +127,15 @@ class Stacked(nn.Module):
 
     def forward(self, x):
         x = torch.tanh(self.before(x))
-        states = []
+        states, first = [], x if self.forms.get("reads first") else 0.0
         for block in self.lower:
-            x = block(x, scale=0.5)
+            x = block(0.5, x, shift=first)
             states.append(x)
         side = torch.tanh(self.between(x)) if self.forms.get("gives side") else 1.0
         x = x + torch.tanh(self.between(x)) * self.forms.get("scale", 1.0)
         for block in self.upper:
             x = x + 0.0 if self.forms.get("new tensor between blocks") else x
-            x = block(x, scale=side)
+            x = block(side, x)
         x = x + (states[0] if self.forms.get("skip") else 0.0)
         if self.forms.get("reads inside"):
             x = x + 0.1 * self.upper[0].mix.weight.sum()
@@ -154,7 +154,9 @@ def example_loss(model, batch):
 BY_EXAMPLE = {"loss": example_loss, "terms": lambda batch: len(batch[1])}
 
 
-@pytest.mark.parametrize(("form", "preset"), [(None, "zs-svd"), ("skip", "best"), ("gives side", "best")])
+@pytest.mark.parametrize(
+    ("form", "preset"), [(None, "zs-svd"), ("skip", "best"), ("gives side", "best"), ("reads first", "best")]
+)
 def test_layers_outside_of_the_blocks_and_paths_around_them(form, preset):
     torch.manual_seed(0)
     model = Stacked()
@@ -207,12 +209,12 @@ class Buffered(Stacked):
         self.before = self.between = self.after = None
         self.lower = nn.Sequential(nn.Embedding(30, 12), *[Block() for _ in range(3)])
         for block in self.lower[1:]:
-            block.register_forward_pre_hook(lambda module, args: (args[0] * 1.1,))
+            block.register_forward_pre_hook(lambda module, args: (1.0, args[0] * 1.1))
 
     def forward(self, ids):
         x, shift = self.lower(ids), torch.zeros(12)
         for block in self.upper:
-            x = block(x, shift=shift)
+            x = block(1.0, x, shift=shift)
             shift += 0.5
         return self.head(x.mean(1))
 
@@ -260,7 +262,7 @@ def test_a_batch_that_leaves_a_block_out_is_refused():
 
     def loss(model, batch):
         if batch[0] is batches[2][0]:
-            return model.head(model.upper[0](model.between(model.before(batch[0])))).square().mean()
+            return model.head(model.upper[0](1.0, model.between(model.before(batch[0])))).square().mean()
         return example_loss(model, batch)
 
     with pytest.raises(CalibrationError, match=r"runs? (in another order|between blocks)"):

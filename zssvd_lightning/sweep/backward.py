@@ -49,16 +49,15 @@ class BackwardSweep:
                 self._through_block((chain, number), names[number], of.blocks[names[number]], passes_on, below)
             self._of.hidden.close((chain, number + 1))
             self._of.gradients.close((chain, number))
-        self._of.hidden.close((chain, 0))
 
     def _through_block(self, step: Step, name: str, block: nn.Module, passes_on: bool, below: bool) -> None:
         """Run a block again on all batches, and send the gradients of its output back through it."""
         of, (chain, number), moments = self._of, step, Moments()
         layers = of.layers_of(self._structure.inside[name])
-        before: Hashable = (chain, number - 1) if number else ("into", chain, HIDDEN)
+        before = (chain, number - 1) if passes_on else None
         for batch in of.batches:
             receiver = Receiver(of.gradients, batch)
-            tensors = _Arguments(of, batch, step, receiver, before if passes_on else None, below)
+            tensors = _Arguments(of, batch, step, receiver, before, below)
             with torch.enable_grad(), of.observing(block, layers, moments, batch.masks) as observation:
                 args, kwargs = batch.calls[step].with_tensors(tensors)
                 with batch.calls[step].autocasting:
@@ -149,13 +148,11 @@ class _Arguments:
 
     def _side(self, slot: int) -> Tensor:
         tensor = self._of.sides.read(self._batch.sides[slot])
-        if not self._below or slot not in self._batch.differentiable:
+        if slot not in self._batch.differentiable:
             return tensor
-        return self._leaf(tensor, ("into", self._step[0], slot))
+        return self._leaf(tensor, ("into", self._step[0], slot) if self._below else None)
 
     def _leaf(self, tensor: Tensor, key: Hashable | None) -> Tensor:
-        if not tensor.is_floating_point():  # ids, which a first block may read
-            return tensor
         leaf = tensor.requires_grad_()
         if key is not None:
             leaf.register_hook(partial(self._receiver.receive, key))  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ class Slot(NamedTuple):
 
 
 HIDDEN = -1
-"""Number of the hidden states."""
+"""Number of the hidden states that come from the block before. Those of a first block are a side tensor."""
 
 
 class BlockCall(NamedTuple):
@@ -31,21 +31,27 @@ class BlockCall(NamedTuple):
 
     @classmethod
     def of(
-        cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor, side: Callable[[Tensor], int]
+        cls,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        hidden: Tensor | None,
+        side: Callable[[Tensor], int],
+        device: torch.device,
     ) -> "BlockCall":
         """Return a call without its tensors.
 
         Args:
             args: positional arguments.
             kwargs: keyword arguments.
-            hidden: the hidden states among them.
+            hidden: the hidden states among them, as the block before has returned them; None for the first block.
             side: function that stores any other tensor and returns its number.
+            device: device of the block.
         """
 
         def slot(tensor: Tensor) -> Slot:
             return Slot(HIDDEN if tensor is hidden else side(tensor))
 
-        kind = hidden.device.type
+        kind = device.type
         autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         return cls(mapped(args, slot), mapped(dict(kwargs), slot), autocast)
 
@@ -91,12 +97,16 @@ def tensors_of(value: Any) -> list[Tensor]:
     return found
 
 
-def hidden_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the first tensor among the arguments of block `name`. Raises CalibrationError if there is none."""
+def hidden_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], before: Tensor | None) -> Tensor:
+    """Return the output of the block before among the arguments of block `name`, or else the first tensor.
+
+    Raises:
+        CalibrationError: there is no tensor.
+    """
     found = tensors_of((args, dict(kwargs)))
     if not found:
         raise CalibrationError(f"{name} is called without hidden states; {WHOLE}")
-    return found[0]
+    return next((tensor for tensor in found if tensor is before), found[0])
 
 
 def output_of(name: str, output: Any) -> Tensor:

@@ -201,7 +201,7 @@ def _enter(
     if candidate.wrong is not None:
         return
     try:
-        hidden = hidden_of(name, args, kwargs)
+        hidden = hidden_of(name, args, kwargs, candidate.last)
     except CalibrationError as error:
         candidate.wrong = str(error)
         return

@@ -123,8 +123,10 @@ class _Recording(Seal):
 
     def enter(self, step: Step, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Store the arguments of a block."""
-        self._batch.calls[step] = BlockCall.of(args, kwargs, hidden, self._of.sides.number_of)
-        self._of.hidden.put(step, str(self._batch.number), hidden)
+        from_before = hidden if step[1] else None
+        self._batch.calls[step] = BlockCall.of(args, kwargs, from_before, self._of.sides.number_of, hidden.device)
+        if from_before is not None:
+            self._of.hidden.put(step, str(self._batch.number), from_before)
 
     def leave(self, step: Step, hidden: Tensor) -> None:
         """Store the output of the last block of the first batch, for comparison; others are inputs of the next."""

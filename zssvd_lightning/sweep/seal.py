@@ -105,7 +105,7 @@ class Seal:
 
     def _enter(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         chain, block, name = self._steps[number]
-        hidden = hidden_of(name, args, kwargs)
+        hidden = hidden_of(name, args, kwargs, self._last)
         if number != self._next or self._inside:
             raise CalibrationError(
                 f"{name} runs in another order than in the first batch, or more than once, so the model cannot be run "
