@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from zssvd_lightning import ZSSVDCallback, compress
 from zssvd_lightning.compression.pipeline import calibrate, plan
-from zssvd_lightning.errors import CalibrationError, ConfigError, ContradictionError, OutputError
+from zssvd_lightning.errors import CalibrationError, ConfigError, ContradictionError, LeftDenseWarning, OutputError
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.whitening.moments import Moments
 
@@ -164,6 +164,28 @@ def test_layers_outside_of_the_blocks_and_paths_around_them(form, preset):
     both = compressed_both_ways(model, DataLoader(examples(), batch_size=None), preset=preset, **BY_EXAMPLE)
     assert_the_same(*both)
     assert {"before", "between", "after", "lower.1.experts.1", "upper.1.mix"} <= both[1][0].layers.keys()
+
+
+class Frozen(Stacked):
+    """The first blocks run without gradients."""
+
+    def forward(self, x):
+        x = torch.tanh(self.before(x))
+        with torch.no_grad():
+            for block in self.lower:
+                x = block(1.0, x)
+        x = self.between(x)
+        for block in self.upper:
+            x = block(1.0, x)
+        return self.head(self.after(x))
+
+
+def test_blocks_without_gradients_stay_dense():
+    torch.manual_seed(0)
+    with pytest.warns(LeftDenseWarning, match="no gradient came back"):
+        both = compressed_both_ways(Frozen(experts=0), examples(), preset="zs-svd", **BY_EXAMPLE)
+    assert_the_same(*both)
+    assert both[1][0].left_dense.keys() == {"before", "lower.0.mix", "lower.1.mix", "lower.2.mix"}
 
 
 def test_a_sequence_of_layers_has_blocks_too():

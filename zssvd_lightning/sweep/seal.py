@@ -127,11 +127,11 @@ class Seal:
         step, found = (chain, block), output_of(name, output)
         self._next, self._inside = number + 1, False
         self.leave(step, found)
-        with torch.enable_grad():
-            leaf = found.detach().requires_grad_()
+        leaf = found.detach().requires_grad_(torch.is_grad_enabled())
+        self._last = leaf.clone()  # not a leaf, so that models may change it in place
+        if self._last.requires_grad:
             self._leaves.append((step, weakref.ref(leaf)))
-            self._last = leaf.clone()  # not a leaf, so that models may change it in place
-        self._last.register_hook(partial(self.receive, step))  # type: ignore[no-untyped-call]
+            self._last.register_hook(partial(self.receive, step))  # type: ignore[no-untyped-call]
         return with_output(output, self._last)
 
     def _check_region(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -153,7 +153,7 @@ def _dropped(tensor: Tensor) -> Any:
 
 def _refused(nothing: Any) -> Tensor:
     raise CalibrationError(
-        f"the loss depends on the inside of a block other than in the first batch, so the model cannot be run block by "
+        f"the loss depends on the inside of a block other than through its output, so the model cannot be run block by "
         f"block; {WHOLE}"
     )
 
