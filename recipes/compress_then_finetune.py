@@ -117,7 +117,7 @@ def main(path: str, *overrides: str) -> None:
     report.seconds |= watch.seconds
     run.save(report, picture=True)
     Console().print(report.table())
-    print(f"wrote the model, report.json and report.png to {run.output}")
+    print(f"wrote the model, report.json, report.html and report.png to {run.output}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ The packages, in the order in which data flows through them; imports run up this
     serving         vLLM
     evaluation      perplexity and zero-shot accuracy
     sources         models and texts from packages, files, the hub
-    app             command line, whole runs, comparisons, pictures
+    app             command line, whole runs, comparisons, speed, pictures
 
 Beside them: `errors` (every refusal by name), `_validation`, `_types`, `_yaml`, `_state_checks`, `_contexts`,
 `_numerics`, `_files`, `_resources` and `_registration`.
@@ -59,7 +59,11 @@ if TYPE_CHECKING:
     from zssvd_lightning.model.adapters import merge_adapters
     from zssvd_lightning.recovery.methods import FactorRecovery, LoRARecovery, SingularValueRecovery
     from zssvd_lightning.recovery.teachers import save_predictions
-    from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixin
+    from zssvd_lightning.serialization.checkpoint_mixin import (
+        LowRankCheckpointMixin,
+        load_from_checkpoint,
+        load_state_dict,
+    )
 
 __all__ = [
     "BatchReading",
@@ -82,6 +86,8 @@ __all__ = [
     "export_onnx",
     "from_pretrained",
     "load_config",
+    "load_from_checkpoint",
+    "load_state_dict",
     "merge",
     "merge_adapters",
     "perplexity",
@@ -110,6 +116,8 @@ _MODULES = {
     "export_onnx": "hub.export",
     "from_pretrained": "hub.loading",
     "load_config": "config.loading",
+    "load_from_checkpoint": "serialization.checkpoint_mixin",
+    "load_state_dict": "serialization.checkpoint_mixin",
     "merge": "hub.export",
     "merge_adapters": "model.adapters",
     "perplexity": "evaluation.perplexity",

@@ -1,7 +1,7 @@
 """Context managers that change the state of an object and restore it on exit."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -22,6 +22,20 @@ def overridden(owner: Any, **attributes: Any) -> Iterator[None]:
         for name in attributes:
             own.pop(name, None)
         own.update(before)
+
+
+@contextmanager
+def method_replaced(owner: type, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Replace a method of a class, inherited or its own. Restore it on any exit."""
+    own = owner.__dict__.get(name)
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 def uncompiled() -> AbstractContextManager[None]:

@@ -1,17 +1,22 @@
-"""Atomic writing of files and folders, so that an interrupted run loses nothing."""
+"""Atomic writing of files and folders, so that an interrupted run loses nothing, and text in JSON."""
 
 import ctypes
 import errno
 import hashlib
 import json
+import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from zssvd_lightning.errors import OutputError, ZSSVDError
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "zssvd.json"
 """File that lists what this package wrote into a folder. A folder that contains nothing else may be replaced."""
@@ -114,6 +119,20 @@ def check_output(path: str | Path, source: str | Path | None = None) -> Path:
     return path
 
 
+def check_file(path: str | Path) -> Path:
+    """Return the absolute path of a file if it may be written: missing, or a file.
+
+    Raises:
+        OutputError: the path is impossible, is a folder, or cannot be written.
+    """
+    path = checked_path(path, OutputError).absolute()
+    if path.is_dir():
+        raise OutputError(f"output {path} is a folder; name a file")
+    if not os.access(folder := _existing(path.parent), os.W_OK):
+        raise OutputError(f"output {path} cannot be written, because {folder} is not writable; name another file")
+    return path
+
+
 def _files(folder: Path) -> set[str]:
     """Return the names of files, links and empty folders inside, relative to the folder."""
     return {
@@ -193,6 +212,24 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {error}; what was there before is untouched") from error
 
 
+def list_in_manifest(file: Path) -> None:
+    """Add a file to the manifest of its folder, so that the folder may still be replaced; nothing if there is none.
+
+    Raises:
+        OutputError: the manifest cannot be written.
+    """
+    manifest = file.parent / MANIFEST
+    try:
+        told = json.loads(manifest.read_text(encoding="utf-8"))
+        names = {*told["files"], file.name}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if names != set(told["files"]):
+        with replacing_file(manifest) as temporary:
+            content = json.dumps(told | {"files": sorted(names)}, indent=2)
+            temporary.write_text(content + "\n", encoding="utf-8")
+
+
 def _swap(new: Path, path: Path) -> None:
     """Replace the folder `path` by `new`, and delete the previous one."""
     if not path.exists():
@@ -217,3 +254,24 @@ def _exchange(one: Path, other: Path) -> bool:
         failed: int = exchange(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
         return failed == 0
     return False
+
+
+def json_of(value: Mapping[str, Any], indent: int | None = None) -> str:
+    """Return plain types as JSON. JSON has no NaN and no infinity, so they become null, with a warning."""
+    lost: list[str] = []
+    text = json.dumps(_finite(value, "", lost), indent=indent, allow_nan=False)
+    if lost:
+        logger.warning("not finite, and so null in the JSON: %s", ", ".join(lost))
+    return text
+
+
+def _finite(value: Any, name: str, lost: list[str]) -> Any:
+    """Return a value without numbers that are not finite, and add their dotted names and values to `lost`."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part, f"{name}.{key}" if name else str(key), lost) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part, f"{name}[{index}]", lost) for index, part in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        lost.append(f"{name} ({value})")
+        return None
+    return value

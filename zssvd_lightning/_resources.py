@@ -27,6 +27,15 @@ class Stopwatch:
         self.seconds[step] = self.seconds.get(step, 0.0) + seconds
 
 
+def resident_bytes(field: str = "VmRSS") -> int | None:
+    """Return the resident memory of this process (bytes), or with `VmHWM` its peak. None where Linux does not tell."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
 def peak_rss_bytes() -> int:
     """Return the peak resident memory of this process (bytes), or 0 on systems that do not report it.
 
@@ -34,10 +43,8 @@ def peak_rss_bytes() -> int:
     """
     if sys.platform == "win32":
         return 0
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if (found := resident_bytes("VmHWM")) is not None:
+        return found
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

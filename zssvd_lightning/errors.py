@@ -109,6 +109,10 @@ class LeftDenseWarning(UserWarning):
     """Warning about target layers that stay dense because calibration has not reached them, with the reasons."""
 
 
+class NotRegularizedWarning(UserWarning):
+    """Warning about layers that `LowRankPrehab` leaves out because its first batches have not reached them."""
+
+
 class TaskError(ZSSVDError, ValueError):
     """Evaluation task that is unknown, does not load, or has missing or malformed rows."""
 

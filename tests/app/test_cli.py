@@ -72,6 +72,8 @@ def zssvd(monkeypatch, capsys):
 def test_compress_then_evaluate(workshop, zssvd):
     done = zssvd("compress", workshop / "config.yaml", "compression.prune_ratio=0.3", "compression.corrections=2")
     assert "perplexity" in done.out
+    assert "report.html" in done.out
+    assert "Measured against predicted loss" in (workshop / "out" / "report.html").read_text()
     report = json.loads((workshop / "out" / "report.json").read_text())
     assert "weights to compress" in done.err
     assert "embedding tables" in done.err
@@ -405,7 +407,7 @@ def test_default_text_where_no_package_has_one(workshop, zssvd, tmp_path, withou
 
 
 def test_default_method_is_the_preset_that_help_names(zssvd):
-    assert CompressionConfig.of("zs-svd-line-search") == CompressionConfig()
+    assert CompressionConfig.of("zs-svd-line-search") == CompressionConfig(rank_multiple=1)
     assert CompressionConfig.asked(None, None, {}) == CompressionConfig.of("best")
     assert load_config(
         RunConfig, None, ["model.source=x", "output=y", "calibration.text=z"]

@@ -8,8 +8,9 @@ import sys
 import pytest
 from support.models import saved_tiny_llama
 
+from zssvd_lightning._files import json_of
 from zssvd_lightning.app import cli
-from zssvd_lightning.app.command import as_json, errors_in_one_line, start
+from zssvd_lightning.app.command import errors_in_one_line, start
 from zssvd_lightning.app.run import Run, recorded_evaluation
 from zssvd_lightning.app.run_config import CalibrationConfig, ModelConfig, RunConfig
 from zssvd_lightning.app.settings import with_options
@@ -68,7 +69,7 @@ def test_recipes_print_usage_and_one_line_errors(recipe, tmp_path):
 def test_json_has_no_numbers_that_json_lacks(caplog):
     inf, nan = float("inf"), float("nan")
     with caplog.at_level(logging.WARNING):
-        text = as_json({"a": nan, "b": [1.5, {"c": -inf}], "d": (True, None, "NaN"), "e": 2})
+        text = json_of({"a": nan, "b": [1.5, {"c": -inf}], "d": (True, None, "NaN"), "e": 2})
     assert json.loads(text, parse_constant=pytest.fail) == {
         "a": None,
         "b": [1.5, {"c": None}],

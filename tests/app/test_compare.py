@@ -27,7 +27,7 @@ from zssvd_lightning import CompressionConfig, compress
 from zssvd_lightning.app.cli import main
 from zssvd_lightning.app.compare import CompareConfig, Results, compare
 from zssvd_lightning.app.compare.arguments import Cell, Comparison, Settings, read_arguments
-from zssvd_lightning.app.compare.cell import perform, read_job, sources
+from zssvd_lightning.app.compare.cell import perform, read_job, sources, write_result
 from zssvd_lightning.app.compare.folder import alone_in
 from zssvd_lightning.app.compare.picture import HIGHEST, NARROWEST, Curve, draw
 from zssvd_lightning.app.run_config import EvaluateConfig, ModelConfig
@@ -35,6 +35,7 @@ from zssvd_lightning.compression.pipeline import calibrate
 from zssvd_lightning.config.presets import PRESETS
 from zssvd_lightning.errors import CalibrationError, ConfigError, OutputError, TaskError
 from zssvd_lightning.evaluation.perplexity import Perplexity
+from zssvd_lightning.sources import texts
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,12 +73,12 @@ class Here:
     """Does jobs in this process, up to one that ends it."""
 
     def __init__(self, limit=None):
-        self.jobs, self.limit = [], limit
+        self.jobs, self.checks, self.limit = [], [], limit
 
     def __call__(self, job):
         if len(self.jobs) == self.limit:
             raise KeyboardInterrupt
-        self.jobs.append(job)
+        (self.checks if job.checks else self.jobs).append(job)
         with suppress(Exception):
             perform(read_job(json.dumps(asdict(job))))
         return 0
@@ -273,11 +274,28 @@ def test_a_cell_that_fails_is_a_row_and_the_others_run(run, tmp_path):
     assert [line.split(" | ")[1] for line in lines[2:7]] == ["0", "0.4, seed 0", "0.4, seed 1", "0.4", "0.4, seed 1"]
     retried = Here()
     assert list(run(*asked, runner=retried).errors) == ["impossible-0.4-0", "impossible-0.4-1"]
-    assert [name for name in retried.names if not name.startswith("seed-")] == [
-        "impossible-0.4-0",
-        "impossible-0.4-1",
-        "zero-sum-0.4-1",
+    assert [name for name in retried.names if not name.startswith("seed-")] == ["zero-sum-0.4-1"]
+
+
+def test_layers_and_budgets_are_checked_once_before_texts_are_read(run, workshop, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(texts, "load_text", lambda *source: read.append(source))
+    asked = ["prune_ratios=[0.3,0.4]", "seeds=[0,1]"]
+    here = Here()
+    with pytest.raises(ConfigError, match=r"no cell can run, for instance impossible at 0\.3: BudgetError: "):
+        run("impossible", *asked, runner=here)
+    with pytest.raises(ConfigError, match=r"no cell can run, .*: TargetError: "):
+        run("zero-sum", "uniform", "compression.include=['*no_layer']", *asked, runner=here)
+    with pytest.raises(ConfigError, match=r"no cell can run, .*: ConfigError: calibration.length is 4096"):
+        run("zero-sum", "calibration.length=4096", *asked, runner=here)
+    assert not read
+    assert not here.jobs
+    assert [list(job.checks) for job in here.checks] == [
+        ["impossible-0.3-0", "impossible-0.4-0"],
+        ["zero-sum-0.3-0", "zero-sum-0.4-0", "uniform-0.3-0", "uniform-0.4-0"],
+        ["zero-sum-0.3-0", "zero-sum-0.4-0"],
     ]
+    assert set(written(tmp_path / "out")) <= {"cells", "cells/.lock", "calibration"}
 
 
 def test_cells_whose_calibration_fails_say_so(run, tmp_path):
@@ -515,10 +533,11 @@ def test_points_of_one_prune_ratio_stand_at_one_place_in_the_picture(figures, tm
 
 def test_a_broken_model_leaves_room_for_the_others_in_the_picture(figures, tmp_path):
     curves = [Curve(name, [0.4, 0.8], ppl, [0.0] * 2, 8.0) for name, ppl in (("a", [9.0, 1e5]), ("b", [901.0, 1e6]))]
-    draw({"one": curves}, tmp_path / "x.png")
+    draw({"one": curves}, tmp_path / "x.png", "model$: text")
     (figure,) = figures
     assert figure.axes[0].get_ylim()[1] == 9 * HIGHEST
-    assert in_legend(figure) == ["dense", "a", "b (higher)"]
+    assert in_legend(figure) == ["dense", "a"]
+    assert figure.get_suptitle().splitlines() == [r"model\$: text", "above the scale: b"]
 
 
 def test_many_curves_in_a_picture_are_told_apart(figures, tmp_path):
@@ -683,6 +702,28 @@ def test_the_published_cells_are_those_of_the_commands_in_the_readme(model, pres
                 assert settings[group] is None
             else:  # settings that came later have no part in this
                 assert {key: settings[group][key] for key in values} == values
+
+
+@pytest.mark.parametrize(("multiple", "repeated"), [(1, []), (2, ["zero-sum-0.3-0"])])
+def test_results_from_before_rank_multiples_are_those_of_any_rank(run, multiple, repeated):
+    asked = ["zero-sum", "prune_ratios=[0.3]", "seeds=[0]", "share_calibration=false"]
+    jobs = []
+
+    def before(job):
+        """Write a result as an earlier release did, without doing the work."""
+        if Path(job.result).stem != "check":
+            jobs.append(Path(job.result).stem)
+        found = {"perplexity": 2.0, "reached": 0.3, "seconds": {}, "peak_rss_bytes": 1, "evaluate_seconds": 1.0}
+        write_result(job, sources(job.settings), found)
+        told = json.loads(Path(job.result).read_text())
+        (told["settings"]["compression"] or {}).pop("rank_multiple", None)
+        Path(job.result).write_text(json.dumps(told))
+        return 0
+
+    run(*asked, "compression.rank_multiple=1", runner=before)
+    assert jobs == ["dense", "zero-sum-0.3-0"]
+    run(*asked, f"compression.rank_multiple={multiple}", runner=before)
+    assert jobs[2:] == repeated
 
 
 def test_settings_given_as_arguments_win_over_presets(workshop):

@@ -20,6 +20,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from zssvd_lightning.calibration.padding import ends_in_padding
 from zssvd_lightning.calibration.recorded_calls import Call
 from zssvd_lightning.compression.pipeline import calibrate, compress
 from zssvd_lightning.config.compression import CompressionConfig
@@ -271,3 +272,46 @@ def test_refits_go_by_the_masks_of_the_stacks(build):
     for name, (dense, truncated) in met.items():
         assert len(dense) == len(truncated) == moments.tokens[moments.leaders[name]], name
         torch.testing.assert_close(dense, truncated)
+
+
+def said_of_decoders(caplog, build, batch):
+    """The warnings of a calibration whose loss is computed outside of the model."""
+    torch.manual_seed(0)
+
+    def loss(model, batch):
+        return model(**batch, use_cache=False).logits.square().mean()
+
+    caplog.clear()
+    settings = {"ignore": "*pooler*"} if build is tiny_bert_to_bert else {}
+    terms = lambda batch: len(batch["input_ids"])  # noqa: E731
+    calibrate(build(), [batch, batch], preset="zs-svd", progress=False, loss=loss, terms=terms, **settings)
+    return [record.getMessage() for record in caplog.records if "seem padded" in record.getMessage()]
+
+
+@pytest.mark.parametrize("build", [tiny_t5, tiny_bart, tiny_bert_to_bert])
+def test_a_padded_decoder_without_mask_and_labels_is_told_once(caplog, build):
+    pad = build().config.pad_token_id
+    ids = torch.arange(3, 67).reshape(4, 16)
+    mask = torch.ones_like(ids)
+    padded, hidden = ids.clone(), mask.clone()
+    for row, length in enumerate((16, 9, 12, 15)):
+        padded[row, length:], hidden[row, length:] = pad, 0
+    batch = {"input_ids": padded, "attention_mask": hidden, "decoder_input_ids": padded}
+    (message,) = said_of_decoders(caplog, build, batch)
+    assert "give the model decoder_attention_mask, or labels" in message
+    for harmless in (
+        batch | {"decoder_attention_mask": hidden},
+        batch | {"labels": padded.masked_fill(hidden == 0, -100)},
+        batch | {"decoder_input_ids": ids},
+    ):
+        assert not said_of_decoders(caplog, build, harmless)
+
+
+def test_padding_is_told_from_ends_of_sequences():
+    rows = [[5, 6, 7, 2], [5, 6, 2, 2], [5, 2, 2, 2]]
+    assert ends_in_padding(torch.tensor(rows), 2)
+    assert ends_in_padding(torch.tensor(rows), None)
+    assert not ends_in_padding(torch.tensor(rows), 0)
+    assert not ends_in_padding(torch.tensor(rows[:1] * 3), 2)
+    assert not ends_in_padding(torch.tensor(rows[1:2] * 3), 2)
+    assert not ends_in_padding(torch.rand(3, 4), 2)

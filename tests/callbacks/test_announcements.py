@@ -4,11 +4,16 @@ import lightning as L
 import pytest
 import torch
 from support.callbacks import short
-from support.models import CausalLM, loader, token_batches, trainer
+from support.models import CausalLM, loader, tiny_llama, token_batches, trainer
 from torch import nn
 
-from zssvd_lightning import Schedule, ZSSVDCallback
+from zssvd_lightning import CompressionConfig, Schedule, ZSSVDCallback
 from zssvd_lightning.callbacks.announcements import course_of
+from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.gathering import memory_of_statistics
+from zssvd_lightning.compression.pipeline import calibrate
+
+HELD = ("input_sums", "gradient_sums", "output_sums")
 
 
 def fit(callback, batches=30, **settings):
@@ -37,6 +42,40 @@ def test_a_fit_says_first_what_it_will_do_and_then_what_it_did(lines):
     assert said.index(course) < next(i for i, line in enumerate(said) if line.startswith("truncated"))
     assert f"\n{callback.report}" in said
     assert not any("drift" in line for line in said)
+
+
+class Alone(nn.Module):
+    """Layers that share no input, of which the bound is exact."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 96, dtype=dtype), nn.Linear(96, 32, dtype=dtype)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("metric", ["input", "two_sided"])
+def test_the_memory_of_the_statistics_is_that_of_their_tensors(dtype, metric):
+    model = Alone(dtype)
+    batches = [(torch.randn(16, 64, dtype=dtype), torch.randn(16, 32, dtype=dtype)) for _ in range(2)]
+    settings = {"metric": metric, "output_side": "empirical", "corrections": 0}
+    run = Compression(model, CompressionConfig(0.5, **settings))
+    said = memory_of_statistics(run)
+    loss = lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1])  # noqa: E731
+    moments = calibrate(model, batches, run.config, progress=False, loss=loss)
+    held = sum(sums.nbytes for kind in HELD for sums in getattr(moments, kind).values())
+    assert said == f"statistics take up to {held / 2**30:.3g} GiB on cpu"
+
+
+def test_layers_that_share_an_input_take_less_than_is_said(lines):
+    fit(short(corrections=0, schedule=Schedule(calibration_batches=4)), max_epochs=1)
+    (said,) = [float(line.split()[4]) * 2**30 for line in lines() if line.startswith("statistics take up to")]
+    moments = calibrate(tiny_llama(), token_batches(4), CompressionConfig(0.4, metric="input"), progress=False)
+    held = sum(sums.nbytes for kind in HELD for sums in getattr(moments, kind).values())
+    shared = sum(4 * 32**2 for name, leader in moments.leaders.items() if name != leader)
+    assert said == pytest.approx(held + shared, rel=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from support.models import (
 )
 from torch import nn
 
+import zssvd_lightning
 from zssvd_lightning import LowRankCheckpointMixin, LowRankLinear, Phase
 from zssvd_lightning.compression.corrections import STEPS
 from zssvd_lightning.compression.course import Act
@@ -133,6 +134,39 @@ def test_load_from_checkpoint_with_the_mixin(run):
         assert torch.equal(module.model(**batch).logits, run[1].model(**batch).logits)
 
 
+def test_load_from_checkpoint_without_the_mixin(run):
+    module = zssvd_lightning.load_from_checkpoint(Bare, path(run, 16), weights_only=True)
+    assert type(module) is Bare
+    assert "load_state_dict" not in vars(Bare)
+    assert_equal_weights(weights(module), weights(run[1]))
+    with torch.no_grad():
+        batch = token_batches(1)[0]
+        assert torch.equal(module.model(**batch).logits, run[1].model(**batch).logits)
+
+
+def test_load_from_checkpoint_without_the_mixin_refuses_another_model(run):
+    with pytest.raises(CheckpointError, match="do not belong to this Bare"):
+        zssvd_lightning.load_from_checkpoint(Bare, path(run, 16), build=tiny_gpt2)
+    assert "load_state_dict" not in vars(Bare)
+
+
+class Counts(Bare):
+    loads = 0
+
+    def load_state_dict(self, *args, **settings):
+        self.loads += 1
+        return super().load_state_dict(*args, **settings)
+
+
+@pytest.mark.parametrize("kind", [Counts, Ready])
+def test_load_from_checkpoint_calls_a_loading_method_of_the_class(run, kind):
+    own = kind.load_state_dict
+    module = zssvd_lightning.load_from_checkpoint(kind, path(run, 16))
+    assert kind.load_state_dict is own
+    assert getattr(module, "loads", 1) == 1
+    assert_equal_weights(weights(module), weights(run[1]))
+
+
 def test_load_from_checkpoint_of_weights_alone(tmp_path):
     module = Bare()
     fitted = trainer(short(corrections=0), max_epochs=2)
@@ -143,9 +177,11 @@ def test_load_from_checkpoint_of_weights_alone(tmp_path):
 
 def test_a_load_that_knows_nothing_of_low_rank_layers_names_what_it_takes(run):
     with pytest.raises(
-        RuntimeError, match=r"LowRankCheckpointMixin, or give the Trainer a ZSSVDCallback, to load\"\. $"
+        RuntimeError,
+        match=r"low-rank: use zssvd_lightning.load_from_checkpoint\(MyModule, path\), .*ZSSVDCallback, to load\"\. $",
     ):
         Bare.load_from_checkpoint(path(run, 16))
+    assert "load_state_dict" not in vars(Bare)
     with pytest.raises(RuntimeError, match="LowRankCheckpointMixin"):
         trainer().validate(Bare(), loader(token_batches()), ckpt_path=path(run, 16))
 
@@ -390,12 +426,12 @@ FORMAT = {
     ),
     "compression": (
         "config shapes model_parameters gathering originals factors found selection step lengths losses fractions "
-        "truncations seconds truncation_loss safeguard left_dense stand_ins importances"
+        "truncations seconds truncation_loss safeguard left_dense stand_ins importances trace"
     ),
     "gathering": "moments window kept pending gradients calls",
 }
 """Keys of version 3 of the callback's state, which checkpoints on disk have. Fewer keys would be another version; the
-last five of `compression` are not in checkpoints of earlier releases."""
+last six of `compression` are not in checkpoints of earlier releases."""
 
 
 def test_the_keys_of_the_state_in_checkpoints_are_those_of_its_version(tmp_path):

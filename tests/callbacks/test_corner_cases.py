@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from lightning.pytorch.plugins.precision import MixedPrecision
-from support.callbacks import Keeps, short
+from support.callbacks import Interrupt, Keeps, short
 from support.models import (
     CausalLM,
     assert_same_state,
@@ -29,15 +29,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from zssvd_lightning import LowRankCheckpointMixin, LowRankLinear, Phase, scheduled_steps
 from zssvd_lightning.errors import CheckpointError, UnfinishedError, UnsupportedTrainingError
 from zssvd_lightning.serialization.specs import ranks_of
-
-
-class Interrupt(L.Callback):
-    def __init__(self, at):
-        self.at = at
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.at:
-            raise ConnectionError
 
 
 class Steps(L.Callback):

@@ -1,11 +1,10 @@
 """Layers that the calibration of a fit does not reach."""
 
-import lightning as L
 import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support.callbacks import short
+from support.callbacks import Interrupt, short
 from support.models import (
     REASONS,
     CausalLM,
@@ -44,15 +43,6 @@ def test_they_stay_dense_with_one_warning():
     assert ranks_of(module)
     assert all(not name.startswith(tuple(NAMES)) for name in ranks_of(module))
     assert torch.equal(module.model.idle.weight, before)
-
-
-class Interrupt(L.Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise ConnectionError("gone")
 
 
 @pytest.mark.parametrize("step", [2, 5, 7])

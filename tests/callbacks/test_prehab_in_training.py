@@ -25,6 +25,7 @@ from support.models import (
     token_batches,
     trainer,
 )
+from support.warned import warned_once
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -34,6 +35,7 @@ from zssvd_lightning.errors import (
     CalibrationError,
     CheckpointError,
     NonFiniteError,
+    NotRegularizedWarning,
     TargetError,
     UnsupportedTrainingError,
 )
@@ -521,6 +523,35 @@ class NeverRuns(Own):
         self.spare = torch.nn.Linear(32, 32)
 
 
+def test_layers_that_the_first_batches_do_not_reach_are_left_out(tmp_path):
+    """As if they were not among the layers; in a resumed fit too."""
+    data, halfway = token_batches(MOMENTS + 4), MOMENTS + 2
+    folder = str(tmp_path / "halfway.ckpt")
+
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == halfway:
+                trainer.save_checkpoint(folder)
+
+    diaries = {}
+    for name, settings in {"ignored": {"ignore": "*spare"}, "left out": {}, "resumed": {}}.items():
+        torch.manual_seed(0)
+        module = NeverRuns().train()
+        resumes = name == "resumed"
+        expected = warned_once(NotRegularizedWarning, "leaves out 1 of 15 layers, .* spare: saw no token; calibrate")
+        given = {"ckpt_path": folder} if resumes else {}
+        loads = StatefulDataLoader(data, batch_size=None)
+        with expected if name == "left out" else nullcontext():
+            diaries[name] = (
+                module,
+                fit(module, prehab(**settings), Saves(), data=loads, **given),
+            )
+        assert module.spare.weight.grad is None
+    for name in ("left out", "resumed"):
+        assert_same_state(state_of(diaries["ignored"][0]), state_of(diaries[name][0]))
+    assert diaries["left out"][1].told == diaries["ignored"][1].told
+
+
 class Diverges(Own):
     def on_train_batch_start(self, batch, batch_idx):
         if batch_idx == MOMENTS + 2:
@@ -531,7 +562,7 @@ CASES = {
     "manual": (Manual, {}, UnsupportedTrainingError, "Manual optimizes manually"),
     "frozen": (Frozen, {}, UnsupportedTrainingError, "all 14 layers to regularize are frozen"),
     "target": (Own, {"include": "nothing"}, TargetError, "matches no module"),
-    "never runs": (NeverRuns, {}, CalibrationError, "spare never ran"),
+    "never runs": (NeverRuns, {"include": "spare"}, CalibrationError, r"reached none of the 1 layers\. spare: saw no"),
     "nan": (Diverges, {}, NonFiniteError, r"stable_rank of model.model.layers.1.mlp.up_proj \(48, 32\) is nan"),
 }
 

@@ -9,13 +9,14 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from support.callbacks import short
-from support.models import CausalLM, loader, sequence_pairs, tiny_t5, token_batches, trainer
+from support.models import CausalLM, loader, logits, sequence_pairs, tiny_t5, token_batches, trainer
 from torch import nn
 
 from zssvd_lightning import LowRankCheckpointMixin, LowRankLinear, Phase, ZSSVDCallback
 from zssvd_lightning.errors import CheckpointError, ConfigError, DivergedError, RecoveryError, TargetError, TeacherError
 from zssvd_lightning.layers.base import CompressedLinear
-from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.pivoted import PivotedLinear, PivotForm
+from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
 from zssvd_lightning.layers.registry import Factored
 from zssvd_lightning.model.adapters import merge_adapters, on
 from zssvd_lightning.recovery.divergence import divergence
@@ -73,11 +74,6 @@ def compressed(module):
     return [m for m in module.modules() if isinstance(m, CompressedLinear)]
 
 
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=token_batches(1)[0]["input_ids"]).logits
-
-
 WAYS = {
     "lora": LoRARecovery(**LORA, lr=1e-2),
     "lora on pivots": LoRARecovery(**LORA, lr=1e-2),
@@ -99,7 +95,7 @@ def test_only_what_it_says_is_trained_and_a_plain_model_of_the_same_ranks_is_lef
     module, callback, diary, fitted = fit(recovery, module=module, compress=storage)
     assert callback.phase is Phase.DONE
     assert is_plain(module)
-    form = PivotedLinear if "pivots" in way else LowRankLinear
+    form = PivotForm if "pivots" in way else LowRankLinear
     report = callback.report
     ranks = {name: layer.rank for name, layer in report.layers.items() if layer.rank}
     assert {n: m.rank for n, m in module.named_modules() if isinstance(m, form)} == ranks
@@ -129,9 +125,10 @@ def test_pivot_rows_and_coefficients_are_trained_in_the_place_of_factors(tmp_pat
     settings = {"compress": {"storage": "pivoted"}, "batches": token_batches(1) * 14}
     recovery = FactorRecovery(two_step=two_step, lr=1e-2, loss="both", teacher_dtype="float32")
     module, _, diary, _ = fit(recovery, saving, enable_checkpointing=True, **settings)
-    assert {type(layer) for layer in compressed(module)} == {PivotedLinear}
-    names = {n for n, _ in module.named_parameters() if n.endswith(("pivots.weight", "others.weight"))}
-    rows = {n for n in names if n.endswith("pivots.weight")}
+    assert {type(layer) for layer in compressed(module)} == {PivotedLinear, ColumnPivotedLinear}
+    ends = ("pivots.weight", "mixing.weight"), ("others.weight", "columns.weight")
+    names = {n for n, _ in module.named_parameters() if n.endswith(sum(ends, ()))}
+    rows = {n for n in names if n.endswith(ends[0])}
     assert (diary.trained[0], diary.trained[-1]) == ((names - rows, rows) if two_step else (names, names))
     assert all(p.requires_grad for p in module.parameters())
     assert diary.losses[-1] < diary.losses[0]
@@ -139,7 +136,7 @@ def test_pivot_rows_and_coefficients_are_trained_in_the_place_of_factors(tmp_pat
     assert again.losses == diary.losses[-len(again.losses) :]
     assert torch.equal(logits(resumed.model), logits(module.model))
     loaded = LM.load_from_checkpoint(tmp_path / "step=8.ckpt")
-    assert {type(layer) for layer in compressed(loaded)} == {PivotedLinear}
+    assert {type(layer) for layer in compressed(loaded)} == {PivotedLinear, ColumnPivotedLinear}
 
 
 def test_pivot_rows_keep_no_components_apart():

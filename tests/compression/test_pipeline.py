@@ -26,7 +26,7 @@ from zssvd_lightning.errors import (
     TargetError,
 )
 from zssvd_lightning.layers.int8 import EightBitLinear
-from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.pivoted import PivotForm
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.rules import RULES
 from zssvd_lightning.whitening.metrics import METRICS
@@ -56,6 +56,20 @@ def test_every_family_ends_with_the_parameters_that_were_asked_for(family):
     loss = model(**FAMILIES[family].batches()[0]).loss
     loss.backward()
     assert all(p.grad is not None for m in layers.values() for p in m.parameters())
+
+
+@pytest.mark.parametrize("preset", ["best", "mpifa"])
+def test_ranks_are_multiples_after_a_correction(preset):
+    settings = {"preset": preset, "corrections": 1, "correction_batches": 2, "rank_multiple": 8}
+    model = tiny_llama(hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    report = compress(model, token_batches(), prune_ratio=0.4, progress=False, **settings)
+    ranks = {name: layer.rank for name, layer in report.layers.items() if layer.rank is not None}
+    assert ranks
+    assert report.reached >= 0.4
+    for name, rank in ranks.items():
+        assert rank % {64: 4, 32: 2}[min(report.layers[name].shape)] == 0
+    assert report.rank_multiple == 8
+    assert "of a rank that is a multiple of 8" in str(report)
 
 
 @pytest.mark.parametrize("corrections", [0, 1, 5, 10])
@@ -352,8 +366,8 @@ def test_budgets_in_every_unit_are_met(unit):
 def test_pivoted_layers_keep_as_many_numbers_as_the_report_says():
     model = tiny_llama()
     report = run(model, storage="pivoted", metric="two_sided", selection="curvature")
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, PivotedLinear)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, PivotForm)}
     assert {n: m.rank for n, m in layers.items()} == {n: r.rank for n, r in report.layers.items() if r.rank is not None}
     for name, layer in layers.items():
-        assert layer.pivots.weight.numel() + layer.others.weight.numel() == report.layers[name].kept
+        assert sum(part.weight.numel() for part in layer.thin_layers().values()) == report.layers[name].kept
     assert report.reached == pytest.approx(0.3, abs=0.01)

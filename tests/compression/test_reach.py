@@ -8,7 +8,7 @@ import yaml
 from support.models import REASONS, Experts, Unreached, assert_same_state, state_of, tiny_llama, token_batches
 from torch import nn
 
-from zssvd_lightning import Report, compress
+from zssvd_lightning import LowRankLinear, Report, compress
 from zssvd_lightning.calibration.reach import Unreached as Reason
 from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.engine import Compression
@@ -256,6 +256,32 @@ def test_a_leader_that_is_left_out_hands_the_shared_second_moment_on():
     moments.leave_out(["k", "v"])
     assert moments.leaders == {"o": "o"}
     assert list(moments.input_sums) == ["o"]
+
+
+@pytest.mark.parametrize("ratio_of", ["dense", "present"])
+def test_low_rank_layers_that_are_not_reached_count_in_a_budget_of_the_model_as_if_they_were_ignored(ratio_of):
+    def half_low_rank():
+        torch.manual_seed(0)
+        model = nn.ModuleDict({name: nn.Linear(24, 24) for name in ("first", "second", "third")})
+        model["third"] = LowRankLinear(24, 24, 5)
+        return model
+
+    def loss(model, x):
+        return (model["second"](model["first"](x).relu()) + model["third"](x).detach()).square().mean()
+
+    batches = [torch.randn(64, 24) for _ in range(4)]
+    settings = {"prune_ratio": 0.4, "budget_of": "model", "ratio_of": ratio_of, "preset": "zs-svd-line-search"}
+    first, second = half_low_rank(), half_low_rank()
+    factors = {name: value.clone() for name, value in first["third"].state_dict().items()}
+    with pytest.warns(LeftDenseWarning, match="1 of 3 target layers .* third: ran, but no gradient"):
+        found = compress(first, batches, loss=loss, progress=False, **settings)
+    wanted = compress(second, batches, loss=loss, progress=False, ignore="third", **settings)
+    assert found.layers == wanted.layers
+    assert (found.reached, found.model_parameters_after) == (wanted.reached, wanted.model_parameters_after)
+    assert found.model_parameters_after == sum(p.numel() for p in first.parameters())
+    for name in ("first", "second", "third"):
+        torch.testing.assert_close(first[name].weight, second[name].weight)
+    assert all(torch.equal(value, factors[name]) for name, value in first["third"].state_dict().items())
 
 
 def test_a_shared_input_whose_first_layer_gets_no_gradient():

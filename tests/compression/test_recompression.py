@@ -12,6 +12,7 @@ from zssvd_lightning.compression.pipeline import calibrate, plan
 from zssvd_lightning.errors import BudgetError, CalibrationError, ConfigError, PlanError, TargetError
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
 from zssvd_lightning.layers.registry import Factored
 from zssvd_lightning.model.recompression import StandIns
 from zssvd_lightning.model.targets import find_targets
@@ -282,7 +283,7 @@ def test_a_layer_used_in_two_places_is_compressed_once_and_replaced_in_both():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("form", [LowRankLinear, PivotedLinear])
+@pytest.mark.parametrize("form", [LowRankLinear, PivotedLinear, ColumnPivotedLinear])
 def test_stand_ins_compute_what_the_low_rank_layers_do(form, dtype):
     up, down, bias = torch.randn(24, 5, dtype=dtype), torch.randn(5, 16, dtype=dtype), torch.randn(24, dtype=dtype)
     model = nn.Sequential(form.from_factors(up, down, bias)).eval()

@@ -1,11 +1,12 @@
 import json
+import math
 
 import pytest
 from rich.console import Console
 
 from zssvd_lightning._resources import Stopwatch, peak_rss_bytes
 from zssvd_lightning.app.pictures import draw
-from zssvd_lightning.compression.report import LayerReport, Report
+from zssvd_lightning.compression.report import LayerReport, Report, read_report, write_report
 from zssvd_lightning.model.coverage import Coverage, LeftAlone
 
 LAYERS = {
@@ -56,11 +57,40 @@ def test_a_report_comes_back_from_its_json():
         assert Report.from_dict(json.loads(json.dumps(one.to_dict()))) == one
 
 
+def test_numbers_that_are_not_finite_are_null_on_disk(tmp_path, caplog):
+    lost = {
+        "first_order_sum": math.nan,
+        "losses": [3.0, math.inf],
+        "perplexity": {"dense": 5.0, "compressed": math.nan},
+    }
+    write_report(tmp_path, report(**lost))
+    assert "null in the JSON: first_order_sum (nan), losses[1] (inf), perplexity.compressed (nan)" in caplog.text
+    strict = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert strict["losses"] == [3.0, None]
+    found = read_report(tmp_path)
+    assert math.isnan(found.first_order_sum)
+    assert found.losses[0] == 3.0
+    assert math.isnan(found.losses[1])
+    assert math.isnan(found.perplexity["compressed"])
+    assert found.kept_back is None
+    (tmp_path / "report.json").write_text(json.dumps(report(**lost).to_dict()))  # as earlier releases did
+    assert read_report(tmp_path).losses == [3.0, math.inf]
+
+
 def test_reports_of_earlier_releases_are_read():
     saved = report().to_dict()
     saved["predicted_drift"] = saved.pop("first_order_sum")
-    del saved["prune_ratio"]["counted_over"]
+    del saved["prune_ratio"]["counted_over"], saved["rank_multiple"]
     assert Report.from_dict(saved) == report()
+
+
+def test_the_table_counts_ranks_that_are_multiples():
+    layers = {str(rank): LayerReport(rank, (200, 200), 1000) for rank in (8, 24, 12, None)}
+    told = report(layers=layers, rank_multiple=8)
+    assert Report.from_dict(told.to_dict()) == told
+    (line,) = [line for line in str(told).splitlines() if "multiple of 8" in line]
+    assert "2 of 3" in line
+    assert "multiple" not in str(report(layers=layers))
 
 
 def test_text_is_the_table_without_details():

@@ -135,6 +135,7 @@ def test_harmful_steps_are_taken_back_and_said(monkeypatch, caplog):
     diverging(monkeypatch, 300.0)
     report = compress(model, batches, prune_ratio=0.6, preset="best", corrections=3, progress=False, **READING)
     assert report.kept_back["taken_back"] >= 3
+    assert sum(state["taken_back"] for state in report.trace["states"]) == report.kept_back["taken_back"]
     assert report.kept_back["final"] <= once.kept_back["truncated"] * (1 + 1e-6)
     assert mean_loss(model, batches, READING["loss"]) <= 1.5 * mean_loss(other, batches, READING["loss"])
     assert "was taken back" in caplog.text

@@ -312,7 +312,9 @@ def test_a_natural_step_follows_the_fresh_gradient_in_the_metric_of_the_calibrat
     """With little dropped at its end it leaves `W + part t B^-1 G A^-1`, t being settled at the first step."""
     monkeypatch.setattr(steps_of_corrections, "trusted_radius", lambda radius, _: radius)
     monkeypatch.setattr(steps_of_corrections, "LONGEST", math.inf)
-    config = CompressionConfig(0.02, **KEPT | {"storage": "pivoted", "step_radius": 0.1}, corrections=corrections)
+    config = CompressionConfig(
+        0.02, **KEPT | {"storage": "pivoted", "step_radius": 0.1, "rank_multiple": 1}, corrections=corrections
+    )
     model, batches = tiny_llama().double(), token_batches()
     first = gathered(copy.deepcopy(model), batches).gathering.moments
     compression = Compression(model, config, progress=False)

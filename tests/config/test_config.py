@@ -1,10 +1,11 @@
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
 from zssvd_lightning import CompressionConfig, RunConfig, Schedule, ZSSVDCallback, load_config
 from zssvd_lightning.callbacks.schedule import CallbackSettings
+from zssvd_lightning.config.compression import settings_of_saved
 from zssvd_lightning.config.presets import FOLDER, PRESETS, settings_of
 from zssvd_lightning.config.settings import CompressionSettings, Settings
 from zssvd_lightning.errors import ConfigError, ContradictionError
@@ -114,7 +115,9 @@ def test_a_preset_stands_in_for_what_is_not_given(tmp_path):
         "model: {source: m}\ncalibration: {text: t}\noutput: o\n"
     )
     found = load_config(RunConfig, file, ["compression.corrections=2"]).compression
-    assert found == CompressionConfig(0.3, metric="input", selection="uniform", storage="pivoted", corrections=2)
+    assert found == CompressionConfig(
+        0.3, metric="input", selection="uniform", storage="pivoted", corrections=2, rank_multiple=1
+    )
     assert load_config(RunConfig, file, ["preset=io-svd"]).compression.metric == "two_sided"
     with pytest.raises(ConfigError, match="preset is 'svd-lm'; did you mean 'svd-llm'"):
         load_config(RunConfig, file, ["preset=svd-lm"])
@@ -123,7 +126,8 @@ def test_a_preset_stands_in_for_what_is_not_given(tmp_path):
 def test_the_callback_takes_a_preset_and_what_is_given_wins():
     config = ZSSVDCallback(0.3, preset="zs-svd-5x", corrections=2).config
     assert config == CompressionConfig.of("zs-svd-5x", prune_ratio=0.3, corrections=2)
-    assert ZSSVDCallback(0.3, "zs-svd-line-search").config == CompressionConfig(0.3)
+    assert ZSSVDCallback(0.3, "zs-svd-line-search").config == CompressionConfig(0.3, rank_multiple=1)
+    assert ZSSVDCallback(0.3, rank_multiple=16).config.rank_multiple == 16
     assert ZSSVDCallback(0.3).config == ZSSVDCallback(0.3, None).config == CompressionConfig.of("best", prune_ratio=0.3)
     with pytest.raises(ConfigError, match="did you mean 'best'"):
         ZSSVDCallback(preset="bst")
@@ -152,7 +156,23 @@ def test_bits_are_chosen_by_rules_that_can():
 
 
 def test_the_method_without_a_preset_is_the_one_that_has_a_name():
-    assert CompressionConfig() == CompressionConfig.of("zs-svd-line-search")
+    assert CompressionConfig(rank_multiple=1) == CompressionConfig.of("zs-svd-line-search")
+
+
+def test_published_methods_have_any_rank_and_the_defaults_multiples_of_8(tmp_path):
+    multiples = {preset: CompressionConfig.of(preset).rank_multiple for preset in PRESETS}
+    assert multiples == dict.fromkeys(PRESETS, 1) | {"best": 8}
+    assert CompressionConfig().rank_multiple == 8
+    shapes = {"a": (256, 256)}
+    assert CompressionConfig(rank_multiple=16).budget_over(shapes, {}, 0).step("a") == 16
+    planned = CompressionConfig(plan=str(tmp_path / "plan.yaml")).budget_over(shapes, {}, 0)
+    assert planned.step("a") == 1  # the ranks of a plan are followed as they are
+
+
+def test_settings_that_were_saved_before_a_setting_existed_are_completed():
+    saved = {"prune_ratio": 0.4, "metric": "rows"}
+    assert CompressionConfig(**settings_of_saved(saved)) == CompressionConfig(0.4, metric="rows", rank_multiple=1)
+    assert settings_of_saved(asdict(CompressionConfig(rank_multiple=16)))["rank_multiple"] == 16
 
 
 def test_keyword_settings_are_the_fields_of_the_config():

@@ -32,6 +32,7 @@ WRONG = {
     "line_search": [0, "false"],
     "storage": [5],
     "min_rank_fraction": ["0"],
+    "rank_multiple": ["8", 8.0, True, 0, -8, 2**70],
     "include": [5, [1], {"q_proj": 1}, [None]],
     "ignore": [[1], True],
     "plan": [5, ["a"]],

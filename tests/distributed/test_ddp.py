@@ -14,7 +14,7 @@ from support.callbacks import scheduled
 from support.models import loader, token_batches, trainer
 from support.parallel import NATURAL, NEEDED, REFIT, SHORT, Replicated, Run, alone, fit, killed, multiplied_out, run
 
-from zssvd_lightning import LowRankCheckpointMixin, ZSSVDCallback
+from zssvd_lightning import LowRankCheckpointMixin, ZSSVDCallback, compress
 from zssvd_lightning.errors import UnsupportedTrainingError
 from zssvd_lightning.serialization.specs import ranks_of
 from zssvd_lightning.strategies import DDPAdapter
@@ -101,6 +101,50 @@ def test_storage_in_8_bits_is_the_same_on_every_process(tmp_path):
 def test_two_nodes_of_two_processes(tmp_path):
     ranks = run(tmp_path, 4, Run(trainer={"num_nodes": 2, "devices": 2}), nodes=2)
     assert_replicas_equal(ranks)
+
+
+class LowRank(Replicated):
+    """Is low-rank already, with the same factors on every process."""
+
+    def __init__(self, family="llama"):
+        super().__init__(family)
+        settings = {"preset": "zs-svd-line-search", "corrections": 0, "progress": False}
+        compress(self.model, token_batches(4), prune_ratio=0.2, **settings)
+
+
+def test_a_low_rank_model_is_compressed_again_as_on_one_process(tmp_path):
+    described = Run(module=LowRank, trainer=FLOAT64, compression={"prune_ratio": 0.5})
+    ranks, expected = run(tmp_path, 2, described), alone(described, 2)
+    assert_replicas_equal(ranks)
+    assert ranks[0]["ranks"] == expected["ranks"]
+    before = ranks_of(LowRank())
+    assert before
+    assert all(ranks[0]["ranks"][name] <= rank for name, rank in before.items())
+    torch.testing.assert_close(ranks[0]["losses"], expected["losses"], rtol=1e-9, atol=0)
+    found, wanted = (multiplied_out(r["at_factorization"]) for r in (ranks[0], expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("phase", "batch"), [("calibrate", 3), ("recover", 2)])
+def test_a_killed_recompression_goes_on_to_the_same_result(tmp_path, phase, batch):
+    """Its factors train before the compression starts, in which layers that gain nothing keep them."""
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), folder.mkdir()
+    described = Run(
+        module=LowRank,
+        count=2 * (NEEDED + 5),
+        trainer=FLOAT64 | {"enable_checkpointing": True},
+        compression={"prune_ratio": 0.35, "selection": "uniform", "start_step": 2},
+    )
+    expected = run(whole, 2, described)
+    assert_replicas_equal(expected)
+    described.ckpt_path = str(killed(folder, 2, described, phase, batch))
+    found = run(folder, 2, described)
+    assert_replicas_equal(found)
+    assert found[0]["ranks"] == expected[0]["ranks"]
+    torch.testing.assert_close(
+        multiplied_out(found[0]["weights"]), multiplied_out(expected[0]["weights"]), rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize(("phase", "batch"), [("calibrate", 3), ("correct", 2), ("recover", 4)])

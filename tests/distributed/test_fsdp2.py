@@ -37,7 +37,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import Shard
 
-from zssvd_lightning import LowRankCheckpointMixin, ZSSVDCallback
+from zssvd_lightning import LowRankCheckpointMixin, ZSSVDCallback, compress
 from zssvd_lightning.errors import TargetError, UnsupportedTrainingError
 from zssvd_lightning.serialization.specs import ranks_of
 from zssvd_lightning.strategies import FSDP2Adapter
@@ -92,6 +92,9 @@ def test_pivot_rows_are_trained_in_rows_as_whole_and_gone_on_from(tmp_path):
     sharded = Run(strategy="fsdp2", module=InDouble, settings={"save_distributed_checkpoint": True}, **said)
     whole, rows = run(folders["ddp"], 2, Run(module=ReplicatedInDouble, **said)), run(folders["fsdp2"], 2, sharded)
     assert any(name.endswith("pivots.weight") for name in whole[0]["weights"])
+    names = set(whole[0]["weights"])
+    mlp = {name.removesuffix("pivots.weight") for name in names if name.endswith("up_proj.pivots.weight")}
+    assert any(f"{name}order" not in names for name in mlp)  # found in the units, whose weights are whole there
     assert all(torch.equal(value, rows[1]["weights"][name]) for name, value in rows[0]["weights"].items())
     torch.testing.assert_close(rows[0]["weights"], whole[0]["weights"], rtol=1e-5, atol=1e-7)
     sharded.ckpt_path = str(killed(folders["killed"], 2, sharded, "recover", 4))
@@ -234,6 +237,7 @@ REFUSED = {
     "whole": ("", "is laid out whole, but compression needs its rows cut over all 2 processes"),
     "columns": ("columns", r"is laid out \(Shard\(dim=1\),\)"),
     "two dimensions": ("mesh", "is laid out .* but compression needs its rows cut over all 2 processes"),
+    "low-rank": ("low-rank", "is compressed already, and its factors are spread over processes; compress the model on"),
     "every layer": ("layers", "it was given to fully_shard on its own; give the block around it instead"),
 }
 
@@ -251,6 +255,10 @@ class OtherLayout(Replicated):
                     fully_shard(module, mesh=mesh)
         if self.layout == "columns":
             fully_shard(self.model.model.layers[0], mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+        if self.layout == "low-rank":
+            settings = {"preset": "zs-svd-line-search", "corrections": 0, "progress": False}
+            compress(self.model, token_batches(4), prune_ratio=0.2, **settings)
+            fully_shard(self.model.model.layers[0], mesh=mesh)
         if self.layout == "mesh":
             both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
             fully_shard(self.model.model.layers[0], mesh=both)

@@ -13,6 +13,7 @@ from zssvd_lightning.app.cli import main
 from zssvd_lightning.errors import ExportError, OutputError, SavedModelError
 from zssvd_lightning.hub.export import export_dense
 from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.serialization.specs import specs_of
 
@@ -41,10 +42,11 @@ def test_onnxruntime_gives_equal_logits_at_any_length_and_with_padding(tmp_path)
     onnxruntime = pytest.importorskip("onnxruntime")
     model = saved(tmp_path / "m", config="remap")
     names = list(specs_of(model))
-    for form, chosen in ((LowRankLinear, names[::3]), (PivotedLinear, names[1::3])):
+    for form, chosen in ((LowRankLinear, names[::4]), (PivotedLinear, names[1::4]), (ColumnPivotedLinear, names[2::4])):
         for layer in map(model.get_submodule, chosen):
             replace_module(model, layer, form.from_factors(*layer.factors(), None))
-    assert {spec["kind"] for spec in specs_of(model).values()} == {"low_rank", "pivoted", "int8_low_rank"}
+    kinds = {spec["kind"] for spec in specs_of(model).values()}
+    assert kinds == {"low_rank", "pivoted", "pivoted_columns", "int8_low_rank"}
     export_onnx(model, tmp_path / "onnx", tiny_tokenizer())
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     for shape in ((2, 8), (3, 5), (1, 1)):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.models import (
     FAMILIES,
     VOCABULARY,
+    logits,
     saved_tiny_llama,
     tiny_gpt2,
     tiny_llama,
@@ -60,11 +61,6 @@ def compressed(build=tiny_llama, dtype=torch.float32, config=STORED["factors"]):
     model = AutoModelForCausalLM.from_config(build().config, dtype=dtype)  # .to(dtype) would round rotary frequencies
     compress(model, token_batches(), config, progress=False)
     return model.eval()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=token_batches(1)[0]["input_ids"]).logits
 
 
 def edit_config(folder, change):

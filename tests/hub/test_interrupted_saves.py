@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from support.models import tiny_llama, token_batches
+from support.models import logits, tiny_llama, token_batches
 
 from zssvd_lightning import CompressionConfig, compress, from_pretrained, save_pretrained
 
@@ -46,11 +46,6 @@ else:
     files._exchange = kill
 save_pretrained(model, folder, tokenizer)
 """
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=token_batches(1)[0]["input_ids"]).logits
 
 
 @pytest.fixture(scope="module")

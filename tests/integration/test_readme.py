@@ -35,7 +35,7 @@ class Data(L.LightningDataModule):
 def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 2
     names = {
         "module": CausalLM(),
         "datamodule": loader(token_batches(24)),
@@ -95,7 +95,12 @@ def test_blocks_of_deployment_run(tmp_path, monkeypatch):
 
 
 def test_blocks_of_lifecycle_run():
-    measured, block = blocks_of("lifecycle.md")
+    batches, measured, block = blocks_of("lifecycle.md")
+    exec(batches, names := {})
+    text = {"text": {"attention_mask": torch.tensor([[1, 1, 0]])}}
+    documents = names["Documents"](0.4)
+    assert documents.token_mask(text).tolist() == [[True, True, False]]
+    assert documents.loss_terms(text) == 2
     names = {"accuracy": lambda module: sum(p.numel() for p in module.parameters())}
     exec(measured, names)
     settings = {"corrections": 0, "schedule": Schedule(calibration_batches=4), "progress": False}

@@ -10,7 +10,7 @@ from support.models import saved_tiny_llama
 from zssvd_lightning import LowRankLinear, from_pretrained
 from zssvd_lightning.app.cli import main
 from zssvd_lightning.errors import ConfigError
-from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.pivoted import PivotForm
 from zssvd_lightning.sources.texts import load_text
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_the_report_tells_recovery_from_adaptation(tmp_path, recipe, way):
     assert (tmp_path / "out" / "report.png").exists()
     model = from_pretrained(tmp_path / "out")
     if way != "in 8 bits":
-        assert any(isinstance(m, PivotedLinear if "best" in way else LowRankLinear) for m in model.modules())
+        assert any(isinstance(m, PivotForm if "best" in way else LowRankLinear) for m in model.modules())
 
 
 def test_it_needs_a_recovery_and_others_refuse_one(tmp_path, recipe, monkeypatch, capsys):

@@ -29,7 +29,7 @@ def config(folder, *more):
         "preset": "zs-svd-line-search",
         "schedule": {"calibration_batches": 8},
         "corrections": 0,
-        "include": "*.layers.?.*",
+        "include": "*.layers.?.self_attn.*",
     }
     trainer["callbacks"] += more
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))

@@ -7,6 +7,7 @@ from torch import nn
 from zssvd_lightning import LowRankLinear
 from zssvd_lightning.layers.int8 import Int8Linear, Int8LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
 
 UP, DOWN, BIAS = torch.randn(6, 2), torch.randn(2, 8), torch.randn(6)
 
@@ -20,6 +21,10 @@ LAYERS = {
     "low-rank without bias": lambda: LowRankLinear.from_factors(UP, DOWN, None),
     "pivoted": lambda: PivotedLinear.from_factors(UP, DOWN, BIAS),
     "pivoted, all rows": lambda: PivotedLinear.from_factors(torch.randn(3, 3), torch.randn(3, 8), None),
+    "pivoted, no order": lambda: PivotedLinear.from_factors(UP, DOWN, BIAS, torch.arange(6)),
+    "columns": lambda: ColumnPivotedLinear.from_factors(UP, DOWN, BIAS),
+    "columns, all columns": lambda: ColumnPivotedLinear.from_factors(torch.randn(9, 8), torch.randn(8, 8), None),
+    "columns, no order": lambda: ColumnPivotedLinear.from_factors(UP, DOWN, BIAS, torch.arange(8)),
     "8 bits": lambda: Int8Linear.of(nn.Linear(8, 6)),
     "8 bits, low-rank": lambda: int8(torch.arange(6) < 0, torch.arange(8) < 0),
     "8 bits, last rows in 16": lambda: int8(torch.arange(6) > 4, torch.arange(8) < 0),
@@ -32,10 +37,10 @@ def test_layers_are_scripted_saved_and_loaded_as_torchscript(name):
     model = nn.Sequential(LAYERS[name](), nn.Tanh())
     x, file = torch.randn(2, 3, 8), io.BytesIO()
     scripted = torch.jit.script(model)
-    assert torch.equal(scripted(x), model(x))
+    torch.testing.assert_close(scripted(x), model(x))
     torch.jit.save(scripted, file)
     file.seek(0)
-    assert torch.equal(torch.jit.load(file)(x), model(x))
+    torch.testing.assert_close(torch.jit.load(file)(x), model(x))
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.models import assert_same_state, state_of, tiny_gpt2, tiny_llama, token_batches
+from support.models import assert_same_state, logits, state_of, tiny_gpt2, tiny_llama, token_batches
 from torch import nn
 
 from zssvd_lightning import compress, from_pretrained, merge, save_pretrained
@@ -39,11 +39,6 @@ def compressed_at(model, prune_ratio=0.3, **settings):
     settings |= {"preset": "zs-svd-line-search", "corrections": 0, "progress": False}
     compress(model, token_batches(), prune_ratio=prune_ratio, **settings)
     return model.eval()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=token_batches(1)[0]["input_ids"]).logits
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,15 @@ import warnings
 import peft
 import pytest
 import torch
-from support.models import tiny_llama, token_batches
+from support.models import logits, tiny_llama, token_batches
 from torch import nn
 
 from zssvd_lightning import CompressionConfig, compress, from_pretrained, merge, quantize, save_pretrained
 from zssvd_lightning.errors import ConfigError, QuantizationError, RecoveryError, TargetError
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
+from zssvd_lightning.layers.registry import Factored, possible_forms
 from zssvd_lightning.model.adapters import FOLDER, Adapter, merge_adapters, merged, on, save_adapter, taken_off
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.recovery.methods import FactorRecovery, LoRARecovery, SingularValueRecovery, recovery_of
@@ -22,7 +24,7 @@ from zssvd_lightning.recovery.run import RecoveryRun
 from zssvd_lightning.strategies import StrategyAdapter
 
 NAME = "model.layers.0.q_proj"
-FORMS = [LowRankLinear, PivotedLinear]
+FORMS = [LowRankLinear, PivotedLinear, ColumnPivotedLinear]
 
 
 def layer(rank=6, dtype=torch.float64, form=LowRankLinear):
@@ -50,16 +52,9 @@ def low_rank_llama(storage="factors"):
 def dressed_llama(recovery, storage="factors"):
     model = low_rank_llama(storage)
     for name, module in model.named_modules():
-        if isinstance(module, (LowRankLinear, PivotedLinear)) and (
-            adapter := recovery.adapter(("down", "up"), name, module)
-        ):
+        if isinstance(module, Factored) and (adapter := recovery.adapter(("down", "up"), name, module)):
             adapter.attach(name, module)
     return model
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=token_batches(1)[0]["input_ids"]).logits
 
 
 OPTIONS = {
@@ -162,7 +157,8 @@ def test_ranks_that_lora_would_exceed_are_refused_or_clipped(form):
     one = make(rank=4)
     down, up = one.thin_layers()
     both = ("down", "up")
-    with pytest.raises(RecoveryError, match=rf"q_proj.{down} \(4, 12\) is not below .* \(the layer has rank 4\)"):
+    inputs = 8 if form is ColumnPivotedLinear else 12
+    with pytest.raises(RecoveryError, match=rf"q_proj.{down} \(4, {inputs}\) is not below .* \(the layer has rank 4\)"):
         LoRARecovery(rank=4, clip_rank=False).adapter(both, NAME, one)
     assert LoRARecovery(rank=3, clip_rank=False).adapter(both, NAME, one)
     assert LoRARecovery(rank=4).adapter(("up",), NAME, one).options["rank_pattern"] == {up: 3}
@@ -171,7 +167,7 @@ def test_ranks_that_lora_would_exceed_are_refused_or_clipped(form):
     assert (whole["r"], whole["lora_alpha"], whole["target_modules"]) == (4, 8, [down, up])
     assert LoRARecovery(rank=4).reduced({NAME: make(rank=5)}) is None
     said = LoRARecovery(rank=4).reduced({NAME: one, "b": make(rank=6), "c": make(rank=1)})
-    assert f"too high for {2 if form is LowRankLinear else 3} of 3 layers" in said
+    assert f"too high for {3 if form is PivotedLinear else 2} of 3 layers" in said
     assert "such as c, of rank 1." in said
     assert "which 1 layers have" in said
 
@@ -275,14 +271,14 @@ def test_the_adapter_is_saved_beside_the_compressed_model_and_peft_loads_it_on_t
         reloaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "saved" / FOLDER))
     torch.testing.assert_close(logits(reloaded), expected)
     unloaded = reloaded.merge_and_unload()
-    torch.testing.assert_close(logits(unloaded), expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(logits(unloaded), expected, rtol=1e-4, atol=1e-4)
 
     save_adapter(model, tmp_path / "alone")
     again = peft.PeftModel.from_pretrained(from_pretrained(tmp_path / "saved"), str(tmp_path / "alone"))
     torch.testing.assert_close(logits(again), expected)
 
     merge_adapters(model)
-    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     assert not on(model)
 
 
@@ -323,12 +319,14 @@ def test_the_scale_of_a_clipped_lora_stays_unless_it_is_given():
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
 def test_patterns_of_peft_that_match_nothing_are_refused(option):
     recovery = LoRARecovery(peft={option: {r".*\.up": 2}}, targets=["*.layers.0.*"])
-    recovery.refuse_layers([NAME], LowRankLinear)
+    recovery.refuse_layers({NAME: (LowRankLinear,)})
     with pytest.raises(TargetError, match=rf"recovery.peft.{option} has '.*up'.*such as {NAME}.pivots; .*others of"):
-        recovery.refuse_layers([NAME], PivotedLinear)
+        recovery.refuse_layers({NAME: (PivotedLinear,)})
+    with pytest.raises(TargetError, match="they are the mixing and columns or pivots and others of each layer"):
+        recovery.refuse_layers({NAME: possible_forms("pivoted", 9, 9)})
     other = LoRARecovery(peft={option: {r".*layers.1.*": 2}}, targets=["*.layers.0.*"])
     with pytest.raises(TargetError, match="matches no matrix"):
-        other.refuse_layers([NAME, "model.layers.1.q_proj"], LowRankLinear)
+        other.refuse_layers(dict.fromkeys([NAME, "model.layers.1.q_proj"], (LowRankLinear,)))
 
 
 def test_what_is_on_pivots_is_merged_and_refused_8_bits_unchanged():

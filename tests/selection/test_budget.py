@@ -6,8 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zssvd_lightning.compression.quantization import in_8_bits
 from zssvd_lightning.errors import BudgetError
-from zssvd_lightning.layers.low_rank import LowRankLinear
-from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.registry import form_for
 from zssvd_lightning.layers.storage import UNITS, break_even_rank
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.storages import STORAGES
@@ -54,8 +53,7 @@ def stored_as(storage, m, n, k):
     """The layer that a storage makes of (m, n) at rank k, None being dense."""
     layer, up, down = torch.nn.Linear(n, m, bias=False), torch.randn(m, k or 1), torch.randn(k or 1, n)
     if k is not None:
-        form = PivotedLinear if storage == "pivoted" else LowRankLinear
-        layer = form.from_factors(up, down, None)
+        layer = form_for(STORAGES[storage].layer, m, n).from_factors(up, down, None)
     return in_8_bits({"layer": layer}, storage).get("layer", layer) if STORAGES[storage].rounds else layer
 
 
@@ -77,8 +75,9 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket is torch.ops.aten.mm:
-            self.products += args[0].numel() * args[1].shape[1]
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            left, right = args[-2:]
+            self.products += left.numel() * right.shape[1]
         return out
 
 

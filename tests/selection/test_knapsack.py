@@ -170,7 +170,9 @@ def test_proportional_ranks_are_those_of_the_largest_multiplier_and_what_else_fi
         return sum(cost[rank] for cost, rank in zip(costs, ranks, strict=True))
 
     allowed = cost_of(floors) + int(share * (cost_of([8] * len(weights)) - cost_of(floors)))
-    ranks = proportional_ranks(weights, costs, floors, allowed)
+    ranks = proportional_ranks(
+        weights, costs, [range(floor, len(cost)) for floor, cost in zip(floors, costs, strict=True)], allowed
+    )
     reached = [0.0, *((k + 1e-9) / weight for weight in weights for k in range(1, 9))]
     t = max(t for t in reached if cost_of(at(t, weights, costs, floors)) <= allowed)
     assert all(rank >= least for rank, least in zip(ranks, at(t, weights, costs, floors), strict=True))

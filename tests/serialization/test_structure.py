@@ -5,7 +5,7 @@ import torch
 from support.models import FAMILIES, assert_same_state, state_of, tiny_gpt2, tiny_llama, token_batches
 from torch import nn
 
-from zssvd_lightning import CompressionConfig, LowRankLinear, compress
+from zssvd_lightning import CompressionConfig, LowRankLinear, compress, load_state_dict
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.layers.registry import dense_like
 from zssvd_lightning.serialization.specs import ranks_of
@@ -77,4 +77,22 @@ def test_the_note_is_one_entry_at_a_low_rank_layer_which_drops_it():
     (name,) = note(model)
     assert isinstance(model.get_submodule(name.partition(".low-rank: ")[0]), LowRankLinear)
     assert "LowRankCheckpointMixin" in name
-    model.load_state_dict(model.state_dict() | note(model))
+    earlier = f"{name.partition('.low-rank: ')[0]}.low-rank: inherit zssvd_lightning.LowRankCheckpointMixin, to load"
+    model.load_state_dict(model.state_dict() | note(model) | {earlier: torch.empty(0)})
+    match_structure(model, model.state_dict() | {earlier: torch.empty(0)})
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted", "hq"])
+def test_weights_load_into_a_dense_module_of_any_kind(storage):
+    compressed, dense = tiny_llama(), tiny_llama()
+    config = CompressionConfig(0.6, metric="input", corrections=0, storage=storage)
+    compress(compressed, token_batches(), config, progress=False)
+    found = load_state_dict(dense, compressed.state_dict() | note(compressed))
+    assert not found.missing_keys
+    batch = token_batches(1)[0]
+    with torch.no_grad():
+        assert torch.equal(dense(**batch).logits, compressed(**batch).logits)
+    before = dense.state_dict()
+    with pytest.raises(CheckpointError, match="do not belong to this LlamaForCausalLM"):
+        load_state_dict(dense, {"lm_head.weight": torch.zeros(2, 2)})
+    assert before.keys() == dense.state_dict().keys()

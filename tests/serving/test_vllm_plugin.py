@@ -12,10 +12,15 @@ from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.layers.int8 import Int8Linear, Int8LowRankLinear
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
 from zssvd_lightning.serving.fused_linear import FusedLinear, Part, names_of
 
 M, N, K = 12, 16, 5
-KINDS = ["dense", "low_rank", "pivoted", "int8", "int8_low_rank"]
+KINDS = ["dense", "low_rank", "pivoted", "pivoted_columns", "int8", "int8_low_rank"]
+
+
+TURNED = ["low_rank", "pivoted", "pivoted_columns"]
+"""Kinds of which an engine may transpose the weights."""
 
 
 def saved_layer(kind, m=M, n=N):
@@ -26,6 +31,8 @@ def saved_layer(kind, m=M, n=N):
     factors = torch.randn(m, K), torch.randn(K, n), torch.randn(m)
     if kind == "pivoted":
         return PivotedLinear.from_factors(*factors)
+    if kind == "pivoted_columns":
+        return ColumnPivotedLinear.from_factors(*factors)
     layer = LowRankLinear.from_factors(*factors)
     return layer if kind == "low_rank" else Int8LowRankLinear.of(layer, torch.rand(m) < 0.3, torch.rand(n) < 0.3)
 
@@ -58,23 +65,25 @@ def test_parts_of_any_kind_stand_side_by_side(kinds, turned):
     assert not any(parameter.requires_grad for parameter in fused.parameters())
 
 
-@pytest.mark.parametrize("kind", ["dense", "low_rank", "int8"])
+@pytest.mark.parametrize("kind", ["dense", "low_rank", "pivoted_columns", "int8"])
 def test_shares_of_rows_add_up(kind):
     layer, x = saved_layer(kind), torch.randn(3, N)
-    shares = [loaded((part(layer, (M // 2, N), turn), layer), turned=kind == "low_rank") for turn in range(2)]
+    shares = [loaded((part(layer, (M // 2, N), turn), layer), turned=kind in TURNED) for turn in range(2)]
     torch.testing.assert_close(torch.cat([share(x) for share in shares], -1), without_bias(layer, x))
 
 
 @pytest.mark.parametrize("kind", ["dense", "low_rank", "pivoted", "int8"])
 def test_shares_of_columns_add_up(kind):
     layer, x = saved_layer(kind), torch.randn(3, N)
-    turned = kind in ("low_rank", "pivoted")
-    shares = [loaded((part(layer, (M, N // 2), turn), layer), turned=turned) for turn in range(2)]
+    shares = [loaded((part(layer, (M, N // 2), turn), layer), turned=kind in TURNED) for turn in range(2)]
     outputs = [share(half) for share, half in zip(shares, x.chunk(2, -1), strict=True)]
     torch.testing.assert_close(sum(outputs), without_bias(layer, x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "held"), [("int8_low_rank", (M, N // 2)), ("pivoted", (M // 2, N))])
+@pytest.mark.parametrize(
+    ("kind", "held"),
+    [("int8_low_rank", (M, N // 2)), ("pivoted", (M // 2, N)), ("pivoted_columns", (M, N // 2))],
+)
 def test_what_has_no_shares_is_refused(kind, held):
     with pytest.raises(UnsupportedServingError, match=rf"q_proj is of kind {kind}.*serve it on one"):
         FusedLinear([part(saved_layer(kind), held)], torch.float32)
@@ -82,12 +91,13 @@ def test_what_has_no_shares_is_refused(kind, held):
 
 @pytest.mark.parametrize("first", [0, -1])
 @pytest.mark.parametrize("turned", [False, True])
-def test_square_coefficients_are_told_by_the_pivot_rows(turned, first):
-    layer, x = saved_layer("pivoted", m=2 * K), torch.randn(3, N)
-    assert layer.others.weight.shape == (K, K)
+@pytest.mark.parametrize(("kind", "m", "n"), [("pivoted", 2 * K, N), ("pivoted_columns", M, 2 * K)])
+def test_square_coefficients_are_told_by_the_pivots(turned, first, kind, m, n):
+    layer, x = saved_layer(kind, m, n), torch.randn(3, n)
+    assert (K, K) in {tuple(value.shape) for value in layer.parameters()}
     fused, saved = FusedLinear([part(layer)], torch.float32), list(layer.state_dict().items())
     for name, value in [saved[first], *saved]:
-        if name != "bias":
+        if not name.endswith("bias"):
             fused.load(0, name, value.t() if turned and name.endswith(".weight") else value)
     fused.check()
     torch.testing.assert_close(fused(x), without_bias(layer, x))

@@ -3,6 +3,8 @@
 from dataclasses import fields
 from typing import Any
 
+import lightning as L
+
 from zssvd_lightning import Phase, Schedule, ZSSVDCallback
 
 
@@ -30,3 +32,14 @@ class Keeps(ZSSVDCallback):
         if self.phase is Phase.CALIBRATE:
             self.kept = self.kept or self.statistics
         super().on_before_backward(trainer, pl_module, loss)
+
+
+class Interrupt(L.Callback):
+    """Fails after the batch of an optimizer step."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.at:
+            raise ConnectionError("gone")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zssvd_lightning import LowRankLinear
 from zssvd_lightning.errors import TargetError
 from zssvd_lightning.layers.int8 import Int8LowRankLinear
-from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.registry import form_for
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import find_targets
 
@@ -169,7 +169,7 @@ def factored(model: nn.Module, form: str = "low_rank") -> int:
         if form == "int8":
             new = Int8LowRankLinear.of(new, torch.arange(m) == 1, torch.arange(n) < 0)  # type: ignore[arg-type]
         elif form == "pivoted":
-            new = PivotedLinear.from_factors(up, down, bias)
+            new = form_for("pivoted", m, n).from_factors(up, down, bias)
         new.transposed = isinstance(target.module, T.pytorch_utils.Conv1D)
         replace_module(model, target.module, new.eval())
     return len(targets)

@@ -26,6 +26,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from zssvd_lightning._contexts import evaluation_mode
+
 VOCABULARY = 97
 
 
@@ -261,6 +263,12 @@ def assert_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert before["weights"].keys() == after["weights"].keys()
     for name, value in before["weights"].items():
         assert torch.equal(value, after["weights"][name]), name
+
+
+def logits(model: nn.Module) -> Tensor:
+    """The logits of a fixed batch without padding, in evaluation mode."""
+    with torch.no_grad(), evaluation_mode(model):
+        return model(input_ids=token_batches(1)[0]["input_ids"]).logits
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

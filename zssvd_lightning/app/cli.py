@@ -1,33 +1,25 @@
-"""`zssvd compress`, `plan`, `compare`, `evaluate`, `export`, `phases`, `init` and `keys`.
+"""`zssvd compress`, `plan`, `compare`, `evaluate`, `bench`, `export`, `report`, `phases`, `init` and `keys`.
 
 Commands import torch and transformers when they run, so that a help text appears at once.
 """
 
 import logging
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zssvd_lightning._files import check_output
+from zssvd_lightning._files import check_output, json_of
 from zssvd_lightning.app import command
 from zssvd_lightning.app import settings as asked
+from zssvd_lightning.app.bench.command import bench
 from zssvd_lightning.app.settings import meaning
 from zssvd_lightning.config.presets import PRESETS
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from zssvd_lightning.app.run import Run
+    pass
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-T = TypeVar("T")
 
 
 Source = Annotated[
@@ -100,20 +92,21 @@ def compress(
     Options win over the YAML file. `zssvd keys` lists all settings.
     """
     options = _options(ratio, preset, dtype, text) | {"output": out, "evaluation.text": evaluate}
-    with _streams(quiet, as_json):
+    with command.streams(quiet, as_json):
         settings = asked.read_run(source, overrides or (), options)
 
+        from zssvd_lightning.app.html.page import PAGE
         from zssvd_lightning.app.run import Run
         from zssvd_lightning.compression.pipeline import compress as compress_model
         from zssvd_lightning.compression.report import REPORT
 
         run = Run(settings, not quiet, device=device)
         run.evaluate("dense")
-        report = _calibrated(run, compress_model)
+        report = command.calibrated(run, compress_model)
         run.evaluate("compressed")
         run.save(report)
-    line = f"wrote {run.output / REPORT} and the model beside it"
-    _show({**report.to_dict(), "output": str(run.output)}, line, quiet, as_json, report.table())
+    line = f"wrote {run.output / REPORT}, with the model and {PAGE} beside it"
+    command.show({**report.to_dict(), "output": str(run.output)}, line, quiet, as_json, report.table())
 
 
 @app.command()
@@ -132,7 +125,7 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Write the rank that compress would choose for every layer, and change nothing."""
-    with _streams(quiet, as_json):
+    with command.streams(quiet, as_json):
         import yaml
 
         from zssvd_lightning.compression.pipeline import plan as plan_ranks
@@ -144,9 +137,9 @@ def plan(
         from zssvd_lightning.app.run import Run
 
         run = Run(settings, not quiet, device=device, saves=False)
-        _calibrated(run, plan_ranks).write(file)
+        command.calibrated(run, plan_ranks).write(file)
         written = yaml.safe_load(file.read_text(encoding="utf-8"))
-    _show({**written, "output": str(file)}, f"wrote {file}", quiet, as_json)
+    command.show({**written, "output": str(file)}, f"wrote {file}", quiet, as_json)
 
 
 @app.command()
@@ -165,12 +158,12 @@ def compare(
     `zssvd keys compare` lists the settings. Started again, it goes on where it stopped. The exit code is 1 if a cell
     failed.
     """
-    with _streams(quiet):
+    with command.streams(quiet):
         from zssvd_lightning.app.compare import compare as compare_presets
 
         results = compare_presets(arguments or [], progress=not quiet)
     if not quiet:
-        _print(results.table())
+        command.print_table(results.table())
         typer.echo(f"wrote compare.json and compare.md to {results.comparison.config.output}")
     for name, error in results.errors.items():
         typer.secho(f"{name}: {error}", fg="red", err=True)
@@ -195,7 +188,7 @@ def evaluate(
 
     Text, windows and length are by default those of the run. `zssvd keys evaluate` lists the settings.
     """
-    with _streams(quiet, as_json=True):
+    with command.streams(quiet, as_json=True):
         from zssvd_lightning._numerics import DTYPES
         from zssvd_lightning._validation import require_one_of
         from zssvd_lightning.app.run import measure, recorded_evaluation
@@ -207,8 +200,11 @@ def evaluate(
         settings = load_config(EvaluateConfig, None, entries, recorded_evaluation(model))
         measured, table = measure(model, settings, dtype=dtype, device=device, progress=not quiet)
         if table is not None:
-            _print(table, err=True)
-    typer.echo(command.as_json(measured))
+            command.print_table(table, err=True)
+    typer.echo(json_of(measured))
+
+
+app.command()(bench)
 
 
 @app.command()
@@ -221,7 +217,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a model for other tools: dense, self-contained, or as an ONNX graph. See `zssvd keys export`."""
-    with _streams(quiet, as_json):
+    with command.streams(quiet, as_json):
         from zssvd_lightning.app.run_config import ExportConfig
         from zssvd_lightning.compression.report import read_report
         from zssvd_lightning.config.loading import load_config
@@ -240,7 +236,23 @@ def export(
             report, shard = read_report(Path(model)), settings.max_shard_size
             save_pretrained(loaded, folder, tokenizer, report=report, max_shard_size=shard, self_contained=True)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    _show({"output": str(folder), "format": settings.format, "files": names}, f"wrote {folder}", quiet, as_json)
+    command.show({"output": str(folder), "format": settings.format, "files": names}, f"wrote {folder}", quiet, as_json)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Output folders of compress.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; report.html by default, in the folder if there is only one.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write one HTML file that shows what a compression did, or compares several."""
+    with command.streams(quiet):
+        from zssvd_lightning.app.html.page import write_page
+
+        written = write_page(folders, out)
+    command.show({}, f"wrote {written}", quiet)
 
 
 @app.command()
@@ -253,9 +265,9 @@ def phases(
     """Draw how a training run went through the phases of its compression."""
     from zssvd_lightning.app.pictures import draw_phases
 
-    with _streams(quiet):
+    with command.streams(quiet):
         draw_phases(metrics, picture, loss)
-    _show({}, f"wrote {picture}", quiet)
+    command.show({}, f"wrote {picture}", quiet)
 
 
 @app.command()
@@ -267,10 +279,10 @@ def init(
     quiet: Quiet = False,
 ) -> None:
     """Write a YAML file for compress in which every setting stands with its meaning."""
-    with _streams(quiet):
+    with command.streams(quiet):
         asked.write_template(file, model, preset, ratio)
     more = "" if model else ", which lacks model.source"
-    _show({}, f"wrote {file}{more}; compress by it with: zssvd compress {file}", quiet)
+    command.show({}, f"wrote {file}{more}; compress by it with: zssvd compress {file}", quiet)
 
 
 @app.command()
@@ -296,53 +308,3 @@ def main() -> None:
 def _options(ratio: float | None, preset: str | None, dtype: str | None, text: str | None) -> dict[str, Any]:
     """Return the options that compress and plan share by the keys they stand for."""
     return {"compression.prune_ratio": ratio, "preset": preset, "model.dtype": dtype, "calibration.text": text}
-
-
-@contextmanager
-def _streams(quiet: bool, as_json: bool = False) -> Iterator[None]:
-    """Keep stdout for the result within the context, and show nothing at all if `quiet`. Errors pass through."""
-    with ExitStack() as stack:
-        if quiet:
-            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(nowhere))
-            stack.enter_context(redirect_stderr(nowhere))
-            stack.callback(logging.disable, logging.root.manager.disable)
-            logging.disable(logging.WARNING)
-        elif as_json:
-            stack.enter_context(redirect_stdout(sys.stderr))
-        yield
-
-
-def _show(
-    result: Mapping[str, Any], line: str, quiet: bool, as_json: bool = False, table: "RenderableType | None" = None
-) -> None:
-    """Print the result as JSON, or a table and a line about it, or nothing."""
-    if as_json:
-        typer.echo(command.as_json(result))
-    elif not quiet:
-        if table is not None:
-            _print(table)
-        typer.echo(line)
-
-
-def _print(table: "RenderableType", err: bool = False) -> None:
-    from rich.console import Console
-
-    Console(stderr=err).print(table)
-
-
-def _calibrated(run: "Run", function: Callable[..., T]) -> T:
-    """Return the result of `compress` or `plan` for the model and settings of a run."""
-    from zssvd_lightning.compression.gathering import loss_in
-
-    if run.progress:
-        _print(run.coverage.table(), err=True)
-    calibration = run.config.calibration
-    return function(
-        run.model,
-        run.calibration_loader(),
-        run.config.compression,
-        calibration_batches=calibration.batches,
-        loss=loss_in(calibration.precision),
-        progress=run.progress,
-    )

@@ -1,18 +1,24 @@
-"""Common parts of command lines: usage, errors in one line, and JSON."""
+"""Common parts of command lines: usage, errors in one line, streams, tables and JSON."""
 
-import json
 import logging
-import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
+from zssvd_lightning._files import json_of
 from zssvd_lightning.errors import ZSSVDError
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from zssvd_lightning.app.run import Run
+
+T = TypeVar("T")
 
 
 HELP = {"-h", "--help"}
@@ -46,22 +52,56 @@ def start(main: Callable[..., None], usage: str | None, arguments: Sequence[str]
         main(*given)
 
 
-def as_json(result: Mapping[str, Any]) -> str:
-    """Return a result as one JSON object. JSON has no NaN and no infinity, so they become null, with a warning."""
-    lost: list[str] = []
-    text = json.dumps(_finite(result, "", lost), allow_nan=False)
-    if lost:
-        logger.warning("not finite, and so null in the JSON: %s", ", ".join(lost))
-    return text
+@contextmanager
+def streams(quiet: bool, as_json: bool = False) -> Iterator[None]:
+    """Keep stdout for the result within the context, and show nothing at all if `quiet`. Errors pass through."""
+    with ExitStack() as stack:
+        if quiet:
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.WARNING)
+        elif as_json:
+            stack.enter_context(redirect_stdout(sys.stderr))
+        yield
 
 
-def _finite(value: Any, name: str, lost: list[str]) -> Any:
-    """Return a value without numbers that are not finite, and add their dotted names and values to `lost`."""
-    if isinstance(value, Mapping):
-        return {key: _finite(part, f"{name}.{key}" if name else str(key), lost) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part, f"{name}[{index}]", lost) for index, part in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        lost.append(f"{name} ({value})")
-        return None
-    return value
+def calibrated(run: "Run", function: Callable[..., T]) -> T:
+    """Return the result of `compress` or `plan` for the model and settings of a run."""
+    from zssvd_lightning.compression.gathering import loss_in
+
+    if run.progress:
+        print_table(run.coverage.table(), err=True)
+    calibration = run.config.calibration
+    return function(
+        run.model,
+        run.calibration_loader(),
+        run.config.compression,
+        calibration_batches=calibration.batches,
+        loss=loss_in(calibration.precision),
+        progress=run.progress,
+    )
+
+
+def show(
+    result: Mapping[str, Any],
+    line: str,
+    quiet: bool,
+    only_json: bool = False,
+    table: "RenderableType | None" = None,
+) -> None:
+    """Print the result as JSON, or a table and a line about it, or nothing."""
+    if only_json:
+        typer.echo(json_of(result))
+    elif not quiet:
+        if table is not None:
+            print_table(table)
+        typer.echo(line)
+
+
+def print_table(table: "RenderableType", err: bool = False) -> None:
+    """Print a table to stdout, or with `err` to stderr."""
+    from rich.console import Console
+
+    Console(stderr=err).print(table)

@@ -9,6 +9,7 @@ from typing import Any
 
 from zssvd_lightning._files import replacing_file
 from zssvd_lightning._validation import needs_extra
+from zssvd_lightning.app.html.facts import Facts
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.errors import TextError
@@ -54,7 +55,7 @@ def draw_phases(metrics: str | Path, path: str | Path, loss: str = "loss") -> No
     """Draw the training loss of a run over its steps, with the phases of the compression in the background.
 
     Args:
-        metrics: the `metrics.csv` of a `CSVLogger`.
+        metrics: the `metrics.csv` of a `CSVLogger`, which the title names.
         path: file to write; its extension selects the format (`.png`, `.svg`, `.pdf`).
         loss: name of the column with the training loss.
 
@@ -82,6 +83,7 @@ def draw_phases(metrics: str | Path, path: str | Path, loss: str = "loss") -> No
     axes.set_xlim(0, last)
     axes.set_xlabel("step (dashed: truncation)")
     axes.set_ylabel("training loss (nats)")
+    axes.set_title(plain(f"{loss} of {metrics}"), pad=24, fontsize="medium")
     with replacing_file(path) as file:
         figure.savefig(file, dpi=120)
 
@@ -117,7 +119,15 @@ def _grid(report: Report) -> tuple[list[str], list[str], list[list[float]]]:
 
 
 def _headline(report: Report) -> str:
-    parts = [f"{report.removed:.1%} of {report.parameters_counted:,} target parameters removed"]
+    facts = Facts(report, "")
+    parts = [facts.model] if facts.model else []
+    parts.append(f"{report.removed:.1%} of {report.parameters_counted:,} target parameters removed")
     if report.perplexities:
-        parts.append("perplexity {:.1f} → {:.1f}".format(*report.perplexities))
-    return ", ".join(parts)
+        text = f" on {facts.text()}" if facts.text() else ""
+        parts.append("perplexity{} {:.1f} → {:.1f}".format(text, *report.perplexities))
+    return plain(", ".join(parts))
+
+
+def plain(text: str) -> str:
+    """Return a text that matplotlib does not take for mathematics."""
+    return text.replace("$", r"\$")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zssvd_lightning._files import check_output, checked_path, replacing_folder
 from zssvd_lightning._resources import Stopwatch, peak_rss_bytes
+from zssvd_lightning.app.html.page import write_page
 from zssvd_lightning.app.pictures import draw
 from zssvd_lightning.app.run_config import EvaluateConfig, RunConfig
 from zssvd_lightning.app.workspace import calibration_windows
@@ -110,6 +111,8 @@ class Run:
     def save(self, report: Report, picture: bool = False) -> None:
         """Complete `report` and write it, the model and the tokenizer to the output folder, all or nothing.
 
+        The page of the report, `report.html`, is written when they are safe.
+
         The model is cast to its `saved_dtype`. If that changes it, or its storage has 8 bits, the written model is
         loaded again and evaluated as `reloaded`, in the type of the other evaluations.
 
@@ -143,6 +146,7 @@ class Run:
                 draw(report, folder / "report.png")
             write_card(folder, self.output.name, specs_of(self.model), report)
             write_report(folder, report)
+        write_page([self.output])
 
     def _expected_bytes(self, report: Report, size: int) -> int:
         """Return the bytes of all remaining numbers; those of targets have 16 bits if the storage has 8."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning._numerics import accumulated
+from zssvd_lightning.calibration.free_widths import FreeWidths
 from zssvd_lightning.calibration.gradients import check_terms, checked_loss, collect_gradients
 from zssvd_lightning.calibration.hooks import Observation, observing
 from zssvd_lightning.calibration.masks import TokenMask
@@ -34,13 +35,13 @@ class StatisticsCollector:
 
     Attributes:
         model: the module that the batches run through.
-        output_side: source of the output gradients; None if they are left out.
         draw: function that draws output gradients from logits; None if they come from the labels, or are left out.
         moments: statistics of the batches whose gradients are collected.
         calls_to_record: number of batches per step whose forward passes are recorded, to be run again.
         calls: the recorded forward passes.
         spectra: spectra along whose components the curvature is measured; None if it is not.
         can_overflow: True if gradients may be discarded, which takes memory for a second set of second moments.
+        free_widths: hidden widths that batches have reached; they are tried only with `finds_widths`.
         logits_model: function that returns the part of the model that takes the batches and returns the logits.
     """
 
@@ -49,7 +50,7 @@ class StatisticsCollector:
         self.calls_to_record = 0
         self.calls: list[Call] = []
         self.spectra: Mapping[str, Spectrum] | None = None
-        self.can_overflow = False
+        self.can_overflow, self.finds_widths, self.free_widths = False, False, FreeWidths()
         self.logits_model: Callable[[Any], nn.Module] = lambda model: model
         self.model = model
         self._targets, self._team = layers, layers.team
@@ -74,6 +75,8 @@ class StatisticsCollector:
             observing(self.model, self._targets, seen, mask, inputs, outputs) as observation,
         ):
             observation.check_operands(self._batch + 1)
+            if inputs and self.finds_widths:
+                observation.watch_widths(self.free_widths)
             if self.spectra is not None:
                 observation.watch_components(self.spectra, into)
             if outputs is not None and self.draw is not None:
@@ -265,8 +268,8 @@ class StatisticsCollector:
         return next(iter(self._targets.values())).weight.device
 
     def generator(self) -> torch.Generator:
-        """Return a generator seeded by batch and process; a batch repeated after a restart gets the same draws."""
-        return torch.Generator(self._device).manual_seed(self._batch * self._team.size + self._team.rank)
+        """Return a generator seeded by batch and process; draws are the same after a restart and on every device."""
+        return torch.Generator().manual_seed(self._batch * self._team.size + self._team.rank)
 
     @property
     def _batch(self) -> int:

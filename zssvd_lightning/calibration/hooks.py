@@ -14,6 +14,7 @@ from zssvd_lightning._contexts import evaluation_mode, no_cache, uncompiled
 from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.calibration.batches import input_of, rows_that_count
 from zssvd_lightning.calibration.contexts import gradients_from_embeddings_on, gradients_only_at
+from zssvd_lightning.calibration.free_widths import FreeWidths, hooked_modules
 from zssvd_lightning.calibration.gradients import refuse_no_gradient
 from zssvd_lightning.calibration.masks import Masks, TokenMask
 from zssvd_lightning.calibration.operands import CheckedOperands
@@ -36,8 +37,7 @@ class Observation:
         model: the model that the batch runs through.
         targets: layers to watch, by name.
         moments: receives the second moments of the inputs.
-        mask: mask of the batch; each stack of the model goes by its own, see `masks`. The `Masks` of an earlier run,
-            to run a part of the model again.
+        mask: mask of the batch, or the `Masks` of an earlier run. Each stack of the model goes by its own; see `masks`.
 
     Attributes:
         masks: masks of the layers.
@@ -59,6 +59,7 @@ class Observation:
         self._runs_again = isinstance(mask, Masks)
         self.leaves: Callable[[], list[Tensor]] = list
         self._latest: dict[str, weakref.ref[Tensor]] = {}
+        self._hooked = hooked_modules(model)
         self._hooks = ExitStack()
         self._output_hooks = ExitStack()
         self._logits: Tensor | None = None
@@ -81,6 +82,10 @@ class Observation:
         if not self._runs_again:
             self.masks.watch(self._model)
             self._hooks.callback(self.masks.close)
+
+    def watch_widths(self, widths: FreeWidths) -> None:
+        """Try the hidden widths that the batch reaches, until `forward_done`; see `FreeWidths.watching`."""
+        self._hooks.enter_context(widths.watching(self._model, self._targets, self._moments.leaders, self._hooked))
 
     def check_operands(self, number: int) -> None:
         """Refuse ids and labels out of range in batch `number`, until `forward_done`; see `operands`."""
@@ -120,7 +125,7 @@ class Observation:
         Args:
             model: the model that returns the logits.
             draw: function that draws gradients from logits.
-            generator: random number generator for `draw`.
+            generator: random number generator of the CPU for `draw`.
         """
 
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -299,8 +304,7 @@ def observing(
         model: the model that the batch runs through.
         targets: the layers to watch, by name.
         moments: receives the second moments of the inputs.
-        mask: mask of the batch, a `TokenMask` or (B, T), or the `Masks` of an earlier run; None to go by the masks that
-            the model is called with.
+        mask: `TokenMask` or mask (B, T) of the batch, or `Masks` of an earlier run; None to go by those of the calls.
         inputs: whether to take the second moments of the inputs; if False, only gradients are computed.
         outputs: receives the second moments of the output gradients; None to leave them out.
 

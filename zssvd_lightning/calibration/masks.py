@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from zssvd_lightning.calibration.batches import IGNORED_LABEL, tensors_in, token_mask
+from zssvd_lightning.calibration.padding import warn_of_padding
 from zssvd_lightning.errors import CalibrationError
 
 MASK = "attention_mask"
@@ -179,6 +180,8 @@ class Masks:
         stack = Stack(given, sequence, None, bool(another_s), shape)
         self._open.append(stack)
         stack.mask = self._mask_of_stack(stack, outer)
+        if stack.decodes and not outer.decodes and stack.mask is None and self._argument(f"decoder_{MASK}") is None:
+            warn_of_padding(module, given)
         stack.read = [(state, self._mask_of_read(state, given, outer)) for state in another_s]
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -11,13 +11,14 @@ from zssvd_lightning._contexts import evaluation_mode
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.schedule import Schedule
 from zssvd_lightning.callbacks.trainer.guards import most_accumulated, steps_in, steps_left
+from zssvd_lightning.compression.gathering import memory_of_statistics
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixin
 
 
 def announce(trainer: L.Trainer, life: Lifecycle, schedule: Schedule, *, plans: bool = False) -> None:
-    """Show which share of the model will be compressed, when, and how many steps of the fit change no weight.
+    """Show which share of the model will be compressed, when, in how many steps without training, and in what memory.
 
     Args:
         trainer: the Trainer at the start of training.
@@ -32,6 +33,7 @@ def announce(trainer: L.Trainer, life: Lifecycle, schedule: Schedule, *, plans: 
     if life.phase is Phase.WAIT:
         needed = life.batches_needed(trainer.num_training_batches, most_accumulated(trainer), first_only=plans)
         rank_zero_info(course_of(trainer, life.config.corrections, schedule, needed, plans=plans))
+        rank_zero_info(memory_of_statistics(life.compression))
 
 
 def course_of(trainer: L.Trainer, corrections: int, schedule: Schedule, needed: int, *, plans: bool = False) -> str:
@@ -73,8 +75,8 @@ def conclude(report: Report | None, module: L.LightningModule) -> None:
     rank_zero_info("\n%s", report)
     if not isinstance(module, LowRankCheckpointMixin):
         rank_zero_info(
-            "from now on, %s.load_from_checkpoint needs the base class LowRankCheckpointMixin; a Trainer with this "
-            "callback loads the checkpoints without it",
+            "from now on, load checkpoints with zssvd_lightning.load_from_checkpoint(%s, path), or give the class the "
+            "base class LowRankCheckpointMixin; a Trainer with this callback needs neither",
             type(module).__name__,
         )
 

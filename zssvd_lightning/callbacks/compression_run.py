@@ -1,6 +1,5 @@
 """Compression inside one fit, as driven by the hooks of the callback."""
 
-import logging
 import math
 import weakref
 from collections.abc import Mapping
@@ -12,11 +11,12 @@ import lightning as L
 from zssvd_lightning.callbacks.announcements import announce, call_to_measure, conclude, progress_of
 from zssvd_lightning.callbacks.batch_meaning import BatchMeaning
 from zssvd_lightning.callbacks.callback_state import RUN, refuse_damaged, refuse_rounded
-from zssvd_lightning.callbacks.fit_context import FitContext, plan_file
+from zssvd_lightning.callbacks.fit_context import FitContext
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.recovery import RecoveryHooks
 from zssvd_lightning.callbacks.schedule import Schedule
 from zssvd_lightning.callbacks.trainer import telemetry
+from zssvd_lightning.callbacks.trainer.dry_run import DryRun
 from zssvd_lightning.callbacks.trainer.fast_dev_run import Asked
 from zssvd_lightning.callbacks.trainer.guards import (
     most_accumulated,
@@ -27,19 +27,15 @@ from zssvd_lightning.callbacks.trainer.guards import (
 from zssvd_lightning.callbacks.trainer.limits import ExtendedLimits, stopping_now
 from zssvd_lightning.callbacks.trainer.other_callbacks import hold_early_stopping, start_ranking_afresh
 from zssvd_lightning.callbacks.trainer.precision import scales
-from zssvd_lightning.callbacks.trainer.recompression import is_outdated
+from zssvd_lightning.callbacks.trainer.recompression import has_reported_ranks, is_outdated
 from zssvd_lightning.callbacks.trainer.replay import Replay
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.quantization import quantize_layers
 from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.config.compression import CompressionConfig
-from zssvd_lightning.errors import CalibrationError, CheckpointError, UnfinishedError
+from zssvd_lightning.errors import CalibrationError, UnfinishedError
 from zssvd_lightning.layers.int8 import EightBitLinear
 from zssvd_lightning.recovery.settings import Recovery
-from zssvd_lightning.selection.plan import check_plan_output
-from zssvd_lightning.serialization.specs import ranks_of
-
-logger = logging.getLogger(__name__)
 
 
 class CompressionRun:
@@ -58,7 +54,6 @@ class CompressionRun:
     Attributes:
         life: lifecycle of the compression.
         recovers_from: global step of this fit at which training of the factors started; None before.
-        planned: True if this run was a dry run and has written its plan.
     """
 
     def __init__(
@@ -73,11 +68,10 @@ class CompressionRun:
         progress: bool,
     ) -> None:
         self.recovers_from: int | None = None
-        self.planned = False
         self._fit, self._meaning, self._recovering = fit, meaning, recovering
         self._asked, self._recovery = Asked(config, schedule), recovery
         self._config, self._schedule = self._asked
-        self._dry_run, self._progress = dry_run, progress
+        self._dry_run, self._progress = DryRun(dry_run), progress
         self._compressed: weakref.ref[L.LightningModule] | None = None
         self.life = self.fresh()
 
@@ -88,13 +82,11 @@ class CompressionRun:
 
     def batches_needed(self, batches_per_epoch: float, accumulate: int) -> int:
         """Return the number of training batches from the start of an epoch until factorization or the written plan."""
-        return self.fresh(self._asked).batches_needed(
-            batches_per_epoch, accumulate, first_only=self._dry_run is not False
-        )
+        return self.fresh(self._asked).batches_needed(batches_per_epoch, accumulate, first_only=bool(self._dry_run))
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Discard the compression of another module, and show the phase on the progress bar."""
-        self.planned = False
+        self._dry_run.planned = False
         if not self._fit.fitting:
             return
         self._config, self._schedule = self._asked.within(trainer)
@@ -123,11 +115,9 @@ class CompressionRun:
         """Refuse unsupported runs before the first batch, then start or continue from a checkpoint."""
         adapter, life = self._fit.adapter, self.life
         refuse_fit(trainer, module, adapter, self._config)
-        plan_path = None if self._dry_run is False else plan_file(trainer, self._dry_run)
         with adapter.team.together():
             refuse_stale_groups(trainer, module)
-            if plan_path is not None and trainer.is_global_zero:
-                check_plan_output(plan_path)
+            self._dry_run.refuse_output(trainer)
             if life.phase is Phase.WAIT:
                 life.epoch_length = math.inf
                 needed = self._batches_until_factorized(trainer)
@@ -137,8 +127,8 @@ class CompressionRun:
                 self._meaning.student(module)
             self._attach(trainer, module)
             self._recovering.refuse(trainer, module, life)
-        announce(trainer, life, self._schedule, plans=self._dry_run is not False)
-        self._asked.tell(trainer, life, first_only=self._dry_run is not False)
+        announce(trainer, life, self._schedule, plans=bool(self._dry_run))
+        self._asked.tell(trainer, life, first_only=bool(self._dry_run))
         telemetry.log_phase(trainer, life.phase)
         self.go_on_if_enough(trainer, module)
 
@@ -161,7 +151,7 @@ class CompressionRun:
     def _is_due(self, trainer: L.Trainer) -> bool:
         schedule = self._schedule
         started = trainer.current_epoch >= schedule.start_epoch and trainer.global_step >= schedule.start_step
-        return self.life.phase is Phase.WAIT and started and not self.planned
+        return self.life.phase is Phase.WAIT and started and not self._dry_run.planned
 
     def end_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """End the observation, and advance once there are enough batches and the accumulation window is closed."""
@@ -195,7 +185,7 @@ class CompressionRun:
         if self.life.phase is Phase.RECOVER:
             self.life.phase = Phase.DONE
             telemetry.log_phase(trainer, self.life.phase)
-        elif self.life.phase is not Phase.DONE and not self.planned:
+        elif self.life.phase is not Phase.DONE and not self._dry_run.planned:
             self.give_up(module)
 
     def quantize(self, module: L.LightningModule) -> None:
@@ -268,12 +258,7 @@ class CompressionRun:
         """Raise CheckpointError if this fit cannot continue from a callback state."""
         self.life.check(state)
         refuse_damaged(RUN, state)
-        is_dense = self.life.is_dense_at(state["position"])
-        if self._dry_run is not False and (not is_dense or state["phase"] in (Phase.RECOVER, Phase.DONE)):
-            raise CheckpointError(
-                "a dry run starts from a dense model, but this checkpoint is of a truncated one; resume "
-                "from one of before the compression, or without dry_run"
-            )
+        self._dry_run.refuse_state(state["phase"], is_dense=self.life.is_dense_at(state["position"]))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and other processes."""
@@ -285,8 +270,10 @@ class CompressionRun:
         if not life.enough(trainer.num_training_batches):
             return
         self._fit.adapter.unwrap_parameters()
-        if self._dry_run is not False and life.stage.truncates:
-            self._write_plan(trainer, module)
+        if self._dry_run and life.stage.truncates:
+            self._dry_run.write(trainer, life.compression, shortened=self._asked.is_shortened(trainer))
+            self.abandon(module)
+            self._fit.borrow(stopping_now(trainer))
             return
         was_dense = life.is_dense
         if was_dense and life.stage.truncates:
@@ -300,18 +287,6 @@ class CompressionRun:
         if life.phase is Phase.RECOVER:
             call_to_measure(self._meaning.on_compressed, trainer, module)
         telemetry.log_phase(trainer, life.phase)
-
-    def _write_plan(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        path, plan = plan_file(trainer, self._dry_run), self.life.compression.plan()
-        with self._fit.adapter.team.together():
-            if self._asked.is_shortened(trainer):
-                logger.warning("fast_dev_run: the dry run chose ranks, and has not written them to %s", path)
-            elif trainer.is_global_zero:
-                plan.write(path)
-                logger.info("dry run: the ranks are in %s; compress with plan=%s", path, path)
-        self.abandon(module)
-        self.planned = True
-        self._fit.borrow(stopping_now(trainer))
 
     def _factorize(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         def set_up_optimizers() -> None:
@@ -334,8 +309,7 @@ class CompressionRun:
             return True
         if report is None or self._compressed is None or self._compressed() is not module:
             return False
-        ranks = {name: layer.rank for name, layer in report.layers.items() if layer.rank is not None}
-        return ranks.items() <= ranks_of(module).items()
+        return has_reported_ranks(module, report)
 
     def _start_over(self) -> None:
         self.life, self.recovers_from = self.fresh(), None

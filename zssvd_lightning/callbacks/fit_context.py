@@ -3,7 +3,6 @@
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
@@ -13,10 +12,6 @@ from zssvd_lightning.callbacks.trainer.limits import ExtendedLimits, batch_is_ov
 from zssvd_lightning.strategies import StrategyAdapter, adapter_for
 
 Entered = TypeVar("Entered")
-
-
-PLAN_FILE = "zssvd_plan.yaml"
-"""Default file name of the plan that a dry run writes."""
 
 
 class FitContext:
@@ -112,9 +107,3 @@ class FitContext:
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and other processes, without the current run."""
         return self.__dict__ | {"_trainer": None, "_adapter": None, "_borrowed": ExitStack()}
-
-
-def plan_file(trainer: L.Trainer, dry_run: bool | Path) -> Path:
-    """Return the file that a dry run writes: the given one, or else one in the folder of the logger."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
-    return folder / PLAN_FILE if isinstance(dry_run, bool) else dry_run

@@ -26,7 +26,7 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from zssvd_lightning._state_checks import anything, entries, finite_tensor, mapped, optional, text, whole
+from zssvd_lightning._state_checks import anything, entries, finite_tensor, listed, mapped, optional, text, whole
 from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require, require_one_of
 from zssvd_lightning.calibration.batches import token_mask
@@ -64,9 +64,11 @@ STATE = entries(
         "leaders": mapped(text),
         "kept": mapped(finite_tensor),
         "vectors": mapped(finite_tensor),
-    }
+        "left_out": listed(text),
+    },
+    ("left_out",),
 )
-"""Content of `LowRankPrehab.state_dict`, beside its version."""
+"""Content of `LowRankPrehab.state_dict`, beside its version. Earlier releases left no layer out."""
 
 
 class LowRankPrehab(L.Callback):
@@ -76,7 +78,8 @@ class LowRankPrehab(L.Callback):
     that, the callback adds lambda(t) mean_l R(W_l L_l) to the training loss. Lambda grows for `steps` optimizer steps
     and then stays constant, until the fit ends or a `ZSSVDCallback` in the same Trainer starts. The order of the two
     callbacks does not matter, but the `start_step` of `ZSSVDCallback` must leave enough steps. Layers that are frozen
-    at the start of the fit are left out. A fit that does not resume from a checkpoint starts from the beginning.
+    at the start of the fit are left out, and so are layers that the batches of the second moments have not reached. A
+    fit that does not resume from a checkpoint starts from the beginning.
 
     Only the gradient of the term is added, once per optimizer step and before gradients are clipped. The training loss
     that the module logs does not include the term. A step has no term if float16 gradients overflow or if no batch
@@ -108,7 +111,7 @@ class LowRankPrehab(L.Callback):
             layers are frozen, or a `ZSSVDCallback` would start too early.
         TargetError: at the start of `fit`, if there is no layer to regularize.
         CheckpointError: at the start of `fit`, if the checkpoint belongs to a prehab with other layers or settings.
-        CalibrationError: during `fit`, if the first batches do not provide the second moments.
+        CalibrationError: during `fit`, if the first batches provide no second moments.
         NonFiniteError: during `fit`, if the term is NaN or infinite.
 
     Example:

@@ -12,7 +12,7 @@
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -31,7 +31,7 @@ from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase, phase_is_after
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.errors import ConfigError, TeacherError
-from zssvd_lightning.layers.registry import Factored, trained_form
+from zssvd_lightning.layers.registry import Factored, possible_forms
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.dense_copy import COMPILED
 from zssvd_lightning.recovery.run import RecoveryRun
@@ -119,9 +119,10 @@ class RecoveryHooks:
             student = self._meaning.student(module) if recovery.settings.distills else None
             if student is not None:
                 _place_of(student, module)
-            form = trained_form(life.compression.config.form.layer)
+            kind, targets = life.compression.config.form.layer, life.compression.targets
+            classes = {name: possible_forms(kind, *each.shape) for name, each in targets.items()}
             processes = self._fit.adapter.processes_of_a_copy
-            recovery.refuse(form, _possible_forms(form, life.compression), module, student, processes)
+            recovery.refuse(classes, _possible_forms(classes, life.compression), module, student, processes)
             self._watch(module, life)
 
     def start(self, trainer: L.Trainer, module: L.LightningModule, life: Lifecycle) -> None:
@@ -215,10 +216,13 @@ def _place_of(student: nn.Module, module: nn.Module) -> str:
     return place
 
 
-def _possible_forms(form: type[Factored], compression: Compression) -> dict[str, list[Factored]]:
+def _possible_forms(
+    classes: Mapping[str, Sequence[type[Factored]]], compression: Compression
+) -> dict[str, list[Factored]]:
     """Return layers without values of the rank that a plan gives, or of the ranks that are largest for each matrix.
 
-    The factors, and pivot rows, are largest at the highest rank k. The coefficients (m - k, k) are at half of m.
+    The factors, and pivots, are largest at the highest rank k. The coefficients of pivot rows (m - k, k) are at half of
+    m, and those of pivot columns (k, n - k) at half of n.
     """
     budget, plan = compression.budget, compression.followed_plan
     found: dict[str, list[Factored]] = {}
@@ -227,8 +231,8 @@ def _possible_forms(form: type[Factored], compression: Compression) -> dict[str,
             ranks = [plan.ranks[name] or 0]
         else:
             highest = max(budget.highest_rank(name, eight_bit=choice) for choice in budget.bit_choices)
-            ranks = [highest, min(highest, target.shape[0] // 2)]
-        found[name] = [form.like(target.module, rank=rank) for rank in ranks if rank]
+            ranks = [highest, *(min(highest, size // 2) for size in target.shape)]
+        found[name] = [form.like(target.module, rank=rank) for form in classes[name] for rank in ranks if rank]
     return found
 
 

@@ -24,6 +24,7 @@ from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.decomposition.decompose import Decomposition, decompose
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
 from zssvd_lightning.decomposition.originals import Originals
+from zssvd_lightning.decomposition.trace import Trace
 from zssvd_lightning.distributed import LayerSet, Team
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.layers.registry import Factored
@@ -59,6 +60,7 @@ class Compression:
         store: maker of the mappings that hold weights, factors and spectra, in memory or in scratch files.
         originals: weights (m, n) before the first truncation, or this process's part of them.
         safeguard: comparison of states on batches kept back; None to keep the last state.
+        trace: record for the report.
         importances: importance of each truncated layer, for `quantize`; None unless the settings need it.
         shapes: shape (m, n) of every target layer, including those left dense.
         present: form of the layers that are low-rank already, by name.
@@ -101,6 +103,7 @@ class Compression:
             output_side=config.watches_outputs,
             keep=config.corrections > 0 and not config.fresh_moments,
         )
+        self.gathering.finds_widths = config.form.has_pivots
         self.store = InScratchFiles() if config.by_blocks else InMemory()
         self.originals = Originals(self.targets, self.store.tensors())
         self.stopwatch = Stopwatch()
@@ -109,8 +112,8 @@ class Compression:
         self.fractions: list[float] = []
         self.last_step: tuple[float, float] | None = None
         self.first_steps: dict[str, Step] | None = None
-        self.truncations = 0
-        self.truncation_loss = 0.0
+        self.truncations, self.truncation_loss = 0, 0.0
+        self.trace = Trace()
         self.decomposition: Decomposition | None = None
         self.selection: Selection | None = None
         self.truncated = self._no_factors()
@@ -208,6 +211,8 @@ class Compression:
         if steps is None and self.metric.measures_loss:
             found = decomposition.components
             self.truncation_loss += self.team.decide_on_first(lambda: selection.dropped_second_order(found))
+        kind = "truncation" if steps is None and self.truncations <= self.config.truncations else "step"
+        self.trace.truncated(decomposition.components, selection, kind=kind, exact=self.metric.measures_loss)
         self.gathering.calls_to_record = self.calls_to_record
         if self.config.weighs_rows:
             known = {**(self.importances or {}), **decomposition.importances}
@@ -300,21 +305,17 @@ class Compression:
         self._put_back_low_rank()
         mark(self.model)
         self.decomposition, self.selection, self._installed, self.truncations = None, None, {}, 0
-        self.truncation_loss = 0.0
-        self.first_steps = None
+        self.truncation_loss, self.first_steps, self.trace = 0.0, None, Trace()
         self.truncated = self._no_factors()
         self.gathering.forget()
 
     def report(self) -> Report:
         """Return the report of the compression so far."""
-        if self.selection is None:
-            raise RuntimeError("report() needs a truncate() before it")
         return Report.of(self)
 
     def _new_layers(self, *, copies: bool) -> Iterator[tuple[str, Factored]]:
         """Yield the name and new layer of each truncated layer, and copies of layers that stay low-rank if asked."""
-        for name in self.truncated:
-            yield name, self.truncated.layer(name)
+        yield from self.truncated.layers(self.gathering.free_widths)
         if copies and self.stand_ins is not None:
             for name in [name for name in self.budget.present if name not in self.truncated]:
                 yield name, self.stand_ins.copy_of(name)

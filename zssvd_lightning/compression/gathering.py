@@ -1,6 +1,7 @@
 """Gathering of statistics: batches run through a model outside of a Trainer."""
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import nullcontext
 from copy import deepcopy
@@ -23,10 +24,12 @@ from zssvd_lightning.calibration.masks import mask_of
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.safeguard import Safeguard
+from zssvd_lightning.distributed import Shards
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.sweep.records import Batch
 from zssvd_lightning.sweep.scratch import InScratchFiles
 from zssvd_lightning.sweep.sweep import sweep
+from zssvd_lightning.whitening.moments import statistics_bytes
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -171,6 +174,26 @@ def gather(
             )
         else:
             observe(compression.model, compression.gathering, wanted, phase, reading)
+
+
+def memory_of_statistics(compression: Compression) -> str:
+    """Return a sentence on the memory that the statistics of a calibration take on each device, in this process.
+
+    It is an upper bound: layers that read the same input share a second moment, but which do is known from the first
+    batch on.
+    """
+    run, of = compression, Counter[str]()
+    for target in run.targets.values():
+        of[str(target.weight.device)] += statistics_bytes(
+            target.shape,
+            target.module.weight.dtype,
+            outputs=run.config.watches_outputs is not None,
+            parts=run.team.size if isinstance(run.team, Shards) else 1,
+            sets=2 if run.gathering.can_overflow else 1,
+        )
+    if run.config.by_blocks:
+        return f"statistics take up to {sum(of.values()) / 2**30:.3g} GiB of scratch files"
+    return "statistics take up to " + " and ".join(f"{size / 2**30:.3g} GiB on {place}" for place, size in of.items())
 
 
 def safeguard_of(model: nn.Module, reading: BatchReading) -> Safeguard:

@@ -14,6 +14,7 @@ from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.kept_batches import KEPT_BACK
+from zssvd_lightning.calibration.terms import check_terms
 from zssvd_lightning.compression.course import course, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.gathering import (
@@ -22,6 +23,7 @@ from zssvd_lightning.compression.gathering import (
     checked,
     gather,
     kept_back,
+    memory_of_statistics,
     observe,
     safeguard_of,
     so_many,
@@ -31,7 +33,7 @@ from zssvd_lightning.compression.reach import warn_of_unreached_in
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.settings import Settings
-from zssvd_lightning.distributed import LayerSet
+from zssvd_lightning.distributed import LayerSet, Team
 from zssvd_lightning.errors import CalibrationError, ContradictionError
 from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
@@ -114,7 +116,9 @@ def compress(
             for stage in course(config):
                 if statistics is None:
                     gather(run, batches, stage.gathers, calibration_batches, reading)
-                else:  # drop the reference, so that the truncation can free them
+                else:
+                    run.gathering.free_widths.load_state_dict(statistics.widths)
+                    # drop the reference, so that the truncation can free them
                     run.gathering.moments, statistics = _fitting(run, statistics), None
                 run.take(stage)
             run.factorize()
@@ -142,9 +146,13 @@ def calibrate(
     with _gradients_set_aside(model), _low_rank_made_dense(model, config):
         layers = LayerSet(find_targets(model, config.include, config.ignore))
         statistics = StatisticsCollector(model, layers, config.watches_outputs)
+        statistics.finds_widths = config.form.has_pivots
         every = checked(batches, 0, so_many(batches, calibration_batches), Phase.CALIBRATE, progress=progress)
-        observe(model, statistics, every, Phase.CALIBRATE, reading)
-    warn_of_unreached_in(statistics, layers, config, sum(p.numel() for p in model.parameters()))
+        guard = safeguard_of(model, reading)
+        observe(model, statistics, kept_back(every, guard), Phase.CALIBRATE, reading)
+        warn_of_unreached_in(statistics, layers, config, sum(p.numel() for p in model.parameters()))
+        check_terms(guard.measure, guard.batches, Team())
+    statistics.moments.widths = statistics.free_widths.state_dict()
     statistics.moments.output_side, statistics.moments.watched = config.watches_outputs, list(layers)
     return statistics.moments
 
@@ -166,12 +174,16 @@ def plan(
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
     with _gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
         run = Compression(model, config, progress, stand_ins=stand_ins)
+        run.safeguard = safeguard_of(model, reading)
+        logger.info(memory_of_statistics(run))
         *before, truncation = to_first_truncation(course(config))
         for stage in before:
             gather(run, batches, stage.gathers, calibration_batches, reading)
             run.take(stage)
         gather(run, batches, truncation.gathers, calibration_batches, reading)
-        return run.plan()
+        ranks = run.plan()
+        run.safeguard.check_terms(run)
+        return ranks
 
 
 def coverage_of(model: nn.Module, config: CompressionConfig) -> Coverage:
@@ -194,11 +206,12 @@ def _refuse_blocks(config: CompressionConfig) -> None:
 
 
 def _announce(compression: Compression) -> None:
-    """Log which share of the model will be compressed."""
+    """Log which share of the model will be compressed, and the memory that this takes."""
     coverage, removed = compression.coverage, compression.budget.of_parameters
     logger.info(coverage.summary(removed))
     if (warning := coverage.warning(removed)) is not None:
         logger.warning(warning)
+    logger.info(memory_of_statistics(compression))
 
 
 def _understood(

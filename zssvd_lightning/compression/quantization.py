@@ -14,7 +14,7 @@ from zssvd_lightning.errors import QuantizationError, TargetError
 from zssvd_lightning.layers.base import CompressedLinear, Dense, carry_hooks, shape_of
 from zssvd_lightning.layers.int8 import EightBitLinear, balance
 from zssvd_lightning.layers.low_rank import LowRankLinear
-from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.pivoted import PivotForm
 from zssvd_lightning.layers.storage import round_all
 from zssvd_lightning.model.adapters import merge_adapters
 from zssvd_lightning.model.peft_layers import wraps_by_peft
@@ -44,10 +44,10 @@ def quantize(model: nn.Module, storage: str = "remap", importances: Mapping[str,
     if form is None or form.rounded is None:
         those = " and ".join(map(repr, STORAGES.those(lambda form: form.rounded is not None)))
         raise QuantizationError(f"storage {storage!r} has not all layers in 8 bits; there are {those}")
-    pivoted = (name for name, module in model.named_modules() if isinstance(module, PivotedLinear))
+    pivoted = (name for name, module in model.named_modules() if isinstance(module, PivotForm))
     if name := next(pivoted, None):
         raise QuantizationError(
-            f"{name} is kept as pivot rows, which have no form in 8 bits; compress the dense model with "
+            f"{name} is kept as pivot rows or columns, which have no form in 8 bits; compress the dense model with "
             f"storage={storage!r}"
         )
     merge_adapters(model)

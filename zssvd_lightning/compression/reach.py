@@ -53,12 +53,6 @@ def _leave_unreached(compression: "Compression") -> None:
     if reasons:
         present = {name: form.kept.wide for name, form in run.present.items()}
         warn_of_unreached(reasons, run.targets, run.config, run.coverage.model_parameters, present)
-        if run.config.budget_of == "model" and (again := [name for name in reasons if name in present]):
-            raise CalibrationError(
-                f"calibration has not reached {len(again)} layers that are low-rank already ({', '.join(again[:3])}), "
-                "without which a prune_ratio of the whole model cannot be counted; add them to ignore, or set "
-                "budget_of to 'targets'"
-            )
         run.leave_dense(reasons)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -13,15 +14,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from zssvd_lightning._files import json_of
 from zssvd_lightning._state_checks import FaultError
+from zssvd_lightning.compression.report_table import table_of
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.serialization.checkpoint_content import REPORT as CONTENT
+from zssvd_lightning.serialization.checkpoint_content import with_nan
 
 if TYPE_CHECKING:
     from zssvd_lightning.compression.engine import Compression
 
 REPORT = "report.json"
+
+
+NUMBERS = re.compile(r'\[\n[^][{}"]*\]')
+"""List without strings and other lists in indented JSON."""
+
+OPTIONAL = ("kept_back", "perplexity", "perplexity_second", "file_bytes", "left_dense", "trace", "continuations")
+"""Fields of a report whose keys `report.json` has only if there is something in them."""
 
 
 VERSIONS = ("zssvd-lightning", "torch", "lightning", "transformers")
@@ -38,6 +49,14 @@ class LayerReport(NamedTuple):
     """Parameters of the layer after compression, as it is stored; two in 8 bits count as one."""
     in_8_bits: bool = False
     """True if all or most of these parameters are in 8 bits."""
+    highest: int | None = None
+    """Largest rank at which the layer would be smaller than it was; None in reports of earlier releases."""
+    flops: int | None = None
+    """Floating-point operations of the layer per token after compression; None in reports of earlier releases."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types, without what is not known."""
+        return {k: v for k, v in self._asdict().items() if v is not None or k == "rank"} | {"shape": list(self.shape)}
 
 
 @dataclass
@@ -87,11 +106,17 @@ class Report:
     """Reference of `asked` and `reached`: the `dense` targets, or the `present` ones as they were just before."""
     parameters_dense: int = 0
     """Parameters of the targets if they were dense. If not given, those before."""
+    rank_multiple: int = 1
+    """Requested multiple of the ranks. Small layers may have a finer one, and a plan any ranks."""
     peak_rss_bytes: int = 0
     """Peak resident memory of the process so far (bytes)."""
     left_dense: Mapping[str, str] = field(default_factory=dict)
     """Layer -> reason, for target layers that calibration has not reached. They stay dense, and count neither in
     `layers` nor in the parameters of the target layers."""
+    trace: Mapping[str, Any] | None = None
+    """Spectra, sensitivities, selection and states: a `Trace.to_dict`. None in reports of earlier releases."""
+    continuations: Mapping[str, str] | None = None
+    """Continuations of a `prompt` by the `dense` and the `compressed` model."""
     seed: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -106,7 +131,7 @@ class Report:
         selection = run.selection
         if selection is None:
             raise RuntimeError("there is nothing to report before a truncation")
-        config, plan = run.config, run.followed_plan
+        config, plan, flops = run.config, run.followed_plan, run.budget.counted_in("flops")
         ranks = {name: selection.rank(name) for name in run.targets}
         counted = run.budget.counted_in("parameters")
         of_model = config.prune_ratio / run.budget.prune_ratio if config.budget_of == "model" else 1.0
@@ -116,6 +141,8 @@ class Report:
                 run.budget.shapes[name],
                 counted.kept_of(name, rank, eight_bit=name in selection.eight_bit),
                 not counted.stays_low_rank(name, rank) and (name in selection.eight_bit or config.form.rounds_at(rank)),
+                run.budget.highest_rank(name, eight_bit=name in selection.eight_bit),
+                flops.kept_of(name, rank, eight_bit=name in selection.eight_bit),
             )
             for name, rank in ranks.items()
         }
@@ -126,6 +153,7 @@ class Report:
             ratio_of=run.budget.ratio_of,
             parameters_after=counted.kept(ranks, selection.eight_bit),
             budget_in=run.budget.unit,
+            rank_multiple=config.rank_multiple,
             budget_of=config.budget_of,
             reached=run.budget.reached(ranks, selection.eight_bit) * of_model,
             model_parameters_before=run.coverage.model_parameters,
@@ -137,6 +165,7 @@ class Report:
             seconds=dict(run.stopwatch.seconds),
             kept_back=None if run.safeguard is None else run.safeguard.report(),
             left_dense=dict(run.left_dense),
+            trace=run.trace.to_dict(),
         )
 
     @property
@@ -174,18 +203,17 @@ class Report:
             self,
             layers={name.removeprefix(start): layer for name, layer in self.layers.items()},
             left_dense={n.removeprefix(start): why for n, why in self.left_dense.items() if n.startswith(start)},
+            trace=self.trace
+            and {
+                **self.trace,
+                "spectra": {name.removeprefix(start): sigma for name, sigma in self.trace["spectra"].items()},
+            },
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types under the keys of `report.json`."""
-        optional = {
-            "coverage": None if self.coverage is None else self.coverage.to_dict(),
-            "kept_back": self.kept_back,
-            "perplexity": self.perplexity,
-            "perplexity_second": self.perplexity_second,
-            "file_bytes": self.file_bytes,
-            "left_dense": dict(self.left_dense) or None,
-        }
+        optional = {key: getattr(self, key) or None for key in OPTIONAL}
+        optional["coverage"] = None if self.coverage is None else self.coverage.to_dict()
         return {
             "prune_ratio": {
                 "asked": self.asked,
@@ -194,6 +222,7 @@ class Report:
                 "counted_over": self.budget_of,
                 "ratio_of": self.ratio_of,
             },
+            "rank_multiple": self.rank_multiple,
             "parameters": {
                 "dense": self.parameters_dense,
                 "before": self.parameters_before,
@@ -209,7 +238,7 @@ class Report:
             "seed": self.seed,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
             "config": dict(self.config),
-            "ranks": {n: layer._asdict() | {"shape": list(layer.shape)} for n, layer in self.layers.items()},
+            "ranks": {name: layer.to_dict() for name, layer in self.layers.items()},
         }
 
     @classmethod
@@ -221,25 +250,24 @@ class Report:
             parameters_after=saved["parameters"]["after"],
             model_parameters_before=saved["parameters"]["model"]["before"],
             layers={
-                n: LayerReport(layer["rank"], tuple(layer["shape"]), layer["kept"], layer.get("in_8_bits", False))
-                for n, layer in saved["ranks"].items()
+                name: LayerReport(
+                    **{k: layer[k] for k in LayerReport._fields if k in layer} | {"shape": (*layer["shape"],)}
+                )
+                for name, layer in saved["ranks"].items()
             },
             first_order_sum=saved["first_order_sum"] if "first_order_sum" in saved else saved["predicted_drift"],
             losses=list(saved["losses"]),
             correction_fractions=list(saved["correction_fractions"]),
             seconds=dict(saved["seconds"]),
             coverage=None if saved.get("coverage") is None else Coverage.from_dict(saved["coverage"]),
-            kept_back=saved.get("kept_back"),
-            perplexity=saved.get("perplexity"),
-            perplexity_second=saved.get("perplexity_second"),
-            file_bytes=saved.get("file_bytes"),
+            **{key: saved[key] for key in OPTIONAL if key in saved},
             budget_in=saved["prune_ratio"].get("of", "parameters"),
             budget_of=saved["prune_ratio"].get("counted_over", "targets"),
             reached=saved["prune_ratio"]["reached"],
             ratio_of=saved["prune_ratio"].get("ratio_of", "dense"),
             parameters_dense=saved["parameters"].get("dense", 0),
+            rank_multiple=saved.get("rank_multiple", 1),
             peak_rss_bytes=saved["peak_rss_bytes"],
-            left_dense=saved.get("left_dense", {}),
             seed=saved["seed"],
             config=saved["config"],
         )
@@ -257,76 +285,16 @@ class Report:
         Args:
             details: whether to add the seconds of each step and the first-order sum.
         """
-        of = "the target layers" if self.budget_of == "targets" else "the model"
-        again = f", counted from the {self.ratio_of} layers" if self.compresses_again else ""
-        table = Table(title=f"removed {self.reached:.4f} of the {self.budget_in} of {of} ({self.asked:g} asked{again})")
-        before = "before" if self.compresses_again else "dense"
-        for column, justify in (("", "left"), (before, "right"), ("compressed", "right")):
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
-        self._add_losses(table)
-        self._add_perplexities(table)
-        self._add_sizes(table)
-        table.add_section()
-        seconds = self.seconds if details else {}
-        for title, value in {
-            "seconds": sum(self.seconds.values()),
-            **{f"  {s}": t for s, t in seconds.items()},
-        }.items():
-            table.add_row(title, "", f"{value:.1f}")
-        if self.peak_rss_bytes:
-            table.add_row("peak memory", "", f"{self.peak_rss_bytes / 1e9:.2f} GB")
-        if details:
-            table.add_row("first-order sum of the last truncation", "", f"{self.first_order_sum:.4g}")
-        return table
-
-    def _add_losses(self, table: Table) -> None:
-        """Add the loss on the batches kept back."""
-        if (losses := self.kept_back) is None:
-            return
-        table.add_row("loss on batches kept back", f"{losses['dense']:.4f}", f"{losses['final']:.4f}")
-        table.add_row("  its exponential", *(_exponential(losses[key]) for key in ("dense", "final")))
-        if losses["final"] != losses["truncated"]:
-            table.add_row("  before corrections", "", f"{losses['truncated']:.4f}")
-        if losses["taken_back"]:
-            table.add_row("  steps taken back", "", f"{losses['taken_back']}")
-
-    def _add_perplexities(self, table: Table) -> None:
-        for title, pair in (("perplexity", self.perplexity), ("perplexity, second text", self.perplexity_second)):
-            if pair:
-                compressed = pair.get("compressed", pair.get("truncated", math.nan))
-                table.add_row(title, f"{pair['dense']:.2f}", f"{compressed:.2f}")
-                if "recovered" in pair:
-                    finetuned = pair.get("dense_finetuned", math.nan)
-                    table.add_row(f"{title}, trained", f"{finetuned:.2f}", f"{pair['recovered']:.2f}")
-                if "reloaded" in pair:
-                    table.add_row(f"{title}, as saved", "", f"{pair['reloaded']:.2f}")
-
-    def _add_sizes(self, table: Table) -> None:
-        """Add parameters, bytes, ranks and what was left alone."""
-        if self.compresses_again:
-            table.add_row("parameters of target layers, if dense", f"{self.parameters_dense:,}", "")
-        table.add_row("parameters of target layers", f"{self.parameters_before:,}", f"{self.parameters_after:,}")
-        table.add_row(
-            "parameters of the model", f"{self.model_parameters_before:,}", f"{self.model_parameters_after:,}"
-        )
-        if self.file_bytes:
-            table.add_row("file size", *(f"{self.file_bytes[k] / 1e6:.1f} MB" for k in ("dense", "compressed")))
-        low_rank = sum(layer.rank is not None for layer in self.layers.values())
-        table.add_row("low-rank layers", "" if self.compresses_again else "0", f"{low_rank} of {len(self.layers)}")
-        if self.coverage is not None:
-            table.add_section()
-            for part in self.coverage.left_alone:
-                table.add_row(f"left alone: {part.what}", f"{part.parameters:,}", f"{part.parameters:,}")
-
-
-def _exponential(loss: float) -> str:
-    """Return e^loss, which is the perplexity of a language model."""
-    return f"{math.exp(loss):.2f}" if loss < 700 else "inf"
+        return table_of(self, details)
 
 
 def write_report(folder: Path, report: Report) -> None:
-    """Write `report.json` into a folder."""
-    (folder / REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    """Write `report.json` into a folder, with every list of numbers in a line.
+
+    Numbers that are not finite become null, with a warning.
+    """
+    text = NUMBERS.sub(lambda found: " ".join(found[0].split()), json_of(report.to_dict(), indent=2))
+    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
 
 
 def read_report(folder: Path) -> Report | None:
@@ -335,7 +303,7 @@ def read_report(folder: Path) -> Report | None:
     if not path.is_file():
         return None
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = with_nan(json.loads(path.read_text(encoding="utf-8")))
         CONTENT(saved, "")
         return Report.from_dict(saved)
     except (OSError, ValueError, RecursionError, FaultError) as error:

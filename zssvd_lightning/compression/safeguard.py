@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zssvd_lightning.calibration.kept_batches import batches_of_saved, batches_to_save
-from zssvd_lightning.calibration.terms import doubt, parts_of
+from zssvd_lightning.calibration.terms import check_terms
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
 from zssvd_lightning.errors import DivergedError
 from zssvd_lightning.model.heads import chance_loss
@@ -78,6 +78,7 @@ class Safeguard:
         measure: function that returns the mean loss of a batch and its number of terms at the present weights.
 
     Attributes:
+        measure: the function given.
         batches: copies of the batches kept back in this process.
         dense: mean loss of the dense model (nats); None before it was measured.
         truncated: mean loss of the first state with the whole prune ratio.
@@ -95,7 +96,7 @@ class Safeguard:
         self.taken_back = 0
         self.trust = 1.0
         self.judged = 0
-        self._measure = measure
+        self.measure = measure
         self._losses: Tensor | None = None
         self._best: tuple[State, Tensor | None] | None = None
         self._given_up = False
@@ -115,6 +116,11 @@ class Safeguard:
             )
         self._given_up, self.batches = True, []
 
+    def check_terms(self, compression: "Compression") -> None:
+        """Warn if the batches kept back show that the number of loss terms is wrong; see `check_terms`. Collective."""
+        with compression.stopwatch("measure"):
+            check_terms(self.measure, self.batches, compression.team)
+
     def measure_dense(self, compression: "Compression") -> None:
         """Measure the loss before the first truncation."""
         if (losses := self._measured(compression)) is None:
@@ -122,7 +128,7 @@ class Safeguard:
         if not len(losses) or not losses.isfinite().all():
             self.give_up("there are no batches" if not len(losses) else f"it is {_mean(losses)} before truncation")
             return
-        self._check_terms(compression)
+        self.check_terms(compression)
         self.dense = _mean(losses)
         chance = chance_loss(compression.model)
         if chance is not None and abs(self.dense - chance) < NEAR_CHANCE * chance and compression.team.rank == 0:
@@ -162,6 +168,7 @@ class Safeguard:
         if self._losses is not None and _is_worse(losses, self._losses):
             self.taken_back += 1
             self.trust *= SHRINKAGE
+            compression.trace.measured(_mean(losses), taken_back=True)
             logger.warning(
                 "a step raised the loss on the batches kept back from %.6g to %.6g nats and was taken back",
                 _mean(self._losses),
@@ -281,28 +288,9 @@ class Safeguard:
             )
             self._best = best, None
 
-    def _check_terms(self, compression: "Compression") -> None:
-        """Warn if the loss of a batch is no mean over its terms, as far as parts of the batch tell. Collective."""
-        batch = next((batch for batch in self.batches if parts_of(batch)), None)
-        parts = [] if batch is None else parts_of(batch)
-        fewest = min(compression.team.gathered(len(parts)))
-        if not fewest:
-            return
-        try:
-            with compression.stopwatch("measure"), compression.team.together():
-                found = doubt(self._measure, batch, parts[:fewest])
-        except Exception as error:  # noqa: BLE001  user code that may need whole batches
-            logger.info("the number of loss terms cannot be checked on parts of a batch: %s", error)
-            return
-        if found is not None:
-            logger.warning(
-                "the loss of a calibration batch is %s as they are counted, so that batches are weighted wrongly; say "
-                "how many terms its mean has (terms of compress, loss_terms of the callback), or return a mean",
-                found,
-            )
-
     def _consider(self, compression: "Compression", losses: Tensor) -> None:
         self._losses, mean = losses, _mean(losses)
+        compression.trace.measured(mean)
         self.judged = compression.truncations
         if self.truncated is None:
             self.truncated = mean
@@ -319,7 +307,7 @@ class Safeguard:
         with compression.stopwatch("measure"):
             try:
                 with compression.team.together():
-                    mine = [self._measure(batch) for batch in self.batches]
+                    mine = [self.measure(batch) for batch in self.batches]
             except Exception as error:  # noqa: BLE001  user code that runs a second time, without gradients
                 self.give_up(f"{type(error).__name__}: {error}")
                 return None

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from zssvd_lightning.calibration.free_widths import FreeWidths
 from zssvd_lightning.compression.engine import Compression
-from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.config.compression import CompressionConfig, settings_of_saved
 from zssvd_lightning.decomposition.decompose import Decomposition
+from zssvd_lightning.decomposition.trace import Trace
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.selection.budget import Shape
 from zssvd_lightning.selection.components import Selection
@@ -33,6 +35,7 @@ def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, 
         "left_dense": dict(run.left_dense),
         "model_parameters": run.coverage.model_parameters,
         "gathering": run.gathering.state_dict(so_far=statistics),
+        "widths": FreeWidths.of_all(run.team.gathered(run.gathering.free_widths.state_dict())).state_dict(),
         "originals": run.originals.state_dict(),
         "stand_ins": _stand_ins_of(run),
         "factors": run.truncated.state_dict(),
@@ -47,6 +50,7 @@ def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, 
         "fractions": list(run.fractions),
         "truncations": run.truncations,
         "truncation_loss": run.truncation_loss,
+        "trace": run.trace.to_dict(),
         "safeguard": None if run.safeguard is None else run.safeguard.state_dict(run, statistics=statistics),
         "seconds": dict(run.stopwatch.seconds),
     }
@@ -67,6 +71,7 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
         run.decomposition = Decomposition.of_state(state["found"], run.targets)
         run.gathering.spectra = run.decomposition.spectra
     run.gathering.load_state_dict(state["gathering"])
+    run.gathering.free_widths.load_state_dict(state.get("widths", []))
     run.originals.load_state_dict(state["originals"])
     run.truncated.load_state_dict(state["factors"])
     for name, W in state.get("stand_ins", {}).items():
@@ -81,6 +86,7 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
     run.truncation_loss = state.get("truncation_loss", unknown)
     if run.safeguard is not None and (run.truncations or state.get("safeguard") is not None):
         run.safeguard.load_state_dict(state.get("safeguard"), run)
+    run.trace = Trace.of_dict(state.get("trace"))
     run.gathering.calls_to_record = run.calls_to_record
     run.losses, run.fractions = list(state["losses"]), list(state["fractions"])
     run.stopwatch.seconds = dict(state["seconds"])
@@ -118,7 +124,7 @@ def refuse_other(
 ) -> None:
     """Raise CheckpointError if a saved compression had other settings or other layers."""
     mine = asdict(config)
-    saved = asdict(CompressionConfig()) | state["config"]  # checkpoints of earlier releases lack newer settings
+    saved = settings_of_saved(state["config"])
     differing = [f"{key} was {saved[key]!r} and is {mine[key]!r}" for key in mine if saved[key] != mine[key]]
     if differing:
         raise CheckpointError(

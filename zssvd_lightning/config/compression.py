@@ -1,8 +1,8 @@
 """Settings of a compression, each with its documentation below it. `zssvd keys` shows these texts."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Self, Unpack
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Self, Unpack
 
 from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import require, require_count, require_one_of
@@ -31,7 +31,8 @@ MOST_ROUNDS = 1000
 class CompressionConfig:
     """Settings of a compression.
 
-    The defaults of this class are those of preset `zs-svd-line-search`. `of("best")` has those of the default preset.
+    The defaults of this class are those of preset `zs-svd-line-search`, but with ranks in multiples of 8. `of("best")`
+    has those of the default preset.
 
     Raises:
         ConfigError: a value has another type, is out of range or not a known name.
@@ -104,6 +105,11 @@ class CompressionConfig:
     whose rounding is predicted to cost most."""
     min_rank_fraction: float = 0.0
     """Lowest rank of a matrix, as a fraction in [0, 1] of the highest rank that saves anything."""
+    rank_multiple: int = 8
+    """Number whose multiples are the ranks of low-rank matrices, because hardware computes fastest with them: 8, 16, 32
+    or 64, and 1 for any rank, as in the papers. A matrix whose smaller side is less than 16 times this number has
+    multiples of the largest power of two that leaves it 16 steps: 8 from 128 on, 4 from 64, 2 from 32, and otherwise 1.
+    The ranks of a `plan` are followed as they are."""
     include: list[str] | None = None
     """Name patterns of the layers to compress, such as `*.q_proj`, or `re:` and a regular expression. None means all
     linear layers. A single pattern needs no list."""
@@ -134,6 +140,7 @@ class CompressionConfig:
         require(self.step_radius > 0.0, "step_radius", self.step_radius, "above 0")
         require_count("correction_batches", self.correction_batches, 1)
         require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
+        require_count("rank_multiple", self.rank_multiple, 1)
         metric, rule, form = self.metric_used, self.rule, self.form
         measures = _either(METRICS.those(lambda metric: metric.measures_loss))
         if self.correction.needs_loss_metric and not metric.measures_loss:
@@ -240,6 +247,7 @@ class CompressionConfig:
             planned=True,
             present={name: form for name, form in present.items() if name in shapes},
             ratio_of=self.ratio_of,
+            rank_multiple=1 if self.plan is not None else self.rank_multiple,
         )
         share = 1.0 if self.budget_of == "targets" else counted.total / (counted.total + others)
         ratio = self.prune_ratio / share
@@ -299,6 +307,14 @@ class CompressionConfig:
     def weighs_rows(self) -> bool:
         """True if calibration must estimate the cost of errors in outputs and inputs."""
         return self.rows_in_16_bits == "loss_aware"
+
+
+def settings_of_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `CompressionConfig` that an earlier release may have saved, with those added since.
+
+    They have their defaults, except for `rank_multiple`: ranks were not restricted.
+    """
+    return asdict(CompressionConfig()) | {"rank_multiple": 1} | dict(saved)
 
 
 def _either(names: Iterable[str]) -> str:

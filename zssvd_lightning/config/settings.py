@@ -26,6 +26,7 @@ class CompressionSettings(TypedDict):
         storage: form of the compressed layers: `factors`, `pivoted`, `remap`, `hq` or `mixed`.
         rows_in_16_bits: rows of the factors that `remap` leaves in 16 bits: `last` or `loss_aware`.
         min_rank_fraction: lowest rank of a matrix, as a fraction of the highest rank that saves anything.
+        rank_multiple: number whose multiples are the ranks of all but small matrices: 1, 8, 16, 32 or 64.
         include: name patterns of the layers to compress; all linear layers when None.
         ignore: name patterns of layers to leave alone.
         plan: YAML file with the rank of every layer, which replaces `prune_ratio` and `selection`.
@@ -49,6 +50,7 @@ class CompressionSettings(TypedDict):
     storage: NotRequired[str | None]
     rows_in_16_bits: NotRequired[str | None]
     min_rank_fraction: NotRequired[float | None]
+    rank_multiple: NotRequired[int | None]
     include: NotRequired[list[str] | str | None]
     ignore: NotRequired[list[str] | str | None]
     plan: NotRequired[str | Path | None]

@@ -11,15 +11,22 @@ import torch
 from torch import Tensor
 
 from zssvd_lightning._numerics import accumulated, exact_products
+from zssvd_lightning.calibration.free_widths import FreeWidths
+from zssvd_lightning.decomposition.common_orders import Orders, Side, common_orders
 from zssvd_lightning.decomposition.decompose import Decomposition
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import NonFiniteError
 from zssvd_lightning.layers.base import Dense, carry_hooks
 from zssvd_lightning.layers.low_rank import LowRankLinear
-from zssvd_lightning.layers.pivoted import PivotedLinear, pivots_first
-from zssvd_lightning.layers.registry import Factored, trained_form
+from zssvd_lightning.layers.pivoted import PivotedLinear, PivotForm
+from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
+from zssvd_lightning.layers.pivots import Pivots, choose_pivots, coefficients
+from zssvd_lightning.layers.registry import Factored, form_for, trained_form
 from zssvd_lightning.model.targets import local_part
 from zssvd_lightning.selection.storages import STORAGES
+
+Pivoted = PivotedLinear | ColumnPivotedLinear
+"""Layers of pivots and coefficients."""
 
 
 class Factors(NamedTuple):
@@ -52,11 +59,14 @@ def low_rank_layer(
 
 
 def pivoted_layer(
-    old: Dense, factors: Factors, bias: Tensor | None, rows: Tensor, form: type[PivotedLinear] = PivotedLinear
-) -> PivotedLinear:
-    """Return the pivoted layer that replaces `old`, as in `low_rank_layer`. `rows` comes from `pivots_first`."""
-    new = form.like(old, rank=len(factors.down)).to_empty(device=factors.up.device)
-    new.fill(*factors, bias, rows)
+    old: Dense, factors: Factors, bias: Tensor | None, pivots: Pivots, form: type[Pivoted], *, ordered: bool = True
+) -> Pivoted:
+    """Return the pivoted layer that replaces `old`, as in `low_rank_layer`. `pivots` are those of `form.basis`.
+
+    Without `ordered`, it has its outputs, or inputs for columns, in the order of the pivots.
+    """
+    new = form.like(old, rank=len(factors.down), ordered=ordered).to_empty(device=factors.up.device)
+    new.fill(*factors, bias, *pivots)
     carry_hooks(new, old)
     return new
 
@@ -64,7 +74,7 @@ def pivoted_layer(
 class TruncatedWeights:
     """Factors of all truncated layers, or this process's part of them, as its team determines.
 
-    Factors have the type of the weights. With storage `pivoted` they have a wider type, so that the pivot rows and
+    Factors have the type of the weights. With storage `pivoted` they have a wider type, so that the pivots and
     coefficients computed from them are rounded only once.
 
     Args:
@@ -80,7 +90,8 @@ class TruncatedWeights:
         self, layers: LayerSet, storage: str = "factors", held: MutableMapping[str, Factors] | None = None
     ) -> None:
         self._targets, self._team = layers, layers.team
-        self._form = trained_form(STORAGES[storage].layer)
+        self._kind = STORAGES[storage].layer
+        self._pivots = issubclass(trained_form(self._kind), PivotForm)
         self.held: MutableMapping[str, Factors] = {} if held is None else held
         self._known_finite = False
 
@@ -113,8 +124,37 @@ class TruncatedWeights:
             W = truncated_weight(self._whole(name)).to(target.weight.dtype)
         return self._team.part(W, target.split)
 
-    def layer(self, name: str) -> Factored:
+    def layers(self, widths: FreeWidths) -> Iterator[tuple[str, Factored]]:
+        """Yield the name and the low-rank layer of each truncated layer. Collective.
+
+        Layers that meet in a hidden width whose order is free get a common order there, which begins with pivots of
+        each. They need no reordering, and the function of the model stays the same. A layer that stays dense keeps the
+        order of the widths at both of its sides. The number of such layers is logged.
+
+        Args:
+            widths: hidden widths that were tried on this process.
+
+        Raises:
+            NonFiniteError: see `layer`.
+        """
+        if not self.held:
+            return
+        self.refuse_non_finite()
+        free = FreeWidths.of_all(self._team.gathered(widths.state_dict())).free
+        orders = (
+            common_orders(free, self.held, self._basis, self._team) if self._kind == PivotedLinear.kind else Orders()
+        )
+        for name in self:
+            yield name, self.layer(name, orders.rows.get(name), orders.columns.get(name))
+
+    def layer(self, name: str, rows: Tensor | None = None, columns: Tensor | None = None) -> Factored:
         """Return the whole low-rank layer that replaces a truncated layer. Collective.
+
+        Args:
+            name: name of the layer.
+            rows: new order (m,) of its outputs, which begins with pivot rows; None to keep their order.
+            columns: new order (n,) of its inputs, which begins with pivot columns unless there are `rows`; None to keep
+                their order.
 
         Raises:
             NonFiniteError: the factors of this or another layer contain NaN or infinite values.
@@ -123,11 +163,20 @@ class TruncatedWeights:
         old, factors = self._targets[name].module, self._whole(name)
         bias = None if old.bias is None else self._team.whole(local_part(old.bias.detach()), len(old.bias))
         with _exact_on(factors.up.device):
-            if issubclass(self._form, PivotedLinear):
-                # processes may round differently and would then choose different rows
-                rows = self._team.decide_on_first(lambda: pivots_first(factors.up))
-                return pivoted_layer(old, factors, bias, rows, self._form)
-            return low_rank_layer(old, factors, bias, self._form)
+            form = form_for(self._kind, *self._targets[name].shape)
+            if rows is not None:
+                if columns is not None:
+                    factors = Factors(factors.up, factors.down[:, columns.to(factors.down.device)])
+                return self._with_order(rows, PivotedLinear, old, factors, bias)
+            if columns is not None:
+                return self._with_order(columns, ColumnPivotedLinear, old, factors, bias)
+            if not issubclass(form, LowRankLinear):
+                # processes may round differently and would then choose different pivots
+                pivots = self._team.decide_on_first(
+                    lambda: choose_pivots(form.basis(*factors)).to("cpu", old.weight.dtype)
+                )
+                return pivoted_layer(old, factors, bias, pivots, form)
+            return low_rank_layer(old, factors, bias, form)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """Return the factors by layer name, in the form the team saves. Collective."""
@@ -147,6 +196,19 @@ class TruncatedWeights:
             self.held[name] = Factors(*map(self._team.part, pair)).to(self._like(name))
         self._known_finite = False
 
+    def _with_order(
+        self, order: Tensor, form: type[Pivoted], old: Dense, factors: Factors, bias: Tensor | None
+    ) -> Pivoted:
+        """Return a layer in another order of its outputs, or of its inputs for columns. Collective."""
+        pivots = self._team.decide_on_first(
+            lambda: Pivots(order, coefficients(form.basis(*factors), order)).to("cpu", old.weight.dtype)
+        )
+        return pivoted_layer(old, factors, bias, pivots, form, ordered=False)
+
+    def _basis(self, name: str, side: Side) -> Tensor:
+        """Return the matrix among whose rows the pivot rows, or columns, of a layer are chosen. Collective."""
+        return (PivotedLinear if side is Side.ROWS else ColumnPivotedLinear).basis(*self._whole(name))
+
     def _whole(self, name: str) -> Factors:
         up, down = self.held[name]
         return Factors(self._team.whole(up, self._targets[name].shape[0]), self._team.whole(down, up.shape[1]))
@@ -155,7 +217,7 @@ class TruncatedWeights:
         """Return an empty tensor with the device and type of a layer's factors."""
         weight = self._targets[name].weight
         wide = accumulated(weight.dtype)
-        return weight.new_empty(0, dtype=wide if issubclass(self._form, PivotedLinear) else weight.dtype)
+        return weight.new_empty(0, dtype=wide if self._pivots else weight.dtype)
 
     def refuse_non_finite(self) -> None:
         """Raise NonFiniteError unless the factors of all layers are finite. Runs before the first layer. Collective."""

@@ -15,6 +15,7 @@ from zssvd_lightning.model.coverage import Coverage
 WORDS = {
     "low_rank": "two factors, floating point",
     "pivoted": "pivot rows and the coefficients of the others, floating point",
+    "pivoted_columns": "pivot columns and the coefficients of the others, floating point",
     "int8_low_rank": "two factors, 8 bits",
     "int8": "dense, 8 bits",
 }

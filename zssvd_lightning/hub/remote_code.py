@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.hub.model_classes import automatic_for, saved_class
-from zssvd_lightning.layers import base, int8, low_rank, pivoted, registry
+from zssvd_lightning.layers import base, int8, low_rank, pivoted, pivoted_columns, pivots, registry
 from zssvd_lightning.serialization.quantizer import FORMAT_VERSION
 
-CARRIED = (base, low_rank, pivoted, int8, registry)
+CARRIED = (base, low_rank, pivots, pivoted, pivoted_columns, int8, registry)
 """Modules that are copied into the folder, with `zssvd_` before their names."""
 
 
@@ -29,6 +29,8 @@ from .zssvd_int8 import EightBitLinear  # noqa: F401
 from .zssvd_low_rank import LowRankLinear  # noqa: F401
 from .zssvd_registry import layer_like
 from .zssvd_pivoted import PivotedLinear  # noqa: F401
+from .zssvd_pivoted_columns import ColumnPivotedLinear  # noqa: F401
+from .zssvd_pivots import choose_pivots  # noqa: F401
 
 
 class Compressed{config}({config}):

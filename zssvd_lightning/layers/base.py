@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-LOADING_NOTE = "low-rank: inherit zssvd_lightning.LowRankCheckpointMixin, or give the Trainer a ZSSVDCallback, to load"
-"""Entry name in checkpoints. It appears in the error of a load that does not support low-rank layers."""
+NOTE = "low-rank: "
+"""Prefix of the entry name in checkpoints by which a load without support for low-rank layers is told what it needs."""
+
+
+LOADING_NOTE = (
+    f"{NOTE}use zssvd_lightning.load_from_checkpoint(MyModule, path), inherit zssvd_lightning.LowRankCheckpointMixin, "
+    "or give the Trainer a ZSSVDCallback, to load"
+)
+"""Entry name in checkpoints. It ends the error of a load that does not support low-rank layers."""
 
 
 ADAPTER_NOTE = "adapter: "
@@ -182,6 +189,8 @@ def carry_hooks(new: nn.Module, old: nn.Module) -> None:
     new.__dict__.update({kind: old.__dict__[kind] for kind in HOOKS})
 
 
-def _drop_note(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    for note in (LOADING_NOTE, getattr(module, "adapter", None)):
-        state_dict.pop(f"{prefix}{note}", None)  # type: ignore[attr-defined]
+def _drop_note(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Remove the notes on a layer. The loading note of an earlier release has other words."""
+    adapter = f"{prefix}{getattr(module, 'adapter', None)}"
+    for key in [key for key in state_dict if key == adapter or key.startswith(f"{prefix}{NOTE}")]:
+        del state_dict[key]

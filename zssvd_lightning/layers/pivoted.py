@@ -1,39 +1,42 @@
 """Pivoting Factorization (PIFA, arXiv 2501.19090): k rows of a rank-k matrix, and coefficients for the other rows.
 
 Shapes: W (m, n) of rank k, up (m, k), down (k, n), pivot rows P (k, n), coefficients C (m - k, k). Imports only torch
-and transformers, so that a saved folder can contain a copy of this file. Making a layer from factors also needs scipy.
+and transformers, so that a saved folder can contain a copy of this file.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
-from zssvd_lightning.layers.base import FactoredLinear
+from zssvd_lightning.layers.base import HOOKS, FactoredLinear
+from zssvd_lightning.layers.pivots import choose_pivots, coefficients
 
 
-class PivotedLinear(FactoredLinear):
-    """Linear layer of rank k in `k (m + n - k)` numbers: `y = [z; C z][order] + b` with `z = P x`.
+class PivotForm(FactoredLinear):
+    """Base class of layers of rank k in `k (m + n - k)` numbers: k rows or columns of W, and coefficients of the rest.
 
     Two factors of the same W take `k (m + n)` numbers, k^2 of which encode a choice of basis that has no effect on W.
 
     Args:
         in_features: n, size of the input.
         out_features: m, size of the output.
-        rank: k, at most m.
+        rank: k, at most m and n.
         bias: True to add a bias (m,).
+        ordered: False if the pivots are the first outputs (or inputs) of the layer, so that no order is stored.
 
     Attributes:
-        pivots: `nn.Linear` with weight P (k, n), without bias.
-        others: `nn.Linear` with weight C (m - k, k), without bias. None if all rows are pivots.
-        order: int32 (m,), position of each output in `[z; C z]`.
+        order: int32 permutation of the outputs (or inputs). None unless `ordered`.
     """
 
-    kind = "pivoted"
     permutations = ("order",)
-    thin: ClassVar[Mapping[str, str]] = {"down": "pivots", "up": "others"}
-    order: Tensor
+    pivot_part: ClassVar[str]
+    """Name of the thin layer that holds the pivots."""
+    rank_axis: ClassVar[int]
+    """Axis of the weight of that layer that has size k."""
+    order: Tensor | None
 
     def __init__(
         self,
@@ -41,49 +44,128 @@ class PivotedLinear(FactoredLinear):
         out_features: int,
         rank: int,
         bias: bool = True,
+        ordered: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
-        left = out_features - rank
-        self.pivots = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.others = nn.Linear(rank, left, bias=False, device=device, dtype=dtype) if left else None
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.register_buffer("order", torch.arange(out_features, dtype=torch.int32, device=device))
 
     @classmethod
-    def from_factors(cls, up: Tensor, down: Tensor, bias: Tensor | None) -> "PivotedLinear":
-        """Create a layer with weight `up @ down`, from up (m, k), down (k, n) and an optional bias (m,)."""
+    def from_factors(cls, up: Tensor, down: Tensor, bias: Tensor | None, order: Tensor | None = None) -> Self:
+        """Create a layer with weight `up @ down`, from up (m, k), down (k, n) and an optional bias (m,).
+
+        With an `order`, the layer is not `ordered`; see `fill`.
+        """
         (m, k), n = up.shape, down.shape[1]
-        layer = cls(n, m, k, bias is not None, "meta", up.dtype).to_empty(device=up.device)
-        layer.fill(up, down, bias)
+        layer = cls(n, m, k, bias is not None, order is None, "meta", up.dtype).to_empty(device=up.device)
+        layer.fill(up, down, bias, order)
         return layer
 
     @classmethod
     def found_in(cls, weights: Mapping[str, Any], name: str) -> dict[str, Any] | None:
         """See `CompressedLinear`."""
-        part = f"{name}.pivots"  # peft renames its weight to base_layer
-        rows = weights.get(f"{part}.weight", weights.get(f"{part}.base_layer.weight"))
-        return None if rows is None or f"{name}.order" not in weights else {"rank": len(rows)}
+        part = f"{name}.{cls.pivot_part}"  # peft renames its weight to base_layer
+        pivots = weights.get(f"{part}.weight", weights.get(f"{part}.base_layer.weight"))
+        if pivots is None:
+            return None
+        return {"rank": pivots.shape[cls.rank_axis]} | ({} if f"{name}.order" in weights else {"ordered": False})
+
+    @classmethod
+    def basis(cls, up: Tensor, down: Tensor) -> Tensor:
+        """Return the factor, transposed for columns, among whose rows pivots are chosen: (m, k) or (n, k)."""
+        raise NotImplementedError
 
     @torch.no_grad()
-    def fill(self, up: Tensor, down: Tensor, bias: Tensor | None, rows: Tensor | None = None) -> None:
-        """Overwrite the values.
+    def fill(
+        self, up: Tensor, down: Tensor, bias: Tensor | None, order: Tensor | None = None, C: Tensor | None = None
+    ) -> None:
+        """Overwrite the values, so that the weight is `up @ down`.
+
+        Without `ordered`, the weight is `(up @ down)[order]` and the bias `bias[order]` for pivot rows; for pivot
+        columns, the weight is `(up @ down)[:, order]`.
 
         Args:
             up: factor (m, k).
             down: factor (k, n).
             bias: bias (m,), or None.
-            rows: result of `pivots_first` (m,). Computed from `up` if None.
+            order: indices of outputs (m,), or of inputs (n,) for columns, the k pivots first. Chosen by `choose_pivots`
+                if None.
+            C: coefficients of the others in float64, as `coefficients` returns them for `order`. Computed if None.
+
+        Raises:
+            ValueError: `order` is None although the layer is not `ordered`, is no permutation, or starts with pivots
+                that do not span the others.
         """
-        rows = (pivots_first(up) if rows is None else rows).to(up.device)
+        basis = self.basis(up, down)
+        if order is None:
+            if self.order is None:
+                raise ValueError(f"{type(self).__name__}({self.extra_repr()}) has no order of its own; pass one")
+            order, C = choose_pivots(basis)
+        elif not torch.equal(order.sort().values, torch.arange(len(basis), device=order.device)):
+            raise ValueError(f"order {tuple(order.shape)} is no permutation of 0 to {len(basis) - 1}")
+        C = coefficients(basis, order) if C is None else C
+        self._overwrite(up, down, bias, order.to(up.device), C)
+
+    def _overwrite(self, up: Tensor, down: Tensor, bias: Tensor | None, order: Tensor, C: Tensor) -> None:
+        raise NotImplementedError
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """See `CompressedLinear`."""
+        return {"kind": self.kind, "rank": self.rank} | ({} if self.order is not None else {"ordered": False})
+
+    @property
+    def rank(self) -> int:
+        """Rank k, the number of pivots."""
+        raise NotImplementedError
+
+
+class PivotedLinear(PivotForm):
+    """Linear layer of k pivot rows: `y = [z; C z][order] + b` with `z = P x`. See `PivotForm`.
+
+    Attributes:
+        pivots: `nn.Linear` with weight P (k, n), without bias.
+        others: `nn.Linear` with weight C (m - k, k), without bias. None if all rows are pivots.
+        order: int32 (m,), position of each output in `[z; C z]`. None unless `ordered`: the outputs are `[z; C z]`.
+    """
+
+    kind = "pivoted"
+    thin: ClassVar[Mapping[str, str]] = {"down": "pivots", "up": "others"}
+    pivot_part = "pivots"
+    rank_axis = 0
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        ordered: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank)
+        left = out_features - rank
+        self.pivots = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.others = nn.Linear(rank, left, bias=False, device=device, dtype=dtype) if left else None
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        order = torch.arange(out_features, dtype=torch.int32, device=device)
+        self.register_buffer("order", order if ordered else None)
+
+    @classmethod
+    def basis(cls, up: Tensor, down: Tensor) -> Tensor:
+        """Return `up`, whose rows have the dependencies of the rows of W."""
+        return up
+
+    def _overwrite(self, up: Tensor, down: Tensor, bias: Tensor | None, order: Tensor, C: Tensor) -> None:
         wide = torch.promote_types(up.dtype, torch.float32)
-        self.pivots.weight.copy_(up[rows[: self.rank]].to(wide) @ down.to(wide))
+        self.pivots.weight.copy_(up[order[: self.rank]].to(wide) @ down.to(wide))
         if self.others is not None:
-            self.others.weight.copy_(coefficients(up, rows))
-        self.order.copy_(rows.argsort())
+            self.others.weight.copy_(C)
+        if self.order is not None:
+            self.order.copy_(order.argsort())
         if self.bias is not None and bias is not None:
-            self.bias.copy_(bias)
+            self.bias.copy_(bias if self.order is not None else bias[order])
 
     @property
     def rank(self) -> int:
@@ -91,66 +173,61 @@ class PivotedLinear(FactoredLinear):
         return self.pivots.out_features
 
     @property
-    def spec(self) -> dict[str, Any]:
-        """See `CompressedLinear`."""
-        return {"kind": self.kind, "rank": self.rank}
-
-    @property
     def weight(self) -> Tensor:
         """See `CompressedLinear`. Excludes an adapter."""
         P = self.pivots.weight
         rows = P if self.others is None else torch.cat([P, self.others.weight @ P])
-        return rows.index_select(0, self.order)
+        return rows if self.order is None else rows.index_select(0, self.order)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., n) to (..., m)."""
+        if not torch.jit.is_scripting() and self._can_write_once(x):  # type: ignore[attr-defined]
+            return self._written_once(x)
+        order, bias = self.order, self.bias  # as local variables, torch.jit.script knows their types
         z = self.pivots(x)
         y: Tensor = z if self.others is None else torch.cat([z, self.others(z)], -1)
-        y = y.index_select(-1, self.order)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if order is not None:
+            y = y.index_select(-1, order)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    @torch.jit.unused
+    def _can_write_once(self, x: Tensor) -> bool:
+        return not torch.compiler.is_compiling() and _runs_plainly(x) and all(map(is_plain, self.children()))
+
+    @torch.jit.unused
+    def _written_once(self, x: Tensor) -> Tensor:
+        """Write both products into one output, instead of concatenating them."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows.new_empty(len(rows), self.out_features)
+        z = y[:, : self.rank]
+        torch.mm(rows, self.pivots.weight.t(), out=z)
+        if self.others is not None:
+            torch.mm(z, self.others.weight.t(), out=y[:, self.rank :])
+        if self.order is not None:
+            y = y.index_select(-1, self.order)
+        if self.bias is not None:
+            y += self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
-def pivots_first(up: Tensor) -> Tensor:
-    """Return an order of the rows of W that starts with k pivots, such that C has small entries.
-
-    The rows of `W = up down` have the same linear dependencies as the rows of `up`. QR of `up^T` with column pivoting
-    chooses as the next pivot the row farthest from the span of the earlier ones, as in the PIFA paper.
-
-    Args:
-        up: factor (m, k).
-
-    Returns:
-        Row indices (m,), int64, on the CPU.
-
-    Raises:
-        ImportError: scipy is not installed.
-    """
-    try:  # in a try, since transformers treats any other import in a copied file as required for loading
-        from scipy.linalg import qr  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ImportError("pivot rows are chosen by scipy; pip install scipy") from error
-    _, rows = qr(up.detach().cpu().double().T.numpy(), mode="r", pivoting=True)
-    return torch.from_numpy(rows).long()
+def is_plain(part: nn.Module) -> bool:
+    """Return True if a thin layer does nothing but multiply by a parameter: no adapter, hook or sharded weight."""
+    return (
+        type(part) is nn.Linear
+        and type(part.weight) is nn.Parameter
+        and "forward" not in vars(part)
+        and not any(vars(part)[kind] for kind in HOOKS)
+        and not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)  # noqa: SLF001
+    )
 
 
-def coefficients(up: Tensor, rows: Tensor) -> Tensor:
-    """Return the coefficients C (m - k, k) that express the other rows by the pivots: `up_others = C up_pivots`.
-
-    With `up_pivots^T = Q R`, C solves `R C^T = Q^T up_others^T`. If the rank r of `up` is below k, the first r pivots
-    span all rows, and the coefficients of the remaining pivots are 0.
-
-    Args:
-        up: factor (m, k).
-        rows: result of `pivots_first` (m,).
-
-    Returns:
-        C in float64, on the CPU.
-    """
-    ordered = up.detach().cpu().double()[rows.cpu()]
-    k = up.shape[1]
-    Q, R = torch.linalg.qr(ordered[:k].T)
-    sizes = R.diagonal().abs()  # descending, by the choice of pivots
-    r = int((sizes > sizes.max() * len(up) * torch.finfo(R.dtype).eps).sum())
-    C = ordered.new_zeros(len(up) - k, k)
-    C[:, :r] = torch.linalg.solve_triangular(R[:r, :r], Q[:, :r].T @ ordered[k:].T, upper=True).T
-    return C
+def _runs_plainly(x: Tensor) -> bool:
+    """Return True if a product with x may be written into a given tensor: nothing records, traces or changes it."""
+    return (
+        not torch.is_grad_enabled()
+        and type(x) in (Tensor, nn.Parameter)
+        and not x.is_meta
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and torch._C._functorch.peek_interpreter_stack() is None  # noqa: SLF001
+    )

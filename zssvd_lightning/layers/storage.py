@@ -71,11 +71,13 @@ def factors(m: int, n: int, k: int) -> Kept:
 def pivoted(m: int, n: int, k: int) -> Kept:
     """Count k pivot rows (k, n), the coefficients of the other rows (m - k, k) and the order: `PivotedLinear`.
 
+    Pivot columns take as many numbers. The order is that of the smaller side; see `form_for`.
+
     Example:
         >>> pivoted(m=6, n=4, k=2).wide
         16
     """
-    return Kept(wide=k * (m + n - k), beside=4 * m, products=k * (m + n - k))
+    return Kept(wide=k * (m + n - k), beside=4 * min(m, n), products=k * (m + n - k))
 
 
 def remapped(m: int, n: int, k: int) -> Kept:
@@ -127,7 +129,8 @@ class Storage:
     in_8_bits: Optional["Storage"] = None
     """The 8-bit alternative, if the selection rule chooses it for each matrix; None otherwise."""
     layer: str = "low_rank"
-    """Kind of the layers that hold factors and are trained: a subclass of `LowRankLinear` or `PivotedLinear`."""
+    """Kind of the layers that hold factors and are trained: a subclass of `LowRankLinear` or `PivotForm`. With
+    `pivoted`, the shape of each matrix decides between rows and columns; see `registry.form_for`."""
     rounded: Callable[["LowRankLinear"], "CompressedLinear"] | None = None
     """Function that returns a low-rank layer in 8 bits, at the end of training. None if it keeps its type."""
     rounded_dense: Callable[["Dense"], "CompressedLinear"] | None = None
@@ -143,6 +146,11 @@ class Storage:
     def rounds(self) -> bool:
         """True if layers may end in 8 bits."""
         return self.in_8_bits is not None or self.rounded is not None or self.rounded_dense is not None
+
+    @property
+    def has_pivots(self) -> bool:
+        """True if layers hold pivot rows or columns, which need no order where that of a hidden width is free."""
+        return self.layer == "pivoted"
 
     @property
     def weighs_rows(self) -> bool:
@@ -170,7 +178,7 @@ class Storage:
 
         Above `highest_rank` it stays as it is.
         """
-        return _costs(self, m, n, unit, present)
+        return costs_in_steps(self, m, n, unit, present)
 
     def highest_rank(self, m: int, n: int, unit: str = "parameters", present: Present | None = None) -> int:
         """Return the largest rank at which (m, n) costs less than if it stays as it is, or 0 if there is none.
@@ -184,9 +192,19 @@ class Storage:
 
 
 @lru_cache(maxsize=1024)
-def _costs(storage: Storage, m: int, n: int, unit: str, present: Present | None) -> tuple[int, ...]:
-    highest = storage.highest_rank(m, n, unit, present)
-    low_rank = [storage.low_rank_cost(m, n, k, unit) for k in range(highest + 1)]
+def costs_in_steps(
+    storage: Storage, m: int, n: int, unit: str, present: Present | None = None, step: int = 1
+) -> tuple[int, ...]:
+    """Return the cost of (m, n) at each number of components from 0 to all, raised to the next multiple of `step`.
+
+    Above the largest multiple that is at most `Storage.highest_rank`, it stays as it is.
+
+    Example:
+        >>> costs_in_steps(STORAGES["factors"], 6, 4, "parameters", step=2)
+        (0, 20, 20, 24, 24)
+    """
+    highest = storage.highest_rank(m, n, unit, present) // step * step
+    low_rank = [storage.low_rank_cost(m, n, -(-k // step) * step, unit) for k in range(highest + 1)]
     return (*low_rank, *[storage.stay_cost(m, n, unit, present)] * (min(m, n) - highest))
 
 

@@ -1,6 +1,6 @@
 """PEFT adapters on the thin layers of compressed layers: attach, record in saved weights, merge and save.
 
-The thin layers are the two factors of a low-rank layer, or the pivot rows and coefficients of a pivoted one. Merging
+The thin layers are the two factors of a low-rank layer, or the pivots and coefficients of a pivoted one. Merging
 changes the shape of neither, so the layer keeps its form and rank.
 
 An adapter on `layer.up` renames `layer.up.weight` in the checkpoint to `layer.up.base_layer.weight` and adds the

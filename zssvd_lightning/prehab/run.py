@@ -4,6 +4,7 @@
 """
 
 import math
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.hooks import watching_inputs
 from zssvd_lightning.calibration.masks import TokenMask
+from zssvd_lightning.calibration.reach import Unreached, named
 from zssvd_lightning.distributed import LayerSet, Team
-from zssvd_lightning.errors import CheckpointError, NonFiniteError
+from zssvd_lightning.errors import CalibrationError, CheckpointError, NonFiniteError, NotRegularizedWarning
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.prehab.regularizers import Regularizer
 from zssvd_lightning.whitening.cholesky import warn_of_jitter
@@ -34,6 +36,7 @@ class PrehabRun:
     """Collector of the second moments; None once enough batches were seen."""
     saved_gathering: dict[str, Any] | None = None
     """State of the collector before and after training."""
+    _team: Team = field(default_factory=Team)
     window: Moments | None = None
     """Second moments of the latest batch, until they are absorbed."""
     begins_at: int | None = None
@@ -44,6 +47,8 @@ class PrehabRun:
     """Leader -> the matrix (n, n) that the regularizer needs of the second moment, in float32 or wider."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
     """Layer -> u (m,) of the latest step."""
+    left_out: list[str] = field(default_factory=list)
+    """Layers that the first batches have not reached."""
     vectors_before: dict[str, Tensor] = field(default_factory=dict)
     """`vectors` at the start of the latest batch."""
 
@@ -68,13 +73,14 @@ class PrehabRun:
         if self.begins_at is not None and not self.kept:
             return  # a compression has already begun
         known = set(self.saved_gathering["moments"]["leaders"] if self.saved_gathering else self.leaders)
+        targets = {name: target for name, target in targets.items() if name not in self.left_out}
         other = known - targets.keys() if self.begins_at is None else known ^ targets.keys()
         if other:
             raise CheckpointError(
                 f"the checkpoint is of a LowRankPrehab of other layers: {len(other)} are trained only then or only "
                 f"now ({', '.join(sorted(other)[:3])}); freeze the same layers, or leave the callback out"
             )
-        self.targets = targets
+        self.targets, self._team = targets, team
         if self.begins_at is None:
             self.gathering = StatisticsCollector(model, LayerSet(targets, team))
             if self.saved_gathering is not None:
@@ -108,12 +114,14 @@ class PrehabRun:
     def begin(self, regularizer: Regularizer, step: int) -> None:
         """Sum the second moments over all processes and store the matrices that R needs. Collective.
 
+        Layers that no batch has reached on any process are left out, with a NotRegularizedWarning.
+
         Args:
             regularizer: the regularizer R.
             step: global step of the first gradient.
 
         Raises:
-            CalibrationError: a layer never ran, or layers share an input on one process and not on another.
+            CalibrationError: no layer ran, or layers share an input on one process and not on another.
             NonFiniteError: an activation was NaN or infinite.
             NotPositiveDefiniteError: a second moment has no Cholesky factor, where R needs one.
         """
@@ -121,13 +129,36 @@ class PrehabRun:
             raise RuntimeError("second moments are gathered once")
         self.gathering.complete()
         moments, jitters = self.gathering.moments, {}
+        self._leave_out([name for name in self.targets if not moments.tokens.get(moments.leaders.get(name, name))])
         for name, target in self.targets.items():
             if moments.leaders.get(name, name) == name:
                 kept, jitters[name] = regularizer.kept(self.gathering.second_moment(name), name)
                 self.kept[name] = kept.to(target.weight.device, accumulated(target.weight.dtype))
                 moments.input_sums.pop(name, None)
         warn_of_jitter(jitters)
-        self.leaders, self.begins_at, self.gathering = dict(moments.leaders), step, None
+        self.leaders = {name: leader for name, leader in moments.leaders.items() if name in self.targets}
+        self.begins_at, self.gathering = step, None
+
+    def _leave_out(self, names: list[str]) -> None:
+        """Drop layers without second moments, and warn on the first process.
+
+        Raises:
+            CalibrationError: no layer has them.
+        """
+        if not names:
+            return
+        reasons = named(dict.fromkeys(names, Unreached.NEVER_RAN))
+        if len(names) == len(self.targets):
+            raise CalibrationError(f"the first batches have reached none of the {len(names)} layers. {reasons}")
+        if self._team.rank == 0:
+            warnings.warn(
+                f"LowRankPrehab leaves out {len(names)} of {len(self.targets)} layers, because its first batches have "
+                f"not reached them. {reasons}; or raise moment_batches, or add them to ignore",
+                NotRegularizedWarning,
+                stacklevel=2,
+            )
+        self.left_out = names
+        self.targets = {name: target for name, target in self.targets.items() if name not in names}
 
     @property
     def gradients_are_finite(self) -> bool:
@@ -194,6 +225,7 @@ class PrehabRun:
             "begins_at": self.begins_at,
             "gathering": self.saved_gathering if self.gathering is None else self.gathering.state_dict(),
             "leaders": dict(self.leaders),
+            "left_out": list(self.left_out),
             "kept": dict(self.kept),
             "vectors": dict(self.vectors if over else self.vectors_before),
         }
@@ -202,3 +234,4 @@ class PrehabRun:
         """Restore a `state_dict`; call it before `attach`."""
         self.begins_at, self.saved_gathering = state["begins_at"], state["gathering"]
         self.leaders, self.kept, self.vectors = (dict(state[name]) for name in ("leaders", "kept", "vectors"))
+        self.left_out = list(state.get("left_out", ()))

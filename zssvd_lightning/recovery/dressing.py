@@ -43,21 +43,23 @@ def refuse_forms(settings: Recovery, forms: Forms) -> None:
 
     Args:
         settings: settings of the recovery.
-        forms: possible forms of each layer. With a single form for a layer, it is certain to get it.
+        forms: possible forms of each layer. Ranks are certain if those of each layer all have the same.
     """
-    certain = all(len(possible) <= 1 for possible in forms.values())
+    certain = all(len({layer.rank for layer in possible}) <= 1 for possible in forms.values())
     refused: RecoveryError | None = None
     trains = False
     for name, possible in forms.items():
+        errors = []
         for layer in possible if settings.chooses(name) else ():
             try:
                 dress(settings, name, layer, 0)
             except RecoveryError as error:
-                if certain:
-                    raise
-                refused = error
+                errors.append(error)
             else:
                 trains |= any(settings.trains(part, settings.stages[0]) for part, _ in layer.named_parameters())
+        if certain and errors and len(errors) == len(possible):
+            raise errors[0]
+        refused = errors[-1] if errors else refused
     if not trains and not settings.also_train:
         if refused is not None:
             raise RecoveryError(f"no rank that layers may get suits this recovery: {refused}") from refused

@@ -15,7 +15,7 @@ from zssvd_lightning._validation import require, require_one_of
 from zssvd_lightning.config.loading import build, refuse_unknown
 from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError, shown
 from zssvd_lightning.layers.low_rank import LowRankLinear
-from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.pivoted import PivotForm
 from zssvd_lightning.layers.registry import Factored
 from zssvd_lightning.model.adapters import Adapter, merged
 from zssvd_lightning.recovery.settings import BOTH_AT_ONCE, Recovery
@@ -24,10 +24,10 @@ ONE_BY_ONE = [("up",), ("down",)]
 """Training order of SVD-LLM (arXiv 2403.07378): first `up`, then `down`."""
 
 
-INSIDE = {"down": ("down", "pivots"), "up": ("up", "others", "bias")}
+INSIDE = {"down": ("down", "pivots", "mixing"), "up": ("up", "others", "columns", "bias")}
 """Parameters of a layer that belong to each factor.
 
-Pivot rows read the input, as `down` does; all other parameters produce the output.
+Pivot rows and the coefficients of columns read the input, as `down` does; all other parameters produce the output.
 """
 
 
@@ -54,10 +54,10 @@ NEED_BATCHES = ("eva", "corda", "lora_ga", "loftq")
 
 @dataclass(frozen=True)
 class FactorRecovery(Recovery):
-    """Recovery that trains the factors, or pivot rows and coefficients, and the biases of their layers.
+    """Recovery that trains the factors, or pivots and coefficients, and the biases of their layers.
 
     The factors are first rescaled so that both sides of each component have equal norms. This suits Adam, whose steps
-    have one size: `L^-1` makes the rows of `down` much larger than the matching columns of `up`. Pivot rows and
+    have one size: `L^-1` makes the rows of `down` much larger than the matching columns of `up`. Pivots and
     coefficients are not rescaled.
     """
 
@@ -65,7 +65,7 @@ class FactorRecovery(Recovery):
     rescales = True
 
     two_step: bool = False
-    """True to train `up` for the first half of the recovery, then `down`; in pivoted layers coefficients, then rows."""
+    """True to train `up` for the first half of the recovery, then `down`; in pivoted layers what stands for them."""
 
     @property
     def stages(self) -> Sequence[tuple[str, ...]]:
@@ -75,7 +75,7 @@ class FactorRecovery(Recovery):
     @torch.no_grad()
     def prepare(self, layer: Factored) -> None:
         """Rescale the factors of a chosen layer so that both sides of each component have equal norms."""
-        if isinstance(layer, PivotedLinear):
+        if isinstance(layer, PivotForm):
             return
         up, down = layer.up.weight, layer.down.weight
         shift = (down.float().norm(dim=1) / up.float().norm(dim=0)).sqrt()
@@ -90,7 +90,7 @@ class FactorRecovery(Recovery):
 
 @dataclass(frozen=True)
 class LoRARecovery(Recovery):
-    """Recovery that trains LoRA (arXiv 2106.09685) on the factors, or on pivot rows and coefficients, through peft.
+    """Recovery that trains LoRA (arXiv 2106.09685) on the factors, or on pivots and coefficients, through peft.
 
     Merging LoRA into them does not change their shapes, so the layer keeps its storage and rank.
 
@@ -102,7 +102,7 @@ class LoRARecovery(Recovery):
     method = "lora"
 
     rank: int = 8
-    """Rank r of LoRA, on each factor, or on pivot rows and coefficients."""
+    """Rank r of LoRA, on each factor, or on pivots and coefficients."""
     alpha: float | None = None
     """Scale of LoRA: the product of its two matrices is multiplied by `alpha / rank`; twice the rank when None."""
     clip_rank: bool = True
@@ -189,18 +189,20 @@ class LoRARecovery(Recovery):
             "false for an error"
         )
 
-    def refuse_layers(self, names: Sequence[str], form: type[Factored]) -> None:
+    def refuse_layers(self, classes: Mapping[str, Sequence[type[Factored]]]) -> None:
         """Raise TargetError if a pattern of `targets` or of the options of peft matches nothing. See `Recovery`."""
-        super().refuse_layers(names, form)
+        super().refuse_layers(classes)
         from peft.utils.other import get_pattern_key
 
-        matrices = [f"{name}.{part}" for name in names if self.chooses(name) for part in form.thin.values()]
+        chosen = [(name, form) for name, forms in classes.items() if self.chooses(name) for form in forms]
+        matrices = [f"{name}.{part}" for name, form in chosen for part in form.thin.values()]
         for option in ("rank_pattern", "alpha_pattern"):
             for pattern in self._patterns(option):
                 if all(get_pattern_key([pattern], matrix) != pattern for matrix in matrices):
+                    pairs = " or ".join(dict.fromkeys(" and ".join(form.thin.values()) for _, form in chosen))
                     raise TargetError(
                         f"recovery.peft.{option} has {pattern!r}, which matches no matrix that LoRA is put on, such as "
-                        f"{matrices[0]}; they are the {' and '.join(form.thin.values())} of each layer"
+                        f"{matrices[0]}; they are the {pairs} of each layer"
                     )
 
     def trains(self, parameter: str, parts: Sequence[str]) -> bool:

@@ -1,7 +1,7 @@
 """Recovery within a training run: the trained parameters, their optimizer, the loss and the final model."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,12 +58,18 @@ class RecoveryRun:
         return self.settings.stages[self.stage]
 
     def refuse(
-        self, form: type[Factored], forms: Forms, module: nn.Module, student: nn.Module | None, processes: int
+        self,
+        classes: Mapping[str, Sequence[type[Factored]]],
+        forms: Forms,
+        module: nn.Module,
+        student: nn.Module | None,
+        processes: int,
     ) -> None:
         """Raise the errors that can be detected before calibration.
 
         Args:
-            form: class of the layers that replace dense ones.
+            classes: names of the layers to compress, and the possible classes of those that replace
+                them.
             forms: forms that each layer to compress may get.
             module: the module to train.
             student: the model whose logits will be compared; None without distillation.
@@ -75,7 +81,7 @@ class RecoveryRun:
                 layers leave nothing to train or are too small for the method.
             TeacherError: the teacher does not fit into memory, cannot be copied or read, or is another model.
         """
-        self.settings.refuse_layers(list(forms), form)
+        self.settings.refuse_layers(classes)
         also = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         for pattern in self.settings.also_train:
             if not any(matches(name, pattern) for name in also):

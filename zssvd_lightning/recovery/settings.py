@@ -11,7 +11,7 @@ from torch import nn
 from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import closest, require, require_one_of
 from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError
-from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.pivoted import PivotForm
 from zssvd_lightning.layers.registry import Factored, trained_form
 from zssvd_lightning.layers.storage import STORAGES
 from zssvd_lightning.model.adapters import PARTS, Adapter
@@ -136,29 +136,28 @@ class Recovery(ABC):
         return self.targets is None or any(matches(name, pattern) for pattern in self.targets)
 
     needs_components: ClassVar[bool] = False
-    """True if the method acts on single components, which pivot rows do not keep apart."""
+    """True if the method acts on single components, which pivots do not keep apart."""
 
     def refuse_storage(self, storage: str) -> None:
         """Raise ConfigError if the method acts on components, and a storage, or a kind of layer, has none."""
         form = STORAGES[storage].layer if storage in STORAGES else storage
-        if self.needs_components and issubclass(trained_form(form), PivotedLinear):
+        if self.needs_components and issubclass(trained_form(form), PivotForm):
             raise ConfigError(
-                f"recovery by {self.method!r} acts on single components, and storage {storage!r} keeps rows of the "
-                "weight instead; recover by 'lora' or 'factors', or use storage 'factors'"
+                f"recovery by {self.method!r} acts on single components, and storage {storage!r} keeps rows or "
+                "columns of the weight instead; recover by 'lora' or 'factors', or use storage 'factors'"
             )
 
-    def refuse_layers(self, names: Sequence[str], form: type[Factored]) -> None:
+    def refuse_layers(self, classes: Mapping[str, Sequence[type[Factored]]]) -> None:
         """Raise TargetError if a pattern of `targets` matches none of the layers.
 
         Args:
-            names: names of the layers that are compressed.
-            form: class of the layers that replace them.
+            classes: names of the layers that are compressed, and the possible classes of those that replace them.
         """
         for pattern in self.targets or ():
-            if not any(matches(name, pattern) for name in names):
+            if not any(matches(name, pattern) for name in classes):
                 raise TargetError(
                     f"recovery.targets has {pattern!r}, which matches no layer that is compressed"
-                    + closest(pattern, names)
+                    + closest(pattern, list(classes))
                 )
 
     def refuse_endless(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from zssvd_lightning.errors import BudgetError
-from zssvd_lightning.layers.storage import UNITS, Present, Storage, dense_weight
+from zssvd_lightning.layers.storage import UNITS, Present, Storage, costs_in_steps, dense_weight
 from zssvd_lightning.selection.storages import STORAGES
 
 Shape = tuple[int, int]
@@ -19,16 +19,20 @@ REFERENCES = ("dense", "present")
 """Values of `ratio_of`: what `prune_ratio` is a fraction of. They differ for matrices that are low-rank already."""
 
 
+FEWEST_STEPS = 16
+"""Least number of multiples of its step in the smaller side of a matrix."""
+
+
 @dataclass(frozen=True)
 class Budget:
-    """Amount to remove, and the lowest rank each matrix may get.
+    """Amount to remove, and the ranks each matrix may get.
 
-    Costs are in `unit`. The argument `eight_bit` of the methods states which matrices are stored in 8 bits, for storage
-    that leaves this choice to selection.
+    A matrix gets a rank of `ranks`, or stays as it is. Costs are in `unit`. The argument `eight_bit` of the methods
+    states which matrices are stored in 8 bits, for storage that leaves this choice to selection.
 
     Raises:
-        BudgetError: the rank floor prevents reaching `prune_ratio`, or the storage alone or an earlier compression
-            already reaches it.
+        BudgetError: the lowest allowed ranks prevent reaching `prune_ratio`, or the storage alone or an earlier
+            compression already reaches it.
     """
 
     shapes: Mapping[str, Shape]
@@ -47,6 +51,8 @@ class Budget:
     """Present form of the targets that are low-rank already. Such a matrix stays as it is instead of dense."""
     ratio_of: str = "dense"
     """What `prune_ratio` is a fraction of: the `dense` targets, or the targets as they are at `present`."""
+    rank_multiple: int = 1
+    """Number whose multiples are the ranks of large matrices. Smaller matrices have a finer step: see `step`."""
 
     def __post_init__(self) -> None:
         if self.planned:
@@ -55,8 +61,8 @@ class Budget:
         if most < self.to_remove:
             raise BudgetError(
                 f"prune_ratio {self.prune_ratio} asks for {self.to_remove:,} of {self.total:,} {self.unit}, but with "
-                f"min_rank_fraction {self.min_rank_fraction} at most {most:,} can go ({most / self.total:.3f}); lower "
-                "one of the two, or target more layers"
+                f"min_rank_fraction {self.min_rank_fraction}{self._and_multiple} at most {most:,} can go "
+                f"({most / self.total:.3f}); lower one of them, or target more layers"
             )
         stays = dict.fromkeys(self.shapes)
         if self.total - self.kept(stays) >= self.to_remove:
@@ -120,17 +126,55 @@ class Budget:
         """Return the cost of the matrix `name` in 16 bits that `prune_ratio` is a fraction of."""
         return self.dense(name) if self.ratio_of == "dense" else self.before_of(name)
 
+    def step(self, name: str) -> int:
+        """Return the number whose multiples are the ranks of `name`.
+
+        It is `rank_multiple` if the smaller side of `name` has at least 16 multiples of it. Otherwise, and if no
+        multiple saves anything, it is the largest power of two for which that holds, or 1.
+        """
+        saves, steps = self._saving_rank(name, eight_bit=False), min(self.shapes[name]) // FEWEST_STEPS
+        if self.rank_multiple <= min(saves, steps):
+            return self.rank_multiple
+        return 1 << max(0, min(saves, steps).bit_length() - 1)
+
     def floor(self, name: str) -> int:
-        """Return the lowest rank `name` may get: `min_rank_fraction` of its highest low rank, at least 1."""
-        return max(1, math.ceil(self.min_rank_fraction * self.highest_rank(name) - 1e-9))
+        """Return the lowest rank `name` may get: `min_rank_fraction` of its highest rank that saves, in whole steps."""
+        step = self.step(name)
+        least = math.ceil(self.min_rank_fraction * self._saving_rank(name, eight_bit=False) - 1e-9)
+        return max(step, min(-(-least // step) * step, self.highest_rank(name)))
 
     def highest_rank(self, name: str, *, eight_bit: bool = False) -> int:
         """Return the largest rank at which `name` gets a new low-rank form. Above it, `name` stays as it is."""
-        return self._storage(eight_bit).highest_rank(*self.shapes[name], self.unit, self.present.get(name))
+        step = self.step(name)
+        return self._saving_rank(name, eight_bit=eight_bit) // step * step
+
+    def ranks(self, name: str, *, eight_bit: bool = False) -> range:
+        """Return the ranks at which `name` may get a new low-rank form, ascending. There may be none."""
+        return range(self.floor(name), self.highest_rank(name, eight_bit=eight_bit) + 1, self.step(name))
+
+    def stops(self, name: str) -> tuple[int, ...]:
+        """Return the numbers of remaining components of `name` between which a rule goes in one step, ascending.
+
+        They are the allowed ranks, and every number above the highest, where `name` stays as it is.
+        """
+        ranks = self.ranks(name)
+        return (*ranks, *range(max(ranks, default=0) + 1, min(self.shapes[name]) + 1))
+
+    def rounded_up(self, name: str, rank: int, *, eight_bit: bool = False) -> int:
+        """Return the next number of components of `name`, from `rank` on, that is a multiple of its step.
+
+        Above the highest rank, where `name` stays as it is, `rank` itself is returned.
+        """
+        multiple = -(-rank // self.step(name)) * self.step(name)
+        return multiple if multiple <= self.highest_rank(name, eight_bit=eight_bit) else rank
 
     def costs(self, name: str, *, eight_bit: bool = False) -> tuple[int, ...]:
-        """Return the cost of `name` at each number of remaining components, from 0 to all. Costs never decrease."""
-        return self._storage(eight_bit).costs(*self.shapes[name], self.unit, self.present.get(name))
+        """Return the cost of `name` at each number of remaining components, from 0 to all. Costs never decrease.
+
+        A number that is no multiple of the step costs as much as the next one, to which `rules.of_ranks` raises it.
+        """
+        storage, shape, present = self._storage(eight_bit), self.shapes[name], self.present.get(name)
+        return costs_in_steps(storage, *shape, self.unit, present, self.step(name))
 
     def component_cost(self, name: str) -> float:
         """Return the mean cost of a component of `name` at its highest low rank."""
@@ -175,6 +219,15 @@ class Budget:
     def counted_in(self, unit: str) -> "Budget":
         """Return a budget with the same targets and storage in another unit, for counting only: nothing is checked."""
         return replace(self, unit=unit, planned=True)
+
+    @property
+    def _and_multiple(self) -> str:
+        """Part of an error message: the multiple, if a matrix has steps of more than one component."""
+        return f" and rank_multiple {self.rank_multiple}" if any(self.step(name) > 1 for name in self.shapes) else ""
+
+    def _saving_rank(self, name: str, *, eight_bit: bool) -> int:
+        """Return the largest rank at which `name` costs less than as it is."""
+        return self._storage(eight_bit).highest_rank(*self.shapes[name], self.unit, self.present.get(name))
 
     def _least(self, name: str) -> int:
         """Return the lowest possible cost of `name`."""

@@ -40,7 +40,7 @@ class Options(NamedTuple):
         for eight_bit in budget.bit_choices:
             lost = dropped + rounded if eight_bit and rounded is not None else dropped
             costs, full = budget.costs(name, eight_bit=eight_bit), len(dropped) - 1
-            ranks = [*range(budget.floor(name), budget.highest_rank(name, eight_bit=eight_bit) + 1)]
+            ranks = [*budget.ranks(name, eight_bit=eight_bit)]
             ranks += [] if eight_bit and name in budget.present else [full]  # what is low-rank stays in 16 bits
             found += [(costs[k], loss, k, eight_bit) for k, loss in zip(ranks, lost[ranks].tolist(), strict=True)]
         found.sort(key=lambda option: option[0])

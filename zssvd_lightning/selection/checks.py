@@ -49,11 +49,15 @@ def _wrong(name: str, kept: Any, components: int, budget: Budget, *, eight_bit: 
         return "it must be a tensor of indices (k,), int64, or None for a dense layer"
     if len(kept) and (kept[0] < 0 or kept[-1] >= components or bool((kept.diff() <= 0).any())):
         return f"indices must be ascending and below {components}"
-    if budget.planned:
-        return None
-    if len(kept) < budget.floor(name):
+    return None if budget.planned else _wrong_rank(name, len(kept), budget, eight_bit=eight_bit)
+
+
+def _wrong_rank(name: str, rank: int, budget: Budget, *, eight_bit: bool) -> str | None:
+    if rank < budget.floor(name):
         return f"its lowest rank is {budget.floor(name)}"
-    if not budget.is_low_rank(name, len(kept), eight_bit=eight_bit):
+    if rank % (step := budget.step(name)):
+        return f"with rank_multiple {budget.rank_multiple} its rank must be a multiple of {step}"
+    if not budget.is_low_rank(name, rank, eight_bit=eight_bit):
         highest = budget.highest_rank(name, eight_bit=eight_bit)
         return f"above rank {highest} it is larger than dense; return None for a dense layer"
     return None

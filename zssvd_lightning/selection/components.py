@@ -1,11 +1,13 @@
 """Input and output of a selection rule: the components of each layer, and the selection."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from zssvd_lightning.selection.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Selection:
     """Name -> sum of delta over the dropped components."""
     eight_bit: frozenset[str] = frozenset()
     """Names of the matrices to store in 8 bits, if selection chooses the bits."""
+    walk: Walk | None = field(default=None, compare=False)
+    """Running sum over the removals, for a rule that drops one component after another; it is not saved."""
 
     @property
     def first_order_sum(self) -> float:

@@ -34,6 +34,12 @@ HEADER = """\
 """
 
 
+MULTIPLE_HEADER = """\
+# Ranks are multiples of {multiple} (of a smaller power of two in small layers), with which hardware computes fastest. A
+# rank that you change may be any.
+"""
+
+
 BITS_HEADER = "# A layer with bits: 8 is kept in 8 bits, any other in 16.\n"
 
 
@@ -60,6 +66,8 @@ class Plan:
     """Unit of costs: a key of `layers.storage.UNITS`."""
     present: frozenset[str] = frozenset()
     """Names of the layers that are low-rank already."""
+    rank_multiple: int = 1
+    """Number whose multiples selection chose from. 1 for a plan read from a file, which may have any ranks."""
 
     @classmethod
     def of(
@@ -79,12 +87,20 @@ class Plan:
             present: form of those that are low-rank already. None if the budget has them all.
         """
         ranks = {name: selection.rank(name) for name in budget.shapes}
+        rank_multiple, budget = budget.rank_multiple, _of_any_rank(budget)
         plan = cls._of_ranks(ranks, selection.eight_bit, budget, selection.drifts)
         low_rank = budget.present if present is None else present
         every = replace(budget, shapes=shapes or budget.shapes, planned=True, present=low_rank)
         highest = {name: plan.highest.get(name, every.highest_rank(name)) for name in every.shapes}
         ranks = {name: ranks.get(name) for name in every.shapes}
-        return replace(plan, ranks=ranks, shapes=every.shapes, highest=highest, present=frozenset(low_rank))
+        return replace(
+            plan,
+            ranks=ranks,
+            shapes=every.shapes,
+            highest=highest,
+            present=frozenset(low_rank),
+            rank_multiple=rank_multiple,
+        )
 
     @classmethod
     def read(cls, path: str | Path, budget: Budget) -> "Plan":
@@ -94,6 +110,7 @@ class Plan:
             PlanError: the file is missing, is not a plan, or does not match the layers, storage or unit of `budget`.
                 The message says which.
         """
+        budget = _of_any_rank(budget)
         layers = _layers(Path(path), budget)
         if others := sorted(layers.keys() ^ budget.shapes.keys()):
             raise PlanError(
@@ -134,6 +151,7 @@ class Plan:
             "layers": {name: self._entry(name) for name in self.ranks},
         }
         header = HEADER.format(stays=_stays(self.present)) + (BITS_HEADER if STORAGES[self.storage].in_8_bits else "")
+        header += MULTIPLE_HEADER.format(multiple=self.rank_multiple) if self.rank_multiple > 1 else ""
         text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
         with replacing_file(path) as file:
             file.write_text(header + text, encoding="utf-8")
@@ -146,7 +164,7 @@ class Plan:
     def _select(self, matrices: Mapping[str, Components], budget: Budget) -> Selection:
         full = {name: len(components.sigma) for name, components in matrices.items()}
         ranks = {name: full[name] if k is None else k for name, k in self.ranks.items() if name in matrices}
-        return of_ranks(matrices, budget, ranks, self.eight_bit & matrices.keys())
+        return of_ranks(matrices, _of_any_rank(budget), ranks, self.eight_bit & matrices.keys())
 
     def _entry(self, name: str) -> dict[str, Any]:
         rank, shape = self.ranks[name], self.shapes[name]
@@ -157,6 +175,11 @@ class Plan:
         if self.drifts is not None and name in self.drifts:
             entry["first_order_sum"] = float(f"{self.drifts[name]:.3g}")
         return entry | {"shape": list(shape)}
+
+
+def _of_any_rank(budget: Budget) -> Budget:
+    """Return the budget of a plan: its ranks are followed as they are, whether or not they are multiples."""
+    return replace(budget, planned=True, rank_multiple=1)
 
 
 def check_plan_output(path: str | Path) -> Path:

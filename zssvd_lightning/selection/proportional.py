@@ -23,31 +23,41 @@ def effective_rank_of(sigma: Tensor) -> float:
 
 
 def proportional_ranks(
-    weights: Sequence[float], costs: Sequence[Sequence[int]], floors: Sequence[int], allowed: int
+    weights: Sequence[float], costs: Sequence[Sequence[int]], stops: Sequence[Sequence[int]], allowed: int
 ) -> list[int]:
     """Return the ranks `clip(floor(t w), floor, full)` for the largest t that fits, plus further ranks that still fit.
 
-    Ranks are granted one at a time, in the order in which a growing t reaches them. Ties go to the earlier matrix.
+    Ranks are granted one step at a time, in the order in which a growing t reaches them. Ties go to the earlier matrix.
+    A step of several components comes when t reaches their mean, so that `t w` is rounded to about the nearest step.
 
     Args:
         weights: positive weight w of each matrix.
-        costs: cost of each matrix by rank, from 0 to full rank, never decreasing. The floors together must fit.
-        floors: lowest rank of each matrix.
+        costs: cost of each matrix by rank, from 0 to full rank, never decreasing. The lowest stops together must fit.
+        stops: possible ranks of each matrix, ascending from its floor.
         allowed: maximum total cost.
 
     Example:
-        >>> proportional_ranks([1.0, 2.0], [[0, 1, 2, 3], [0, 1, 2, 3]], floors=[0, 0], allowed=3)
+        >>> proportional_ranks([1.0, 2.0], [[0, 1, 2, 3], [0, 1, 2, 3]], stops=[range(4), range(4)], allowed=3)
         [1, 2]
+        >>> proportional_ranks([1.0, 2.0], [[0, 1, 2, 3], [0, 1, 2, 3]], stops=[[0, 2], [1, 3]], allowed=4)
+        [0, 3]
     """
-    ranks = list(floors)
-    left = allowed - sum(cost[rank] for cost, rank in zip(costs, ranks, strict=True))
-    coming = [((rank + 1) / weight, i) for i, (rank, weight) in enumerate(zip(ranks, weights, strict=True))]
-    heapq.heapify(coming)
+    at = [0] * len(stops)
+    left = allowed - sum(cost[stop[0]] for cost, stop in zip(costs, stops, strict=True))
+    coming: list[tuple[float, int]] = []
+
+    def offer(i: int) -> None:
+        if at[i] + 1 < len(stops[i]):
+            rank, higher = stops[i][at[i] : at[i] + 2]
+            heapq.heappush(coming, ((rank + 1 + higher) / 2 / weights[i], i))
+
+    for i in range(len(stops)):
+        offer(i)
     while coming:
         _, i = heapq.heappop(coming)
-        rank = ranks[i] + 1
-        if rank < len(costs[i]) and costs[i][rank] - costs[i][rank - 1] <= left:
-            left -= costs[i][rank] - costs[i][rank - 1]
-            ranks[i] = rank
-            heapq.heappush(coming, ((rank + 1) / weights[i], i))
-    return ranks
+        rank, higher = stops[i][at[i] : at[i] + 2]
+        if costs[i][higher] - costs[i][rank] <= left:
+            left -= costs[i][higher] - costs[i][rank]
+            at[i] += 1
+            offer(i)
+    return [stop[i] for stop, i in zip(stops, at, strict=True)]

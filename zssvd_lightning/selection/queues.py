@@ -1,4 +1,4 @@
-"""Priority queues that choose which matrix drops its next component."""
+"""Priority queues that choose which matrix drops its next components."""
 
 import heapq
 from collections.abc import Callable
@@ -6,16 +6,23 @@ from typing import NamedTuple, Protocol
 
 
 class Candidate(NamedTuple):
-    """Component that a matrix would drop next."""
+    """Components that a matrix would drop next, all or none of them: a single one, or one step of its rank.
+
+    Means are over these components.
+    """
 
     matrix: int
     """Index of the matrix."""
+    components: int
+    """Number of components."""
     sigma: float
-    """Singular value."""
+    """Mean singular value."""
     delta: float
-    """Predicted first-order change of the loss from dropping it."""
+    """Predicted first-order change of the loss from dropping them: the sum over the components."""
+    magnitude: float
+    """Mean absolute value of the first-order change of a component."""
     second_order: float
-    """Predicted second-order change of the loss from dropping it."""
+    """Mean second-order change of the loss from dropping a component."""
     cost: float
     """Mean cost of a component of this matrix."""
 
@@ -58,6 +65,7 @@ class ZeroSum:
     """Queue that keeps the running sum of delta near zero (arXiv 2602.02848).
 
     It takes the candidate with the smallest key among those whose sign of delta brings the sum back toward zero.
+    Components that are dropped together count by the sum of their deltas.
     """
 
     def __init__(self, size: Key) -> None:

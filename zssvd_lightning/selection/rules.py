@@ -3,13 +3,16 @@
 The input of a rule is a list of components per matrix: sigma in descending order, and delta, the predicted change of
 the loss from dropping each. The output is the set of remaining components. The rule knows the cost of each rank and
 nothing else about storage. Greedy rules differ in the order in which a matrix offers its components and in the queue
-(`queues`) that picks the next one; `_drop_until_met` does the rest. The other rules state the loss or weight of each
+(`queues`) that picks the next ones; `_drop_until_met` does the rest. The other rules state the loss or weight of each
 rank, and `knapsack` or `proportional` solves for all matrices together.
+
+Ranks are those of `Budget.ranks`. With `rank_multiple` 1, every rule is the published one. With more, a matrix gains
+and loses whole steps: a greedy rule orders steps by the mean over their components of what it orders components by.
 """
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ from zssvd_lightning.selection.components import Components, Selection
 from zssvd_lightning.selection.knapsack import least_loss
 from zssvd_lightning.selection.proportional import effective_rank_of, proportional_ranks
 from zssvd_lightning.selection.queues import Candidate, Queue, SmallestFirst, ZeroSum
+from zssvd_lightning.selection.walk import Walk
 
 Select = Callable[[Mapping[str, Components], Budget], Selection]
 """Function that selects the remaining components of all matrices within a budget."""
@@ -59,7 +63,7 @@ class Rule:
 
 def zero_sum(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """Apply the zero-sum rule: two heaps, with the running sum of delta held near zero (arXiv 2602.02848)."""
-    return _drop_until_met(matrices, budget, ZeroSum(lambda offer: abs(offer.delta)))
+    return _drop_until_met(matrices, budget, ZeroSum(lambda offer: offer.magnitude))
 
 
 def zero_sum_curvature(matrices: Mapping[str, Components], budget: Budget) -> Selection:
@@ -73,17 +77,17 @@ def zero_sum_curvature(matrices: Mapping[str, Components], budget: Budget) -> Se
 
 def abs_delta(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """Drop the smallest |delta| first, where each matrix offers only its smallest remaining sigma."""
-    return _drop_until_met(matrices, budget, SmallestFirst(lambda offer: abs(offer.delta)))
+    return _drop_until_met(matrices, budget, SmallestFirst(lambda offer: offer.magnitude))
 
 
 def abs_delta_unordered(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """Drop the smallest |delta| first, regardless of sigma. The result need not be a truncation of the matrix."""
-    return _drop_until_met(matrices, budget, SmallestFirst(lambda offer: abs(offer.delta)), _by_abs_delta)
+    return _drop_until_met(matrices, budget, SmallestFirst(lambda offer: offer.magnitude), _by_abs_delta)
 
 
 def most_negative(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """Drop the smallest signed delta first: the component predicted to lower the loss most."""
-    return _drop_until_met(matrices, budget, SmallestFirst(lambda offer: offer.delta))
+    return _drop_until_met(matrices, budget, SmallestFirst(lambda offer: offer.delta / offer.components))
 
 
 def sigma(matrices: Mapping[str, Components], budget: Budget) -> Selection:
@@ -94,20 +98,40 @@ def sigma(matrices: Mapping[str, Components], budget: Budget) -> Selection:
 def uniform(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """Remove the same fraction of every matrix, as SVD-LLM does (arXiv 2403.07378).
 
-    With storage `factors` the rank is `k = floor((1 - prune_ratio) m n / (m + n))`.
+    With storage `factors` the rank is `k = floor((1 - prune_ratio) m n / (m + n))`. Where ranks have steps of several
+    components, it is the next multiple below; then the matrices that miss their share by most, as a fraction of
+    their cost, get one step more while the budget lasts.
 
     Raises:
         BudgetError: a rank is below the floor of its matrix.
     """
-    ranks = {}
+    return of_ranks(matrices, budget, uniform_ranks(budget))
+
+
+def uniform_ranks(budget: Budget) -> dict[str, int]:
+    """Return the ranks of `uniform`: each matrix costs about its share, and all together at most `1 - prune_ratio`.
+
+    Raises:
+        BudgetError: a rank is below the floor of its matrix.
+    """
+    ranks, missing = {}, {}
     for name, (m, n) in budget.shapes.items():
-        ranks[name] = bisect_right(budget.costs(name), (1 - budget.prune_ratio) * budget.reference(name) + 1e-9) - 1
+        share, costs = (1 - budget.prune_ratio) * budget.reference(name), budget.costs(name)
+        ranks[name] = bisect_right(costs, share + 1e-9) - 1
         if ranks[name] < budget.floor(name):
             raise BudgetError(
                 f"uniform ranks give {name} ({m}, {n}) rank {ranks[name]}, below its floor {budget.floor(name)}; "
-                "lower min_rank_fraction or prune_ratio, or use a global selection"
+                "lower min_rank_fraction, rank_multiple or prune_ratio, or use a global selection"
             )
-    return of_ranks(matrices, budget, ranks)
+        if budget.step(name) > 1:
+            missing[name] = (share - costs[ranks[name]]) / budget.reference(name)
+    left = budget.allowed - sum(budget.costs(name)[rank] for name, rank in ranks.items())
+    for name in sorted(missing, key=lambda name: -missing[name]):
+        costs, higher = budget.costs(name), next((k for k in budget.stops(name) if k > ranks[name]), ranks[name])
+        if costs[higher] - costs[ranks[name]] <= left:
+            left -= costs[higher] - costs[ranks[name]]
+            ranks[name] = higher
+    return ranks
 
 
 def effective_rank(matrices: Mapping[str, Components], budget: Budget) -> Selection:
@@ -119,8 +143,8 @@ def effective_rank(matrices: Mapping[str, Components], budget: Budget) -> Select
     """
     names = list(matrices)
     weights = [(effective_rank_of(matrices[name].sigma) / budget.component_cost(name)) ** 0.5 for name in names]
-    costs, floors = [budget.costs(name) for name in names], [budget.floor(name) for name in names]
-    ranks = proportional_ranks(weights, costs, floors, budget.allowed)
+    costs, stops = [budget.costs(name) for name in names], [budget.stops(name) for name in names]
+    ranks = proportional_ranks(weights, costs, stops, budget.allowed)
     return of_ranks(matrices, budget, dict(zip(names, ranks, strict=True)))
 
 
@@ -147,8 +171,12 @@ def of_ranks(
     ranks: Mapping[str, int],
     eight_bit: Collection[str] = (),
 ) -> Selection:
-    """Select the largest components of each matrix up to its rank, and store the matrices in `eight_bit` in 8 bits."""
-    return _selection(matrices, budget, {name: torch.arange(rank) for name, rank in ranks.items()}, eight_bit)
+    """Select the largest components of each matrix up to its rank, and store the matrices in `eight_bit` in 8 bits.
+
+    A rank that is no multiple of the step of its matrix is raised to the next one, as `Budget.costs` counts it.
+    """
+    raised = {name: budget.rounded_up(name, rank, eight_bit=name in eight_bit) for name, rank in ranks.items()}
+    return _selection(matrices, budget, {name: torch.arange(rank) for name, rank in raised.items()}, eight_bit)
 
 
 RULES: Registry[Rule] = Registry(
@@ -185,38 +213,54 @@ def _drop_until_met(
     queue: Queue,
     drop_order: Callable[[Components], Tensor] = _by_sigma,
 ) -> Selection:
-    """Drop one component after another until the budget is met. Each matrix offers one at a time, in `drop_order`."""
+    """Drop components until the budget is met. Each matrix offers those of its next step, in `drop_order`.
+
+    A step ends at the next lower stop of `Budget.stops`. Above the highest low rank, steps are single components.
+    """
     names = list(matrices)
     orders = [drop_order(matrices[name]).tolist() for name in names]
     sigmas = [matrices[name].sigma.tolist() for name in names]
     deltas = [matrices[name].delta.tolist() for name in names]
     second_orders = [matrices[name].second_order.tolist() for name in names]
     ranks = [len(order) for order in orders]
-    floors = [budget.floor(name) for name in names]
+    lower = [list(budget.stops(name)[:-1]) for name in names]
     costs = [budget.costs(name) for name in names]
     averages = [budget.component_cost(name) for name in names]
 
     def offer(i: int) -> None:
-        if ranks[i] > floors[i]:
-            component = orders[i][len(orders[i]) - ranks[i]]
+        if lower[i]:
+            full = len(orders[i])
+            step = orders[i][full - ranks[i] : full - lower[i][-1]]
+            delta = [deltas[i][component] for component in step]
             queue.offer(
-                Candidate(i, sigmas[i][component], deltas[i][component], second_orders[i][component], averages[i])
+                Candidate(
+                    matrix=i,
+                    components=len(step),
+                    sigma=sum(sigmas[i][component] for component in step) / len(step),
+                    delta=sum(delta),
+                    magnitude=sum(map(abs, delta)) / len(step),
+                    second_order=sum(second_orders[i][component] for component in step) / len(step),
+                    cost=averages[i],
+                )
             )
 
     for i in range(len(names)):
         offer(i)
     allowed = budget.allowed
-    stays = sum(cost[rank] for cost, rank in zip(costs, ranks, strict=True))
+    stays, walk = sum(cost[rank] for cost, rank in zip(costs, ranks, strict=True)), Walk()
     while stays > allowed:
         i = queue.take()
-        stays -= costs[i][ranks[i]] - costs[i][ranks[i] - 1]
-        ranks[i] -= 1
+        rank, full = lower[i].pop(), len(orders[i])
+        for component in orders[i][full - ranks[i] : full - rank]:
+            walk.add(deltas[i][component])
+        stays -= costs[i][ranks[i]] - costs[i][rank]
+        ranks[i] = rank
         offer(i)
     kept = {
         name: torch.tensor(sorted(order[len(order) - rank :]), dtype=torch.long)
         for name, order, rank in zip(names, orders, ranks, strict=True)
     }
-    return _selection(matrices, budget, kept)
+    return replace(_selection(matrices, budget, kept), walk=walk)
 
 
 def _of_least_loss(

@@ -90,14 +90,14 @@ def _also_found(form: Any, known: Iterable[Any]) -> Any:
 
 def _wrong_layer(entry: Storage) -> str | None:
     from zssvd_lightning.layers.low_rank import LowRankLinear
-    from zssvd_lightning.layers.pivoted import PivotedLinear
+    from zssvd_lightning.layers.pivoted import PivotForm
     from zssvd_lightning.layers.registry import KINDS
 
     form = (KINDS | {form.kind: form for form in entry.classes}).get(entry.layer)
-    if form is None or not issubclass(form, LowRankLinear | PivotedLinear):
-        trained = [kind for kind, known in KINDS.items() if issubclass(known, LowRankLinear | PivotedLinear)]
+    if form is None or not issubclass(form, LowRankLinear | PivotForm):
+        trained = [kind for kind, known in KINDS.items() if issubclass(known, LowRankLinear | PivotForm)]
         return f"a Storage whose layer is {' or '.join(trained)}, or the kind of one of its classes with factors"
-    if issubclass(form, PivotedLinear) and entry.rounds:
+    if issubclass(form, PivotForm) and entry.rounds:
         return "a Storage that does not round, because pivoted layers have no form in 8 bits"
     return None
 

@@ -1,5 +1,6 @@
 """What the state of a compression in a checkpoint, and its report, must look like to be loaded."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from zssvd_lightning._state_checks import (
     FaultError,
     anything,
     entries,
+    fault,
     finite,
     finite_tensor,
     listed,
@@ -28,6 +30,43 @@ IMPORTANCES = optional(mapped(listed(finite_tensor, 2)))
 """Importance of outputs and inputs of each layer."""
 
 
+TRACE = optional(
+    entries(
+        {
+            "positions": mapped(listed(whole)),
+            "spectra": mapped(listed(number)),
+            "sensitivities": optional(
+                entries({"edges": listed(number), "kept": listed(whole), "dropped": listed(whole)})
+            ),
+            "walk": optional(
+                entries(
+                    {
+                        "removals": whole,
+                        "stride": whole,
+                        "lowest": listed(number),
+                        "highest": listed(number),
+                        "total": number,
+                        "length": number,
+                    }
+                )
+            ),
+            "states": listed(
+                entries(
+                    {
+                        "kind": text,
+                        "loss": optional(number),
+                        "taken_back": yes_or_no,
+                        "first_order": optional(number),
+                        "second_order": optional(number),
+                    }
+                )
+            ),
+        }
+    )
+)
+"""`Trace.to_dict`."""
+
+
 _REPORT = entries(
     {
         "prune_ratio": entries(
@@ -35,7 +74,17 @@ _REPORT = entries(
         ),
         "parameters": entries({"before": whole, "after": whole, "model": entries({"before": whole})}),
         "ranks": mapped(
-            entries({"rank": optional(whole), "shape": SIZES, "kept": whole, "in_8_bits": yes_or_no}, ("in_8_bits",))
+            entries(
+                {
+                    "rank": optional(whole),
+                    "shape": SIZES,
+                    "kept": whole,
+                    "in_8_bits": yes_or_no,
+                    "highest": optional(whole),
+                    "flops": optional(whole),
+                },
+                ("in_8_bits", "highest", "flops"),
+            )
         ),
         "first_order_sum": number,
         "predicted_drift": number,
@@ -58,6 +107,9 @@ _REPORT = entries(
         "file_bytes": optional(mapped(number)),
         "peak_rss_bytes": whole,
         "left_dense": mapped(text),
+        "rank_multiple": whole,
+        "trace": TRACE,
+        "continuations": optional(mapped(text)),
         "seed": optional(whole),
         "config": mapped(anything),
     },
@@ -70,6 +122,9 @@ _REPORT = entries(
         "perplexity_second",
         "file_bytes",
         "left_dense",
+        "rank_multiple",
+        "trace",
+        "continuations",
     ),
 )
 
@@ -79,6 +134,34 @@ def REPORT(value: Any, key: str) -> None:  # noqa: N802  a check like the others
     _REPORT(value, key)
     if "first_order_sum" not in value and "predicted_drift" not in value:
         raise FaultError(f"{key}.first_order_sum is missing".removeprefix("."))
+
+
+_MEASURED = (
+    "first_order_sum",
+    "predicted_drift",
+    "losses",
+    "correction_fractions",
+    "seconds",
+    "kept_back",
+    "perplexity",
+    "perplexity_second",
+)
+"""Entries of a report that can hold numbers that are not finite."""
+
+
+def with_nan(report: Any) -> Any:
+    """Return a report that was read from JSON, with NaN where null stands for a number that is not finite."""
+    if not isinstance(report, Mapping):
+        return report
+    return {**report, **{key: _with_nan(report[key]) for key in _MEASURED if key in report}}
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else value
 
 
 def _moments(sums: Check) -> Check:
@@ -138,6 +221,15 @@ COMPONENTS = entries(
 )
 
 
+def _width(value: Any, key: str) -> None:
+    """Check an entry of `FreeWidths.state_dict`."""
+    if not isinstance(value, list) or len(value) != 3:
+        raise fault(key, value, "producers, consumer and verdict of a hidden width")
+    listed(text)(value[0], f"{key}[0]")
+    text(value[1], f"{key}[1]")
+    yes_or_no(value[2], f"{key}[2]")
+
+
 COMPRESSION = entries(
     {
         "config": mapped(anything),
@@ -155,6 +247,7 @@ COMPRESSION = entries(
             },
             ("kept",),
         ),
+        "widths": listed(_width),
         "originals": optional(mapped(finite_tensor)),
         "factors": FACTORS,
         "found": optional(mapped(entries({"left": finite_tensor, "right": finite_tensor, "components": COMPONENTS}))),
@@ -166,10 +259,12 @@ COMPRESSION = entries(
         "fractions": listed(number),
         "truncations": whole,
         "truncation_loss": number,
+        "trace": TRACE,
         "safeguard": SAFEGUARD,
         "seconds": mapped(number),
     },
-    ("truncation_loss", "safeguard", "left_dense", "importances"),  # not in checkpoints of earlier releases
+    # not in checkpoints of earlier releases
+    ("truncation_loss", "trace", "safeguard", "left_dense", "importances", "widths"),
 )
 """`snapshot.state_of`."""
 

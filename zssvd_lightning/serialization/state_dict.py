@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.layers.base import ADAPTER_NOTE, LOADING_NOTE, CompressedLinear, Dense, shape_of
+from zssvd_lightning.layers.base import ADAPTER_NOTE, LOADING_NOTE, NOTE, CompressedLinear, Dense, shape_of
 from zssvd_lightning.layers.registry import KINDS, Factored, dense_like, layer_like
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.adapters import Adapter
@@ -130,7 +130,7 @@ def _refuse_foreign(
     found = {
         name: tuple(value.shape)
         for name, value in weights.items()
-        if isinstance(value, Tensor) and LOADING_NOTE not in name and ADAPTER_NOTE not in name
+        if isinstance(value, Tensor) and f".{NOTE}" not in name and ADAPTER_NOTE not in name
     }
     checked = {name for name in expected.keys() | found.keys() if not name.startswith(tuple(left_to_themselves))}
     complaints = []

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from zssvd_lightning.errors import SavedModelError, UnsupportedServingError
 from zssvd_lightning.layers.int8 import Int8LowRankLinear
-from zssvd_lightning.layers.pivoted import PivotedLinear
+from zssvd_lightning.layers.pivoted import PivotedLinear, PivotForm
+from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
 from zssvd_lightning.layers.registry import KINDS
 
 Spec = Mapping[str, Any]
@@ -71,8 +72,8 @@ class FusedLinear(nn.Module):
         """Load this process's share of a saved tensor.
 
         Engines transpose the weights of `Conv1D` and so also its factors; the shape shows whether a tensor is
-        transposed. Factors are never square, but the coefficients of pivot rows may be. Square tensors of a pivoted
-        layer are therefore placed in `check`, once its pivot rows have shown the orientation.
+        transposed. Factors are never square, but the coefficients of pivoted layers may be. Their square tensors are
+        therefore placed in `check`, once the pivots have shown the orientation.
 
         Args:
             index: index of the part.
@@ -91,7 +92,7 @@ class FusedLinear(nn.Module):
             )
         if turned:
             self._turned.add(index)
-        if part.spec and part.spec["kind"] == PivotedLinear.kind and shape[:1] == shape[1:]:
+        if part.spec and issubclass(KINDS[part.spec["kind"]], PivotForm) and shape[:1] == shape[1:]:
             self._square.append((index, name, saved.clone()))
         else:
             self._place(index, name, whole)
@@ -136,7 +137,9 @@ def _has_share(kind: str, saved: tuple[int, int], held: tuple[int, int]) -> bool
     """Return True if a layer of this kind can have a share of this shape."""
     if kind == Int8LowRankLinear.kind:
         return saved == held
-    return kind != PivotedLinear.kind or saved[0] == held[0]  # a share of the rows would need all pivot rows
+    if kind == ColumnPivotedLinear.kind:
+        return saved[1] == held[1]  # a share of the columns would need all pivot columns
+    return kind != PivotedLinear.kind or saved[0] == held[0]
 
 
 def _layer(spec: Spec | None, shape: tuple[int, int], dtype: torch.dtype, *, bias: bool) -> nn.Module:

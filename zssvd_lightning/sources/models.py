@@ -11,7 +11,14 @@ from tempfile import TemporaryDirectory
 import torch
 from packaging.requirements import Requirement
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from zssvd_lightning._files import checked_path
 from zssvd_lightning.errors import ConfigError, ModelSourceError
@@ -40,19 +47,29 @@ def load_model(source: str, dtype: str = "float32") -> tuple[PreTrainedModel, Pr
     """
     if source.startswith("package:"):
         return _from_package(source.removeprefix("package:"), dtype)
-    folder = checked_path(source, ModelSourceError, "model source")
-    looks_local = folder.exists() or source.startswith((".", "/", "~"))
-    if looks_local and not (folder / "config.json").is_file():
-        raise ModelSourceError(f"model folder {source} has no config.json; name a folder that save_pretrained wrote")
-    location = str(folder) if looks_local else source
-    try:
+    location = _location(source)
+    with _explained(source):
         tokenizer = AutoTokenizer.from_pretrained(location)
-        model = from_pretrained(location, dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelSourceError(
-            f"cannot load model {source!r}: {error}. Sources are package:NAME, a local folder, or a hub id"
-        ) from error
-    return model, tokenizer
+        return from_pretrained(location, dtype), tokenizer
+
+
+def load_weights(source: str, dtype: str = "float32") -> PreTrainedModel:
+    """Load a model of any task, without a tokenizer. Arguments and errors as in `load_model`."""
+    if source.startswith("package:"):
+        return _from_package(source.removeprefix("package:"), dtype)[0]
+    location = _location(source)
+    with _explained(source):
+        return from_pretrained(location, dtype)
+
+
+def load_model_config(source: str) -> PreTrainedConfig:
+    """Return the config of a model source, or of a file `config.json`. Errors as in `load_model`."""
+    if source.startswith("package:"):
+        return _from_package(source.removeprefix("package:"), "auto")[0].config
+    location = _location(str(Path(source).parent) if source.endswith("config.json") else source)
+    with _explained(source):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(location)
+        return config
 
 
 def refuse_long_windows(model: PreTrainedModel, **lengths: int) -> None:
@@ -76,6 +93,26 @@ def longest_input(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config(decoder=True)
     found = [getattr(config, name, None) for name in LIMITS]
     return min((limit for limit in found if isinstance(limit, int) and limit > 0), default=None)
+
+
+def _location(source: str) -> str:
+    """Return a local folder with a config, or a hub id."""
+    folder = checked_path(source, ModelSourceError, "model source")
+    looks_local = folder.exists() or source.startswith((".", "/", "~"))
+    if looks_local and not (folder / "config.json").is_file():
+        raise ModelSourceError(f"model folder {source} has no config.json; name a folder that save_pretrained wrote")
+    return str(folder) if looks_local else source
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turn errors of transformers into a ModelSourceError that names the source."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelSourceError(
+            f"cannot load model {source!r}: {error}. Sources are package:NAME, a local folder, or a hub id"
+        ) from error
 
 
 def _from_package(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -18,6 +18,7 @@ class DDPAdapter(StrategyAdapter):
     """
 
     serves = (DDPStrategy,)
+    compresses_again = True
 
     @cached_property
     def team(self) -> Team:

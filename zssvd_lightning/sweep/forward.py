@@ -49,6 +49,8 @@ class SharedState:
         """Observe layers in a model or block; see `hooks.observing`."""
         outputs = moments if self.inputs and self.statistics.output_side is not None else None
         with observing(model, layers, moments, mask, self.inputs, outputs) as observation:
+            if self.inputs and self.statistics.finds_widths:
+                observation.watch_widths(self.statistics.free_widths)
             if (spectra := self.statistics.spectra) is not None:
                 of_layers = {name: spectra[name].to(target.weight.device) for name, target in layers.items()}
                 observation.watch_components(of_layers, moments)

@@ -5,6 +5,7 @@ token. Each row of D (T, m) is the gradient of the loss, summed over its terms, 
 `Moments` stores sums in float32 or wider, so that batches of any length and any number of processes add up exactly.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from copy import copy
@@ -60,6 +61,8 @@ class Moments:
     """Layer -> sum over tokens of the squared derivative of the loss by each component (r,), if collected."""
     output_side: str | None = None
     """Source of the output gradients: a key of `output_gradients.OUTPUT_GRADIENTS`, or None if unknown."""
+    widths: list[Any] = field(default_factory=list)
+    """Hidden widths whose order was tried: the `state_dict` of `calibration.free_widths.FreeWidths`."""
     watched: list[str] = field(default_factory=list)
     """Layers that the statistics were to be gathered of, including those that never ran. Empty if unknown."""
 
@@ -267,6 +270,25 @@ class Moments:
         if not torch.isfinite(size):
             raise NonFiniteError(f"the gradient at {name} is NaN or infinite; lower the loss scale")
         return total / self.loss_terms
+
+
+def statistics_bytes(
+    shape: tuple[int, int], dtype: torch.dtype, *, outputs: bool, parts: int = 1, sets: int = 1
+) -> int:
+    """Return the bytes of the sums of one layer that shares its input with no other.
+
+    They are those of `X^T X` (n, n), the gradient (m, n) and, with `outputs`, `D^T D` (m, m).
+
+    Args:
+        shape: shape (m, n) of the weight.
+        dtype: type of weights and inputs.
+        outputs: True if output gradients are collected.
+        parts: number of processes that each hold rows of the first two. The last is whole on each.
+        sets: number of copies of the second moments.
+    """
+    m, n = shape
+    numbers = (sets * n * n + m * n) / parts + (sets * m * m if outputs else 0)
+    return math.ceil(numbers) * accumulated(dtype).itemsize
 
 
 def _is_finite_square(A: Tensor) -> bool:

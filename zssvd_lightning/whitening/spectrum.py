@@ -10,11 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zssvd_lightning._numerics import in_float64
 from zssvd_lightning.whitening.cholesky import Whitening
-
-SMALLEST_BY_SQUARE = 1e-7
-"""Bound on the ratio of smallest to largest singular value, above which the SVD comes from a float64 Gram matrix."""
+from zssvd_lightning.whitening.svd import thin_svd
 
 
 class Step(NamedTuple):
@@ -98,49 +95,3 @@ class Spectrum:
     def to(self, device: torch.device | str) -> "Spectrum":
         """Return this spectrum on another device."""
         return Spectrum(self.left.to(device), self.sigma.to(device), self.right.to(device))
-
-
-def thin_svd(Z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the thin SVD of a finite Z (m, n).
-
-    For float32, use the eigenvectors of the smaller of `Z^T Z` and `Z Z^T` in float64. This is faster than
-    bidiagonalization in float32, and small singular values are accurate to the last digit. For other types and for
-    rank-deficient Z, use divide and conquer. If that does not converge, which can happen for valid finite matrices,
-    retry on the transpose in float64.
-
-    Returns:
-        U (m, r), sigma (r,) and Vh (r, n), with the type and device of Z.
-
-    Raises:
-        torch.linalg.LinAlgError: the retry did not converge either, or Z is not finite.
-    """
-    if Z.dtype == torch.float32 and (found := _svd_by_square(Z)) is not None:
-        return found
-    try:
-        U, sigma, Vh = torch.linalg.svd(Z, full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        V, sigma, Uh = (part.to(Z) for part in torch.linalg.svd(in_float64(Z).T, full_matrices=False))
-        U, Vh = Uh.T, V.T
-    return U, sigma, Vh
-
-
-def _svd_by_square(Z: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Compute the SVD from the eigenvectors V of the smaller Gram matrix, using `Z V = U diag(sigma)`.
-
-    Return None if the eigendecomposition fails, or if a column of `Z V` is so short that rounding of the Gram matrix
-    would make it non-orthogonal to the others.
-    """
-    wide = Z.shape[0] < Z.shape[1]
-    tall = in_float64(Z.T if wide else Z)
-    try:
-        _, V = torch.linalg.eigh(tall.T @ tall)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return None
-    US = tall @ V
-    del tall  # a float64 copy of Z
-    lengths = US.norm(dim=0)
-    sigma, order = lengths.sort(descending=True)
-    if not sigma[-1] > SMALLEST_BY_SQUARE * sigma[0]:
-        return None
-    U, sigma, V = US.div_(lengths).to(Z)[:, order], sigma.to(Z), V.to(Z)[:, order]
-    return (V, sigma, U.T) if wide else (U, sigma, V.T)

@@ -23,11 +23,11 @@ from zssvd_lightning.app.run_config import CalibrationConfig, EvaluateConfig, Mo
 from zssvd_lightning.app.workspace import calibration_windows
 from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.gathering import loss_in
-from zssvd_lightning.compression.pipeline import calibrate, compress
+from zssvd_lightning.compression.pipeline import calibrate, compress, coverage_of
 from zssvd_lightning.compression.report import VERSIONS
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.loading import load_config
-from zssvd_lightning.errors import NonFiniteError, SavedModelError
+from zssvd_lightning.errors import NonFiniteError, SavedModelError, ZSSVDError
 from zssvd_lightning.evaluation import perplexity as evaluation
 from zssvd_lightning.evaluation import zero_shot
 from zssvd_lightning.serialization.integrity import digest
@@ -49,6 +49,8 @@ class Job:
     statistics: str | None = None
     """File with the statistics of the first calibration. It is written by a job without evaluation and read by others;
     when None, the job gathers the statistics."""
+    checks: dict[str, Any] = field(default_factory=dict)
+    """`Settings` of cells as plain mappings, by name. The job only checks their layers, budgets and windows."""
 
 
 def read_job(text: str) -> Job:
@@ -213,6 +215,8 @@ class Material:
 
 def _found(job: Job) -> dict[str, Any]:
     settings = job.settings
+    if job.checks:
+        return {"refused": _refused(job)}
     if settings.calibration is not None and settings.compression is not None:
         if settings.evaluation is not None:
             return _compressed(job, settings.calibration, settings.compression, settings.evaluation)
@@ -222,6 +226,22 @@ def _found(job: Job) -> dict[str, Any]:
         material = Material(settings.model)
         return material.measured(material.windows(settings.evaluation), settings.evaluation)
     raise ValueError(f"a job that evaluates nothing must calibrate into a file: {job}")
+
+
+def _refused(job: Job) -> dict[str, str]:
+    """Return the error of each cell that the model refuses, by name. No text is read."""
+    model, _ = load_model(job.settings.model.source, job.settings.model.dtype)
+    refused = {}
+    for name, tree in job.checks.items():
+        settings = load_config(Settings, defaults=tree)
+        try:
+            if settings.calibration is not None:
+                refuse_long_windows(model, calibration_length=settings.calibration.length)
+            if settings.compression is not None:
+                coverage_of(model, settings.compression)
+        except ZSSVDError as error:
+            refused[name] = one_line(f"{type(error).__name__}: {error}")
+    return refused
 
 
 def _gathered(

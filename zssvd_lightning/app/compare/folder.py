@@ -24,7 +24,7 @@ LOCK = ".lock"
 
 OWN = {
     "": re.compile("|".join(map(re.escape, NAMES))),
-    CELLS: re.compile(r"(dense|.+-(0\.\d+|\d(\.\d+)?e-\d+)--?\d+)\.(json|log)"),
+    CELLS: re.compile(r"(dense|check|.+-(0\.\d+|\d(\.\d+)?e-\d+)--?\d+)\.(json|log)"),
     CALIBRATION: re.compile(r"seed--?\d+-[0-9a-f]{12}\.(pt|json|log)"),
 }
 """Patterns of the names of files that a comparison writes, by folder."""

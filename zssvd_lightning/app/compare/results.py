@@ -203,7 +203,9 @@ def write_results(folder: Path, results: Results) -> None:
         file.write_text(json.dumps(results.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     with replacing_file(folder / MARKDOWN) as file:
         file.write_text(results.markdown(), encoding="utf-8")
-    if not draw(results.curves(), folder / PICTURE):
+    model, evaluation = results.comparison.dense.model.source, results.comparison.dense.evaluation
+    texts = [] if evaluation is None else [text for text in (evaluation.text, evaluation.second) if text is not None]
+    if not draw(results.curves(), folder / PICTURE, ": ".join([model, *([", ".join(texts)] if texts else [])])):
         (folder / PICTURE).unlink(missing_ok=True)  # from earlier results
 
 

@@ -27,7 +27,8 @@ from zssvd_lightning.app.compare.arguments import Cell, Comparison, Settings, re
 from zssvd_lightning.app.compare.cell import Job, gathering_result, read_result, sources, versions, write_result
 from zssvd_lightning.app.compare.folder import CALIBRATION, CELLS, alone_in, check_folder, clear_unfinished, is_own
 from zssvd_lightning.app.compare.results import Results, write_results
-from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.config.compression import CompressionConfig, settings_of_saved
+from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.evaluation import zero_shot
 
 PROGRAM = "zssvd_lightning.app.compare"
@@ -58,6 +59,7 @@ def in_a_process(job: Job) -> int:
 def compare(arguments: Sequence[str], runner: Runner = in_a_process, progress: bool = True) -> Results:
     """Measure the dense model once, and every preset at every prune ratio with every calibration seed.
 
+    First, the layers, budgets and windows of all cells that are to run are checked on the model, before a text is read.
     Results already in the output folder are reused if settings, versions, model and texts are the same. If a cell
     fails, the results contain its error and the other cells still run.
 
@@ -70,7 +72,7 @@ def compare(arguments: Sequence[str], runner: Runner = in_a_process, progress: b
         The results, which are also written to the output folder.
 
     Raises:
-        ConfigError: the arguments are invalid.
+        ConfigError: the arguments are invalid, or the model refuses all cells.
         OutputError: the output folder has other content, cannot be written, or is in use by another comparison.
         TaskError: a task is unknown or does not load.
     """
@@ -141,6 +143,7 @@ class _Course:
         self.runner = runner
         self._gathered: dict[str, dict[str, Any]] = {}
         self._failed: set[str] = set()
+        self._refused: dict[str, str] = {}
 
     def run(self, progress: bool) -> tuple[dict[str, Any], dict[Cell, dict[str, Any]]]:
         """Return the results of the dense model and of each cell; cells that share statistics run in succession."""
@@ -150,6 +153,7 @@ class _Course:
             shared = calibration_name(gathering_settings(self.comparison.cells[cell]))
             groups.setdefault(shared, []).append(cell)
         found: dict[Cell, dict[str, Any]] = {}
+        self._check()
         with tqdm(total=1 + len(self.comparison.cells), unit="cell", disable=not progress) as bar:
             bar.set_description("dense")
             dense = self._result("dense", self.comparison.dense)
@@ -171,11 +175,37 @@ class _Course:
         with suppress(OSError):  # not empty
             self.calibration.rmdir()
 
+    def _check(self) -> None:
+        """Note which of the cells to run the model refuses, each for itself or with other seeds.
+
+        Raises:
+            ConfigError: it refuses all of them.
+        """
+        cells = self.comparison.cells
+        todo = [cell for cell in cells if _finished(self.cells / f"{cell.name}.json", cells[cell]) is None]
+        alike: dict[tuple[str, float], Cell] = {}
+        for cell in todo:
+            alike.setdefault((cell.preset, cell.prune_ratio), cell)
+        if not todo:
+            return
+        checks = {cell.name: asdict(cells[cell]) for cell in alike.values()}
+        job = Job(Settings(self.comparison.dense.model), str(self.cells / "check.json"), checks=checks)
+        refused = self._done(job).get("refused", {})  # without a result the cells say themselves what is wrong
+        for ending in ENDINGS[1:]:
+            Path(job.result).with_suffix(ending).unlink(missing_ok=True)
+        errors = {key: refused[cell.name] for key, cell in alike.items() if cell.name in refused}
+        if len(errors) == len(alike):
+            (preset, prune_ratio), error = next(iter(errors.items()))
+            raise ConfigError(f"no cell can run, for instance {preset} at {prune_ratio}: {error}")
+        self._refused = {cell.name: errors[key] for cell in todo if (key := (cell.preset, cell.prune_ratio)) in errors}
+
     def _result(self, name: str, settings: Settings, shared: str | None = None) -> dict[str, Any]:
         """Return the existing result of a cell, or run the cell."""
         path = self.cells / f"{name}.json"
         if (known := _finished(path, settings)) is not None:
             return known
+        if name in self._refused:
+            return _failed(Job(settings, str(path)), self._refused[name])
         if shared is None or not self.comparison.config.share_calibration:
             return self._done(Job(settings, str(path)))
         gathered = self._statistics(shared, settings)
@@ -223,7 +253,18 @@ class _Course:
 def _told(path: Path, settings: Settings) -> dict[str, Any] | None:
     """Return the result or error of the job with these settings; None if the file has neither."""
     told = read_result(path)
-    return told if told is not None and told.get("settings") == json.loads(json.dumps(asdict(settings))) else None
+    return told if told is not None and _with_later(told.get("settings")) == _plain(settings) else None
+
+
+def _plain(settings: Settings) -> Any:
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def _with_later(told: Any) -> Any:
+    """Return the settings of a result, with those of the compression that did not exist when it was written."""
+    if not isinstance(told, dict) or not isinstance(told.get("compression"), dict):
+        return told
+    return told | {"compression": settings_of_saved(told["compression"])}
 
 
 def _finished(path: Path, settings: Settings) -> dict[str, Any] | None:

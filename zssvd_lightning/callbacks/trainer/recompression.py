@@ -3,10 +3,12 @@
 from torch import nn
 
 from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.errors import UnsupportedTrainingError
 from zssvd_lightning.model.recompression import StandIns
 from zssvd_lightning.recovery.run import RecoveryRun
+from zssvd_lightning.serialization.specs import ranks_of
 from zssvd_lightning.strategies import StrategyAdapter
 
 
@@ -32,8 +34,8 @@ def stand_ins_in_training(
             strategy = type(adapter.trainer.strategy).__name__
             raise UnsupportedTrainingError(
                 f"{name} ({type(layer).__name__}) is low-rank already, and under {strategy} it cannot be compressed "
-                "again during training; train on one device, call zssvd_lightning.compress on the model before the "
-                "fit, or add it to ignore"
+                "again during training; train on one device or with strategy='ddp', call zssvd_lightning.compress on "
+                "the model before the fit, or add it to ignore"
             )
         if recovery is not None:
             recovery.settings.refuse_storage(layer.kind)
@@ -44,3 +46,9 @@ def is_outdated(compression: Compression) -> bool:
     """Return whether a compression must be created again before it starts, for the layers that the model has then."""
     modules = set(compression.model.modules())
     return any(target.module not in modules for target in compression.targets.values())
+
+
+def has_reported_ranks(model: nn.Module, report: Report) -> bool:
+    """Return whether the low-rank layers of a report are in the model, with the reported ranks."""
+    ranks = {name: layer.rank for name, layer in report.layers.items() if layer.rank is not None}
+    return ranks.items() <= ranks_of(model).items()

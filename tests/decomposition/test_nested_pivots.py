@@ -1,0 +1,80 @@
+"""One order whose first rows are pivots of several matrices at once."""
+
+import itertools
+
+import pytest
+import torch
+
+from zssvd_lightning.decomposition.nested_pivots import GAIN, _exchange, nested_order
+from zssvd_lightning.layers.pivots import coefficients
+
+
+def matrices(h, ranks, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(h, k, generator=generator, dtype=torch.float64) for k in ranks]
+
+
+def product_of_volumes(M, order):
+    return torch.stack([matrix[order[: matrix.shape[1]]].det().abs() for matrix in M]).prod()
+
+
+@pytest.mark.parametrize("ranks", [(3,), (2, 3), (3, 3, 3), (4, 2, 3), (1, 8, 5), (8,), (8, 8, 2)])
+def test_rows_are_pivots_and_coefficients_give_the_other_rows(ranks):
+    M = matrices(8, ranks)
+    order = nested_order(M)
+    assert sorted(order.tolist()) == list(range(8))
+    for matrix, k in zip(M, ranks, strict=True):
+        C = coefficients(matrix, order)
+        torch.testing.assert_close(C @ matrix[order[:k]], matrix[order[k:]])
+
+
+@pytest.mark.parametrize("ranks", [(3,), (2, 3), (3, 3, 3), (1, 4, 6)])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_exchange_of_two_rows_would_increase_the_product_of_volumes_by_more(ranks, seed):
+    M = matrices(9, ranks, seed)
+    order = nested_order(M)
+    reached = product_of_volumes(M, order)
+    for first, second in itertools.combinations(range(9), 2):
+        other = order.clone()
+        other[first], other[second] = order[second], order[first]
+        assert product_of_volumes(M, other) <= reached * GAIN * (1 + 1e-9)
+
+
+def test_one_matrix_gets_rows_near_the_largest_volume():
+    (M,) = matrices(10, (3,))
+    best = max(M[list(rows)].det().abs() for rows in itertools.combinations(range(10), 3))
+    assert M[nested_order([M])[:3]].det().abs() > 0.5 * best
+
+
+def test_exchanges_keep_the_coefficients_of_the_order():
+    M, order = matrices(12, (3, 5, 8)), torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    C = [coefficients(matrix, order) for matrix in M]
+    _exchange(C, order, [(0, 4), (2, 11), (6, 7), (3, 9), (8, 10)])  # within pivots, across, and within the others
+    assert sorted(order.tolist()) == list(range(12))
+    for part, matrix in zip(C, M, strict=True):
+        torch.testing.assert_close(part, coefficients(matrix, order))
+
+
+@pytest.mark.parametrize("ranks", [(60, 60, 60), (40, 70, 90)])
+def test_coefficients_of_larger_matrices_are_bounded(ranks):
+    M = matrices(200, ranks)
+    order = nested_order(M)
+    assert max(float(coefficients(matrix, order).abs().max()) for matrix in M) < 10
+
+
+def test_scale_and_basis_of_a_matrix_have_no_effect():
+    M = matrices(30, (6, 9))
+    other = [1e4 * M[0], M[1] @ torch.randn(9, 9, dtype=torch.float64)]
+    assert product_of_volumes(M, nested_order(other)) > 0.5 * product_of_volumes(M, nested_order(M))
+
+
+def test_matrices_without_a_common_order_are_refused():
+    with pytest.raises(ValueError, match=r"shapes \[\(4, 2\), \(5, 2\)\] have no common order"):
+        nested_order([torch.randn(4, 2), torch.randn(5, 2)])
+
+
+def test_a_matrix_of_less_than_full_rank_gets_an_order():
+    M = matrices(12, (4,))[0]
+    M[:, 3] = M[:, 0] + M[:, 1]
+    order = nested_order([M])
+    torch.testing.assert_close(coefficients(M, order) @ M[order[:4]], M[order[4:]])

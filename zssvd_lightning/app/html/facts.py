@@ -1,0 +1,198 @@
+"""What a report says in the words of the page: names of model, method and texts, and the headline numbers."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zssvd_lightning.app.html.layers import total
+from zssvd_lightning.app.html.markup import (
+    NOT_MEASURED,
+    Markup,
+    count,
+    duration,
+    element,
+    missing,
+    number,
+    of_size,
+    percent,
+    section,
+    so_many,
+    table,
+)
+from zssvd_lightning.compression.report import Report
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A report and the folder it is from."""
+
+    report: Report
+    folder: str
+    """Name of the folder."""
+
+    def setting(self, key: str) -> Any:
+        """Return a setting of the run by its dotted name; None if it is not recorded."""
+        value: Any = self.report.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
+    @property
+    def model(self) -> str:
+        """Model that was compressed."""
+        return str(self.setting("model.source") or self.folder)
+
+    @property
+    def method(self) -> str:
+        """Preset, or how the compression is composed if there is none; empty if it is not recorded."""
+        parts = (self.setting(f"compression.{key}") for key in ("metric", "selection"))
+        return str(self.setting("preset") or ", ".join(str(part) for part in parts if part))
+
+    @property
+    def calibration(self) -> str:
+        """Calibration text."""
+        texts = [self.setting(f"calibration.{key}") for key in ("text", "second")]
+        return " and ".join(str(text) for text in texts if text) or "the calibration batches"
+
+    @property
+    def title(self) -> str:
+        """Title of the run."""
+        method = f" by {self.method}" if self.method else ""
+        return f"{self.model}{method}, {percent(self.report.reached)} removed"
+
+    @property
+    def share_of_model(self) -> float:
+        """Removed fraction of the parameters of the whole model."""
+        before = self.report.model_parameters_before
+        return (before - self.report.model_parameters_after) / before if before else math.nan
+
+    @property
+    def file_bytes(self) -> tuple[float | None, float | None]:
+        """Bytes of the weights on disk, dense and compressed."""
+        files = self.report.file_bytes or {}
+        return files.get("dense"), files.get("compressed")
+
+    def text(self, second: bool = False) -> str | None:
+        """Return the text on which perplexity was measured; None if there is none."""
+        text = self.setting("evaluation.second" if second else "evaluation.text")
+        return None if text is None else str(text)
+
+    @property
+    def windows(self) -> str:
+        """How much of an evaluation text was read, if the settings say it."""
+        windows, length = self.setting("evaluation.windows"), self.setting("evaluation.length")
+        if not isinstance(windows, int) or not isinstance(length, int):
+            return ""
+        return f", {so_many(windows, 'window') if windows else 'all windows'} of {so_many(length, 'token')}"
+
+    def perplexity(self, second: bool = False) -> Mapping[str, float]:
+        """Return the perplexities by model."""
+        return (self.report.perplexity_second if second else self.report.perplexity) or {}
+
+    def final_perplexity(self, second: bool = False) -> float | None:
+        """Return the perplexity of the model as it is saved, as far as it was measured."""
+        found = self.perplexity(second)
+        return next((found[key] for key in ("reloaded", "recovered", "compressed", "truncated") if key in found), None)
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of all stages."""
+        return sum(self.report.seconds.values()) if self.report.seconds else None
+
+
+def tile(title: str, value: str, more: str = "") -> Markup:
+    """Return a headline number."""
+    return element("div", element("b", value), element("span", title), element("small", more), class_="tile")
+
+
+def headline(facts: Facts, id_: str) -> Markup:
+    """Return the section with the headline numbers."""
+    report = facts.report
+    dense_bytes, bytes_ = facts.file_bytes
+    perplexity, final = facts.perplexity(), facts.final_perplexity()
+    losses = report.kept_back or {}
+    before = "before" if report.compresses_again else "dense"
+    tiles = [
+        tile(
+            f"of the {report.budget_in} of {_counted(report)} removed",
+            percent(report.reached),
+            f"{percent(report.asked)} asked",
+        ),
+        tile("of the parameters of the whole model removed", percent(facts.share_of_model)),
+        tile("size on disk", of_size(bytes_, "B"), f"{before} {of_size(dense_bytes, 'B')}"),
+        tile(
+            f"perplexity on {facts.text()}" if facts.text() else "perplexity",
+            number(final),
+            f"dense {number(perplexity.get('dense'))}",
+        ),
+        tile("loss on batches kept back (nats)", number(losses.get("final")), f"dense {number(losses.get('dense'))}"),
+        tile("in all", duration(facts.seconds), f"peak memory {of_size(report.peak_rss_bytes or None, 'B')}"),
+    ]
+    quality = table(["quality", "dense", "truncated", "final"], _quality(facts))
+    sizes = table(["size", before, "compressed", "removed"], _sizes(facts))
+    return section(
+        "In numbers",
+        element("div", *tiles, class_="tiles"),
+        element("div", quality, sizes, class_="columns"),
+        *_notes(report),
+        id_=id_,
+    )
+
+
+def _counted(report: Report) -> str:
+    return "the target layers" if report.budget_of == "targets" else "the whole model"
+
+
+def _quality(facts: Facts) -> list[list[str]]:
+    losses = facts.report.kept_back or {}
+    kept_back = [losses.get(key) for key in ("dense", "truncated", "final")]
+    batches = f", {so_many(int(losses['batches']), 'batch')}" if "batches" in losses else ""
+    rows = [
+        [f"loss on batches kept back of {facts.calibration}{batches} (nats)", *map(number, kept_back)],
+        ["its exponential", *(number(None if loss is None else _exponential(loss)) for loss in kept_back)],
+    ]
+    for second in (False, True):
+        found, text = facts.perplexity(second), facts.text(second)
+        if second and not found:
+            continue
+        name = f"perplexity on {text}{facts.windows}" if text else "perplexity on a text"
+        final = found.get("recovered", found.get("compressed"))
+        rows.append([name, *map(number, (found.get("dense"), found.get("truncated"), final))])
+        if "dense_finetuned" in found:
+            rows.append(["  dense model, fine-tuned as long", number(found["dense_finetuned"]), "", ""])
+        if "reloaded" in found:
+            rows.append(["  as saved and loaded again", "", "", number(found["reloaded"])])
+    return rows
+
+
+def _sizes(facts: Facts) -> list[list[str]]:
+    report, sums = facts.report, total(facts.report.layers.values())
+    dense_bytes, bytes_ = facts.file_bytes
+    rows: list[tuple[str, float | None, float | None, Callable[[Any], str]]] = [
+        ("parameters of the target layers", report.parameters_before, report.parameters_after, count),
+        ("parameters of the model", report.model_parameters_before, report.model_parameters_after, count),
+        ("weights on disk", dense_bytes, bytes_, lambda value: of_size(value, "B")),
+        ("operations of the target layers a token", sums.dense_flops, sums.flops, lambda v: of_size(v, "FLOP")),
+    ]
+    return [
+        [name, show(dense), show(now), percent(None if not dense or now is None else 1 - now / dense)]
+        for name, dense, now, show in rows
+    ]
+
+
+def _notes(report: Report) -> list[Markup]:
+    """Return notes on the losses, and on what was not measured."""
+    notes = []
+    if report.kept_back is not None:
+        about = "Batches kept back are batches of the calibration. Their loss compares the states of a run, not texts."
+        notes.append(element("p", about, class_="about"))
+    else:
+        notes.append(missing(f"the loss on batches kept back ({NOT_MEASURED} in this run)"))
+    if report.perplexity is None:
+        notes.append(missing("perplexity, because the run had no evaluation text"))
+    return notes
+
+
+def _exponential(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
