@@ -19,13 +19,13 @@ from zssvd_lightning._types import check_types
 from zssvd_lightning.calibration.batches import loss_terms, predicts_first_label, refuse_malformed, token_mask
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.contexts import measuring
-from zssvd_lightning.calibration.kept_batches import KEPT_BACK, number_to_keep_back
 from zssvd_lightning.calibration.masks import mask_of
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.distributed import Shards
 from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.serialization.kept_batches import KEPT_BACK, number_to_keep_back
 from zssvd_lightning.sweep.records import Batch
 from zssvd_lightning.sweep.scratch import InScratchFiles
 from zssvd_lightning.sweep.sweep import sweep

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.collector import StatisticsCollector
-from zssvd_lightning.calibration.kept_batches import KEPT_BACK
 from zssvd_lightning.calibration.terms import check_terms
 from zssvd_lightning.compression.course import course, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
@@ -40,6 +39,7 @@ from zssvd_lightning.model.readiness import refuse_unready
 from zssvd_lightning.model.recompression import StandIns
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.plan import Plan
+from zssvd_lightning.serialization.kept_batches import KEPT_BACK
 from zssvd_lightning.serialization.transformers_config import mark
 from zssvd_lightning.whitening.moments import Moments
 

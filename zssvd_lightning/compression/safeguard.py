@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zssvd_lightning.calibration.kept_batches import batches_of_saved, batches_to_save
 from zssvd_lightning.calibration.terms import check_terms
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
 from zssvd_lightning.errors import DivergedError
 from zssvd_lightning.model.heads import chance_loss
 from zssvd_lightning.selection.components import Selection
+from zssvd_lightning.serialization.kept_batches import batches_of_saved, batches_to_save
 from zssvd_lightning.whitening.rounding import Importance
 
 if TYPE_CHECKING:
