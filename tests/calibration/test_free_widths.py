@@ -241,6 +241,37 @@ def test_experts_are_tried_in_the_first_batch_that_reaches_them():
     assert [width.consumer for width in widths.free] == ["experts.0.second", "experts.2.second"]
 
 
+class TwoPaths(nn.Module):
+    """Layers whose hidden width another layer reads too, if asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.other = nn.Linear(6, 10), nn.Linear(10, 6), nn.Linear(10, 6)
+
+    def forward(self, x, other=False):
+        hidden = self.first(x).relu()
+        return self.second(hidden) + self.other(hidden) if other else self.second(hidden)
+
+
+@pytest.mark.parametrize("ignore", [(), ("0.other",)])
+def test_a_width_that_a_later_batch_reads_elsewhere_is_not_free(ignore):
+    model = nn.Sequential(TwoPaths())
+
+    def run(model, batch):
+        return model[0](X, batch)
+
+    assert len(tried_in(model, False, False, run=run, ignore=ignore).free) == 1
+    assert not tried_in(model, False, True, run=run, ignore=ignore).free
+    assert not tried_in(model, True, False, run=run, ignore=ignore).free
+
+
+def test_a_width_that_a_later_batch_leaves_out_in_part_is_not_free():
+    model = nn.Sequential(Block())
+    parts = lambda model, batch: model(X) if batch else model[0].first(X)  # noqa: E731
+    assert len(tried_in(model, True, True, run=parts).free) == 1
+    assert not tried_in(model, True, False, run=parts).free
+
+
 def test_a_chain_of_layers_has_a_width_between_any_two():
     model = nn.Sequential(*[part for _ in range(3) for part in (nn.Linear(6, 6), nn.Tanh())])
     assert tried_in(model, X).free == [Width(("0",), "2"), Width(("2",), "4")]

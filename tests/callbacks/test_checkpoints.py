@@ -158,7 +158,12 @@ class Counts(Bare):
         return super().load_state_dict(*args, **settings)
 
 
-@pytest.mark.parametrize("kind", [Counts, Ready])
+class WithoutAssign(Bare):
+    def load_state_dict(self, state_dict, strict=True):
+        return super().load_state_dict(state_dict, strict=strict)
+
+
+@pytest.mark.parametrize("kind", [Counts, Ready, WithoutAssign])
 def test_load_from_checkpoint_calls_a_loading_method_of_the_class(run, kind):
     own = kind.load_state_dict
     module = zssvd_lightning.load_from_checkpoint(kind, path(run, 16))

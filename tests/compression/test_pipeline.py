@@ -371,3 +371,14 @@ def test_pivoted_layers_keep_as_many_numbers_as_the_report_says():
     for name, layer in layers.items():
         assert sum(part.weight.numel() for part in layer.thin_layers().values()) == report.layers[name].kept
     assert report.reached == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_a_compiled_model_gets_the_layers_of_one_that_is_not(storage):
+    torch.compiler.reset()
+    plain = tiny_llama()
+    compiled = copy.deepcopy(plain)
+    compiled.compile(backend="eager")
+    run(plain, storage=storage, corrections=0)
+    run(compiled, storage=storage, corrections=0)
+    assert_same_state(state_of(plain), state_of(compiled))

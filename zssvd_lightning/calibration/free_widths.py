@@ -46,7 +46,8 @@ class Width(NamedTuple):
 class FreeWidths:
     """Hidden widths of a model, each with whether its order is known to be free.
 
-    Every width is tried in the first batch that reaches it.
+    Every width is tried in the first batch that reaches it, and again when its module is called with other flags. A
+    width is not free if a later batch has its layers run in another way.
 
     Attributes:
         verdicts: whether the order is free, by width. Widths that were not tried are missing.
@@ -54,6 +55,7 @@ class FreeWidths:
 
     def __init__(self) -> None:
         self.verdicts: dict[Width, bool] = {}
+        self._calls: set[tuple[Width, Any]] = set()
 
     @classmethod
     def of_all(cls, states: Sequence[Sequence[Sequence[Any]]]) -> "FreeWidths":
@@ -81,7 +83,7 @@ class FreeWidths:
             leaders: layer -> first layer that reads the same input; filled while the layers run.
             hooked: modules with hooks of others, which another pass must not call.
         """
-        trial = _Trial(model, targets, leaders, hooked, self.verdicts)
+        trial = _Trial(model, targets, leaders, hooked, self.verdicts, self._calls)
         with ExitStack() as hooks:
             trial.watch(hooks)
             yield
@@ -114,8 +116,10 @@ class _Trial:
         leaders: Mapping[str, str],
         hooked: Collection[nn.Module],
         known: Mapping[Width, bool],
+        calls: set[tuple[Width, Any]],
     ) -> None:
         self._targets, self._leaders, self._hooked, self._known = targets, leaders, hooked, dict(known)
+        self._calls = calls
         self._places: dict[nn.Module, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             self._places.setdefault(module, []).append(name)
@@ -143,7 +147,7 @@ class _Trial:
         total = Counter(self._ran)
         return {
             width: free and all(total[name] == self._runs_inside[width, name] for name in width.members)
-            for width, free in self._found.items()
+            for width, free in (self._known | self._found).items()
         }
 
     def _after(self, starts: list[int]) -> Callable[..., None]:
@@ -152,10 +156,14 @@ class _Trial:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             ran = self._ran[starts.pop() :]
             for width in self._widths_in(ran):
-                if width in self._known or self._home.setdefault(width, module) is not module:
+                if self._home.setdefault(width, module) is not module:
                     continue
-                free = self._found.get(width, True) and self._is_within(width, module) and not self._is_hooked(module)
-                self._found[width] = free and is_free(module, width, self._targets, args, kwargs)
+                call, known = (width, _flags((args, kwargs))), self._known.get(width, True)
+                free = self._found.get(width, known) and self._is_within(width, module) and not self._is_hooked(module)
+                if free and (width not in self._known or call not in self._calls):
+                    free = is_free(module, width, self._targets, args, kwargs)
+                self._calls.add(call)
+                self._found[width] = free
                 self._runs_inside.update((width, name) for name in ran if name in width.members)
 
         return hook
@@ -308,6 +316,15 @@ def _changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, PLAIN):
         return value
     raise TypeError(f"it takes or returns a {type(value).__name__}, which may change")
+
+
+def _flags(value: Any) -> Any:
+    """Return what tells apart calls of a module that may take other paths: all but the values of tensors."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_flags, value))
+    if isinstance(value, dict):
+        return tuple((key, _flags(part)) for key, part in value.items())
+    return value if isinstance(value, PLAIN) else type(value)
 
 
 def _distance(first: Sequence[Tensor], second: Sequence[Tensor] | None = None) -> float:

@@ -314,6 +314,7 @@ def observing(
     with ExitStack() as restored:
         observation = Observation(model, targets, moments, mask)
         restored.callback(observation.close)
+        restored.enter_context(uncompiled())
         restored.enter_context(evaluation_mode(model))
         restored.enter_context(gradients_only_at(model, targets))
         restored.enter_context(no_cache(model))

@@ -104,7 +104,8 @@ def _load(
     had_adapters = bool(adapters.on(module))
     match_structure(module, state_dict, strict=strict)
     mark(module)
-    loaded = load(state_dict, strict=strict, assign=assign)
+    # methods that override that of `nn.Module` may be older than `assign`
+    loaded = load(state_dict, strict=strict, **({"assign": True} if assign else {}))
     if not had_adapters:
         adapters.merge_adapters(module)
     return loaded
