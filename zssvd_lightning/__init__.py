@@ -12,6 +12,7 @@ The packages, in the order in which data flows through them; imports run up this
     calibration     batches to statistics: masks, hooks, collector
     strategies      one adapter for each Lightning strategy
     decomposition   statistics to spectra of all layers, truncated weights, originals
+    sweep           the same statistics block by block, with the rest in scratch files
     correction      gradient steps and refits between truncations
     compression     the method: course, engine, report, `compress`
     recovery        training after compression

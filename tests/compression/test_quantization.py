@@ -176,7 +176,7 @@ def test_hq_by_itself_is_not_pruning():
 def test_a_compression_that_fails_while_storing_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_llama()
     before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr("zssvd_lightning.compression.engine.in_8_bits", lambda *_: 1 / 0)
+    monkeypatch.setattr("zssvd_lightning.compression.quantization.in_8_bits", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compress(model, token_batches(), CompressionConfig(0.4, corrections=0, storage="remap"), progress=False)
     assert before.keys() == model.state_dict().keys()

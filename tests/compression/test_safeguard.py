@@ -14,12 +14,12 @@ from torchmetrics import MeanMetric
 from transformers import BatchEncoding
 
 from zssvd_lightning import compress
-from zssvd_lightning.calibration.kept_batches import batches_of_saved, batches_to_save, number_to_keep_back
 from zssvd_lightning.compression.pipeline import calibrate
 from zssvd_lightning.compression.safeguard import Safeguard, _is_worse
 from zssvd_lightning.config.presets import PRESETS
 from zssvd_lightning.correction.steps import trusted_radius
 from zssvd_lightning.errors import DivergedError
+from zssvd_lightning.serialization.kept_batches import batches_of_saved, batches_to_save, number_to_keep_back
 from zssvd_lightning.whitening.spectrum import Step
 
 READING = {

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from zssvd_lightning._numerics import accumulated
 from zssvd_lightning.calibration.free_widths import FreeWidths
-from zssvd_lightning.calibration.gradients import checked_loss, collect_gradients
+from zssvd_lightning.calibration.gradients import check_terms, checked_loss, collect_gradients
 from zssvd_lightning.calibration.hooks import Observation, observing
 from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.calibration.recorded_calls import Call
 from zssvd_lightning.distributed import LayerSet
-from zssvd_lightning.errors import CalibrationError, CheckpointError
+from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.whitening.moments import Moments
 from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 from zssvd_lightning.whitening.spectrum import Spectrum
@@ -35,6 +35,7 @@ class StatisticsCollector:
 
     Attributes:
         model: the module that the batches run through.
+        draw: function that draws output gradients from logits; None if they come from the labels, or are left out.
         moments: statistics of the batches whose gradients are collected.
         calls_to_record: number of batches per step whose forward passes are recorded, to be run again.
         calls: the recorded forward passes.
@@ -53,8 +54,8 @@ class StatisticsCollector:
         self.logits_model: Callable[[Any], nn.Module] = lambda model: model
         self.model = model
         self._targets, self._team = layers, layers.team
-        self._output_side = output_side
-        self._draw = None if output_side is None else OUTPUT_GRADIENTS[output_side]
+        self.output_side = output_side
+        self.draw = None if output_side is None else OUTPUT_GRADIENTS[output_side]
         self._keep = keep
         self._kept: Moments | None = None
         self._window, self._counts_shared = Moments(), False
@@ -68,7 +69,7 @@ class StatisticsCollector:
         if self.can_overflow:
             into = self._window
             into.leaders |= self.moments.leaders
-        outputs = into if inputs and self._output_side is not None else None
+        outputs = into if inputs and self.output_side is not None else None
         with (
             self._team.inputs(into, self._targets) if inputs else nullcontext(into) as seen,
             observing(self.model, self._targets, seen, mask, inputs, outputs) as observation,
@@ -78,8 +79,8 @@ class StatisticsCollector:
                 observation.watch_widths(self.free_widths)
             if self.spectra is not None:
                 observation.watch_components(self.spectra, into)
-            if outputs is not None and self._draw is not None:
-                observation.watch_logits(self.logits_model(self.model), self._draw, self._generator())
+            if outputs is not None and self.draw is not None:
+                observation.watch_logits(self.logits_model(self.model), self.draw, self.generator())
             if self._batch < self.calls_to_record:
                 observation.note_calls(self.logits_model(self.model), self.calls, mask)
             self._observation = observation
@@ -103,8 +104,7 @@ class StatisticsCollector:
             NonFiniteError: the loss is NaN or infinite.
             LogitsError: output gradients are drawn from logits on which the loss does not depend.
         """
-        if not terms > 0:
-            raise CalibrationError(f"a calibration batch counts {terms} loss terms, but needs some; drop such batches")
+        check_terms(terms)
         self._team.inputs_seen()
         self._pending.append((checked_loss(loss).item(), terms))
         if self._observation is None:
@@ -157,7 +157,7 @@ class StatisticsCollector:
         if self._counts_shared:
             return
         if self._kept is not None and not self.moments.leaders:
-            self.moments.absorb_moments(self._kept.second_moments())
+            self.moments.reuse(self._kept.second_moments())
         self._counts_shared = True
         self.moments.take_counts(self._team.gathered(self.moments.counts()))
 
@@ -267,7 +267,7 @@ class StatisticsCollector:
     def _device(self) -> torch.device:
         return next(iter(self._targets.values())).weight.device
 
-    def _generator(self) -> torch.Generator:
+    def generator(self) -> torch.Generator:
         """Return a generator seeded by batch and process; draws are the same after a restart and on every device."""
         return torch.Generator().manual_seed(self._batch * self._team.size + self._team.rank)
 

@@ -11,6 +11,12 @@ from zssvd_lightning.model.targets import Target
 from zssvd_lightning.whitening.moments import Moments
 
 
+def check_terms(terms: float) -> None:
+    """Raise CalibrationError unless a batch has loss terms."""
+    if not terms > 0:
+        raise CalibrationError(f"a calibration batch counts {terms} loss terms, but needs some; drop such batches")
+
+
 def checked_loss(loss: Any) -> Tensor:
     """Return the loss if it is a finite scalar with a graph.
 

@@ -2,7 +2,7 @@
 
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -37,9 +37,11 @@ class Observation:
         model: the model that the batch runs through.
         targets: layers to watch, by name.
         moments: receives the second moments of the inputs.
-        mask: mask of the batch; each stack of the model goes by its own, see `masks`.
+        mask: mask of the batch, or the `Masks` of an earlier run. Each stack of the model goes by its own; see `masks`.
 
     Attributes:
+        masks: masks of the layers.
+        leaves: function that returns tensors, besides the weights, to which drawn gradients are sent back.
         gradient_weight: number by which gradients are multiplied to become gradients of the sum over the batch's loss
             terms.
 
@@ -48,12 +50,14 @@ class Observation:
     """
 
     def __init__(
-        self, model: nn.Module, targets: Mapping[str, Target], moments: Moments, mask: TokenMask | Tensor | None
+        self, model: nn.Module, targets: Mapping[str, Target], moments: Moments, mask: TokenMask | Masks | Tensor | None
     ) -> None:
         self._model = model
         self._targets = targets
         self._moments = moments
-        self._masks = Masks(mask)
+        self.masks = mask if isinstance(mask, Masks) else Masks(mask)
+        self._runs_again = isinstance(mask, Masks)
+        self.leaves: Callable[[], list[Tensor]] = list
         self._latest: dict[str, weakref.ref[Tensor]] = {}
         self._hooked = hooked_modules(model)
         self._hooks = ExitStack()
@@ -75,8 +79,9 @@ class Observation:
 
     def watch_masks(self) -> None:
         """Note the masks of the stacks, until `forward_done`."""
-        self._masks.watch(self._model)
-        self._hooks.callback(self._masks.close)
+        if not self._runs_again:
+            self.masks.watch(self._model)
+            self._hooks.callback(self.masks.close)
 
     def watch_widths(self, widths: FreeWidths) -> None:
         """Try the hidden widths that the batch reaches, until `forward_done`; see `FreeWidths.watching`."""
@@ -84,7 +89,7 @@ class Observation:
 
     def check_operands(self, number: int) -> None:
         """Refuse ids and labels out of range in batch `number`, until `forward_done`; see `operands`."""
-        self._hooks.enter_context(CheckedOperands(number, self._masks.argument))
+        self._hooks.enter_context(CheckedOperands(number, self.masks.argument))
 
     def watch_outputs(self, into: Moments) -> None:
         """Add the gradients of each target's output, times `gradient_weight`, to `into`, until `close`."""
@@ -161,16 +166,15 @@ class Observation:
             for rows, z, counts in zip(*parts, strict=True):
                 rows[counts] = draw(z[counts].to(accumulated(z.dtype)), generator).to(rows)
         self._without_graph = [name for name, has_graph in self._has_graph.items() if not has_graph]
-        weights = [target.module.weight for target in self._targets.values()]
+        weights = [target.module.weight for target in self._targets.values()] + self.leaves()
         before, self.gradient_weight, self._taking_outputs = self.gradient_weight, 1.0, True
-        try:
-            torch.autograd.grad(logits, weights, drawn.view_as(logits), retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            raise CalibrationError(
-                f"drawn gradients cannot be sent back from the logits: {error}; if activations are checkpointed, set "
-                "use_reentrant=False, else set output_side to 'empirical'"
-            ) from error
+        send_back_drawn([logits], weights, [drawn.view_as(logits)])
         self.gradient_weight, self._taking_outputs = before, False
+
+    def take_outputs(self, weight: float | None) -> None:
+        """Take output gradients times `weight` from now on, or no more (None)."""
+        self._loss_known, self._taking_outputs = True, weight is not None
+        self.gradient_weight = 1.0 if weight is None else weight
 
     def refuse_unusable(self, moments: Moments, *, alone: bool) -> None:
         """Refuse gradients that show at once that statistics will be missing; call it once they are collected.
@@ -210,7 +214,7 @@ class Observation:
 
     def _output_hook(self, name: str, into: Moments) -> Any:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            mask = self._masks.of(name, input_of(args, kwargs))
+            mask = self.masks.of(name, input_of(args, kwargs))
 
             def see(gradient: Tensor) -> None:
                 if self._loss_known and self._taking_outputs:
@@ -225,7 +229,7 @@ class Observation:
     def _component_hook(self, name: str, spectrum: Spectrum, into: Moments) -> Any:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             X = input_of(args, kwargs).detach()
-            mask = self._masks.of(name, X)
+            mask = self.masks.of(name, X)
 
             def see(gradient: Tensor) -> None:
                 if not self._loss_known:
@@ -254,12 +258,23 @@ class Observation:
         leader = leaders[name]
         if leader == name:
             self._latest[name] = weakref.ref(X)
-            self._moments.add_inputs(name, rows_that_count(X, self._masks.of(name, X)))
+            self._moments.add_inputs(name, rows_that_count(X, self.masks.of(name, X)))
         elif leader not in self._latest or self._latest[leader]() is not X:
             raise CalibrationError(
                 f"{name} read the same input as {leader} in the first batch, but another one now; "
                 f"compress them in separate runs, or add {name} to ignore"
             )
+
+
+def send_back_drawn(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Backpropagate drawn gradients through hooks alone. Raises CalibrationError where that is not possible."""
+    try:
+        torch.autograd.grad(outputs, inputs, gradients, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise CalibrationError(
+            f"drawn gradients cannot be sent back from the logits: {error}; if activations are checkpointed, set "
+            "use_reentrant=False, else set output_side to 'empirical'"
+        ) from error
 
 
 def _in_reentrant_checkpoint() -> bool:
@@ -277,7 +292,7 @@ def observing(
     model: nn.Module,
     targets: Mapping[str, Target],
     moments: Moments,
-    mask: TokenMask | Tensor | None,
+    mask: TokenMask | Masks | Tensor | None,
     inputs: bool = True,
     outputs: Moments | None = None,
 ) -> Iterator[Observation]:
@@ -289,7 +304,7 @@ def observing(
         model: the model that the batch runs through.
         targets: the layers to watch, by name.
         moments: receives the second moments of the inputs.
-        mask: mask of the batch, a `TokenMask` or (B, T); None to go by the masks that the model is called with.
+        mask: `TokenMask` or mask (B, T) of the batch, or `Masks` of an earlier run; None to go by those of the calls.
         inputs: whether to take the second moments of the inputs; if False, only gradients are computed.
         outputs: receives the second moments of the output gradients; None to leave them out.
 

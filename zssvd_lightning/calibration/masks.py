@@ -110,6 +110,12 @@ class Masks:
             self._hooks.close()
         self._hooks, self._open, self._outputs = None, [], []
 
+    def known(self) -> "Masks":
+        """Return the masks of the layers that have run, to run parts of the model again. It holds no activations."""
+        again = Masks(None)
+        again._used = self._used
+        return again
+
     def argument(self, tensor: Tensor) -> str | None:
         """Return the name under which a stack was called with a tensor; None if none was."""
         for stack in self._open:
@@ -130,7 +136,7 @@ class Masks:
             if any(mask is not masks[0] for mask in masks):
                 raise CalibrationError(
                     f"{layer} runs in stacks of different masks, and again in the backward pass, so that it is not "
-                    "known which masks its gradients go by; turn activation checkpointing off"
+                    "known which masks its gradients go by; turn activation checkpointing off, or set memory to 'whole'"
                 )
             return masks[0] if masks else None
         mask = self._partly(self._found(X))

@@ -1,6 +1,6 @@
 """Which layers the calibration batches have reached, and why they have not reached the others."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 
 import torch
@@ -52,7 +52,7 @@ def unreached(
         outputs: True if second moments of the output gradients are needed.
     """
     gradient = _nonzero_somewhere(layers, moments.gradient_sums)
-    output = _nonzero_somewhere(layers, {name: B.diagonal() for name, B in moments.output_sums.items()})
+    output = _nonzero_somewhere(layers, moments.output_sums, Tensor.diagonal)
 
     def reason(name: str) -> Unreached | None:
         if inputs and not moments.tokens.get(moments.leaders.get(name, name)):
@@ -88,11 +88,15 @@ def named(reasons: Mapping[str, Unreached], shown: int = 3) -> str:
     return ". ".join(parts)
 
 
-def _nonzero_somewhere(layers: LayerSet, sums: Mapping[str, Tensor]) -> set[str]:
-    """Return the layers whose sum is not exactly zero on some process; NaN counts as not zero. Collective."""
+def _nonzero_somewhere(
+    layers: LayerSet, sums: Mapping[str, Tensor], part: Callable[[Tensor], Tensor] = lambda total: total
+) -> set[str]:
+    """Return the layers whose sum, or a part of it, is not exactly zero on some process. Collective.
+
+    NaN counts as not zero.
+    """
     found: set[str] = set()
     if sums:
-        device = next(iter(sums.values())).device
-        flags = torch.stack([total.any().to(device) for total in sums.values()]).tolist()
+        flags = torch.stack([part(total).any().to(layers.device) for total in sums.values()]).tolist()
         found = {name for name, flag in zip(sums, flags, strict=True) if flag}
     return set().union(*layers.team.gathered(found))

@@ -36,6 +36,7 @@ from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.errors import CalibrationError, UnfinishedError
 from zssvd_lightning.layers.int8 import EightBitLinear
 from zssvd_lightning.recovery.settings import Recovery
+from zssvd_lightning.selection.plan import check_plan_output
 
 
 class CompressionRun:
@@ -115,9 +116,11 @@ class CompressionRun:
         """Refuse unsupported runs before the first batch, then start or continue from a checkpoint."""
         adapter, life = self._fit.adapter, self.life
         refuse_fit(trainer, module, adapter, self._config)
+        plan_path = self._dry_run.locate(trainer)
         with adapter.team.together():
             refuse_stale_groups(trainer, module)
-            self._dry_run.refuse_output(trainer)
+            if plan_path is not None and trainer.is_global_zero:
+                check_plan_output(plan_path)
             if life.phase is Phase.WAIT:
                 life.epoch_length = math.inf
                 needed = self._batches_until_factorized(trainer)

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from zssvd_lightning.calibration.kept_batches import number_to_keep_back
 from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.callbacks.callback_state import VERSION, refuse_state
 from zssvd_lightning.callbacks.observed_batch import ObservedBatch
@@ -28,6 +27,7 @@ from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.recovery.run import RecoveryRun
 from zssvd_lightning.recovery.settings import Recovery
+from zssvd_lightning.serialization.kept_batches import number_to_keep_back
 from zssvd_lightning.strategies import StrategyAdapter
 from zssvd_lightning.whitening.rounding import Importance
 

@@ -29,11 +29,13 @@ from zssvd_lightning.callbacks.trainer.loss_wrapper import changed_loss
 from zssvd_lightning.callbacks.trainer.precision import loss_scale, scales
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase, phase_is_after
-from zssvd_lightning.errors import TeacherError
+from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.errors import ConfigError, TeacherError
 from zssvd_lightning.layers.registry import Factored, possible_forms
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.dense_copy import COMPILED
 from zssvd_lightning.recovery.run import RecoveryRun
+from zssvd_lightning.recovery.settings import Recovery
 
 logger = logging.getLogger(__name__)
 
@@ -243,3 +245,22 @@ def _steps(recovery: RecoveryRun, trainer: L.Trainer) -> float:
     if recovery.horizon is None or recovery.horizon[1:] != limits:
         recovery.horizon = (scheduled_steps(trainer), *limits)
     return recovery.horizon[0]
+
+
+def refuse_contradictions(config: CompressionConfig, recovery: Recovery | None) -> None:
+    """Raise ConfigError for settings that do not work in a fit, or a recovery that cannot train the new layers."""
+    if config.by_blocks:
+        raise ConfigError(
+            "memory 'blocks' runs the blocks of a model one by one, which a Trainer does not; set memory to 'whole', "
+            "or call compress(model, batches, memory='blocks') before the fit"
+        )
+    if recovery is None:
+        return
+    recovery.refuse_storage(config.storage)
+    if not recovery.merges and config.form.rounds:
+        raise ConfigError(f"storage {config.storage!r} needs merged factors; set recovery.merge to true")
+    if recovery.rescales and config.weighs_rows:
+        raise ConfigError(
+            f"rows_in_16_bits 'loss_aware' goes by the scale of components, which recovery by "
+            f"{recovery.method!r} changes; keep the 'last' rows, or recover by 'lora' or 'singular_values'"
+        )

@@ -44,7 +44,7 @@ from zssvd_lightning.callbacks.batch_observer import BatchObserver
 from zssvd_lightning.callbacks.compression_run import CompressionRun
 from zssvd_lightning.callbacks.fit_context import FitContext
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
-from zssvd_lightning.callbacks.recovery import RecoveryHooks
+from zssvd_lightning.callbacks.recovery import RecoveryHooks, refuse_contradictions
 from zssvd_lightning.callbacks.schedule import CallbackSettings, Schedule, schedule_of
 from zssvd_lightning.callbacks.trainer.guards import refuse_other_package
 from zssvd_lightning.compression.phase import Phase
@@ -52,7 +52,6 @@ from zssvd_lightning.compression.quantization import in_8_bits_already
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.settings import Settings
-from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.model.logits import model_with_logits
 from zssvd_lightning.recovery.methods import recovery_of
 from zssvd_lightning.recovery.settings import Recovery
@@ -333,17 +332,3 @@ class ZSSVDCallback(L.Callback):
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if self.recovering.prepare(pl_module, self.run.life, state, had_adapters=had_adapters) and state is not None:
             self.run.recovers_from = state["recovers_from"]
-
-
-def refuse_contradictions(config: CompressionConfig, recovery: Recovery | None) -> None:
-    """Raise ConfigError if the recovery cannot train the layers that the compression creates."""
-    if recovery is None:
-        return
-    recovery.refuse_storage(config.storage)
-    if not recovery.merges and config.form.rounds:
-        raise ConfigError(f"storage {config.storage!r} needs merged factors; set recovery.merge to true")
-    if recovery.rescales and config.weighs_rows:
-        raise ConfigError(
-            f"rows_in_16_bits 'loss_aware' goes by the scale of components, which recovery by "
-            f"{recovery.method!r} changes; keep the 'last' rows, or recover by 'lora' or 'singular_values'"
-        )

@@ -20,6 +20,8 @@ from zssvd_lightning.correction.steps import (
     trusted_radius,
 )
 from zssvd_lightning.decomposition.decompose import gradient_squares
+from zssvd_lightning.distributed import LayerSet
+from zssvd_lightning.errors import NonFiniteError
 from zssvd_lightning.whitening.spectrum import Step
 
 if TYPE_CHECKING:
@@ -121,6 +123,14 @@ def refit(compression: "Compression") -> None:
         refit = Refit(targets, originals, gathering, compression.truncated, compression.metric)
         run_side_by_side(model, call, layers, originals, refit.meet)
     compression.truncations += 1
+
+
+def refuse_non_finite(layers: LayerSet, step: str) -> None:
+    """Raise NonFiniteError if a step has left a weight that is NaN or infinite. Collective."""
+    with layers.team.together():
+        for name, target in layers.items():
+            if not target.weight.isfinite().all():
+                raise NonFiniteError(f"{step} left a weight of {name} that is NaN or infinite")
 
 
 STEPS: dict[Act, CorrectionStep] = {

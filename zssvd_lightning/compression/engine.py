@@ -15,18 +15,18 @@ from zssvd_lightning._resources import Stopwatch
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.reach import Unreached
 from zssvd_lightning.compression import reach
-from zssvd_lightning.compression.corrections import STEPS, CorrectionStep
+from zssvd_lightning.compression.corrections import STEPS, CorrectionStep, refuse_non_finite
 from zssvd_lightning.compression.course import Act, Stage
-from zssvd_lightning.compression.quantization import in_8_bits
+from zssvd_lightning.compression.quantization import put_in_8_bits
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.decomposition.decompose import Decomposition, decompose
-from zssvd_lightning.decomposition.factors import TruncatedWeights
+from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
 from zssvd_lightning.decomposition.originals import Originals
 from zssvd_lightning.decomposition.trace import Trace
 from zssvd_lightning.distributed import LayerSet, Team
-from zssvd_lightning.errors import ConfigError, NonFiniteError
+from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.layers.registry import Factored
 from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
@@ -37,8 +37,9 @@ from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Selection
 from zssvd_lightning.selection.plan import Plan
 from zssvd_lightning.serialization.transformers_config import mark
+from zssvd_lightning.sweep.scratch import InMemory, InScratchFiles
 from zssvd_lightning.whitening.rounding import Importance
-from zssvd_lightning.whitening.spectrum import Step
+from zssvd_lightning.whitening.spectrum import Spectrum, Step
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Compression:
 
     Attributes:
         gathering: collector of the statistics for the next step.
+        store: maker of the mappings that hold weights, factors and spectra, in memory or in scratch files.
         originals: weights (m, n) before the first truncation, or this process's part of them.
         safeguard: comparison of states on batches kept back; None to keep the last state.
         trace: record for the report.
@@ -102,7 +104,8 @@ class Compression:
             keep=config.corrections > 0 and not config.fresh_moments,
         )
         self.gathering.finds_widths = config.form.has_pivots
-        self.originals = Originals(self.targets)
+        self.store = InScratchFiles() if config.by_blocks else InMemory()
+        self.originals = Originals(self.targets, self.store.tensors())
         self.stopwatch = Stopwatch()
         self.progress = progress and self.team.rank == 0
         self.losses: list[float] = []
@@ -113,7 +116,7 @@ class Compression:
         self.trace = Trace()
         self.decomposition: Decomposition | None = None
         self.selection: Selection | None = None
-        self.truncated = TruncatedWeights(self.targets, config.storage)
+        self.truncated = self._no_factors()
         self._may_truncate = True
         self._installed: dict[str, nn.Module] = {}
         self.importances: dict[str, Importance] | None = None
@@ -170,7 +173,8 @@ class Compression:
         Raises:
             CalibrationError: see `truncate`.
         """
-        self.decomposition = self._decomposed().everywhere(self.targets)
+        found = self._decomposed()
+        self.decomposition = found if self.config.by_blocks else found.everywhere(self.targets)
         self.gathering.spectra = self.decomposition.spectra
 
     @torch.no_grad()
@@ -191,7 +195,7 @@ class Compression:
         decomposition, selection = self._select(self.budget.after(self.truncations + 1, self.config.truncations), steps)
         with self.stopwatch("truncate"):
             self.originals.keep()
-            before, self.truncated = self.truncated, TruncatedWeights(self.targets, self.config.storage)
+            before, self.truncated = self.truncated, self._no_factors()
             for name, target in self.targets.items():
                 components = selection.kept[name]
                 if components is None:
@@ -237,10 +241,7 @@ class Compression:
             self._may_truncate = True
         if self.truncations != done + truncates:
             raise ConfigError(f"{self._step_name} states truncates=True, so it must call truncate() once")
-        with self.team.together():
-            for name, target in self.targets.items():
-                if not target.weight.isfinite().all():
-                    raise NonFiniteError(f"{self._step_name} left a weight of {name} that is NaN or infinite")
+        refuse_non_finite(self.targets, self._step_name)
 
     @property
     def _step_name(self) -> str:
@@ -282,6 +283,8 @@ class Compression:
                     dress(name, layer)
                 self._installed[name] = layer
                 self._replace(self.model, self.targets[name].module, self._installed[name])
+                if self.config.by_blocks:  # the original is in a scratch file
+                    self.targets[name].release()
             self._put_back_low_rank()
             mark(self.model)
 
@@ -290,16 +293,9 @@ class Compression:
         if not self.config.form.rounds:
             return
         with self.stopwatch("store"):
-            report = self.report()
-            layers: dict[str, Any] = {
-                name: self._installed.get(name, target.module)
-                for name, target in self.targets.items()
-                if report.layers[name].in_8_bits
-            }
-            for name, new in in_8_bits(layers, self.config.storage, self.importances).items():
-                self._replace(self.model, layers[name], new)
-                self._installed[name] = new
-            mark(self.model)
+            names = [name for name, layer in self.report().layers.items() if layer.in_8_bits]
+            layers: dict[str, Any] = {name: self._installed.get(name, self.targets[name].module) for name in names}
+            self._installed |= put_in_8_bits(self.model, layers, self.config.storage, self.importances, self._replace)
 
     def restore(self) -> None:
         """Restore the layers of before and their original weights, and discard the compression so far."""
@@ -310,7 +306,7 @@ class Compression:
         mark(self.model)
         self.decomposition, self.selection, self._installed, self.truncations = None, None, {}, 0
         self.truncation_loss, self.first_steps, self.trace = 0.0, None, Trace()
-        self.truncated = TruncatedWeights(self.targets, self.config.storage)
+        self.truncated = self._no_factors()
         self.gathering.forget()
 
     def report(self) -> Report:
@@ -339,7 +335,11 @@ class Compression:
                 weigh=self.config.weighs_rows,
                 round_off=self.budget.chooses_bits,
                 steps=steps,
+                spectra=self.store.tuples(Spectrum),
             )
+
+    def _no_factors(self) -> TruncatedWeights:
+        return TruncatedWeights(self.targets, self.config.storage, self.store.tuples(Factors))
 
     def _select(self, budget: Budget, steps: Mapping[str, Step] | None = None) -> tuple[Decomposition, Selection]:
         found = self._decomposed(steps) if self.decomposition is None else reach.with_curvature(self)

@@ -19,13 +19,16 @@ from zssvd_lightning._types import check_types
 from zssvd_lightning.calibration.batches import loss_terms, predicts_first_label, refuse_malformed, token_mask
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.contexts import measuring
-from zssvd_lightning.calibration.kept_batches import KEPT_BACK, number_to_keep_back
 from zssvd_lightning.calibration.masks import mask_of
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.distributed import Shards
 from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.serialization.kept_batches import KEPT_BACK, number_to_keep_back
+from zssvd_lightning.sweep.records import Batch
+from zssvd_lightning.sweep.scratch import InScratchFiles
+from zssvd_lightning.sweep.sweep import sweep
 from zssvd_lightning.whitening.moments import statistics_bytes
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -159,13 +162,18 @@ def gather(
         wanted = checked(batches, first, limit, phase, progress=compression.progress)
         if guard is not None and guard.wants_batches:
             wanted = kept_back(wanted, guard)
-        observe(
-            compression.model,
-            compression.gathering,
-            wanted,
-            phase,
-            reading or BatchReading.of(compression.model, batches, {}),
-        )
+        reading = reading or BatchReading.of(compression.model, batches, {})
+        if isinstance(compression.store, InScratchFiles):
+            sweep(
+                compression.gathering,
+                compression.targets,
+                _read(compression.model, wanted, reading),
+                compression.store,
+                inputs=phase is Phase.CALIBRATE,
+                progress=compression.progress,
+            )
+        else:
+            observe(compression.model, compression.gathering, wanted, phase, reading)
 
 
 def memory_of_statistics(compression: Compression) -> str:
@@ -183,6 +191,8 @@ def memory_of_statistics(compression: Compression) -> str:
             parts=run.team.size if isinstance(run.team, Shards) else 1,
             sets=2 if run.gathering.can_overflow else 1,
         )
+    if run.config.by_blocks:
+        return f"statistics take up to {sum(of.values()) / 2**30:.3g} GiB of scratch files"
     return "statistics take up to " + " and ".join(f"{size / 2**30:.3g} GiB on {place}" for place, size in of.items())
 
 
@@ -215,20 +225,29 @@ def observe(
     model: nn.Module, statistics: StatisticsCollector, batches: Iterable[Any], phase: Phase, reading: BatchReading
 ) -> None:
     """Run one forward and one backward pass over each batch. CORRECT takes no second moments."""
-    device = next(model.parameters()).device
-    for number, raw in enumerate(batches, 1):
-        reading.refuse(model, raw, number)
-        batch = move_data_to_device(raw, device)
-        weight = reading.terms(batch)
+    for batch in _read(model, batches, reading):
         with (
             torch.enable_grad(),
-            statistics.observing(mask_of(batch, reading.mask), inputs=phase is Phase.CALIBRATE) as observation,
+            statistics.observing(batch.mask, inputs=phase is Phase.CALIBRATE) as observation,
         ):
-            batch_loss = reading.loss(model, batch)
+            batch_loss = batch.loss()
             observation.forward_done()
-            statistics.add_loss(batch_loss, weight, weight)
+            statistics.add_loss(batch_loss, batch.terms, batch.terms)
             batch_loss.backward()  # type: ignore[no-untyped-call]
-            statistics.collect_gradients(weight)
+            statistics.collect_gradients(batch.terms)
+
+
+def _read(model: nn.Module, batches: Iterable[Any], reading: BatchReading) -> Iterator[Batch]:
+    """Yield the batches as they are run. Raises CalibrationError if one cannot be."""
+    device = next(model.parameters()).device
+
+    def loss(raw: Any) -> Tensor:
+        return reading.loss(model, move_data_to_device(raw, device))
+
+    for number, raw in enumerate(batches):
+        reading.refuse(model, raw, number + 1)
+        batch = move_data_to_device(raw, device)
+        yield Batch(partial(loss, raw), mask_of(batch, reading.mask), reading.terms(batch), number)
 
 
 def so_many(batches: Iterable[Any], calibration_batches: int | None) -> int | None:

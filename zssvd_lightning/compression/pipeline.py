@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.collector import StatisticsCollector
-from zssvd_lightning.calibration.kept_batches import KEPT_BACK
 from zssvd_lightning.calibration.terms import check_terms
 from zssvd_lightning.compression.course import course, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
@@ -34,12 +33,13 @@ from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.distributed import LayerSet, Team
-from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.errors import CalibrationError, ContradictionError
 from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
 from zssvd_lightning.model.recompression import StandIns
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.plan import Plan
+from zssvd_lightning.serialization.kept_batches import KEPT_BACK
 from zssvd_lightning.serialization.transformers_config import mark
 from zssvd_lightning.whitening.moments import Moments
 
@@ -103,6 +103,8 @@ def compress(
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
     require(isinstance(statistics, Moments | None), "statistics", statistics, "a result of calibrate, or None")
+    if statistics is not None:
+        _refuse_blocks(config)
     with _gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
         run = Compression(model, config, progress, stand_ins=stand_ins)
         _announce(run)
@@ -140,6 +142,7 @@ def calibrate(
     and those of the metric have an effect.
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
+    _refuse_blocks(config)
     with _gradients_set_aside(model), _low_rank_made_dense(model, config):
         layers = LayerSet(find_targets(model, config.include, config.ignore))
         statistics = StatisticsCollector(model, layers, config.watches_outputs)
@@ -191,6 +194,15 @@ def coverage_of(model: nn.Module, config: CompressionConfig) -> Coverage:
     """
     with _low_rank_made_dense(model, config) as stand_ins:
         return Compression(model, config, progress=False, stand_ins=stand_ins).coverage
+
+
+def _refuse_blocks(config: CompressionConfig) -> None:
+    """Raise ContradictionError if the statistics of all layers are not to be in memory together."""
+    if config.by_blocks:
+        raise ContradictionError(
+            "the result of calibrate holds the statistics of all layers in memory, so memory cannot be 'blocks'; leave "
+            "calibrate and statistics out, or set memory to 'whole'"
+        )
 
 
 def _announce(compression: Compression) -> None:

@@ -3,7 +3,7 @@
 Shapes: W (m, n), up (m, k), down (k, n). Rounding is applied to the stored factors, after whitening is undone.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -65,10 +65,22 @@ def quantize_layers(
     model: nn.Module, names: Iterable[str], storage: str, importances: Mapping[str, Importance] | None = None
 ) -> None:
     """Convert the named layers in place to the form that `storage` defines; see `quantize`."""
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    for name, new in in_8_bits(layers, storage, importances).items():
-        replace_module(model, layers[name], new)
+    put_in_8_bits(model, {name: model.get_submodule(name) for name in names}, storage, importances)
+
+
+def put_in_8_bits(
+    model: nn.Module,
+    layers: Mapping[str, Any],
+    storage: str,
+    importances: Mapping[str, Importance] | None = None,
+    replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
+) -> dict[str, CompressedLinear]:
+    """Replace layers by their 8-bit forms, with `replace(model, old, new)`, and return these. See `quantize`."""
+    made = in_8_bits(layers, storage, importances)
+    for name, new in made.items():
+        replace(model, layers[name], new)
     mark(model)
+    return made
 
 
 def in_8_bits_already(model: nn.Module) -> bool:

@@ -6,18 +6,19 @@ on the same few batches. The final model is the state with the smallest loss.
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from zssvd_lightning.calibration.kept_batches import batches_of_saved, batches_to_save
 from zssvd_lightning.calibration.terms import check_terms
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
 from zssvd_lightning.errors import DivergedError
 from zssvd_lightning.model.heads import chance_loss
 from zssvd_lightning.selection.components import Selection
+from zssvd_lightning.serialization.kept_batches import batches_of_saved, batches_to_save
 from zssvd_lightning.whitening.rounding import Importance
 
 if TYPE_CHECKING:
@@ -49,19 +50,18 @@ NEAR_CHANCE = 0.03
 class State(NamedTuple):
     """Truncated weights of all layers, and what belongs to them."""
 
-    factors: Mapping[str, Factors]
+    factors: MutableMapping[str, Factors]
     selection: Selection | None
     importances: Mapping[str, Importance] | None
 
     @classmethod
     def of(cls, compression: "Compression") -> "State":
         """Return the present state of a compression. Factors are shared, not copied."""
-        return cls(dict(compression.truncated.held), compression.selection, compression.importances)
+        return cls(copy(compression.truncated.held), compression.selection, compression.importances)
 
     def put_into(self, compression: "Compression") -> None:
         """Set the weights of a compression to this state. Collective."""
-        compression.truncated = TruncatedWeights(compression.targets, compression.config.storage)
-        compression.truncated.held = dict(self.factors)
+        compression.truncated = TruncatedWeights(compression.targets, compression.config.storage, copy(self.factors))
         for name, target in compression.targets.items():
             held = name in self.factors
             target.assign(compression.truncated.truncated(name) if held else compression.originals[name])
@@ -244,8 +244,8 @@ class Safeguard:
         if self._given_up:
             return None
         best = None if self._best is None else self._best[0]
-        factors = TruncatedWeights(compression.targets, compression.config.storage)
-        factors.held = {} if best is None else dict(best.factors)
+        held = None if best is None else copy(best.factors)
+        factors = TruncatedWeights(compression.targets, compression.config.storage, held)
         kept = self.batches if statistics or self.dense is not None else []
         return {
             "batches": compression.team.gathered(batches_to_save(kept)),

@@ -20,6 +20,9 @@ from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 BUDGET_OF = ("targets", "model")
 """Possible references of a prune ratio."""
 
+MEMORY = ("whole", "blocks")
+"""Possible parts of a model whose statistics are in memory at the same time."""
+
 MOST_ROUNDS = 1000
 """Largest number of truncations or corrections. Each round gathers statistics or decomposes every weight."""
 
@@ -114,6 +117,10 @@ class CompressionConfig:
     """Name patterns of layers to leave unchanged, in the same form as `include`."""
     plan: str | None = None
     """YAML file with the rank of every layer, as written by a dry run. It replaces `prune_ratio` and `selection`."""
+    memory: str = "whole"
+    """Statistics held in memory: those of the `whole` model, or of one of its `blocks` at a time. `blocks` gives the
+    same result with little more memory than the model takes. It runs the blocks once more per batch, and keeps the rest
+    in scratch files in the folder for temporary files (`TMPDIR`). Not within a Trainer, and not for a `refit`."""
 
     def __post_init__(self) -> None:
         require_one_of("metric", self.metric, METRICS)
@@ -125,6 +132,7 @@ class CompressionConfig:
         require_one_of("correction_step", self.correction_step, CORRECTIONS)
         require_one_of("storage", self.storage, STORAGES)
         require_one_of("rows_in_16_bits", self.rows_in_16_bits, ROWS_IN_16_BITS)
+        require_one_of("memory", self.memory, MEMORY)
         check_types(self)
         require(0.0 < self.prune_ratio < 1.0, "prune_ratio", self.prune_ratio, "strictly between 0 and 1")
         require_count("corrections", self.corrections, 0, MOST_ROUNDS)
@@ -155,6 +163,11 @@ class CompressionConfig:
         if self.truncations > 1 and self.corrections and self.refits:
             raise ContradictionError(
                 f"a refit keeps the ranks of the first truncation, but truncations is {self.truncations}; set it to 1"
+            )
+        if self.by_blocks and self.corrections and self.refits:
+            raise ContradictionError(
+                f"correction_step {self.correction_step!r} runs the whole model on all batches at once, so memory "
+                "cannot be 'blocks'; set memory to 'whole', or corrections to 0"
             )
         if self.budget_in == "bytes" and self.weighs_rows:
             raise ContradictionError(
@@ -284,6 +297,11 @@ class CompressionConfig:
     def refits(self) -> bool:
         """True if corrections are closed-form refits."""
         return self.correction.refits
+
+    @property
+    def by_blocks(self) -> bool:
+        """True if only the statistics of one block are in memory at a time."""
+        return self.memory == "blocks"
 
     @property
     def weighs_rows(self) -> bool:

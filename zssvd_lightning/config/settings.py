@@ -30,6 +30,7 @@ class CompressionSettings(TypedDict):
         include: name patterns of the layers to compress; all linear layers when None.
         ignore: name patterns of layers to leave alone.
         plan: YAML file with the rank of every layer, which replaces `prune_ratio` and `selection`.
+        memory: statistics in memory: of the `whole` model, or (not in a fit) of one of its `blocks` at a time.
     """
 
     metric: NotRequired[str | None]
@@ -53,6 +54,7 @@ class CompressionSettings(TypedDict):
     include: NotRequired[list[str] | str | None]
     ignore: NotRequired[list[str] | str | None]
     plan: NotRequired[str | Path | None]
+    memory: NotRequired[str | None]
 
 
 class Settings(CompressionSettings):

@@ -1,6 +1,6 @@
 """Spectra of all layers, computed by the processes of a team, and the component scores that selection uses."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -91,6 +91,7 @@ def decompose(
     weigh: bool = False,
     round_off: bool = False,
     steps: Mapping[str, Step] | None = None,
+    spectra: MutableMapping[str, Spectrum] | None = None,
 ) -> Decomposition:
     """Compute spectra and scores of all layers; layers that share an input share its whitening. Collective.
 
@@ -106,13 +107,14 @@ def decompose(
         round_off: also compute the predicted cost of storing components in 8 bits.
         steps: step of each weight along its gradient before its SVD; see `Spectrum.of`. None for no step, as for the
             layers that are not in it.
+        spectra: empty mapping that stores the spectra; None for a dictionary.
 
     Raises:
         CalibrationError: statistics are missing, not finite or degenerate, or an SVD failed. The message names the
             layer.
         ProcessFailedError: such an error occurred on another process.
     """
-    spectra: dict[str, Spectrum] = {}
+    spectra = {} if spectra is None else spectra
     components: dict[str, Components] = {}
     importances: dict[str, tuple[Tensor, Tensor]] = {}
     whitener = Whitener(metric)

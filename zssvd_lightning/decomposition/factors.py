@@ -3,7 +3,7 @@
 Shapes: up (m, k), down (k, n), W_k (m, n).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -80,16 +80,19 @@ class TruncatedWeights:
     Args:
         layers: the layers and the processes that hold them.
         storage: storage of the low-rank layers. 8-bit layers are created from the factors later.
+        held: mapping that stores the factors; None for an empty dictionary.
 
     Attributes:
         held: this process's part of the factors, by layer name.
     """
 
-    def __init__(self, layers: LayerSet, storage: str = "factors") -> None:
+    def __init__(
+        self, layers: LayerSet, storage: str = "factors", held: MutableMapping[str, Factors] | None = None
+    ) -> None:
         self._targets, self._team = layers, layers.team
         self._kind = STORAGES[storage].layer
         self._pivots = issubclass(trained_form(self._kind), PivotForm)
-        self.held: dict[str, Factors] = {}
+        self.held: MutableMapping[str, Factors] = {} if held is None else held
         self._known_finite = False
 
     def __iter__(self) -> Iterator[str]:

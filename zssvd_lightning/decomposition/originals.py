@@ -1,6 +1,6 @@
 """Copies of the weights before the first truncation: creation, restoration and checkpoints."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ class Originals(Mapping[str, Tensor]):
 
     Args:
         layers: the layers and the processes that hold them.
+        held: empty mapping that stores the weights; None for a dictionary.
     """
 
-    def __init__(self, layers: LayerSet) -> None:
+    def __init__(self, layers: LayerSet, held: MutableMapping[str, Tensor] | None = None) -> None:
         self._targets, self._team = layers, layers.team
-        self._held: dict[str, Tensor] = {}
+        self._held: MutableMapping[str, Tensor] = {} if held is None else held
 
     def __getitem__(self, name: str) -> Tensor:
         """Return this process's part of the original weight of a layer."""
@@ -37,14 +38,15 @@ class Originals(Mapping[str, Tensor]):
     def keep(self) -> None:
         """Copy all weights, unless copies exist already."""
         if not self._held:
-            self._held = {name: target.weight.clone() for name, target in self._targets.items()}
+            for name, target in self._targets.items():
+                self._held[name] = target.weight.clone()
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Overwrite the weights of the model with the stored copies, and drop the copies."""
         for name, W in self._held.items():
             self._targets[name].assign(W)
-        self._held = {}
+        self._held.clear()
 
     def state_dict(self) -> dict[str, Tensor] | None:
         """Return the whole weights in the form the team saves; None if nothing is stored. Collective."""
@@ -68,7 +70,7 @@ class Originals(Mapping[str, Tensor]):
                 f"the checkpoint was taken while layers were being replaced ({', '.join(differing[:3])}); resume from "
                 "another one"
             )
-        self._held = {}
+        self._held.clear()
         for name, W in (state or {}).items():
             target = self._targets[name]
             self._held[name] = self._team.part(W, target.split).to(target.weight.device, copy=True)

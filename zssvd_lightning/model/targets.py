@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -77,7 +78,15 @@ class Target:
 
     def assign(self, W: Tensor) -> None:
         """Overwrite the weight in place with W (m, n) or this process's part of it, cast to the weight's type."""
+        weight = self.module.weight
+        if not any(weight.stride()):  # released
+            weight.data = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         self.weight.copy_(W)
+
+    def release(self) -> None:
+        """Free the memory of the weight until `assign`, for a layer that another one has replaced."""
+        weight = self.module.weight
+        weight.data = weight.new_zeros(()).expand(weight.shape)
 
     def _oriented(self, stored: Tensor) -> Tensor:
         return stored.T if isinstance(self.module, Conv1D) else stored

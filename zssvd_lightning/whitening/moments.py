@@ -7,7 +7,8 @@ token. Each row of D (T, m) is the gradient of the loss, summed over its terms, 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -36,13 +37,13 @@ class Moments:
 
     leaders: dict[str, str] = field(default_factory=dict)
     """Layer -> its leader, under whose name the input second moment is stored."""
-    input_sums: dict[str, Tensor] = field(default_factory=dict)
+    input_sums: MutableMapping[str, Tensor] = field(default_factory=dict)
     """Leader -> `X^T X` (n, n)."""
     tokens: dict[str, int] = field(default_factory=dict)
     """Leader -> T, the number of rows of X added."""
-    gradient_sums: dict[str, Tensor] = field(default_factory=dict)
+    gradient_sums: MutableMapping[str, Tensor] = field(default_factory=dict)
     """Layer -> gradient (m, n) of the loss summed over its terms."""
-    output_sums: dict[str, Tensor] = field(default_factory=dict)
+    output_sums: MutableMapping[str, Tensor] = field(default_factory=dict)
     """Layer -> `D^T D` (m, m). Empty if output gradients are not collected."""
     output_terms: float = 0.0
     """Number of loss terms in `output_sums`. 0 means the same number as `loss_terms`."""
@@ -127,11 +128,14 @@ class Moments:
         new = {leader: min(n for n, other in remaining.items() if other == leader) for leader in remaining.values()}
         new |= {leader: leader for leader in new if leader not in names}
         self.leaders = {name: new[leader] for name, leader in remaining.items()}
-        self.input_sums = {new[leader]: A for leader, A in self.input_sums.items() if leader in new}
+        for leader in [leader for leader in self.input_sums if new.get(leader) != leader]:
+            A = self.input_sums.pop(leader)
+            if leader in new:
+                self.input_sums[new[leader]] = A
         self.tokens = {new[leader]: T for leader, T in self.tokens.items() if leader in new}
         for sums in (self.gradient_sums, self.output_sums, self.component_sums):
-            for name in names:
-                sums.pop(name, None)
+            for name in [name for name in names if name in sums]:
+                del sums[name]
         self.with_gradient = [name for name in self.with_gradient if name not in names]
         self.with_outputs = [name for name in self.with_outputs if name not in names]
 
@@ -145,8 +149,14 @@ class Moments:
         tokens = self.tokens if counted else dict.fromkeys(self.tokens, 0)
         terms = (self.output_terms or self.loss_terms) if counted else 0.0
         return Moments(
-            dict(self.leaders), dict(self.input_sums), dict(tokens), {}, dict(self.output_sums), output_terms=terms
+            dict(self.leaders), copy(self.input_sums), dict(tokens), {}, copy(self.output_sums), output_terms=terms
         )
+
+    def reuse(self, second_moments: "Moments") -> None:
+        """Take the second moments of another object, for statistics that have none."""
+        self.leaders, self.tokens = second_moments.leaders, second_moments.tokens
+        self.input_sums, self.output_sums = second_moments.input_sums, second_moments.output_sums
+        self.output_terms += second_moments.output_terms
 
     def counts(self) -> dict[str, Any]:
         """Return token and term counts, layer names and the loss sum as plain types, without tensors."""

@@ -8,7 +8,6 @@ import lightning as L
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.selection.plan import check_plan_output
 
 PLAN_FILE = "zssvd_plan.yaml"
 """Default file name of the plan that a dry run writes."""
@@ -35,10 +34,12 @@ class DryRun:
         """Return True if a plan is written instead of compressing."""
         return self._asked is not False
 
-    def refuse_output(self, trainer: L.Trainer) -> None:
-        """Raise OutputError on the first process if the plan cannot be written."""
-        if self and trainer.is_global_zero:
-            check_plan_output(self._file(trainer))
+    def locate(self, trainer: L.Trainer) -> Path | None:
+        """Return the file of the plan, or None for a compression. Collective, since `Trainer.log_dir` is."""
+        if not self:
+            return None
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        return folder / PLAN_FILE if isinstance(self._asked, bool) else self._asked
 
     def refuse_state(self, phase: str, *, is_dense: bool) -> None:
         """Raise CheckpointError if a checkpoint of this phase is of a model that is no longer dense."""
@@ -57,7 +58,9 @@ class DryRun:
         """
         if compression.safeguard is not None:
             compression.safeguard.check_terms(compression)
-        path, plan = self._file(trainer), compression.plan()
+        path, plan = self.locate(trainer), compression.plan()
+        if path is None:
+            raise RuntimeError("write() is for dry runs")
         with compression.team.together():
             if shortened:
                 logger.warning("fast_dev_run: the dry run chose ranks, and has not written them to %s", path)
@@ -65,8 +68,3 @@ class DryRun:
                 plan.write(path)
                 logger.info("dry run: the ranks are in %s; compress with plan=%s", path, path)
         self.planned = True
-
-    def _file(self, trainer: L.Trainer) -> Path:
-        """Return the file of the plan: the given one, or else one in the folder of the logger."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        return folder / PLAN_FILE if isinstance(self._asked, bool) else self._asked
