@@ -19,7 +19,7 @@ from zssvd_lightning.compression.gathering import Loss, loss_in
 
 
 def plain_seconds(model: nn.Module, batches: list[dict[str, Tensor]], loss: Loss) -> float:
-    """A forward and a backward pass with gradients at every parameter, as training does."""
+    """Return the seconds of forward and backward passes with gradients at every parameter, as training does."""
     start = time.perf_counter()
     for batch in tqdm(batches, desc="plain forward and backward", unit="batch"):
         loss(model, {**batch, "use_cache": False}).backward()  # type: ignore[no-untyped-call]
@@ -28,7 +28,7 @@ def plain_seconds(model: nn.Module, batches: list[dict[str, Tensor]], loss: Loss
 
 
 def main(path: str, *overrides: str) -> None:
-    """Prints the ratio, the seconds of every step and the peak memory as JSON."""
+    """Print the ratio, the seconds of every step and the peak memory as JSON."""
     run = Run(load_config(RunConfig, path, [*overrides, "evaluation.text=null", "evaluation.second=null"]))
     batches, calibration = list(run.calibration_loader()), run.config.calibration
     half, loss = calibration.batches // 2, loss_in(calibration.precision)

@@ -1,6 +1,6 @@
-"""What only a CUDA machine can tell, in one command of less than 8 minutes.
+"""Measurements that need a CUDA machine, in one command of less than 8 minutes.
 
-    python benchmarks/gpu.py               # writes docs/benchmarks/gpu-CARD.json
+    python benchmarks/gpu.py               # writes docs/benchmarks/gpu-NAME.json
     python benchmarks/gpu.py --cpu-smoke   # everything at tiny sizes on the CPU, to see that it runs; writes nothing
 
 Every part is a process of its own with a time limit. Each result is printed, and the file written anew, as soon as it
@@ -8,7 +8,7 @@ is there, so that a part that fails or takes too long costs no other.
 
 - `layers`: time of single layers over dense on CUDA graphs, beside bytes and FLOPs, in bfloat16 at the shapes of
   Llama-7B, for 1 token and for 4096.
-- `presets`: ranks and logits of all presets on a tiny trained Llama, on the CPU and on the card.
+- `presets`: ranks and logits of all presets on a tiny trained Llama, on the CPU and on the GPU.
 - `best-2`, `best-4`, `zs-svd-2`, `zs-svd-4`: a compression at the width of Llama-7B with 2 and 4 blocks of random
   weights: seconds by stage and peak memory. `best` is one-shot.
 """
@@ -49,7 +49,7 @@ KEPT = (0.8, 0.6, 0.4)
 TOKENS = (1, 4096)
 ROUNDS = 30
 MEMORY = 2**28
-"""Bytes of dense layers that a graph of one token runs through, more than the cache of a card holds."""
+"""Bytes of dense layers that a graph of one token runs through, more than the cache of a GPU holds."""
 SEQUENCE = 2048
 """Length of the calibration windows at the width of Llama-7B."""
 
@@ -123,7 +123,7 @@ def _wait(device: str) -> None:
 
 
 def presets(smoke: bool) -> Iterator[Row]:
-    """Yield, for each preset, how ranks and logits on the card differ from those on the CPU."""
+    """Yield, for each preset, how ranks and logits on the GPU differ from those on the CPU."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97, hidden_size=16 if smoke else 64, intermediate_size=24 if smoke else 96,
@@ -247,8 +247,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(json.dumps(row), flush=True)
         return
     results: Row = {"machine": machine("cpu" if asked.cpu_smoke else "cuda"), "torch": torch.__version__, "parts": {}}
-    card = re.sub(r"[^a-z0-9]+", "-", str(results["machine"]["device"]).lower()).strip("-")
-    out = asked.out or (None if asked.cpu_smoke else FOLDER / f"gpu-{card}.json")
+    name = re.sub(r"[^a-z0-9]+", "-", str(results["machine"]["device"]).lower()).strip("-")
+    out = asked.out or (None if asked.cpu_smoke else FOLDER / f"gpu-{name}.json")
     for part, (function, limit) in PARTS.items():
         rows = results["parts"][part] = []
         command = [sys.executable, __file__, "--part", part]

@@ -1,4 +1,4 @@
-"""What a compression costs on several processes: formulas, the same measured on small runs, and large models.
+"""Cost of a compression on several processes: formulas, measurements of small runs, and estimates for large models.
 
 `python benchmarks/scaling.py` prints the figures in docs/scaling.md; give the machine nothing else to do meanwhile.
 
@@ -58,7 +58,7 @@ class Llama:
     """Bytes of a weight, w."""
 
     def config(self) -> LlamaConfig:
-        """For transformers."""
+        """Return the config of transformers."""
         heads = max(1, self.hidden // 128)
         return LlamaConfig(
             hidden_size=self.hidden,
@@ -71,13 +71,13 @@ class Llama:
 
     @functools.cached_property
     def targets(self) -> dict[str, Any]:
-        """Its linear layers, without memory."""
+        """Linear layers of the model, on the meta device."""
         with torch.device("meta"):
             return find_targets(LlamaForCausalLM(self.config()))
 
     @functools.cached_property
     def leaders(self) -> dict[str, str]:
-        """Which layers share an input."""
+        """Layer -> first layer that reads the same input."""
         same = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
         return {name: _renamed(name, same) for name in self.targets}
 
@@ -92,7 +92,7 @@ class Llama:
         return sum(self.targets[leader].shape[1] ** 2 for leader in set(self.leaders.values()))
 
     def spectra(self, size: int) -> int:
-        """Numbers in the spectra of the process with most of them: sum of r (m + n + 1) over its layers."""
+        """Return the numbers in the spectra of the process with most of them: sum of r (m + n + 1) over its layers."""
         shares = share_out(self.targets, self.leaders, size)
         shapes = [[self.targets[name].shape for name in share] for share in shares]
         most: int = max(sum(min(shape) * (sum(shape) + 1) for shape in share) for share in shapes)
@@ -109,7 +109,7 @@ class Llama:
         return self.second_moments // self.blocks
 
     def busiest(self, size: int) -> float:
-        """Floating-point operations of the process with the most to decompose."""
+        """Return the floating-point operations of the process with the most to decompose."""
         shares = share_out(self.targets, self.leaders, size)
         return max(self._work(share) for share in shares)
 
@@ -122,7 +122,7 @@ class Llama:
 
 
 def moved(model: Llama, strategy: str, size: int, factors: float, low_rank: float) -> dict[str, float]:
-    """Bytes moved for each step of a compression.
+    """Return the bytes moved for each step of a compression.
 
     Args:
         model: its shapes.
@@ -151,7 +151,7 @@ def moved(model: Llama, strategy: str, size: int, factors: float, low_rank: floa
 
 
 def held(model: Llama, strategy: str, size: int, factors: float) -> dict[str, float]:
-    """Bytes that a process holds on top of the training's own.
+    """Return the bytes that a process holds in addition to those of training.
 
     Args:
         model: its shapes.
@@ -169,7 +169,7 @@ def held(model: Llama, strategy: str, size: int, factors: float) -> dict[str, fl
 
 @contextmanager
 def measured(step: str, found: dict[str, float]) -> Iterator[None]:
-    """Adds what goes over the loopback device while all processes are in the block, and the CPU time of this one."""
+    """Add what goes over the loopback device while all processes are in the block, and the CPU time of this one."""
     dist.barrier()
     before, busy = _sent(), time.process_time()
     yield
@@ -184,7 +184,7 @@ def _sent() -> int:
 
 
 class Module(L.LightningModule):
-    """A small Llama."""
+    """Small Llama."""
 
     def __init__(self, shapes: Llama) -> None:
         super().__init__()
@@ -192,24 +192,24 @@ class Module(L.LightningModule):
         self.model = LlamaForCausalLM(shapes.config())
 
     def configure_model(self) -> None:
-        """Shards it under FSDP2."""
+        """Shard the model under FSDP2."""
         if self.device_mesh is not None:
             for block in self.model.model.layers:
                 fully_shard(block, mesh=self.device_mesh["data_parallel"])
             fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross-entropy."""
+        """Return the mean cross-entropy."""
         loss: Tensor = self.model(**batch).loss
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Plain descent."""
+        """Return plain gradient descent."""
         return torch.optim.SGD(self.parameters(), 1e-3)
 
 
 def work(rank: int, size: int, port: int, strategy: str, shapes: Llama, folder: str) -> None:
-    """One process of a run that is looked at."""
+    """Run one process of a measured fit."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
     torch.set_num_threads(1)
     found: dict[str, float] = defaultdict(float)
@@ -284,7 +284,7 @@ def _bytes(held: Any) -> int:
 
 
 def run(strategy: str, size: int, shapes: Llama) -> list[dict[str, float]]:
-    """What every process found."""
+    """Return the measurements of every process."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -303,7 +303,7 @@ LARGE = (
 
 
 def check() -> None:
-    """Prints measured against computed figures, and then what they make of large models."""
+    """Print measured against computed figures, and then what they make of large models."""
     print(f"\n{SMALL.weights * 4 / 1e6:.1f} MB of weights, {SMALL.second_moments * 4 / 1e6:.1f} MB of second moments\n")
     print("| strategy | processes | step | computed | measured |\n|---|---|---|---|---|")
     run("ddp", 1, SMALL)  # whatever is slow the first time
@@ -332,7 +332,7 @@ def check() -> None:
 
 
 def project(rate: float) -> None:
-    """Prints what the formulas say of large models."""
+    """Print what the formulas say of large models."""
     columns = ("a batch", "truncation", "correction", "line search", "factorization")
     print(f"| model | strategy | ranks | {' | '.join(columns)} | statistics | originals, factors | spectra |")
     print("|---" * (len(columns) + 6) + "|")
@@ -364,7 +364,7 @@ def _rate_of_a_large_svd() -> float:
 
 
 def _seconds(ranks: list[dict[str, float]]) -> float:
-    """CPU seconds of the busiest process in one decomposition of two."""
+    """Return the CPU seconds of the busiest process in one decomposition of two."""
     return max(found["decomposition: CPU seconds"] for found in ranks) / 2
 
 

@@ -42,7 +42,7 @@ class FineTuned(CausalLM):
 
 
 class Measures(L.Callback):
-    """Evaluates the truncated model before its factors are trained, and what training has made of it."""
+    """Callback that evaluates the truncated model before its factors are trained, and the model after training."""
 
     def __init__(self, run: Run, compression: ZSSVDCallback) -> None:
         self.run = run
@@ -59,7 +59,7 @@ class Measures(L.Callback):
 
 
 class Batches(torch.utils.data.IterableDataset):
-    """Those of calibration and corrections, and then those to train on."""
+    """Batches of calibration and corrections, and then those to train on."""
 
     def __init__(self, *parts: list) -> None:
         self.parts = parts

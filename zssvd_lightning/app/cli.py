@@ -5,7 +5,7 @@ Commands import torch and transformers when they run, so that a help text appear
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,9 +15,6 @@ from zssvd_lightning.app import settings as asked
 from zssvd_lightning.app.bench.command import bench
 from zssvd_lightning.app.settings import meaning
 from zssvd_lightning.config.presets import PRESETS
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 

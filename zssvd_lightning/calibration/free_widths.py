@@ -39,12 +39,12 @@ class Width(NamedTuple):
 
     @property
     def members(self) -> tuple[str, ...]:
-        """All layers that meet in it."""
+        """Layers that meet in it."""
         return (*self.producers, self.consumer)
 
 
 class FreeWidths:
-    """Hidden widths of a model, each with whether its order is known to be free.
+    """Hidden widths of a model, and whether the order of each is free.
 
     Every width is tried in the first batch that reaches it, and again when its module is called with other flags. A
     width is not free if a later batch has its layers run in another way.

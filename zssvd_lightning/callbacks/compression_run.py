@@ -157,7 +157,11 @@ class CompressionRun:
         return self.life.phase is Phase.WAIT and started and not self._dry_run.planned
 
     def end_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        """End the observation, and advance once there are enough batches and the accumulation window is closed."""
+        """End the observation, and advance once there are enough batches and the accumulation window is closed.
+
+        Raises:
+            CalibrationError: the batch is None, or incomplete.
+        """
         life = self.life
         life.batches_into_epoch = batch_idx + 1
         if batch is None and (life.gathering or self._is_due(trainer)):

@@ -175,7 +175,11 @@ class LowRankPrehab(L.Callback):
         self._watching.close()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse unsupported runs before the first batch, then start or continue from a checkpoint."""
+        """Refuse unsupported runs before the first batch, then start or continue from a checkpoint.
+
+        Raises:
+            UnsupportedTrainingError: all layers to regularize are frozen, or the run is not supported.
+        """
         if self._ended(trainer):
             return
         adapter = adapter_for(trainer, pl_module)

@@ -91,7 +91,12 @@ def in_8_bits_already(model: nn.Module) -> bool:
 def in_8_bits(
     layers: Mapping[str, Dense | LowRankLinear], storage: str, importances: Mapping[str, Importance] | None = None
 ) -> dict[str, CompressedLinear]:
-    """Return the 8-bit forms of layers by name. `remap` has none for dense layers. See `quantize`."""
+    """Return the 8-bit forms of layers by name. `remap` has none for dense layers. See `quantize`.
+
+    Raises:
+        QuantizationError: a layer has an adapter of PEFT, weights that are NaN or infinite, or entries that float16
+            cannot hold; or a registered storage returned a layer of another shape or rank.
+    """
     for name, layer in layers.items():
         if any(wraps_by_peft(part) for part in layer.modules()):
             raise QuantizationError(f"{name} has an adapter of PEFT; model = model.merge_and_unload() first")

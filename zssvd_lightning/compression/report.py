@@ -50,7 +50,8 @@ class LayerReport(NamedTuple):
     in_8_bits: bool = False
     """True if all or most of these parameters are in 8 bits."""
     highest: int | None = None
-    """Largest rank at which the layer would be smaller than it was; None in reports of earlier releases."""
+    """Largest allowed rank at which the layer would be smaller than it was: the break-even rank in the unit of the
+    budget, rounded down to a multiple. None in reports of earlier releases."""
     flops: int | None = None
     """Floating-point operations of the layer per token after compression; None in reports of earlier releases."""
 

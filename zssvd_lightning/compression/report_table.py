@@ -46,7 +46,7 @@ def _add_losses(report: "Report", table: Table) -> None:
     if (losses := report.kept_back) is None:
         return
     table.add_row("loss on batches kept back", f"{losses['dense']:.4f}", f"{losses['final']:.4f}")
-    table.add_row("  its exponential", *(_exponential(losses[key]) for key in ("dense", "final")))
+    table.add_row("  its exponential", *(f"{exponential(losses[key]):.2f}" for key in ("dense", "final")))
     if losses["final"] != losses["truncated"]:
         table.add_row("  before corrections", "", f"{losses['truncated']:.4f}")
     if losses["taken_back"]:
@@ -86,6 +86,6 @@ def _add_sizes(report: "Report", table: Table) -> None:
             table.add_row(f"left alone: {part.what}", f"{part.parameters:,}", f"{part.parameters:,}")
 
 
-def _exponential(loss: float) -> str:
-    """Return e^loss, which is the perplexity of a language model."""
-    return f"{math.exp(loss):.2f}" if loss < 700 else "inf"
+def exponential(loss: float) -> float:
+    """Return e^loss, which is the perplexity of a language model; infinity where it overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -129,7 +129,7 @@ class TruncatedWeights:
 
         Layers that meet in a hidden width whose order is free get a common order there, which begins with pivots of
         each. They need no reordering, and the function of the model stays the same. A layer that stays dense keeps the
-        order of the widths at both of its sides. The number of such layers is logged.
+        order of the widths at both of its sides. The number of layers that need no reordering is logged.
 
         Args:
             widths: hidden widths that were tried on this process.

@@ -27,7 +27,7 @@ DECADES, PER_DECADE = 6, 2
 
 @dataclass
 class Trace:
-    """What a compression saw and did, in plain types and of bounded size."""
+    """Statistics and results of a compression, in plain types and of bounded size."""
 
     positions: dict[str, list[int]] = field(default_factory=dict)
     """Number of components of a layer -> numbers of the recorded ones, from 1."""

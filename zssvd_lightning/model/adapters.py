@@ -72,7 +72,11 @@ class Adapter:
 
     @cached_property
     def config(self) -> Any:
-        """`PeftConfig` of the adapter."""
+        """`PeftConfig` of the adapter.
+
+        Raises:
+            ConfigError: PEFT does not know an option, or refuses its value.
+        """
         with needs_extra("peft", "adapters"):
             from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 

@@ -152,7 +152,11 @@ class LoRARecovery(Recovery):
         return self.merge
 
     def adapter(self, parts: Sequence[str], name: str, layer: Factored) -> Adapter | None:
-        """Return LoRA for these factors of a layer; None if no rank is left for it. See `Recovery.adapter`."""
+        """Return LoRA for these factors of a layer; None if no rank is left for it. See `Recovery.adapter`.
+
+        Raises:
+            RecoveryError: the rank is too high for a factor, and `clip_rank` is False.
+        """
         lora = self._lora(list(layer.thin_layers(parts)))
         asked, used = self._ranks(lora, name, layer)
         if asked == used:

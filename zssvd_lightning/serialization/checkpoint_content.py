@@ -130,7 +130,11 @@ _REPORT = entries(
 
 
 def REPORT(value: Any, key: str) -> None:  # noqa: N802  a check like the others here
-    """Check `Report.to_dict`. Earlier releases called `first_order_sum` `predicted_drift`."""
+    """Check `Report.to_dict`. Earlier releases called `first_order_sum` `predicted_drift`.
+
+    Raises:
+        FaultError: an entry is missing or of another form.
+    """
     _REPORT(value, key)
     if "first_order_sum" not in value and "predicted_drift" not in value:
         raise FaultError(f"{key}.first_order_sum is missing".removeprefix("."))
@@ -270,7 +274,11 @@ COMPRESSION = entries(
 
 
 def check_compression(state: Any, key: str) -> None:
-    """Check the state of a compression: its entries, and that its tensors are of the layers in `shapes`."""
+    """Check the state of a compression: its entries, and that its tensors are of the layers in `shapes`.
+
+    Raises:
+        FaultError: an entry is missing, of another form, or of another layer.
+    """
     COMPRESSION(state, key)
     shapes: Mapping[str, list[int]] = state["shapes"]
     gathering, safeguard = state["gathering"], state.get("safeguard") or {}

@@ -49,7 +49,7 @@ def load_state_dict(module: nn.Module, state_dict: Mapping[str, Any], strict: bo
         state_dict: `state_dict()` of the compressed module, or `torch.load(path)["state_dict"]` of its checkpoint.
             Dense weights load too.
         strict: whether missing and unexpected names are errors, as in `nn.Module.load_state_dict`.
-        assign: use the given tensors themselves, as in `nn.Module.load_state_dict`.
+        assign: whether to use the given tensors themselves, as in `nn.Module.load_state_dict`.
 
     Returns:
         What `module.load_state_dict` returns: missing and unexpected names.

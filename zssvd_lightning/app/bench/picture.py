@@ -8,7 +8,7 @@ from zssvd_lightning._validation import needs_extra
 from zssvd_lightning.app.bench.results import LIMIT, Row
 
 WIDTH = 0.8
-"""Width of all bars of one piece of work together."""
+"""Width of all bars of one workload together."""
 
 
 def check_drawing() -> None:

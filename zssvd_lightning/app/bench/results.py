@@ -27,7 +27,7 @@ HEADER = ("model", "tokens/s (quartiles)", "time", "bytes", "FLOPs", "time / lim
 """Titles of the other columns."""
 
 LIMIT = {PREFILL: "FLOPs", DECODE: "bytes"}
-"""What bounds each phase from below, as a share of what the dense model needs."""
+"""Quantity that bounds the time of each phase from below, as a share of what the dense model needs."""
 
 DIGITS = 100
 """Number from which speeds are shown without decimals."""
@@ -42,14 +42,14 @@ CAPTION = (
 
 @dataclass(frozen=True)
 class Row:
-    """One phase of one model at one piece of work. Ratios are None for the dense model's failures."""
+    """Measurements of one phase of one model at one workload. Ratios are None where the dense model failed."""
 
     model: str
     phase: str
     batch: int
     context: int
     how: str
-    """How it ran: decode may be a CUDA graph or compiled."""
+    """Mode: eager, a CUDA graph or `torch.compile`."""
     rounds: int
     tokens_per_second: Quartiles | None
     seconds: tuple[float, ...]
@@ -72,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that was measured in one run."""
+    """Measurements of one run."""
 
     contenders: Sequence[Contender]
     settings: BenchSettings
@@ -80,7 +80,7 @@ class Results:
     notes: Sequence[str]
 
     def rows(self) -> list[Row]:
-        """Return the rows by phase within each piece of work, the dense model first."""
+        """Return the rows by phase within each workload, the dense model first."""
         found: list[Row] = []
         for work in dict.fromkeys(outcome.work for outcome in self.outcomes):
             for phase in (PREFILL, DECODE):
@@ -192,7 +192,7 @@ def _tells(outcome: Outcome, phase: str) -> bool:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Return the name of the processor or card, and the number of threads."""
+    """Return the name of the processor or GPU, and the number of threads."""
     if torch.device(device).type == "cuda":
         return {"device": torch.cuda.get_device_name(device)}
     name = platform.processor() or platform.machine()

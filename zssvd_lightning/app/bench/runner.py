@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Outcome:
-    """What was measured of one model at one piece of work."""
+    """Measurements of one model at one workload."""
 
     name: str
     work: Workload
     how: str = "eager"
     """How decode steps ran."""
     error: str | None = None
-    """Why the model was not measured to the end; None if it was."""
+    """Reason why the model was not measured to the end; None if it was."""
     seconds: dict[str, list[float]] = field(default_factory=dict)
     """Seconds of every round by phase, in the order of the rounds."""
     flops: dict[str, int] = field(default_factory=dict)
@@ -42,9 +42,9 @@ class Outcome:
 def measure(
     contenders: Sequence[Contender], settings: BenchSettings, *, progress: bool = True
 ) -> tuple[list[Outcome], list[str]]:
-    """Measure all models at all pieces of work, in turns.
+    """Measure all models at all workloads, in turns.
 
-    Everything that can be refused is refused before the first piece. A model that runs out of memory at one piece is
+    Everything that can be refused is refused before the first workload. A model that runs out of memory at one is
     left out there, with the reason in its outcome.
 
     Args:
@@ -53,7 +53,7 @@ def measure(
         progress: whether to draw a progress bar.
 
     Returns:
-        One outcome for each piece of work and model, and notes for the reader.
+        One outcome for each workload and model, and notes for the reader.
 
     Raises:
         ModelSourceError: a model is of a kind that is not measured.
@@ -86,7 +86,7 @@ def measure(
 
 
 class Group:
-    """All models at one piece of work.
+    """Turns of all models at one workload.
 
     Args:
         contenders: models.
@@ -96,7 +96,7 @@ class Group:
         tell: function that is called after each run with the name of the model, the work, and a word on the run.
 
     Attributes:
-        outcomes: what was measured, by the name of the model.
+        outcomes: measurements by the name of the model.
     """
 
     def __init__(

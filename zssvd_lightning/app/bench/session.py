@@ -1,4 +1,4 @@
-"""One model at one piece of work: a prefill, and decode steps on the cache that it fills.
+"""One model at one workload: a prefill, and decode steps on the cache that it fills.
 
 Shapes: token ids are (batch, context + tokens), images (batch, channels, height, width).
 """
@@ -28,7 +28,7 @@ PROBE = 4
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a model takes and does."""
+    """Inputs and abilities of a model."""
 
     images: bool
     """True if inputs are images, not tokens."""
@@ -43,7 +43,7 @@ class Abilities:
 
 
 class Session:
-    """Runs one model at one piece of work, again and again, each time from an empty cache.
+    """Repeated run of one model at one workload, each time from an empty cache.
 
     The cache is a `DynamicCache`, as in `generate`. On CUDA and with `torch.compile` it is a `StaticCache`, whose
     tensors stay in place. A decode step on CUDA is the replay of a CUDA graph, because the launches of kernels take
@@ -84,7 +84,7 @@ class Session:
 
     @property
     def how(self) -> str:
-        """How decode steps run, for readers of the result."""
+        """Mode in which decode steps run, as text for the results."""
         if not self.decodes:
             return "none"
         if self.compiled:
@@ -92,7 +92,7 @@ class Session:
         return "CUDA graph" if self._graphed else "eager"
 
     def too_large(self) -> str | None:
-        """Return why the device has too little memory, as far as can be said before a run; None if it seems to do."""
+        """Return why the device has too little memory, as far as can be said before a run; None if it has enough."""
         batch, context, tokens = self.work
         needed = 0 if self.abilities.images else self.abilities.cache_per_token * batch * (context + tokens)
         if not self.abilities.images and not self.abilities.last_logits:
@@ -202,7 +202,7 @@ class Session:
 
 @torch.no_grad()
 def abilities_of(model: PreTrainedModel) -> Abilities:
-    """Return what a model takes and does, found by a forward pass of one short row.
+    """Return the inputs and abilities of a model, found by a forward pass of one short row.
 
     Raises:
         ModelSourceError: the model is not measured: it has an encoder and a decoder, or its inputs are neither tokens

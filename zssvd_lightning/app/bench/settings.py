@@ -1,4 +1,4 @@
-"""Settings of a measurement, and the pieces of work that they ask for."""
+"""Settings of a measurement, and the workloads that they ask for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from zssvd_lightning._validation import require, require_count, require_one_of
 from zssvd_lightning.errors import ConfigError
 
 CONTEXTS = (128, 2048)
-"""Contexts that are measured if none are given, as far as the model takes them."""
+"""Contexts that are measured if none are given, up to the maximum length of the model."""
 
 
 class Workload(NamedTuple):
-    """One piece of work: a prefill of `batch` rows of `context` tokens, then `tokens` decode steps on its cache."""
+    """Prefill of `batch` rows of `context` tokens, then `tokens` decode steps on its cache."""
 
     batch: int
     context: int
@@ -38,7 +38,7 @@ class BenchSettings:
     repeats: int = 5
     """Rounds."""
     seconds: float | None = None
-    """Seconds after which a piece of work gets no further round; the first is always finished. None for no limit."""
+    """Seconds after which a workload gets no further round; the first is always finished. None for no limit."""
     dtype: str = "float32"
     """Floating-point type of the weights."""
     device: str = "cpu"
@@ -76,7 +76,7 @@ def fractions(option: str, given: str) -> tuple[float, ...]:
 
 
 def workloads(settings: BenchSettings, limit: int | None, *, decodes: bool, images: bool) -> tuple[list[Workload], str]:
-    """Return the pieces of work, and a note about contexts that are left out, which is empty if there are none.
+    """Return the workloads, and a note about contexts that are left out, which is empty if there are none.
 
     Args:
         settings: what to measure.

@@ -111,6 +111,9 @@ def gathering_settings(settings: Settings) -> Settings:
     """Return the settings on which the statistics of a first calibration depend.
 
     They are equal for all cells that can share the statistics.
+
+    Raises:
+        ValueError: the settings are those of the dense model, which is not calibrated.
     """
     compression = settings.compression
     if settings.calibration is None or compression is None:

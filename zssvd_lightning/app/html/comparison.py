@@ -11,11 +11,11 @@ from zssvd_lightning.app.html.markup import (
     element,
     missing,
     number,
-    of_size,
     paragraph,
     percent,
     section,
     table,
+    with_unit,
 )
 
 COLORS = 6
@@ -47,12 +47,12 @@ def comparison(runs: Sequence[Facts], id_: str) -> Markup:
             run.model,
             run.method or "not recorded",
             percent(run.report.reached),
-            of_size(run.file_bytes[1], "B"),
+            with_unit(run.file_bytes[1], "B"),
             number(run.final_perplexity()),
             number(run.final_perplexity(second=True)),
             number((run.report.kept_back or {}).get("final")),
             duration(run.seconds),
-            of_size(run.report.peak_rss_bytes or None, "B"),
+            with_unit(run.report.peak_rss_bytes or None, "B"),
         ]
         for i, run in enumerate(runs)
     ]

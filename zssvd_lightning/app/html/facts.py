@@ -1,4 +1,4 @@
-"""What a report says in the words of the page: names of model, method and texts, and the headline numbers."""
+"""Content of a report in the words of the page: names of model, method and texts, and the headline numbers."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,18 +14,19 @@ from zssvd_lightning.app.html.markup import (
     element,
     missing,
     number,
-    of_size,
     percent,
     section,
-    so_many,
     table,
+    with_noun,
+    with_unit,
 )
 from zssvd_lightning.compression.report import Report
+from zssvd_lightning.compression.report_table import exponential
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A report and the folder it is from."""
+    """Report, and the folder it comes from."""
 
     report: Report
     folder: str
@@ -80,11 +81,11 @@ class Facts:
 
     @property
     def windows(self) -> str:
-        """How much of an evaluation text was read, if the settings say it."""
+        """Phrase that says how much of an evaluation text was read; empty if the settings do not."""
         windows, length = self.setting("evaluation.windows"), self.setting("evaluation.length")
         if not isinstance(windows, int) or not isinstance(length, int):
             return ""
-        return f", {so_many(windows, 'window') if windows else 'all windows'} of {so_many(length, 'token')}"
+        return f", {with_noun(windows, 'window') if windows else 'all windows'} of {with_noun(length, 'token')}"
 
     def perplexity(self, second: bool = False) -> Mapping[str, float]:
         """Return the perplexities by model."""
@@ -120,14 +121,14 @@ def headline(facts: Facts, id_: str) -> Markup:
             f"{percent(report.asked)} asked",
         ),
         tile("of the parameters of the whole model removed", percent(facts.share_of_model)),
-        tile("size on disk", of_size(bytes_, "B"), f"{before} {of_size(dense_bytes, 'B')}"),
+        tile("size on disk", with_unit(bytes_, "B"), f"{before} {with_unit(dense_bytes, 'B')}"),
         tile(
             f"perplexity on {facts.text()}" if facts.text() else "perplexity",
             number(final),
             f"dense {number(perplexity.get('dense'))}",
         ),
         tile("loss on batches kept back (nats)", number(losses.get("final")), f"dense {number(losses.get('dense'))}"),
-        tile("in all", duration(facts.seconds), f"peak memory {of_size(report.peak_rss_bytes or None, 'B')}"),
+        tile("in all", duration(facts.seconds), f"peak memory {with_unit(report.peak_rss_bytes or None, 'B')}"),
     ]
     quality = table(["quality", "dense", "truncated", "final"], _quality(facts))
     sizes = table(["size", before, "compressed", "removed"], _sizes(facts))
@@ -147,10 +148,10 @@ def _counted(report: Report) -> str:
 def _quality(facts: Facts) -> list[list[str]]:
     losses = facts.report.kept_back or {}
     kept_back = [losses.get(key) for key in ("dense", "truncated", "final")]
-    batches = f", {so_many(int(losses['batches']), 'batch')}" if "batches" in losses else ""
+    batches = f", {with_noun(int(losses['batches']), 'batch')}" if "batches" in losses else ""
     rows = [
         [f"loss on batches kept back of {facts.calibration}{batches} (nats)", *map(number, kept_back)],
-        ["its exponential", *(number(None if loss is None else _exponential(loss)) for loss in kept_back)],
+        ["its exponential", *(number(None if loss is None else exponential(loss)) for loss in kept_back)],
     ]
     for second in (False, True):
         found, text = facts.perplexity(second), facts.text(second)
@@ -172,8 +173,8 @@ def _sizes(facts: Facts) -> list[list[str]]:
     rows: list[tuple[str, float | None, float | None, Callable[[Any], str]]] = [
         ("parameters of the target layers", report.parameters_before, report.parameters_after, count),
         ("parameters of the model", report.model_parameters_before, report.model_parameters_after, count),
-        ("weights on disk", dense_bytes, bytes_, lambda value: of_size(value, "B")),
-        ("operations of the target layers a token", sums.dense_flops, sums.flops, lambda v: of_size(v, "FLOP")),
+        ("weights on disk", dense_bytes, bytes_, lambda value: with_unit(value, "B")),
+        ("operations of the target layers a token", sums.dense_flops, sums.flops, lambda v: with_unit(v, "FLOP")),
     ]
     return [
         [name, show(dense), show(now), percent(None if not dense or now is None else 1 - now / dense)]
@@ -192,7 +193,3 @@ def _notes(report: Report) -> list[Markup]:
     if report.perplexity is None:
         notes.append(missing("perplexity, because the run had no evaluation text"))
     return notes
-
-
-def _exponential(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf

@@ -6,7 +6,7 @@ from typing import Any
 
 from zssvd_lightning.app.html.charts import Axis, Chart, figure, label
 from zssvd_lightning.app.html.facts import Facts
-from zssvd_lightning.app.html.markup import Markup, count, element, missing, number, section, so_many, table
+from zssvd_lightning.app.html.markup import Markup, count, element, missing, number, section, table, with_noun
 
 EARLIER = "an earlier release wrote it"
 
@@ -41,7 +41,7 @@ def _walk(facts: Facts, walk: Mapping[str, Any] | None) -> Markup:
     chart.line(highest, "walk")
     within = max(map(abs, (*walk["lowest"], *walk["highest"])))
     about = (
-        f"The sizes of {so_many(walk['removals'], 'predicted change')} add up to {number(walk['length'])} nats. With "
+        f"The sizes of {with_noun(walk['removals'], 'predicted change')} add up to {number(walk['length'])} nats. With "
         f"their signs, the sum stays within ±{number(within)} and ends at {number(walk['total'])}. Layers that "
         "stay dense in the end are in it too."
     )

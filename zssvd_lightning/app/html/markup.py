@@ -92,7 +92,7 @@ def count(value: int | None) -> str:
     return NOT_MEASURED if value is None else f"{value:,}"
 
 
-def so_many(value: int, noun: str) -> str:
+def with_noun(value: int, noun: str) -> str:
     """Return a whole number of things, such as `1 window` or `16 batches`."""
     ending = "" if value == 1 else "es" if noun.endswith("ch") else "s"
     return f"{value:,} {noun}{ending}"
@@ -103,7 +103,7 @@ def percent(value: float | None) -> str:
     return NOT_MEASURED if value is None or math.isnan(value) else f"{value:.1%}"
 
 
-def of_size(value: float | None, unit: str) -> str:
+def with_unit(value: float | None, unit: str) -> str:
     """Return an amount in thousands, millions or more of a unit, such as `538.1 MB`."""
     if value is None or not math.isfinite(value):
         return number(value)

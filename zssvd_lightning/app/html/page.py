@@ -21,19 +21,21 @@ PAGE = "report.html"
 
 
 MARK = '<meta name="generator" content="zssvd-lightning">'
-"""What a page of this package begins with, so that no other file is overwritten."""
+"""Start of a page of this package, by which it is told from other files, which are not overwritten."""
 
 
 def page(runs: Sequence[Facts]) -> str:
     """Return the page of one run or several as HTML. It links to nothing outside of itself."""
     title = runs[0].title if len(runs) == 1 else f"{len(runs)} compressed models"
     if len(runs) == 1:
-        body: list[str] = [element("h1", title), _of(runs[0]), *_sections(runs[0], 0)]
+        body: list[str] = [element("h1", title), _introduction(runs[0]), *_sections(runs[0], 0)]
     else:
         body = [element("h1", title), comparison(runs, "comparison")]
         for index, run in enumerate(runs):
             summary = element("summary", element("h2", f"{letter(index)} {run.folder}: {run.title}"))
-            body.append(element("details", summary, _of(run), *_sections(run, index), class_="run", id=f"run-{index}"))
+            body.append(
+                element("details", summary, _introduction(run), *_sections(run, index), class_="run", id=f"run-{index}")
+            )
     source = files("zssvd_lightning.app.html")
     parts = {
         "title": element("title", title),
@@ -52,8 +54,8 @@ def page(runs: Sequence[Facts]) -> str:
     return "".join(filled)
 
 
-def _of(run: Facts) -> Markup:
-    """Return a line on what the run was."""
+def _introduction(run: Facts) -> Markup:
+    """Return a line with the texts and the folder of a run."""
     on = f", measured on {run.text()}" if run.text() else ""
     return element("p", f"Calibrated on {run.calibration}{on}. Folder: {run.folder}.", class_="about")
 

@@ -15,11 +15,11 @@ from zssvd_lightning.app.html.markup import (
     joined,
     missing,
     number,
-    of_size,
     paragraph,
     percent,
     section,
     table,
+    with_unit,
 )
 from zssvd_lightning.compression.report import Report
 
@@ -108,12 +108,12 @@ def costs(facts: Facts, id_: str) -> Markup:
         content = [_bars("Parameters of each kind of matrix", counts, count)]
     else:
         sizes = {kind: (s.dense * each[0], s.kept * each[1]) for kind, s in sums.items()}
-        content = [_bars("Bytes of each kind of matrix on disk", sizes, lambda value: of_size(value, "B"))]
+        content = [_bars("Bytes of each kind of matrix on disk", sizes, lambda value: with_unit(value, "B"))]
     if any(s.flops is None for s in sums.values()):
         content.append(missing("operations of each layer; an earlier release wrote it"))
     else:
         flops = {kind: (s.dense_flops, s.flops or 0) for kind, s in sums.items()}
-        content.append(_bars("Operations of a token in each kind of matrix", flops, lambda v: of_size(v, "FLOP")))
+        content.append(_bars("Operations of a token in each kind of matrix", flops, lambda v: with_unit(v, "FLOP")))
     if report.seconds:
         stages = {stage: (None, seconds) for stage, seconds in report.seconds.items()}
         content.append(_bars(f"Time of each stage, {duration(facts.seconds)} in all", stages, duration))

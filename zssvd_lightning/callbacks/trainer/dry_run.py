@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class DryRun:
-    """What a fit does instead of a compression, if it is asked to write a plan.
+    """Run of a fit that writes a plan instead of compressing, if it is asked to.
 
     Args:
         asked: file of the plan, or True for one in the folder of the logger. False for a compression.
@@ -31,7 +31,7 @@ class DryRun:
         self._asked = asked
 
     def __bool__(self) -> bool:
-        """True if a plan is written instead of a compression."""
+        """Return True if a plan is written instead of compressing."""
         return self._asked is not False
 
     def locate(self, trainer: L.Trainer) -> Path | None:
@@ -42,7 +42,7 @@ class DryRun:
         return folder / PLAN_FILE if isinstance(self._asked, bool) else self._asked
 
     def refuse_state(self, phase: str, *, is_dense: bool) -> None:
-        """Raise CheckpointError if a checkpoint of this phase is of a model that is dense no more."""
+        """Raise CheckpointError if a checkpoint of this phase is of a model that is no longer dense."""
         if self and (not is_dense or phase in (Phase.RECOVER, Phase.DONE)):
             raise CheckpointError(
                 "a dry run starts from a dense model, but this checkpoint is of a truncated one; resume "
