@@ -431,7 +431,7 @@ FORMAT = {
     ),
     "compression": (
         "config shapes model_parameters gathering originals factors found selection step lengths losses fractions "
-        "truncations seconds truncation_loss safeguard left_dense stand_ins importances trace"
+        "truncations seconds truncation_loss safeguard left_dense stand_ins importances trace widths"
     ),
     "gathering": "moments window kept pending gradients calls",
 }

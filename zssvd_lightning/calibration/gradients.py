@@ -1,6 +1,6 @@
 """Checks of the calibration loss, and collection of the gradients of a calibration batch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,3 +52,14 @@ def refuse_no_gradient(moments: Moments) -> None:
             f"the loss has no gradient at any layer, though {', '.join(ran[:3])} ({len(ran)} layers) ran: they run "
             "under torch.no_grad, or their outputs are detached; let the loss depend on them"
         )
+
+
+def send_back_drawn(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Backpropagate drawn gradients through hooks alone. Raises CalibrationError where that is not possible."""
+    try:
+        torch.autograd.grad(outputs, inputs, gradients, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise CalibrationError(
+            f"drawn gradients cannot be sent back from the logits: {error}; if activations are checkpointed, set "
+            "use_reentrant=False, else set output_side to 'empirical'"
+        ) from error

@@ -2,7 +2,7 @@
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.calibration.batches import input_of, rows_that_count
 from zssvd_lightning.calibration.contexts import gradients_from_embeddings_on, gradients_only_at
 from zssvd_lightning.calibration.free_widths import FreeWidths, hooked_modules
-from zssvd_lightning.calibration.gradients import refuse_no_gradient
+from zssvd_lightning.calibration.gradients import refuse_no_gradient, send_back_drawn
 from zssvd_lightning.calibration.masks import Masks, TokenMask
 from zssvd_lightning.calibration.operands import CheckedOperands
 from zssvd_lightning.calibration.recorded_calls import Call
@@ -264,17 +264,6 @@ class Observation:
                 f"{name} read the same input as {leader} in the first batch, but another one now; "
                 f"compress them in separate runs, or add {name} to ignore"
             )
-
-
-def send_back_drawn(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Backpropagate drawn gradients through hooks alone. Raises CalibrationError where that is not possible."""
-    try:
-        torch.autograd.grad(outputs, inputs, gradients, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        raise CalibrationError(
-            f"drawn gradients cannot be sent back from the logits: {error}; if activations are checkpointed, set "
-            "use_reentrant=False, else set output_side to 'empirical'"
-        ) from error
 
 
 def _in_reentrant_checkpoint() -> bool:

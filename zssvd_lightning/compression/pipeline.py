@@ -138,8 +138,8 @@ def calibrate(
 ) -> Moments:
     """Return the statistics for the first truncation of `compress`. The model does not change.
 
-    Arguments and errors are those of `compress`, except for errors of the budget. Only the settings that select layers
-    and those of the metric have an effect.
+    Arguments and errors are those of `compress`, except for errors of the budget. The settings that matter are those
+    that select layers, those of the metric, and the storage: for `pivoted`, hidden widths of free order are found too.
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
     _refuse_blocks(config)

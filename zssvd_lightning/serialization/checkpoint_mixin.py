@@ -47,7 +47,7 @@ def load_state_dict(module: nn.Module, state_dict: Mapping[str, Any], strict: bo
         module: the module the weights were saved from, as it was built: dense, or with layers of other ranks. It needs
             no base class. Its layers are replaced in place.
         state_dict: `state_dict()` of the compressed module, or `torch.load(path)["state_dict"]` of its checkpoint.
-            Dense weights load too.
+            Dense weights load too. Adapters that are not merged load only from a checkpoint, which describes them.
         strict: whether missing and unexpected names are errors, as in `nn.Module.load_state_dict`.
         assign: whether to use the given tensors themselves, as in `nn.Module.load_state_dict`.
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from zssvd_lightning.calibration.contexts import gradients_only_at
-from zssvd_lightning.calibration.gradients import collect_gradients
-from zssvd_lightning.calibration.hooks import Observation, send_back_drawn
+from zssvd_lightning.calibration.gradients import collect_gradients, send_back_drawn
+from zssvd_lightning.calibration.hooks import Observation
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.sweep.calls import HIDDEN, WHOLE, output_of, tensors_of
