@@ -63,7 +63,7 @@ FEWER = [
     "calibration.samples=4",
     "evaluation.windows=1",
     "evaluation.length=256",
-    "compression.include=*.layers.?.*",
+    "compression.include='*.layers.?.*'",
 ]
 TARGETS = 106_168_320 // 3
 """Numbers in the targets of 10 of the 30 layers."""
