@@ -25,3 +25,8 @@ def _alone() -> Iterator[None]:
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put whole programs first: they take minutes, in which another process goes through many short tests."""
+    items.sort(key=lambda item: "integration" not in item.path.parts)
