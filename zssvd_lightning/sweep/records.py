@@ -1,4 +1,4 @@
-"""What a sweep keeps of its batches: calls of blocks, hidden states between them, and the gradients of these."""
+"""Records of a sweep: calls of blocks, hidden states between them, and the gradients of these."""
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, MutableMapping
