@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from zssvd_lightning.decomposition.nested_pivots import GAIN, _exchange, nested_order
+from zssvd_lightning.decomposition.nested_pivots import GAIN, _exchange, _exchanges, nested_order
 from zssvd_lightning.layers.pivots import coefficients
 
 
@@ -78,3 +78,12 @@ def test_a_matrix_of_less_than_full_rank_gets_an_order():
     M[:, 3] = M[:, 0] + M[:, 1]
     order = nested_order([M])
     torch.testing.assert_close(coefficients(M, order) @ M[order[:4]], M[order[4:]])
+
+
+def test_exchanges_of_one_round_have_no_row_in_common():
+    """Row 3 is a pivot of the second matrix and none of the first, so that it could go into both exchanges."""
+    first, second = torch.zeros(4, 2, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
+    first[3 - 2, 0], second[5 - 4, 3] = 5.0, 4.0
+    second[5 - 4, 0] = first[5 - 2, 0] = 1.0
+    (pair,) = _exchanges([first, second], 6)
+    assert pair == (0, 3)

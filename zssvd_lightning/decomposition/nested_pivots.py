@@ -108,11 +108,13 @@ def _exchanges(C: Sequence[Tensor], h: int) -> list[tuple[int, int]]:
     for part in C:
         gains[h - len(part) :, : part.shape[1]] *= part.abs()
     best, rows = gains.max(0)
-    partner: dict[int, int] = {}
+    pairs: list[tuple[int, int]] = []
+    used: set[int] = set()  # a row may be a pivot of one matrix and none of another
     for first in best.argsort(descending=True)[: 2 * AT_ONCE].tolist():
-        if best[first] > GAIN and len(partner) < AT_ONCE:
-            partner.setdefault(int(rows[first]), first)
-    pairs = [(first, second) for second, first in partner.items()]
+        second = int(rows[first])
+        if best[first] > GAIN and len(pairs) < AT_ONCE and used.isdisjoint((first, second)):
+            pairs.append((first, second))
+            used |= {first, second}
     blocks = np.stack([_block(part, pairs) for part in C])
     taken = []
     for index, pair in enumerate(pairs):
