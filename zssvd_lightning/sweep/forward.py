@@ -25,7 +25,7 @@ from zssvd_lightning.whitening.moments import Moments
 
 
 class SharedState:
-    """What both sweeps share: the statistics, the structure of the model, and what is stored of the batches."""
+    """State that both sweeps share: the statistics, the structure of the model, and what is stored of the batches."""
 
     def __init__(self, statistics: StatisticsCollector, layers: LayerSet, store: InScratchFiles, inputs: bool) -> None:
         self.statistics, self.layers, self.inputs = statistics, layers, inputs

@@ -12,7 +12,7 @@ from zssvd_lightning.compression.report import LayerReport
 from zssvd_lightning.layers.storage import break_even_rank
 
 MEASURES = {"highest": "of break-even rank", "full": "of full rank", "kept": "of parameters"}
-"""What the colors can show, by name."""
+"""Quantities that the colors can show, by name."""
 
 
 ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})
