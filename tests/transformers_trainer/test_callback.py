@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from support.models import tiny_llama
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
@@ -20,6 +19,7 @@ from zssvd_lightning.errors import (
     UnsupportedTrainingError,
 )
 from zssvd_lightning.layers.base import CompressedLinear
+from zssvd_lightning.transformers_trainer.batches import TrainingBatches
 
 SETTINGS = {"preset": "zs-svd-line-search", "prune_ratio": 0.4, "calibration_batches": 3, "rank_multiple": 1}
 
@@ -38,14 +38,20 @@ class Tokens(Dataset):
 
 
 class Stream(IterableDataset):
-    """The same rows as a stream, which can be read as often as one likes, or once."""
-
-    def __init__(self, once: bool) -> None:
-        self.once = once
-        self.rows = iter(Tokens()) if once else None
+    """The same rows as a stream."""
 
     def __iter__(self):
-        return self if self.once else (Tokens()[index] for index in range(24))
+        return (Tokens()[index] for index in range(24))
+
+
+class ReadOnce(IterableDataset):
+    """The same rows, for one pass."""
+
+    def __init__(self) -> None:
+        self.rows = iter(Stream())
+
+    def __iter__(self):
+        return self
 
     def __next__(self):
         return next(self.rows)
@@ -136,7 +142,7 @@ def test_result_is_that_of_compress_on_the_same_batches(tmp_path):
         assert torch.equal(parameter, model.get_parameter(name)), name
 
 
-@pytest.mark.parametrize("data", [Tokens, lambda: Stream(once=False)])
+@pytest.mark.parametrize("data", [Tokens, Stream])
 def test_training_sees_the_batches_it_would_see_without_the_callback(tmp_path, data):
     plain, compressed = tiny_llama(), tiny_llama()
     without, with_it = Seen(plain), Seen(compressed)
@@ -146,6 +152,20 @@ def test_training_sees_the_batches_it_would_see_without_the_callback(tmp_path, d
     assert low_rank(compressed)
     assert len(without.batches) == len(with_it.batches) == 12
     assert all(torch.equal(a, b) for a, b in zip(without.batches, with_it.batches, strict=True))
+
+
+def test_passes_over_the_data_are_alike_and_change_neither_it_nor_random_numbers(tmp_path):
+    trainer = trained(tmp_path, tiny_llama(), [], max_steps=1)
+    loader = trainer.get_train_dataloader()
+    sampler = loader.base_dataloader.batch_sampler.sampler
+    batches, epoch, state = TrainingBatches(loader), sampler.epoch, torch.get_rng_state()
+    first, second = ([batch["input_ids"] for batch in batches] for _ in range(2))
+    assert len(first) == len(batches) == 6
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert sampler.epoch == epoch
+    assert torch.equal(torch.get_rng_state(), state)
+    rows = {tuple(row.tolist()) for batch in first for row in batch}
+    assert rows == {tuple(row.tolist()) for row in Tokens().ids}
 
 
 def test_random_numbers_go_on_as_without_the_callback(tmp_path):
@@ -175,8 +195,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_compressed_model(tmp_path):
         assert low_rank(resumed) == low_rank(whole)
         for name, parameter in whole.named_parameters():
             torch.testing.assert_close(resumed.get_parameter(name), parameter, rtol=0, atol=0, msg=f"{step} {name}")
-    with isolate_rng():
-        loaded = from_pretrained(tmp_path / "parts" / "checkpoint-8")
+    loaded = from_pretrained(tmp_path / "parts" / "checkpoint-8")
     assert low_rank(loaded) == low_rank(whole)
 
 
@@ -293,7 +312,7 @@ def test_runs_that_cannot_be_compressed_are_refused_before_the_first_step(tmp_pa
 
 def test_data_that_can_be_read_once_is_refused(tmp_path):
     with pytest.raises(UnsupportedTrainingError, match="only once"):
-        trained(tmp_path, tiny_llama(), [ZSSVDTrainerCallback(progress=False, **SETTINGS)], Stream(once=True))
+        trained(tmp_path, tiny_llama(), [ZSSVDTrainerCallback(progress=False, **SETTINGS)], ReadOnce())
 
 
 def test_wrong_settings_are_refused_when_the_callback_is_made():

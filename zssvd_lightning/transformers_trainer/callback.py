@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Unpack, cast
 from weakref import ref
 
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require
+from zssvd_lightning.calibration.contexts import same_random_numbers
 from zssvd_lightning.compression.pipeline import Asked, compress
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
@@ -162,7 +162,7 @@ class ZSSVDTrainerCallback(TrainerCallback):
     ) -> None:
         groups = OpenGroups(optimizer, model)
         batches = self._calibration(train_dataloader)
-        with isolate_rng():
+        with same_random_numbers():
             self.report = compress(
                 model,
                 batches,
