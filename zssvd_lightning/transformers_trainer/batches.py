@@ -68,5 +68,5 @@ def _unchanged(sampler: Any) -> Iterator[None]:
     finally:
         if epoch is not None:
             sampler.epoch = epoch
-        if state is not None:
+        if isinstance(generator, torch.Generator) and state is not None:
             generator.set_state(state)
