@@ -3,7 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from zssvd_lightning._state_checks import anything, entries, listed, mapped, number, optional, text, whole, yes_or_no
+from zssvd_lightning._state_checks import (
+    anything,
+    entries,
+    listed,
+    mapped,
+    number,
+    optional,
+    tensor,
+    text,
+    whole,
+    yes_or_no,
+)
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.recovery.run import RecoveryRun
 
@@ -17,7 +28,24 @@ RECOVERY = entries(
         "horizon": optional(listed(optional(number), 3)),
         "were_trainable": listed(text),
         "teacher": mapped(anything),
-    }
+        "stored": mapped(mapped(anything)),
+        "first_step": whole,
+        "steps": optional(whole),
+        "judge": optional(
+            entries(
+                {
+                    "batches": whole,
+                    "start": number,
+                    "best": number,
+                    "best_step": whole,
+                    "steps": whole,
+                    "worse": whole,
+                    "held": mapped(tensor),
+                }
+            )
+        ),
+    },
+    ("stored", "first_step", "steps", "judge"),  # not in checkpoints of earlier releases
 )
 """`RecoveryRun.state_dict`."""
 
