@@ -215,7 +215,8 @@ class RecoveryHooks:
         def leave(exception: BaseException) -> None:
             trainer.strategy.__dict__.pop("on_exception", None)
             own(exception)
-            self.settle(trainer, module, life)
+            if recovery.judge is not None:
+                recovery.judge.settle(module, recovery.judge.steps)
             alone = self._fit.adapter.team.whole_everywhere
             recovery.finish(module, self._fit.adapter, merge=recovery.settings.merges and alone)
 
