@@ -36,7 +36,7 @@ from zssvd_lightning.errors import ConfigError, DivergedError, TeacherError
 from zssvd_lightning.layers.registry import Factored, possible_forms
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.dense_copy import COMPILED
-from zssvd_lightning.recovery.refusals import refuse_recovery
+from zssvd_lightning.recovery.dressing import refuse_recovery
 from zssvd_lightning.recovery.run import RecoveryRun
 from zssvd_lightning.recovery.settings import Recovery
 

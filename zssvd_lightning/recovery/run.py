@@ -15,14 +15,22 @@ from zssvd_lightning.model import adapters
 from zssvd_lightning.model.logits import logits_of
 from zssvd_lightning.model.replace import factored_layers
 from zssvd_lightning.model.targets import matches
-from zssvd_lightning.recovery.dense_teacher import teacher_of, teacher_of_saved, teacher_to_save
 from zssvd_lightning.recovery.dressing import dress, needs_adapter, refuse_nothing
 from zssvd_lightning.recovery.judge import Judge
 from zssvd_lightning.recovery.pace import Pace
 from zssvd_lightning.recovery.rollback import Rollback
 from zssvd_lightning.recovery.settings import Recovery
 from zssvd_lightning.recovery.stored_form import factors_of, pivots_of
-from zssvd_lightning.recovery.teachers import Call, DenseTeacher, SavedPredictions, Teacher, has_encoder
+from zssvd_lightning.recovery.teachers import (
+    Call,
+    DenseTeacher,
+    SavedPredictions,
+    Teacher,
+    has_encoder,
+    teacher_of,
+    teacher_of_saved,
+    teacher_to_save,
+)
 from zssvd_lightning.serialization.specs import ranks_of
 from zssvd_lightning.serialization.transformers_config import mark
 from zssvd_lightning.strategies import StrategyAdapter
