@@ -74,12 +74,10 @@ class Batches(IterableDataset[Any]):
 
 def trainer(run: Run, steps: int, *callbacks: L.Callback) -> L.Trainer:
     """Return a Trainer of so many steps on the device of a run."""
-    training, place = run.config.training, {"devices": 1}
-    if run.device is not None:
-        device = torch.device(run.device)
-        place = {"accelerator": device.type, "devices": 1 if device.index is None else [device.index]}
+    training, device = run.config.training, None if run.device is None else torch.device(run.device)
     return L.Trainer(
-        **place,
+        accelerator="auto" if device is None else device.type,
+        devices=1 if device is None or device.index is None else [device.index],
         max_steps=steps,
         max_epochs=-1,
         precision=training.precision,  # type: ignore[arg-type]

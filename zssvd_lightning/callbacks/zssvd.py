@@ -167,8 +167,8 @@ class ZSSVDCallback(L.Callback):
     ) -> Self:
         """Return a callback for a `CompressionConfig`, such as that of a recipe. Other arguments: see the class."""
         require(isinstance(config, CompressionConfig), "config", config, "a CompressionConfig")
-        rest = {"recovery": recovery, "held_out": held_out, "dry_run": dry_run, "progress": progress}
-        return cls(**asdict(config), schedule=schedule, **rest)
+        rest: dict[str, Any] = {"held_out": held_out, "dry_run": dry_run, "progress": progress}
+        return cls(**asdict(config), schedule=schedule, recovery=recovery, **rest)
 
     @property
     def phase(self) -> Phase:

@@ -216,7 +216,8 @@ class Recovery(ABC):
         from transformers import get_scheduler  # loads peft where it is installed
 
         length = 0 if steps == float("inf") else int(steps)
-        return get_scheduler(self.schedule, optimizer, int(self.warmup * length), length)
+        made: LambdaLR = get_scheduler(self.schedule, optimizer, int(self.warmup * length), length)
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain types, from which `recovery_of` rebuilds them."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from zssvd_lightning.callbacks.batch_meaning import BatchMeaning
 from zssvd_lightning.callbacks.fit_context import FitContext
@@ -137,7 +138,7 @@ def _set_steps(trainer: L.Trainer, recovery: RecoveryRun, pace: Pace, fit: FitCo
     logger.info("training takes %d steps, which fit into %g minutes", recovery.steps, recovery.settings.minutes)
     _limit_steps(trainer, recovery.first_step + recovery.steps, fit)
     if recovery.settings.lr is not None:
-        _end_schedule(trainer, recovery)
+        _end_schedule(trainer, recovery, recovery.settings.lr)
 
 
 def _limit_steps(trainer: L.Trainer, steps: int, fit: FitContext) -> None:
@@ -152,10 +153,13 @@ def _limit_steps(trainer: L.Trainer, steps: int, fit: FitContext) -> None:
     fit.on_close(take_back)
 
 
-def _end_schedule(trainer: L.Trainer, recovery: RecoveryRun) -> None:
+def _end_schedule(trainer: L.Trainer, recovery: RecoveryRun, lr: float) -> None:
     """Give the schedule of the optimizer the length of the recovery."""
-    (config,) = trainer.lr_scheduler_configs
-    scheduler = config.scheduler
-    rates = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
-    like = torch.optim.AdamW([{"params": [torch.zeros(1)], "lr": rate} for rate in rates], lr=recovery.settings.lr)
-    scheduler.lr_lambdas = recovery.settings.scheduler(like, recovery.steps_of_stage).lr_lambdas
+    for config in trainer.lr_scheduler_configs:
+        scheduler = config.scheduler
+        if not isinstance(scheduler, LambdaLR):
+            logger.warning("%s cannot be made to end with the time of the recovery", type(scheduler).__name__)
+            continue
+        groups = [{"params": [torch.zeros(1)], "lr": rate} for rate in scheduler.base_lrs]
+        like = recovery.settings.scheduler(torch.optim.AdamW(groups, lr=lr), recovery.steps_of_stage)
+        scheduler.lr_lambdas = like.lr_lambdas
