@@ -40,10 +40,10 @@ class LanguageModel(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-5)
 
 
-class Measures(L.Callback):
-    """Callback that evaluates the truncated model before it is trained, and the model after training.
+class EvaluateTruncated(L.Callback):
+    """Callback that evaluates the truncated model once, before it is trained.
 
-    It must stand behind the compression among the callbacks, so that the final state is evaluated.
+    It must stand before the compression among the callbacks, so that this is no part of the time of the training.
     """
 
     def __init__(self, run: Run, compression: ZSSVDCallback) -> None:
@@ -52,13 +52,23 @@ class Measures(L.Callback):
         self.done = False
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, idx: int) -> None:
-        """Evaluate the truncated model once."""
+        """Evaluate the truncated model before the first batch of its training."""
         if self.compression.phase is Phase.RECOVER and not self.done:
             self.done = True
             self.run.evaluate("truncated")
 
+
+class EvaluateRecovered(L.Callback):
+    """Callback that evaluates the trained model.
+
+    It must stand behind the compression among the callbacks, so that the final state is evaluated.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate the trained model."""
+        """Evaluate the final state, before it may be put in 8 bits."""
         self.run.evaluate("recovered")
 
 
@@ -116,7 +126,7 @@ def compress_and_train(run: Run) -> tuple[Report, int]:
     steps = config.training.steps if recovery.minutes is None else UNLIMITED
     calibration = list(islice(cycle(run.calibration_loader()), needed))
     batches = Batches(calibration, run.training_loader(steps))
-    fit = trainer(run, needed + steps, callback, Measures(run, callback))
+    fit = trainer(run, needed + steps, EvaluateTruncated(run, callback), callback, EvaluateRecovered(run))
     fit.fit(LanguageModel(run.model), DataLoader(batches, batch_size=None))
     if callback.report is None:
         raise RuntimeError("the fit ended without a report")

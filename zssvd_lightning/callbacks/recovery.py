@@ -5,7 +5,7 @@
 | configure_optimizers       | return the optimizer of the recovery, once the factors are trained                |
 | training_step              | replace the loss or add a term to it, if the recovery distills                    |
 | on_before_optimizer_step   | copy weights with finite loss and gradients, restore the last copy otherwise      |
-| on_train_batch_end         | judge the state, set the number of steps, start the next stage, log the divergence |
+| on_train_batch_end         | judge the state, set the number of steps, start the next stage, log divergence    |
 | on_train_end               | return to the best state on the held-out batches                                  |
 | on_fit_end                 | merge adapters, restore `requires_grad` flags                                     |
 """
@@ -75,8 +75,10 @@ class RecoveryHooks:
         self._dressed_by_load = False
 
     def start_batch(self, life: Lifecycle) -> None:
-        """Record the start time of the batch during the recovery."""
+        """Record the start time of the batch during the recovery, and start the clock of one limited in time."""
         self._began = time.perf_counter() if life.phase is Phase.RECOVER else None
+        if (recovery := life.active_recovery) is not None and recovery.pace is not None:
+            recovery.pace.start()
 
     def note_loss(self, trainer: L.Trainer, life: Lifecycle, loss: Tensor) -> None:
         """Record that there was a loss. With a loss scale, under which gradients may overflow, also check the loss."""

@@ -17,9 +17,13 @@ class Pace:
 
     def __init__(self, minutes: float, now: Callable[[], float] = time.perf_counter) -> None:
         self._limit, self._now = 60 * minutes, now
-        self._began = now()
+        self._began: float | None = None
         self._first: tuple[int, float] | None = None
         self._measuring = 0.0
+
+    def start(self) -> None:
+        """Start the clock, unless it runs."""
+        self._began = self._now() if self._began is None else self._began
 
     def measured(self, seconds: float) -> None:
         """Record the seconds of one measurement on the held-out batches."""
@@ -33,6 +37,8 @@ class Pace:
             every: number of steps between two measurements on held-out batches; None without.
         """
         now = self._now()
+        if self._began is None:
+            return None
         if self._first is None:
             self._first = (done, now) if done >= 1 else None
             return None

@@ -41,7 +41,7 @@ class Judging:
             judge.check()
 
     def start(self, trainer: L.Trainer, module: L.LightningModule, recovery: RecoveryRun) -> None:
-        """Judge the present state, and start the clock of a recovery that is limited in time."""
+        """Judge the present state, and prepare the clock of a recovery that is limited in time."""
         minutes = recovery.settings.minutes
         if minutes is not None and recovery.steps is None:
             recovery.pace = Pace(minutes)
@@ -99,7 +99,12 @@ class Judging:
                 "train on one device or by DDP"
             )
         replay = Replay(trainer, module, adapter, self._meaning)
-        return Judge(replay, self._held_out, settings.judge_every, settings.patience)
+
+        def measure(batch: Any) -> tuple[float, float]:
+            found = replay(batch)
+            return adapter.team.decide_on_first(lambda: found)  # processes may round differently
+
+        return Judge(measure, self._held_out, settings.judge_every, settings.patience)
 
 
 def judged_by(held_out: Iterable[Any] | None, recovery: Recovery | None) -> list[Any] | None:
