@@ -159,3 +159,18 @@ def test_held_out_batches_need_a_recovery():
         short(held_out=HELD_OUT)
     with pytest.raises(ConfigError, match="no batches"):
         short(held_out=[], recovery="factors")
+
+
+def test_a_checkpoint_from_before_there_were_held_out_batches_goes_on(tmp_path, trained):
+    recovery = FactorRecovery(lr=3e-3)
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, callback, _ = fit(trained[2.0], recovery, saving, enable_checkpointing=True, held_out=None, steps=6)
+    checkpoint = torch.load(tmp_path / f"step={NEEDED + 3}.ckpt")
+    state = checkpoint["callbacks"][callback.state_key]["recovery"]
+    for key in ("minutes", "judge_every", "patience", "form"):
+        del state["settings"][key]
+    for key in ("stored", "first_step", "steps", "judge"):
+        del state[key]
+    torch.save(checkpoint, tmp_path / "earlier.ckpt")
+    resumed, _, _ = fit(trained[2.0], recovery, ckpt_path=str(tmp_path / "earlier.ckpt"), held_out=None, steps=6)
+    assert torch.equal(logits(resumed.model), logits(whole.model))

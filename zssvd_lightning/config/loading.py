@@ -55,7 +55,11 @@ def load_config(
     if (preset := merged.get("preset")) is not None:
         require_one_of("preset", preset, (*PRESETS, *TRAINED))
         base, recovery = trained_by(preset) if preset in TRAINED else (preset, None)
-        told = {"compression": settings_of(base)} | ({} if recovery is None else {"recovery": recovery})
+        given = merged.get("recovery")
+        if recovery is None or (isinstance(given, Mapping) and "method" in given):  # its fields are those of one method
+            told = {"compression": settings_of(base)}
+        else:
+            told = {"compression": settings_of(base), "recovery": recovery}
         merged = _resolved(_merged(_defaults(schema), told, *layers))
     with explaining_default(all(layer.get("preset") is None for layer in layers)):
         return build(schema, merged)

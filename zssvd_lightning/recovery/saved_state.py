@@ -1,6 +1,7 @@
 """Checks of the state of a recovery in a checkpoint."""
 
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from typing import Any
 
 from zssvd_lightning._state_checks import (
@@ -62,10 +63,16 @@ def refuse_other_recovery(state: Mapping[str, Any] | None, mine: RecoveryRun | N
             "the checkpoint was saved after its fit, when the recovery was over; go on from a checkpoint of the fit "
             "itself"
         )
-    saved = None if state is None or not state["active"] else state["settings"]
     settings = None if mine is None else mine.settings.to_dict()
+    saved = None if state is None or not state["active"] else _with_defaults(state["settings"], mine)
     if saved != settings and (saved is not None or state is None):
         raise CheckpointError(
             f"the checkpoint is of a training of the factors with recovery={saved}, and this callback has {settings}; "
             "go on with the same, or start from a checkpoint of before it"
         )
+
+
+def _with_defaults(saved: Mapping[str, Any], mine: RecoveryRun | None) -> dict[str, Any]:
+    """Return saved settings, with the defaults of those that the release that saved them did not have."""
+    known = () if mine is None else fields(mine.settings)
+    return {field.name: field.default for field in known if field.default is not MISSING} | dict(saved)
