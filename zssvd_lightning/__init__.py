@@ -58,7 +58,8 @@ if TYPE_CHECKING:
     from zssvd_lightning.hub.saving import save_pretrained
     from zssvd_lightning.layers.low_rank import LowRankLinear
     from zssvd_lightning.model.adapters import merge_adapters
-    from zssvd_lightning.recovery.methods import FactorRecovery, LoRARecovery, SingularValueRecovery
+    from zssvd_lightning.recovery.factors import FactorRecovery
+    from zssvd_lightning.recovery.methods import LoRARecovery, SingularValueRecovery
     from zssvd_lightning.recovery.teachers import save_predictions
     from zssvd_lightning.serialization.checkpoint_mixin import (
         LowRankCheckpointMixin,
@@ -103,7 +104,7 @@ __all__ = [
 _MODULES = {
     "BatchReading": "compression.gathering",
     "CompressionConfig": "config.compression",
-    "FactorRecovery": "recovery.methods",
+    "FactorRecovery": "recovery.factors",
     "LoRARecovery": "recovery.methods",
     "LowRankCheckpointMixin": "serialization.checkpoint_mixin",
     "LowRankLinear": "layers.low_rank",

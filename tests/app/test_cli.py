@@ -355,7 +355,10 @@ def test_options_win_over_the_file_and_may_not_contradict_overrides(workshop, zs
         (["compress", file, "--dtype", "int3"], "model.dtype is 'int3'"),
         (["compress", workshop / "model", "--ratio", 0.3], "--out FOLDER"),
         (["compress", workshop / "nowhere.yml"], "does not exist"),
-        (["compress", file, "recovery={method: factors}"], "leave it out with recovery=null"),
+        (["compress", file, "--recover", "soon"], "--recover is 'soon', but must be a number of steps"),
+        (["compress", file, "--recover", "0min"], "--recover is '0min'"),
+        (["compress", file, "--recover", "5", "recovery={method: lora, rank: 0}"], "recovery.rank is 0"),
+        (["compress", file, "recovery={method: factors, lr: null}"], "recovery.lr is null"),
     ):
         done = zssvd(*arguments)
         assert done.code == 1
@@ -363,6 +366,29 @@ def test_options_win_over_the_file_and_may_not_contradict_overrides(workshop, zs
         assert done.err.count("\n") == 1
         assert not done.out
         assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "method", "minutes", "steps"),
+    [
+        (["--recover", "6"], "factors", None, 6),
+        (["--recover", "3s", "recovery={method: lora, rank: 2}"], "lora", 0.05, None),
+        (["--preset", "best-trained", "training.steps=4"], "factors", None, 4),
+    ],
+)
+def test_a_compressed_model_is_trained_where_that_is_asked_for(
+    workshop, zssvd, tmp_path, asked, method, minutes, steps
+):
+    small = ["training.length=16", "training.batch_size=2", "training.held_out=4", "compression.corrections=1"]
+    done = zssvd("compress", workshop / "config.yaml", *small, *asked, "--out", tmp_path / "out", "--json")
+    assert done.code == 0
+    written = json.loads(done.out)
+    recovery, found = written["config"]["recovery"], written["held_out"]
+    assert (recovery["method"], recovery.get("minutes")) == (method, minutes)
+    assert found["recovered"] <= found["truncated"]
+    assert steps is None or found["steps"] == steps
+    assert {"dense", "truncated", "recovered"} <= written["perplexity"].keys()
+    assert "held-out" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_plan_without_a_file(workshop, zssvd, tmp_path):

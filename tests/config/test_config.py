@@ -6,9 +6,10 @@ import pytest
 from zssvd_lightning import CompressionConfig, RunConfig, Schedule, ZSSVDCallback, load_config
 from zssvd_lightning.callbacks.schedule import CallbackSettings
 from zssvd_lightning.config.compression import settings_of_saved
-from zssvd_lightning.config.presets import FOLDER, PRESETS, settings_of
+from zssvd_lightning.config.presets import FOLDER, PRESETS, settings_of, trained_by
 from zssvd_lightning.config.settings import CompressionSettings, Settings
 from zssvd_lightning.errors import ConfigError, ContradictionError
+from zssvd_lightning.recovery.methods import recovery_of
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -106,6 +107,18 @@ def test_every_preset_is_a_valid_compression_and_cites_its_source():
         )
         text = (FOLDER / f"{preset}.yaml").read_text(encoding="utf-8")
         assert "arXiv" in text or preset in ("plain-svd", "best")
+
+
+def test_a_preset_that_trains_has_a_recovery_that_a_method_replaces():
+    rest = ["preset=best-trained", "model=m", "calibration.text=t", "output=o"]
+    found = load_config(RunConfig, None, rest)
+    assert found.compression == CompressionConfig.of("best")
+    base, recovery = trained_by("best-trained")
+    assert (base, found.recovery) == ("best", recovery)
+    assert recovery_of(recovery).loss == "both"
+    assert load_config(RunConfig, None, [*rest, "recovery.lr=0.5"]).recovery == recovery | {"lr": 0.5}
+    assert load_config(RunConfig, None, [*rest, "recovery=lora"]).recovery == {"method": "lora"}
+    assert load_config(RunConfig, None, [*rest, "recovery=null"]).recovery is None
 
 
 def test_a_preset_stands_in_for_what_is_not_given(tmp_path):

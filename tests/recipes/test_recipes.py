@@ -12,9 +12,10 @@ import yaml
 from support.models import CausalLM, loader, saved_tiny_llama, tiny_llama, token_batches, trainer
 
 import recipes
-from recipes.compress_then_finetune import Batches, FineTuned, checked
+from recipes.compress_then_finetune import FineTuned, checked
 from recipes.two_fits import CompressedLM
 from zssvd_lightning import FactorRecovery, LowRankLinear, RunConfig, compress, load_config
+from zssvd_lightning.app.recovered import Batches
 from zssvd_lightning.errors import CheckpointError, ConfigError
 
 NAMES = [module.name for module in pkgutil.iter_modules(recipes.__path__)]

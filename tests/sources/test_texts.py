@@ -7,8 +7,8 @@ from datasets import Dataset
 from support.models import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from zssvd_lightning.app.run_config import CalibrationConfig
-from zssvd_lightning.app.workspace import calibration_windows
+from zssvd_lightning.app.run_config import CalibrationConfig, TrainingConfig
+from zssvd_lightning.app.workspace import HeldOut, calibration_windows, training_windows
 from zssvd_lightning.errors import TextError
 from zssvd_lightning.sources import texts
 
@@ -146,3 +146,37 @@ def test_text_is_tokenized_whole_and_examples_predict_themselves():
     example = texts.TokenWindows(tokens.ids[None])[0]
     assert torch.equal(example["labels"], example["input_ids"])
     assert example["attention_mask"].all()
+
+
+@pytest.mark.parametrize("bos", [None, 999])
+def test_windows_that_are_held_out_are_in_no_other(bos):
+    tokens = texts.Tokens(torch.arange(403), bos)
+    held, rest = texts.hold_out(tokens, 8, 4, 0, "t")
+    own = held if bos is None else held[:, 1:]
+    assert held.shape == (4, 8)
+    assert not set(own.flatten().tolist()) & set(rest.ids.tolist())
+    assert sorted([*own.flatten().tolist(), *rest.ids.tolist()]) == list(range(403))
+    assert rest.bos == bos
+    assert torch.equal(texts.hold_out(tokens, 8, 4, 0, "t")[0], held)
+    assert not torch.equal(texts.hold_out(tokens, 8, 4, 1, "t")[0], held)
+
+
+def test_a_short_text_gives_fewer_windows_and_a_shorter_one_is_refused():
+    assert len(texts.hold_out(texts.Tokens(torch.arange(100)), 8, 16, 0, "t")[0]) == 1
+    with pytest.raises(TextError, match="2 are needed"):
+        texts.hold_out(texts.Tokens(torch.arange(15)), 8, 16, 0, "t")
+
+
+def test_training_alternates_between_two_texts_and_never_sees_what_is_held_out():
+    tokens = {"a": texts.Tokens(torch.arange(1000)), "b": texts.Tokens(torch.arange(5000, 5600))}
+    config = TrainingConfig(length=10, held_out=8)
+    held = HeldOut(["a", "b"], config, tokens.__getitem__)
+    assert len(held.windows) == 8
+    assert int((held.windows < 5000).all(1).sum()) == 4
+    drawn = training_windows(config, ["a", "b"], held.tokens_of)
+    assert (drawn[0::2] < 5000).all()
+    assert (drawn[1::2] >= 5000).all()
+    assert len(drawn) == 2 * 56
+    alone = CalibrationConfig(text="a", second="b", samples=20, length=10)
+    seen = {*drawn.flatten().tolist(), *calibration_windows(alone, held.tokens_of).flatten().tolist()}
+    assert not seen & set(held.windows.flatten().tolist())

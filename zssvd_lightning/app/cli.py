@@ -14,7 +14,7 @@ from zssvd_lightning.app import command
 from zssvd_lightning.app import settings as asked
 from zssvd_lightning.app.bench.command import bench
 from zssvd_lightning.app.settings import meaning
-from zssvd_lightning.config.presets import PRESETS
+from zssvd_lightning.config.presets import DEFAULT_TRAINED, PRESETS, TRAINED
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -30,7 +30,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings; they win over those of a file.")
 ]
 Ratio = Annotated[float | None, typer.Option(help=meaning("compression.prune_ratio"))]
-Preset = Annotated[str | None, typer.Option(help=meaning("preset"), autocompletion=lambda: list(PRESETS))]
+Preset = Annotated[str | None, typer.Option(help=meaning("preset"), autocompletion=lambda: [*PRESETS, *TRAINED])]
 Dtype = Annotated[str | None, typer.Option(help=meaning("model.dtype"))]
 Text = Annotated[
     str | None,
@@ -80,17 +80,26 @@ def compress(
             f"{asked.TRAIN_TEXT}, else none."
         ),
     ] = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEPS|TIME",
+            help="Train the compressed model for so many steps (200) or so long (10min, 90s, 1h). Without settings of "
+            f"recovery, those of preset {DEFAULT_TRAINED} apply.",
+        ),
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Compress a model: calibrate, truncate, factorize, evaluate, and write model and report.json to a folder.
 
-    Options win over the YAML file. `zssvd keys` lists all settings.
+    Options win over the YAML file. `zssvd keys` lists all settings. With `--recover`, or settings of `recovery`, the
+    compressed model is trained, and held-out calibration text chooses its final state.
     """
     options = _options(ratio, preset, dtype, text) | {"output": out, "evaluation.text": evaluate}
     with command.streams(quiet, as_json):
-        settings = asked.read_run(source, overrides or (), options)
+        settings = asked.read_run(source, overrides or (), options, recover=recover)
 
         from zssvd_lightning.app.html.page import PAGE
         from zssvd_lightning.app.run import Run
@@ -99,8 +108,13 @@ def compress(
 
         run = Run(settings, not quiet, device=device)
         run.evaluate("dense")
-        report = command.calibrated(run, compress_model)
-        run.evaluate("compressed")
+        if settings.recovery is None:
+            report = command.calibrated(run, compress_model)
+            run.evaluate("compressed")
+        else:
+            from zssvd_lightning.app.recovered import compress_and_train
+
+            report, _ = compress_and_train(run)
         run.save(report)
     line = f"wrote {run.output / REPORT}, with the model and {PAGE} beside it"
     command.show({**report.to_dict(), "output": str(run.output)}, line, quiet, as_json, report.table())

@@ -17,7 +17,7 @@ from zssvd_lightning._resources import Stopwatch, peak_rss_bytes
 from zssvd_lightning.app.html.page import write_page
 from zssvd_lightning.app.pictures import draw
 from zssvd_lightning.app.run_config import EvaluateConfig, RunConfig
-from zssvd_lightning.app.workspace import calibration_windows
+from zssvd_lightning.app.workspace import HeldOut, calibration_windows, training_windows
 from zssvd_lightning.compression.pipeline import coverage_of
 from zssvd_lightning.compression.report import REPORT, Report, write_report
 from zssvd_lightning.errors import ConfigError, ModelSourceError
@@ -73,7 +73,9 @@ class Run:
             lengths["training_length"] = config.training.length
         refuse_long_windows(self.model, **lengths)
         _place(self.model, self.device)
-        self.calibration = texts.TokenWindows(calibration_windows(config.calibration, self._tokens))
+        self._held_out = None if config.recovery is None else HeldOut(self._sources(), config.training, self._tokens)
+        tokens_of = self._tokens if self._held_out is None else self._held_out.tokens_of
+        self.calibration = texts.TokenWindows(calibration_windows(config.calibration, tokens_of))
         self._windows = {key: self._evaluation_windows(text) for key, text in self._evaluation_texts().items()}
         self._perplexity: dict[str, dict[str, float]] = {key: {} for key in self._windows}
         self._evaluate_seconds = 0.0
@@ -82,17 +84,38 @@ class Run:
         """Return the windows of calibration and corrections in batches, always in the same order."""
         return DataLoader(self.calibration, batch_size=self.config.calibration.batch_size)
 
-    def training_loader(self) -> "DataLoader[dict[str, torch.Tensor]]":
+    def training_loader(self, steps: int | None = None) -> "DataLoader[dict[str, torch.Tensor]]":
         """Return one batch for each step of `training`, always the same; after all windows the first come again.
+
+        Windows of two texts alternate. Those that judge the training are in none of them.
+
+        Args:
+            steps: number of steps; that of `training` when None.
 
         Raises:
             TextError: the text cannot be read or is shorter than a window.
         """
         training = self.config.training
-        source = training.text or self.config.calibration.text
-        every = texts.sampled_windows(self._tokens(source), training.length, 0, training.seed, source)
-        rounds = texts.TokenWindows(every, length=training.steps * training.batch_size)
+        tokens_of = self._tokens if self._held_out is None else self._held_out.tokens_of
+        every = training_windows(training, self._sources(), tokens_of)
+        rounds = texts.TokenWindows(every, length=(steps or training.steps) * training.batch_size)
         return DataLoader(rounds, batch_size=training.batch_size)
+
+    def held_out_loader(self) -> "DataLoader[dict[str, torch.Tensor]]":
+        """Return the windows that judge the training, which are in no other batch, always in the same order.
+
+        Raises:
+            ConfigError: the run has no recovery.
+        """
+        if self._held_out is None:
+            raise ConfigError("windows are kept back only where a recovery trains; set recovery.method")
+        return DataLoader(texts.TokenWindows(self._held_out.windows), batch_size=self.config.training.batch_size)
+
+    def _sources(self) -> list[str]:
+        """Return the texts of the training."""
+        training, calibration = self.config.training, self.config.calibration
+        pair = (calibration.text, calibration.second) if training.text is None else (training.text, training.second)
+        return [text for text in pair if text is not None]
 
     def evaluate(self, which: str, model: PreTrainedModel | None = None) -> None:
         """Measure perplexity on every evaluation text.

@@ -89,9 +89,14 @@ class TrainingConfig:
     """Text and length of the training after compression; see `RunConfig.recovery`."""
 
     text: str | None = None
-    """Text source; `calibration.text` when None."""
+    """Text source; `calibration.text` and `calibration.second` when None."""
+    second: str | None = None
+    """Second text source, from which every other window then comes; only with `training.text`."""
+    held_out: int = 16
+    """Number of windows that neither calibration nor training sees, half from each of two texts. Their loss chooses the
+    final state. At most a tenth of a text is kept back."""
     steps: int = 100
-    """Optimizer steps."""
+    """Optimizer steps, unless `recovery.minutes` limits the training."""
     length: int = 256
     """Tokens in a window."""
     batch_size: int = 4
@@ -107,6 +112,13 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "training.")
+        require(
+            self.second is None or (self.text is not None and self.text != self.second),
+            "training.second",
+            self.second,
+            "another text than training.text, which must be given too",
+        )
+        require_count("training.held_out", self.held_out, 1)
         require_count("training.steps", self.steps, 1)
         require_count("training.length", self.length, 2)
         require_count("training.batch_size", self.batch_size, 1)
@@ -184,13 +196,14 @@ class RunConfig:
     """Settings of `zssvd compress`."""
 
     preset: str = "best"
-    """Method by name (`best`, `zs-svd`, `svd-llm`, ...), whose settings apply where `compression` gives none."""
+    """Method by name (`best`, `zs-svd`, `svd-llm`, ...), whose settings apply where `compression` gives none.
+    `best-trained` sets `recovery` too."""
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     recovery: dict[str, Any] | None = None
     """Training after compression: `method` (`lora`, `factors`, `singular_values`) and the fields of its class in
-    `recovery/methods.py`, or the method alone. Only recipes that train accept it."""
+    `recovery/methods.py`, or the method alone. None for no training."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: str = "???"

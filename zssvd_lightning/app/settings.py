@@ -20,6 +20,7 @@ import yaml
 
 from zssvd_lightning._files import checked_path, replacing_file
 from zssvd_lightning._validation import closest, require_one_of
+from zssvd_lightning.app.recover_option import refuse_recovery, with_recovery
 from zssvd_lightning.config.presets import DEFAULT, PRESETS, settings_of
 from zssvd_lightning.errors import ConfigError, OutputError
 
@@ -59,7 +60,7 @@ NOT_GIVEN = ""
 
 
 FOR_RECIPES = ("recovery", "training")
-"""Keys that only recipes with a Trainer use, and that a new YAML file leaves out."""
+"""Keys of the training after compression, which a new YAML file leaves out."""
 
 
 WIDTH = 120
@@ -217,7 +218,14 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def read_run(source: str, overrides: Sequence[str], options: Mapping[str, Any], *, plans: bool = False) -> "RunConfig":
+def read_run(
+    source: str,
+    overrides: Sequence[str],
+    options: Mapping[str, Any],
+    *,
+    plans: bool = False,
+    recover: str | None = None,
+) -> "RunConfig":
     """Return the settings of a run, and say on stderr which default texts it uses.
 
     Args:
@@ -225,6 +233,7 @@ def read_run(source: str, overrides: Sequence[str], options: Mapping[str, Any], 
         overrides: `key=value` overrides.
         options: values of options by dotted key, as in `with_options`.
         plans: whether the run only plans, so that it needs no output folder and no evaluation text.
+        recover: steps or time of the training after compression; None for what the settings say.
 
     Raises:
         ConfigError: a setting is missing, contradictory or invalid.
@@ -238,11 +247,10 @@ def read_run(source: str, overrides: Sequence[str], options: Mapping[str, Any], 
         raise ConfigError("there is no output folder; name one by --out FOLDER")
     defaults: dict[str, Any] = {"calibration": {"text": NOT_GIVEN}, "evaluation": {"text": NOT_GIVEN}}
     settings = load_config(RunConfig, path, entries, defaults | ({"output": "."} if plans else {}))
+    if recover is not None:
+        settings = with_recovery(settings, recover)
     if settings.recovery is not None and not plans:
-        raise ConfigError(
-            "recovery trains the factors, which needs a Trainer: run `python -m recipes.compress_then_finetune` with "
-            "this file, or leave it out with recovery=null"
-        )
+        refuse_recovery(settings)
     calibration, evaluation = settings.calibration, settings.evaluation
     train, test = default_texts()
     if calibration.text == NOT_GIVEN:

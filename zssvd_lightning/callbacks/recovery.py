@@ -5,7 +5,8 @@
 | configure_optimizers       | return the optimizer of the recovery, once the factors are trained                |
 | training_step              | replace the loss or add a term to it, if the recovery distills                    |
 | on_before_optimizer_step   | copy weights with finite loss and gradients, restore the last copy otherwise      |
-| on_train_batch_end         | start the next stage, log the divergence from the teacher                         |
+| on_train_batch_end         | judge the state, set the number of steps, start the next stage, log divergence    |
+| on_train_end               | return to the best state on the held-out batches                                  |
 | on_fit_end                 | merge adapters, restore `requires_grad` flags                                     |
 """
 
@@ -24,16 +25,18 @@ from zssvd_lightning.callbacks.fit_context import FitContext
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.trainer import telemetry
 from zssvd_lightning.callbacks.trainer.guards import refuse_stale_groups
+from zssvd_lightning.callbacks.trainer.judging import Judging
 from zssvd_lightning.callbacks.trainer.limits import end_is_unknown, scheduled_steps
 from zssvd_lightning.callbacks.trainer.loss_wrapper import changed_loss
 from zssvd_lightning.callbacks.trainer.precision import loss_scale, scales
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase, phase_is_after
 from zssvd_lightning.config.compression import CompressionConfig
-from zssvd_lightning.errors import ConfigError, TeacherError
+from zssvd_lightning.errors import ConfigError, DivergedError, TeacherError
 from zssvd_lightning.layers.registry import Factored, possible_forms
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.dense_copy import COMPILED
+from zssvd_lightning.recovery.dressing import refuse_recovery
 from zssvd_lightning.recovery.run import RecoveryRun
 from zssvd_lightning.recovery.settings import Recovery
 
@@ -46,11 +49,13 @@ class RecoveryHooks:
     Args:
         fit: context of the run.
         meaning: the callback, which interprets batches and knows the model whose logits the loss uses.
+        held_out: batches that compare the states of a recovery; None to keep its last state.
     """
 
-    def __init__(self, fit: FitContext, meaning: BatchMeaning) -> None:
+    def __init__(self, fit: FitContext, meaning: BatchMeaning, held_out: Sequence[Any] | None = None) -> None:
         self._fit = fit
         self._meaning = meaning
+        self._judging = Judging(fit, meaning, held_out)
         self._dressed_by_load = False
         self._began: float | None = None
 
@@ -70,8 +75,10 @@ class RecoveryHooks:
         self._dressed_by_load = False
 
     def start_batch(self, life: Lifecycle) -> None:
-        """Record the start time of the batch during the recovery."""
+        """Record the start time of the batch during the recovery, and start the clock of one limited in time."""
         self._began = time.perf_counter() if life.phase is Phase.RECOVER else None
+        if (recovery := life.active_recovery) is not None and recovery.pace is not None:
+            recovery.pace.start()
 
     def note_loss(self, trainer: L.Trainer, life: Lifecycle, loss: Tensor) -> None:
         """Record that there was a loss. With a loss scale, under which gradients may overflow, also check the loss."""
@@ -83,7 +90,15 @@ class RecoveryHooks:
         if (recovery := life.active_recovery) is not None:
             self._fit.adapter.unwrap_parameters()
             scale = loss_scale(trainer) if scales(trainer) else None
-            recovery.rollback.check_gradients(module, self._fit.adapter.team, scale)
+            try:
+                recovery.rollback.check_gradients(module, self._fit.adapter.team, scale)
+            except DivergedError as error:
+                if recovery.judge is None:
+                    raise
+                logger.warning("training stops, and the best state on the held-out batches is kept: %s", error)
+                for parameter in module.parameters():
+                    parameter.grad = None
+                self._judging.stop(trainer)
 
     def end_batch(self, trainer: L.Trainer, module: L.LightningModule, life: Lifecycle) -> None:
         """Add up the seconds, log the divergence, and start the next stage when it is due."""
@@ -95,14 +110,27 @@ class RecoveryHooks:
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if recovery.divergence is not None and telemetry.is_due(trainer, batches):
             telemetry.log(trainer, distillation=float(recovery.divergence))
+        self._judging.end_batch(trainer, module, recovery)
         if recovery.stage_is_over(trainer.global_step, _steps(recovery, trainer)):
             self._fit.adapter.unwrap_parameters()
+            if recovery.judge is not None:
+                recovery.judge.settle(module, trainer.global_step - recovery.first_step)
             recovery.next_stage(module, self._fit.adapter, trainer.global_step)
             self._fit.adapter.rebuild_optimizers()
             self._fit.adapter.discard_replaced()
             refuse_stale_groups(trainer, module)
             recovery.rollback.keep(module)
+            if recovery.judge is not None:
+                recovery.judge.go_on_from(module)
             telemetry.log(trainer, recovery_stage=recovery.stage)
+
+    def settle(self, trainer: L.Trainer, module: L.LightningModule, life: Lifecycle) -> None:
+        """Return to the best state on the held-out batches, and report it. Do nothing without such batches."""
+        if (recovery := life.active_recovery) is not None and recovery.judge is not None:
+            self._fit.adapter.unwrap_parameters()
+            found = self._judging.settled(trainer, module, recovery.judge, recovery)
+            if life.report is not None:
+                life.report.held_out = found
 
     def finish(self, module: L.LightningModule, life: Lifecycle) -> None:
         """End the recovery. The result is a plain low-rank model, unless the settings keep the adapters."""
@@ -122,13 +150,16 @@ class RecoveryHooks:
             kind, targets = life.compression.config.form.layer, life.compression.targets
             classes = {name: possible_forms(kind, *each.shape) for name, each in targets.items()}
             processes = self._fit.adapter.processes_of_a_copy
-            recovery.refuse(classes, _possible_forms(classes, life.compression), module, student, processes)
+            forms = _possible_forms(classes, life.compression)
+            refuse_recovery(recovery.settings, classes, forms, module, student, processes)
             self._watch(module, life)
+            self._judging.check(trainer, module, recovery)
 
     def start(self, trainer: L.Trainer, module: L.LightningModule, life: Lifecycle) -> None:
-        """Copy the weights that a new recovery starts from, and warn about layers it trains less than asked for."""
+        """Copy and judge the weights that a new recovery starts from, and warn if it trains layers less than asked."""
         if (recovery := life.active_recovery) is not None:
             recovery.rollback.keep(module)
+            self._judging.start(trainer, module, recovery)
             if trainer.is_global_zero and (warning := recovery.reduced(module)) is not None:
                 logger.warning(warning)
 
@@ -145,7 +176,7 @@ class RecoveryHooks:
         inside = {name.replace(COMPILED, ""): W for name, W in inside.items()}
         recovery.take_teacher(self._fit.adapter, student, inside)
 
-    def resume(self, module: L.LightningModule, life: Lifecycle) -> None:
+    def resume(self, trainer: L.Trainer, module: L.LightningModule, life: Lifecycle) -> None:
         """Continue from a checkpoint of the recovery."""
         if (recovery := life.active_recovery) is None:
             if life.recovery is not None:
@@ -156,6 +187,7 @@ class RecoveryHooks:
         recovery.resume(self._fit.adapter, self._meaning.student(module) if recovery.settings.distills else None)
         recovery.rollback.keep(module)
         self._watch(module, life)
+        self._judging.start(trainer, module, recovery)
 
     def prepare(
         self, module: L.LightningModule, life: Lifecycle, state: Mapping[str, Any] | None, *, had_adapters: bool
@@ -185,6 +217,8 @@ class RecoveryHooks:
         def leave(exception: BaseException) -> None:
             trainer.strategy.__dict__.pop("on_exception", None)
             own(exception)
+            if recovery.judge is not None:
+                recovery.judge.settle(module, recovery.judge.steps)
             alone = self._fit.adapter.team.whole_everywhere
             recovery.finish(module, self._fit.adapter, merge=recovery.settings.merges and alone)
 
@@ -242,6 +276,8 @@ def _steps(recovery: RecoveryRun, trainer: L.Trainer) -> float:
     A resumed run does not ask the Trainer again. The Trainer would load the data and lose the position in it.
     """
     limits = (trainer.max_steps, trainer.max_epochs)
+    if recovery.steps is not None:
+        return recovery.steps
     if recovery.horizon is None or recovery.horizon[1:] != limits:
         recovery.horizon = (scheduled_steps(trainer), *limits)
     return recovery.horizon[0]

@@ -12,7 +12,7 @@
 | on_before_zero_grad      | collect gradients that no optimizer step follows                  | observer             |
 | on_train_batch_end       | end the observation, enter the next phase or stage                | recovering, run      |
 | on_train_epoch_end       | the same, for loaders of unknown length                           | run                  |
-| on_train_end             | finish, or raise UnfinishedError                                  | run                  |
+| on_train_end             | return to the best state, finish, or raise UnfinishedError        | recovering, run      |
 | on_fit_end               | merge adapters, convert factors to 8 bits                         | recovering, run      |
 | on_exception             | restore everything, unless the model was factorized               | all parts            |
 | state_dict               | save the state of the compression                                 | run                  |
@@ -27,7 +27,7 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
@@ -47,10 +47,12 @@ from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.recovery import RecoveryHooks, refuse_contradictions
 from zssvd_lightning.callbacks.schedule import CallbackSettings, Schedule, schedule_of
 from zssvd_lightning.callbacks.trainer.guards import refuse_other_package
+from zssvd_lightning.callbacks.trainer.judging import judged_by
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.quantization import in_8_bits_already
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.config.presets import TRAINED, trained_by
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.model.logits import model_with_logits
 from zssvd_lightning.recovery.methods import recovery_of
@@ -74,11 +76,13 @@ class ZSSVDCallback(L.Callback):
     Args:
         prune_ratio: fraction of the target layers' parameters to remove, in (0, 1).
         preset: name of a preset, such as `best`, `zs-svd` (the paper) or `svd-llm`; see `config/presets/`. None for
-            `best`.
+            `best`. `best-trained` has a recovery of its own, unless one is given.
         schedule: start and length of the compression: a `Schedule` or a mapping of its fields.
         recovery: training of the factors, such as `LoRARecovery(rank=8, lr=1e-3)`, the name of its method (`lora`,
             `factors` or `singular_values`), or a mapping of its `method` and fields. None to train them with the
             module's optimizer.
+        held_out: batches that are in no other part of the run. They are measured every `judge_every` steps of the
+            recovery, and the model ends with the best state on them, or as it was compressed. None for the last state.
         dry_run: only calibrate, write the ranks that would be chosen to this file, restore the model and stop. True
             writes `zssvd_plan.yaml` in the folder of the logger.
         progress: draw a progress bar while spectra are computed.
@@ -119,6 +123,7 @@ class ZSSVDCallback(L.Callback):
         *,
         schedule: Schedule | dict[str, Any] = Schedule(),
         recovery: Recovery | dict[str, Any] | str | None = None,
+        held_out: Iterable[Any] | None = None,
         dry_run: bool | str | Path = False,
         progress: bool = True,
         **compression: Unpack[CallbackSettings],
@@ -134,13 +139,16 @@ class ZSSVDCallback(L.Callback):
                 DeprecationWarning,
                 stacklevel=2,
             )
+        if preset in TRAINED:
+            preset, told = trained_by(preset)
+            recovery = told if recovery is None else recovery
         self.config = CompressionConfig.asked(None, preset, cast("Settings", {"prune_ratio": prune_ratio} | settings))
         self.recovery = recovery_of(recovery)
         refuse_contradictions(self.config, self.recovery)
         progress = of_type(bool, progress, "progress")
         super().__init__()
         self.fit = FitContext()
-        self.recovering = RecoveryHooks(self.fit, self)
+        self.recovering = RecoveryHooks(self.fit, self, judged_by(held_out, self.recovery))
         self.observer = BatchObserver(self.fit, self)
         self.run = CompressionRun(
             self.fit, self, self.recovering, self.config, self.schedule, self.recovery, self.dry_run, progress
@@ -153,12 +161,14 @@ class ZSSVDCallback(L.Callback):
         *,
         schedule: Schedule | dict[str, Any] = Schedule(),
         recovery: Recovery | dict[str, Any] | str | None = None,
+        held_out: Iterable[Any] | None = None,
         dry_run: bool | str | Path = False,
         progress: bool = True,
     ) -> Self:
         """Return a callback for a `CompressionConfig`, such as that of a recipe. Other arguments: see the class."""
         require(isinstance(config, CompressionConfig), "config", config, "a CompressionConfig")
-        return cls(**asdict(config), schedule=schedule, recovery=recovery, dry_run=dry_run, progress=progress)
+        rest: dict[str, Any] = {"held_out": held_out, "dry_run": dry_run, "progress": progress}
+        return cls(**asdict(config), schedule=schedule, recovery=recovery, **rest)
 
     @property
     def phase(self) -> Phase:
@@ -239,7 +249,7 @@ class ZSSVDCallback(L.Callback):
             return
         if in_8_bits_already(pl_module):
             logger.warning("the layers are in 8 bits already; only what is beside their codes will be trained")
-        self.recovering.resume(pl_module, self.run.life)
+        self.recovering.resume(trainer, pl_module, self.run.life)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -284,6 +294,7 @@ class ZSSVDCallback(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finish the compression. If it is incomplete, restore the model and raise UnfinishedError."""
+        self.recovering.settle(trainer, pl_module, self.run.life)
         self.run.end_training(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -267,11 +267,11 @@ class Compression:
         _, selection = self._select(self.budget)
         return Plan.of(selection, self.budget, self.shapes, self.present)
 
-    def factorize(self, dress: Callable[[str, Factored], None] | None = None) -> None:
+    def factorize(self, dress: Callable[[str, Factored], Factored] | None = None) -> None:
         """Replace every truncated layer by a low-rank layer of the chosen storage.
 
         Args:
-            dress: called as `dress(name, layer)` with each new layer, while it is whole and before it is inserted. A
+            dress: called as `dress(name, layer)` with each new layer, while it is whole. What it returns is inserted. A
                 layer that stays low-rank is copied for it.
         """
         self.gathering.forget()
@@ -279,9 +279,7 @@ class Compression:
             self.safeguard.settle(self)
         with self.stopwatch("factorize"):
             for name, layer in self._new_layers(copies=dress is not None):
-                if dress is not None:
-                    dress(name, layer)
-                self._installed[name] = layer
+                self._installed[name] = layer if dress is None else dress(name, layer)
                 self._replace(self.model, self.targets[name].module, self._installed[name])
                 if self.config.by_blocks:  # the original is in a scratch file
                     self.targets[name].release()

@@ -31,7 +31,10 @@ REPORT = "report.json"
 NUMBERS = re.compile(r'\[\n[^][{}"]*\]')
 """List without strings and other lists in indented JSON."""
 
-OPTIONAL = ("kept_back", "perplexity", "perplexity_second", "file_bytes", "left_dense", "trace", "continuations")
+OPTIONAL = (
+    *("kept_back", "held_out", "perplexity", "perplexity_second"),
+    *("file_bytes", "left_dense", "trace", "continuations"),
+)
 """Fields of a report whose keys `report.json` has only if there is something in them."""
 
 
@@ -89,6 +92,10 @@ class Report:
     kept_back: dict[str, float] | None = None
     """Loss (nats) on the calibration batches kept back: `dense`, `truncated` (after the first truncation to the prune
     ratio) and `final`, with the number of `batches` per process and of steps that were `taken_back`."""
+    held_out: dict[str, float] | None = None
+    """Losses (nats) on the held-out batches that judge a recovery: `truncated` before training and `recovered` after,
+    with the number of `batches`, the `step` of training that the final state is of (0 if training did not improve the
+    model), and the `steps` of the whole training."""
     perplexity: dict[str, float] | None = None
     """Perplexity of the `dense` and the `compressed` model, and of the `reloaded` one if it is saved in fewer bits.
     For a run with recovery: `dense`, `dense_finetuned`, `truncated` and `recovered`."""

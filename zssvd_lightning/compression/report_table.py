@@ -25,6 +25,7 @@ def table_of(report: "Report", details: bool) -> Table:
     for column, justify in (("", "left"), (before, "right"), ("compressed", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     _add_losses(report, table)
+    _add_recovery(report, table)
     _add_perplexities(report, table)
     _add_sizes(report, table)
     table.add_section()
@@ -51,6 +52,17 @@ def _add_losses(report: "Report", table: Table) -> None:
         table.add_row("  before corrections", "", f"{losses['truncated']:.4f}")
     if losses["taken_back"]:
         table.add_row("  steps taken back", "", f"{losses['taken_back']}")
+
+
+def _add_recovery(report: "Report", table: Table) -> None:
+    """Add the loss on the batches that judged the recovery."""
+    if (losses := report.held_out) is None:
+        return
+    table.add_row("loss on held-out batches, before training", "", f"{losses['truncated']:.4f}")
+    table.add_row("  after training", "", f"{losses['recovered']:.4f}")
+    step, steps = int(losses["step"]), int(losses["steps"])
+    kept = f"{step} of {steps}" if step else f"none of {steps}: training did not lower it"
+    table.add_row("  steps to the final state", "", kept)
 
 
 def _add_perplexities(report: "Report", table: Table) -> None:

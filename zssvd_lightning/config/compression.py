@@ -7,7 +7,7 @@ from typing import Any, Self, Unpack
 from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import require, require_count, require_one_of
 from zssvd_lightning.config.corrections import CORRECTIONS, Correction
-from zssvd_lightning.config.presets import DEFAULT, PRESETS, explaining_default, settings_of
+from zssvd_lightning.config.presets import DEFAULT, PRESETS, TRAINED, explaining_default, settings_of, trained_by
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.errors import BudgetError, ConfigError, ContradictionError
 from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, UNITS, Present, Storage
@@ -198,6 +198,11 @@ class CompressionConfig:
         Raises:
             ConfigError: the preset or a setting is unknown, or a value has another type or is out of range.
         """
+        if preset in TRAINED:
+            raise ConfigError(
+                f"preset {preset!r} trains after the compression, which needs a training loop; use it in ZSSVDCallback "
+                f"or `zssvd compress`, or take preset {trained_by(preset)[0]!r} for the compression alone"
+            )
         if preset is not None:
             require_one_of("preset", preset, PRESETS)
         names = [field.name for field in fields(cls)]

@@ -13,7 +13,7 @@ from zssvd_lightning._files import checked_path
 from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import closest, require_one_of
 from zssvd_lightning._yaml import UnfitYAMLError, check_yaml, line_of, read_yaml_text, scalars
-from zssvd_lightning.config.presets import PRESETS, explaining_default, settings_of
+from zssvd_lightning.config.presets import PRESETS, TRAINED, explaining_default, settings_of, trained_by
 from zssvd_lightning.errors import ConfigError, shown
 
 T = TypeVar("T")
@@ -53,8 +53,14 @@ def load_config(
     merged = _resolved(_merged(_defaults(schema), *layers))
     refuse_unknown(schema, merged)
     if (preset := merged.get("preset")) is not None:
-        require_one_of("preset", preset, PRESETS)
-        merged = _resolved(_merged(_defaults(schema), {"compression": settings_of(preset)}, *layers))
+        require_one_of("preset", preset, (*PRESETS, *TRAINED))
+        base, recovery = trained_by(preset) if preset in TRAINED else (preset, None)
+        given = merged.get("recovery")
+        if recovery is None or (isinstance(given, Mapping) and "method" in given):  # its fields are those of one method
+            told = {"compression": settings_of(base)}
+        else:
+            told = {"compression": settings_of(base), "recovery": recovery}
+        merged = _resolved(_merged(_defaults(schema), told, *layers))
     with explaining_default(all(layer.get("preset") is None for layer in layers)):
         return build(schema, merged)
 

@@ -1,4 +1,7 @@
-"""Presets: published methods by name, each a YAML file with settings and a citation of its source."""
+"""Presets: published methods by name, each a YAML file with settings and a citation of its source.
+
+Files in `presets/trained` are presets of a compression and the training that follows it.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +19,16 @@ PRESETS = tuple(sorted(file.name.removesuffix(".yaml") for file in FOLDER.iterdi
 """Names of the presets."""
 
 
+TRAINED = tuple(
+    sorted(file.name.removesuffix(".yaml") for file in (FOLDER / "trained").iterdir() if file.name.endswith(".yaml"))
+)
+"""Names of the presets of a compression and the training after it, for runs and `ZSSVDCallback`."""
+
+
+DEFAULT_TRAINED = "best-trained"
+"""Preset whose training follows where a user asks for one and says no more."""
+
+
 DEFAULT = "best"
 """Preset whose settings apply where a user names none."""
 
@@ -26,6 +39,17 @@ def settings_of(preset: str) -> dict[str, Any]:
         raise KeyError(preset)
     settings: dict[str, Any] = yaml.safe_load((FOLDER / f"{preset}.yaml").read_text(encoding="utf-8"))
     return settings
+
+
+def trained_by(preset: str) -> tuple[str, dict[str, Any]]:
+    """Return the preset of the compression, and the settings of the recovery, of a preset in `TRAINED`.
+
+    Raises KeyError for another preset.
+    """
+    if preset not in TRAINED:
+        raise KeyError(preset)
+    settings: dict[str, Any] = yaml.safe_load((FOLDER / "trained" / f"{preset}.yaml").read_text(encoding="utf-8"))
+    return settings["preset"], settings["recovery"]
 
 
 @contextmanager

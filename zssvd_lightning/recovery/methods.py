@@ -15,21 +15,10 @@ from zssvd_lightning._validation import require, require_one_of
 from zssvd_lightning.config.loading import build, refuse_unknown
 from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError, shown
 from zssvd_lightning.layers.low_rank import LowRankLinear
-from zssvd_lightning.layers.pivoted import PivotForm
 from zssvd_lightning.layers.registry import Factored
 from zssvd_lightning.model.adapters import Adapter, merged
+from zssvd_lightning.recovery.factors import ONE_BY_ONE, FactorRecovery
 from zssvd_lightning.recovery.settings import BOTH_AT_ONCE, Recovery
-
-ONE_BY_ONE = [("up",), ("down",)]
-"""Training order of SVD-LLM (arXiv 2403.07378): first `up`, then `down`."""
-
-
-INSIDE = {"down": ("down", "pivots", "mixing"), "up": ("up", "others", "columns", "bias")}
-"""Parameters of a layer that belong to each factor.
-
-Pivot rows and the coefficients of columns read the input, as `down` does; all other parameters produce the output.
-"""
-
 
 ELSEWHERE = {
     "r": "rank",
@@ -50,42 +39,6 @@ OTHER_NAMES = ELSEWHERE | {"learning_rate": "lr"}
 
 NEED_BATCHES = ("eva", "corda", "lora_ga", "loftq")
 """Unsupported initializations: peft needs batches, gradients or a quantized model for them."""
-
-
-@dataclass(frozen=True)
-class FactorRecovery(Recovery):
-    """Recovery that trains the factors, or pivots and coefficients, and the biases of their layers.
-
-    The factors are first rescaled so that both sides of each component have equal norms. This suits Adam, whose steps
-    have one size: `L^-1` makes the rows of `down` much larger than the matching columns of `up`. Pivots and
-    coefficients are not rescaled.
-    """
-
-    method = "factors"
-    rescales = True
-
-    two_step: bool = False
-    """True to train `up` for the first half of the recovery, then `down`; in pivoted layers what stands for them."""
-
-    @property
-    def stages(self) -> Sequence[tuple[str, ...]]:
-        """Groups of factors that are trained at the same time, stage by stage."""
-        return ONE_BY_ONE if self.two_step else BOTH_AT_ONCE
-
-    @torch.no_grad()
-    def prepare(self, layer: Factored) -> None:
-        """Rescale the factors of a chosen layer so that both sides of each component have equal norms."""
-        if isinstance(layer, PivotForm):
-            return
-        up, down = layer.up.weight, layer.down.weight
-        shift = (down.float().norm(dim=1) / up.float().norm(dim=0)).sqrt()
-        shift = torch.where(shift.isfinite() & (shift > 0), shift, torch.ones_like(shift))
-        up.mul_(shift.to(up.dtype))
-        down.div_(shift.to(down.dtype)[:, None])
-
-    def trains(self, parameter: str, parts: Sequence[str]) -> bool:
-        """Return True if a parameter of a chosen layer, named within the layer, belongs to one of the factors."""
-        return any(parameter.split(".", maxsplit=1)[0] in INSIDE[part] for part in parts)
 
 
 @dataclass(frozen=True)

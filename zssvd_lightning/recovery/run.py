@@ -1,24 +1,36 @@
 """Recovery within a training run: the trained parameters, their optimizer, the loss and the final model."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zssvd_lightning.distributed import Team
-from zssvd_lightning.errors import RecoveryError, TeacherError
-from zssvd_lightning.layers.registry import Factored
+from zssvd_lightning.errors import CheckpointError, RecoveryError
+from zssvd_lightning.layers.low_rank import LowRankLinear
+from zssvd_lightning.layers.registry import Factored, trained_form
 from zssvd_lightning.model import adapters
-from zssvd_lightning.model.dense_copy import copied, refuse_too_large
 from zssvd_lightning.model.logits import logits_of
 from zssvd_lightning.model.replace import factored_layers
-from zssvd_lightning.model.targets import Target, local_part, matches
-from zssvd_lightning.recovery.dressing import Forms, dress, needs_adapter, refuse_forms, refuse_nothing
+from zssvd_lightning.model.targets import matches
+from zssvd_lightning.recovery.dressing import dress, needs_adapter, refuse_nothing
+from zssvd_lightning.recovery.judge import Judge
+from zssvd_lightning.recovery.pace import Pace
 from zssvd_lightning.recovery.rollback import Rollback
 from zssvd_lightning.recovery.settings import Recovery
-from zssvd_lightning.recovery.teachers import Call, DenseTeacher, SavedPredictions, Teacher, has_encoder
+from zssvd_lightning.recovery.stored_form import factors_of, pivots_of
+from zssvd_lightning.recovery.teachers import (
+    Call,
+    DenseTeacher,
+    SavedPredictions,
+    Teacher,
+    has_encoder,
+    teacher_of,
+    teacher_of_saved,
+    teacher_to_save,
+)
 from zssvd_lightning.serialization.specs import ranks_of
 from zssvd_lightning.serialization.transformers_config import mark
 from zssvd_lightning.strategies import StrategyAdapter
@@ -36,6 +48,9 @@ class RecoveryRun:
         rollback: copy of the last weights that gave finite gradients.
         horizon: optimizer steps of the recovery, and the `max_steps` and `max_epochs` they follow from.
         over: True once the recovery has ended while the Trainer still has its optimizers.
+        judge: comparison of the states on held-out batches; None without such batches.
+        pace: clock until the number of steps in `settings.minutes` is known; None otherwise.
+        steps: that number; None until it is known, or without a limit in time.
     """
 
     def __init__(self, settings: Recovery) -> None:
@@ -46,60 +61,22 @@ class RecoveryRun:
         self.divergence: Tensor | None = None
         self.rollback = Rollback(settings.lr)
         self.over = False
+        self.judge: Judge | None = None
+        self.pace: Pace | None = None
+        self.steps: int | None = None
+        self.first_step = 0
         self.horizon: tuple[float, int, int | None] | None = None
         self._were_trainable: list[str] = []
+        self._stored: dict[str, dict[str, Any]] = {}
         self._teacher: Teacher | None = None
         self._of_teacher: dict[str, Tensor] | None = None
+        self._of_judge: Mapping[str, Any] | None = None
         self._call: Call | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Factors trained in the current stage."""
         return self.settings.stages[self.stage]
-
-    def refuse(
-        self,
-        classes: Mapping[str, Sequence[type[Factored]]],
-        forms: Forms,
-        module: nn.Module,
-        student: nn.Module | None,
-        processes: int,
-    ) -> None:
-        """Raise the errors that can be detected before calibration.
-
-        Args:
-            classes: names of the layers to compress, and the possible classes of those that replace
-                them.
-            forms: forms that each layer to compress may get.
-            module: the module to train.
-            student: the model whose logits will be compared; None without distillation.
-            processes: number of processes that would share a copy of the student.
-
-        Raises:
-            TargetError: a pattern of layers matches nothing.
-            RecoveryError: a pattern of parameters matches no parameter that now requires gradients, or the forms of the
-                layers leave nothing to train or are too small for the method.
-            TeacherError: the teacher does not fit into memory, cannot be copied or read, or is another model.
-        """
-        self.settings.refuse_layers(classes)
-        also = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        for pattern in self.settings.also_train:
-            if not any(matches(name, pattern) for name in also):
-                raise RecoveryError(
-                    f"recovery.also_train has {pattern!r}, which matches no parameter that requires gradients"
-                )
-        refuse_forms(self.settings, forms)
-        if student is None:
-            return
-        if self.settings.keeps_teacher:
-            refuse_too_large(student, self._dtype, processes)
-            copied(student, self._dtype, lambda parameter: torch.empty(parameter.shape, device="meta"))
-        elif has_encoder(student):
-            raise TeacherError(
-                "saved predictions do not know what a decoder was given; set recovery.teacher to 'memory'"
-            )
-        else:
-            SavedPredictions(self.settings.teacher).refuse_other(student)
 
     def take_teacher(self, adapter: StrategyAdapter, student: nn.Module, originals: Mapping[str, Tensor]) -> None:
         """Copy the dense model as teacher, or open the folder with its saved predictions. Collective.
@@ -110,29 +87,26 @@ class RecoveryRun:
             originals: original weights (m, n), by the name of their layer in `student`.
 
         Raises:
-            TeacherError: see `refuse`.
+            TeacherError: see `refuse_recovery`.
         """
         if not self.settings.keeps_teacher:
             self._teacher = SavedPredictions(self.settings.teacher)
             return
-        with adapter.team.together():
-            refuse_too_large(student, self._dtype, adapter.processes_of_a_copy)
-        teacher = adapter.dense_copy(student, self._dtype)
-        with torch.no_grad():
-            for name, W in originals.items():
-                layer: Any = teacher.get_submodule(name)
-                Target(name, layer).assign(W)
-        self._teacher = DenseTeacher(teacher)
+        self._teacher = teacher_of(adapter, student, originals, self._dtype)
 
     def sync_requires_grad(self, module: nn.Module) -> None:
         """Record which parameters of the module require gradients, while its layers are still dense."""
         self._were_trainable = [name for name, p in module.named_parameters() if p.requires_grad]
 
-    def dress(self, name: str, layer: Factored) -> None:
-        """Prepare a layer for the current stage, while the layer is still whole; see `dressing.dress`."""
+    def dress(self, name: str, layer: Factored) -> Factored:
+        """Return a layer prepared for the current stage, while it is still whole; see `dressing.dress`."""
         if self.stage == 0 and self.settings.chooses(name):
+            if self.settings.trains_pivots_as_factors and not isinstance(layer, LowRankLinear):
+                self._stored[name] = layer.spec
+                layer = factors_of(layer)
             self.settings.prepare(layer)
         dress(self.settings, name, layer, self.stage)
+        return layer
 
     def reduced(self, module: nn.Module) -> str | None:
         """Return a warning if low-rank layers of a module are trained less than the settings ask for, else None."""
@@ -150,6 +124,7 @@ class RecoveryRun:
             RecoveryError: no parameter is left to train, or a pattern of `also_train` matches only low-rank layers.
         """
         self.active, self.began, self.over, self.horizon = True, step, False, None
+        self.first_step, self.steps = step, None
         self.freeze(module)
         for pattern in self.settings.also_train:
             if not any(p.requires_grad and matches(name, pattern) for name, p in module.named_parameters()):
@@ -211,12 +186,40 @@ class RecoveryRun:
         """Merge adapters if `merge` is True, and restore the `requires_grad` flags. Collective if `merge` is True."""
         try:
             if merge:
+                self._store(module, adapter)
                 adapters.merge_adapters(module, adapter.replace, adapter.whole)
                 adapter.discard_replaced()
                 mark(module)
         finally:
             self.let_go(module)
             adapter.sync_requires_grad()
+
+    def _store(self, module: nn.Module, adapter: StrategyAdapter) -> None:
+        """Put layers of pivots back in place of the factors that they were trained as. Collective."""
+        for name, spec in self._stored.items():
+            layer: Any = module.get_submodule(name)
+            form: Any = trained_form(spec["kind"])
+            ordered = spec.get("ordered", True)
+            new = pivots_of(layer, form, ordered=ordered, whole=adapter.whole, team=adapter.team)
+            adapter.replace(module, layer, new)
+        self._stored = {}
+
+    def start_judging(self, judge: Judge | None, module: nn.Module) -> None:
+        """Start to compare states on held-out batches, from the present one or that of a checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint is of a recovery that was judged on other batches.
+        """
+        saved, self._of_judge, self.judge = self._of_judge, None, judge
+        if judge is None and saved is not None:
+            raise CheckpointError(
+                "the checkpoint is of a recovery that is judged on held-out batches, and this callback has none; pass "
+                "the same held_out"
+            )
+        if judge is not None and saved is not None:
+            judge.load_state_dict(saved)
+        elif judge is not None:
+            judge.begin(module)
 
     def let_go(self, module: nn.Module) -> None:
         """Restore the `requires_grad` flags and release the teacher and the rollback copy.
@@ -232,7 +235,7 @@ class RecoveryRun:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in before or dense_name.get(name, name) in before)
         self.active, self.over = False, True
-        self._teacher, self._call = None, None
+        self._teacher, self._call, self.judge, self.pace = None, None, None, None
         self.rollback.forget()
 
     def watch(self, student: nn.Module) -> Callable[[], None]:
@@ -248,14 +251,14 @@ class RecoveryRun:
         """Return the loss to train on, given the loss of `training_step` and the latest recorded forward pass.
 
         Args:
-            own: loss that `training_step` returned.
+            own: loss that `training_step` returned. It is what counts where gradients are off, as for held-out batches.
             mask: positions (B, T) of the inputs that are not padding; None for all.
 
         Raises:
             RecoveryError: no forward pass was recorded.
         """
         call, self._call = self._call, None
-        if not self.active or not self.settings.distills:
+        if not self.active or not self.settings.distills or not torch.is_grad_enabled():
             return own
         if call is None or self._teacher is None:
             raise RecoveryError("training_step gave a loss without a forward pass of the model that is distilled into")
@@ -274,23 +277,30 @@ class RecoveryRun:
             "over": self.over,
             "stage": self.stage,
             "began": self.began,
+            "first_step": self.first_step,
+            "steps": self.steps,
+            "judge": self._of_judge if self.judge is None else self.judge.state_dict(),
             "horizon": None if self.horizon is None else list(self.horizon),
             "were_trainable": list(self._were_trainable),
+            "stored": {name: dict(spec) for name, spec in self._stored.items()},
             "teacher": self._teacher_to_save(team),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state, except for the teacher, which `resume` restores."""
         self.active, self.stage, self.began = state["active"], state["stage"], state["began"]
+        self.first_step, self.steps = state.get("first_step", self.began), state.get("steps")
+        self._of_judge = state.get("judge")
         self.horizon = None if state["horizon"] is None else tuple(state["horizon"])
         self._were_trainable = list(state["were_trainable"])
+        self._stored = {name: dict(spec) for name, spec in state.get("stored", {}).items()}
         self._of_teacher = dict(state["teacher"])
 
     def resume(self, adapter: StrategyAdapter, student: nn.Module | None) -> None:
         """Rebuild the teacher from the model and the saved weights. Collective.
 
         Raises:
-            TeacherError: see `refuse`.
+            TeacherError: see `refuse_recovery`.
         """
         saved, self._of_teacher = self._of_teacher or {}, None
         if not self.active or student is None or self._teacher is not None:
@@ -298,18 +308,17 @@ class RecoveryRun:
         if not self.settings.keeps_teacher:
             self._teacher = SavedPredictions(self.settings.teacher)
             return
-        teacher = adapter.dense_copy(student, self._dtype)
-        values: dict[str, Tensor] = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
-        with torch.no_grad():
-            for name, value in saved.items():
-                whole = isinstance(values[name], nn.Parameter)
-                local_part(values[name].detach()).copy_(adapter.team.part(value) if whole else value)
-        self._teacher = DenseTeacher(teacher)
+        self._teacher = teacher_of_saved(adapter, student, saved, self._dtype)
 
     @property
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.settings.teacher_dtype)
         return dtype
+
+    @property
+    def steps_of_stage(self) -> float:
+        """Number of steps of the current stage of a recovery that is limited in time, once it is known."""
+        return math.inf if self.steps is None else self._steps_of_stage(self.steps)
 
     def _steps_of_stage(self, steps: float) -> float:
         stages = len(self.settings.stages)
@@ -332,9 +341,4 @@ class RecoveryRun:
             return self._of_teacher
         if team is None or not isinstance(self._teacher, DenseTeacher):
             return {}
-        found = {name: buffer.cpu() for name, buffer in self._teacher.model.named_buffers()}
-        for name, parameter in self._teacher.model.named_parameters():
-            value = team.weight_to_save(local_part(parameter), parameter.shape[0]) if parameter.dim() else parameter
-            if value is not None:
-                found[name] = value.detach()
-        return found
+        return teacher_to_save(self._teacher, team)

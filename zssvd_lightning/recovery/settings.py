@@ -3,13 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from zssvd_lightning._types import check_types
-from zssvd_lightning._validation import closest, require, require_one_of
+from zssvd_lightning._validation import closest, require, require_count, require_one_of
 from zssvd_lightning.errors import ConfigError, RecoveryError, TargetError
 from zssvd_lightning.layers.pivoted import PivotForm
 from zssvd_lightning.layers.registry import Factored, trained_form
@@ -70,6 +72,13 @@ class Recovery(ABC):
     """Name patterns of other parameters to train, such as `*norm.weight` or the weights of dense layers."""
     seed: int = 0
     """Seed for initial values."""
+    minutes: float | None = None
+    """Limit of the training in minutes. The first steps are timed; the number of steps, and with it the schedule,
+    follows from them and is logged. The limits of the Trainer apply too. None for these alone."""
+    judge_every: int = 25
+    """Optimizer steps between two measurements on the `held_out` batches of the callback, if there are any."""
+    patience: int | None = 8
+    """Number of measurements in a row without a better one after which training stops; None for no limit."""
 
     def __post_init__(self) -> None:
         check_types(self, "recovery.")
@@ -81,6 +90,9 @@ class Recovery(ABC):
         require(0 < self.distill_weight < 1, "recovery.distill_weight", self.distill_weight, "strictly between 0 and 1")
         require(self.temperature > 0, "recovery.temperature", self.temperature, "above 0")
         require_one_of("recovery.teacher_dtype", self.teacher_dtype, DTYPES)
+        require(self.minutes is None or 0 < self.minutes < inf, "recovery.minutes", self.minutes, "above 0, or null")
+        require_count("recovery.judge_every", self.judge_every, 1)
+        require(self.patience is None or self.patience >= 1, "recovery.patience", self.patience, "1 or more, or null")
 
     @property
     def distills(self) -> bool:
@@ -124,6 +136,11 @@ class Recovery(ABC):
             parameter: name of the parameter within the layer.
             parts: names of the factors trained in the current stage.
         """
+
+    @property
+    def trains_pivots_as_factors(self) -> bool:
+        """True if layers of pivots are trained as two factors of the same rank, and become pivots again at the end."""
+        return False
 
     rescales: ClassVar[bool] = False
     """True if `prepare` changes the scale of components, which `loss_aware` rounding uses as weights."""
@@ -191,11 +208,16 @@ class Recovery(ABC):
         if steps == float("inf"):
             self.refuse_endless()
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        length = 0 if steps == float("inf") else int(steps)
+        schedule = self.scheduler(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, steps: float) -> LambdaLR:
+        """Return the learning-rate schedule of an optimizer over so many steps; infinite if unknown."""
         from transformers import get_scheduler  # loads peft where it is installed
 
-        schedule = get_scheduler(self.schedule, optimizer, int(self.warmup * length), length)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        length = 0 if steps == float("inf") else int(steps)
+        made: LambdaLR = get_scheduler(self.schedule, optimizer, int(self.warmup * length), length)
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain types, from which `recovery_of` rebuilds them."""

@@ -102,6 +102,7 @@ _REPORT = entries(
             )
         ),
         "kept_back": optional(mapped(number)),
+        "held_out": optional(mapped(number)),
         "perplexity": optional(mapped(number)),
         "perplexity_second": optional(mapped(number)),
         "file_bytes": optional(mapped(number)),
@@ -118,6 +119,7 @@ _REPORT = entries(
         "predicted_drift",
         "coverage",
         "kept_back",
+        "held_out",
         "perplexity",
         "perplexity_second",
         "file_bytes",
@@ -147,6 +149,7 @@ _MEASURED = (
     "correction_fractions",
     "seconds",
     "kept_back",
+    "held_out",
     "perplexity",
     "perplexity_second",
 )

@@ -105,6 +105,31 @@ def sampled_windows(tokens: Tokens, length: int, count: int, seed: int, source: 
     return every[order[: count or None]]
 
 
+def hold_out(tokens: Tokens, length: int, count: int, seed: int, source: str) -> tuple[Tensor, Tokens]:
+    """Take windows out of a text at random: `count`, but at most a tenth of those that fit, and at least one.
+
+    Args:
+        tokens: the tokenized text.
+        length: number of tokens in a window.
+        count: number of windows.
+        seed: seed of the draw.
+        source: name of the text, for the error message.
+
+    Returns:
+        The windows (N, length), and the tokens of the rest of the text, in order.
+
+    Raises:
+        TextError: the text has fewer than two windows.
+    """
+    every = _enough_windows(tokens, length, 2, source)
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
+    drawn = order[: max(1, min(count, len(every) // 10))]
+    own = length if tokens.bos is None else length - 1
+    stays = torch.ones(len(tokens.ids), dtype=torch.bool)
+    stays[: len(every) * own].view(-1, own)[drawn] = False
+    return every[drawn], tokens._replace(ids=tokens.ids[stays])
+
+
 def _enough_windows(tokens: Tokens, length: int, count: int, source: str) -> Tensor:
     """Return all windows that fit; raise TextError if there are fewer than `count`, or none."""
     every = tokens.cut(length)

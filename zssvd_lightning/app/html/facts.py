@@ -153,6 +153,9 @@ def _quality(facts: Facts) -> list[list[str]]:
         [f"loss on batches kept back of {facts.calibration}{batches} (nats)", *map(number, kept_back)],
         ["its exponential", *(number(None if loss is None else exponential(loss)) for loss in kept_back)],
     ]
+    if (judged := facts.report.held_out) is not None:
+        about = f"loss on {with_noun(int(judged['batches']), 'held-out batch')} (nats), trained {_trained(judged)}"
+        rows.append([about, "", *(number(judged.get(key)) for key in ("truncated", "recovered"))])
     for second in (False, True):
         found, text = facts.perplexity(second), facts.text(second)
         if second and not found:
@@ -165,6 +168,12 @@ def _quality(facts: Facts) -> list[list[str]]:
         if "reloaded" in found:
             rows.append(["  as saved and loaded again", "", "", number(found["reloaded"])])
     return rows
+
+
+def _trained(judged: Mapping[str, float]) -> str:
+    """Return how many steps of the training led to the final state."""
+    step, steps = int(judged["step"]), int(judged["steps"])
+    return f"for {step} of {steps} steps" if step else f"for {steps} steps, which did not lower it and were undone"
 
 
 def _sizes(facts: Facts) -> list[list[str]]:

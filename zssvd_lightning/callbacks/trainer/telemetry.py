@@ -16,6 +16,7 @@
 | zssvd/prehab_weight                   | as Lightning logs | lambda of `LowRankPrehab`                                |
 | zssvd/stable_rank, zssvd/nuclear_norm | as Lightning logs | mean over layers of the regularizer of `LowRankPrehab`   |
 | zssvd/distillation                    | as Lightning logs | divergence from the dense model (nats)                   |
+| zssvd/held_out_loss                   | `judge_every`     | loss of the recovery on the held-out batches (nats)      |
 | zssvd/recovery_stage                  | every stage       | index of the recovery stage                              |
 | zssvd/rank/LAYER                      | every truncation  | rank of a layer; its full rank if it stays dense         |
 """
