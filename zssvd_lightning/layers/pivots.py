@@ -22,6 +22,10 @@ CANDIDATES = 128
 """Number of rows among which pivots are exchanged before all coefficients are updated."""
 
 
+LEAF = 128
+"""Width up to which a triangular matrix is inverted."""
+
+
 EXCHANGES = 10
 """Limit of the number of exchanges, as a multiple of the rank."""
 
@@ -112,6 +116,22 @@ def coefficients(up: Tensor, order: Tensor) -> Tensor:
     if (C @ pivots - others).norm() > others.norm() * _tolerance(A) ** 0.5:
         raise ValueError(f"the first {k} rows of the order have rank {r} and do not span the others; choose other rows")
     return C
+
+
+def over_upper(B: Tensor, U: Tensor) -> Tensor:
+    """Compute `B U^-1` in place for B (m, k) and an upper triangular U (k, k), mostly by products of large matrices.
+
+    Triangular solvers of BLAS take up to twice the time of products.
+    """
+    k = len(U)
+    if k <= LEAF:
+        unit = torch.eye(k, dtype=U.dtype, device=U.device)
+        return B.copy_(B @ torch.linalg.solve_triangular(U, unit, upper=True).to(B))
+    half = k // 2
+    over_upper(B[:, :half], U[:half, :half])
+    B[:, half:].addmm_(B[:, :half], U[:half, half:].to(B), alpha=-1)
+    over_upper(B[:, half:], U[half:, half:])
+    return B
 
 
 def _scaled(up: Tensor) -> Tensor:
