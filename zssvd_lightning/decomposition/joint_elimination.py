@@ -14,14 +14,14 @@ from zssvd_lightning._numerics import add_square
 from zssvd_lightning.errors import PivotError
 from zssvd_lightning.layers.pivots import over_upper
 
-AT_ONCE = 64
+AT_ONCE = 128
 """Largest number of rows that are chosen between two updates of the matrices."""
 
 POOL = 4
 """Number of rows among which a group of rows is chosen, as a multiple of the size of the group."""
 
 SHIFT = 8.0
-"""First shift of the diagonal of a Gram matrix, relative to its mean and in units of rounding."""
+"""First shift of the diagonal of a Gram matrix, relative to the diagonal and in units of rounding."""
 
 FLOOR = 1e-4
 """Distance from the rows before it, relative to the mean size of a row, below which a row counts as dependent on them."""
@@ -82,18 +82,19 @@ def _orthonormal(M: Tensor) -> Tensor:
 
     Directions that M lacks, but for rounding, become short. They cost no accuracy of the others.
     """
-    sizes = M.norm(dim=0)
-    X = M / torch.where(sizes > 0, sizes, torch.ones_like(sizes))
-    gram = X.new_zeros(X.shape[1], X.shape[1])
-    add_square(gram, X)
-    gram, shift = gram.double(), SHIFT * torch.finfo(X.dtype).eps
+    gram = M.new_zeros(M.shape[1], M.shape[1])
+    add_square(gram, M)
+    gram = gram.double()
+    sizes = gram.diagonal().sqrt()
+    sizes = torch.where(sizes > 0, sizes, torch.ones_like(sizes))
+    gram /= sizes[:, None] * sizes
+    shift = SHIFT * torch.finfo(M.dtype).eps
     while True:
         gram.diagonal().add_(shift)
         root, failed = torch.linalg.cholesky_ex(gram, upper=True)
-        if not failed or shift > 1:
-            break
+        if not failed or not shift < 1:
+            return over_upper(M.clone(), root * sizes)
         shift *= 10
-    return over_upper(X, root)
 
 
 def _farthest(grams: Sequence[Tensor], size: int, floor: float) -> Tensor:

@@ -22,7 +22,7 @@ CANDIDATES = 128
 """Number of rows among which pivots are exchanged before all coefficients are updated."""
 
 
-LEAF = 128
+LEAF = 256
 """Width up to which a triangular matrix is inverted."""
 
 
