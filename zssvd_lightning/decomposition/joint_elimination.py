@@ -1,7 +1,7 @@
 """Pivoted elimination of several matrices at once, in one order of their rows.
 
-Shapes: hidden width h; matrix M_i (h, k_i), with k_1 <= k_2 <= ...; coefficients C_i (h - k_i, k_i) of the rows that are
-no pivots of matrix i.
+Shapes: hidden width h; matrix M_i (h, k_i), with k_1 <= k_2 <= ...; coefficients C_i (h - k_i, k_i) of the rows that
+are no pivots of matrix i.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ SHIFT = 8.0
 """First shift of the diagonal of a Gram matrix, relative to the diagonal and in units of rounding."""
 
 FLOOR = 1e-4
-"""Distance from the rows before it, relative to the mean size of a row, below which a row counts as dependent on them."""
+"""Distance from the rows before it below which a row counts as dependent on them, in units of `h^-1/2`: the size of a
+row of an orthonormal column."""
 
 LOSS = 1e-6
-"""Squared distance that rows of a group may lose within it, relative to that before it, for distances from a Gram matrix
-in float32 to be right."""
+"""Part of the squared distance of a row that must be left within a group. Gram matrices in float32 do not show less."""
 
 
 def eliminated(matrices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

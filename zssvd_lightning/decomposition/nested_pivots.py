@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zssvd_lightning._numerics import exact_products, in_float64
+from zssvd_lightning._numerics import exact_products
 from zssvd_lightning.decomposition.joint_elimination import eliminated
 from zssvd_lightning.errors import PivotError
 from zssvd_lightning.layers.pivots import coefficients
@@ -113,7 +113,7 @@ def _largest(C: Tensor, M: Tensor, order: Tensor) -> float:
     if failed:
         return float("inf")
     solved, largest, error = torch.linalg.lu_solve(LU, swaps, Y), 0.0, 0.0
-    for part, rows in zip(C.split(ROWS_AT_ONCE), order[k:].split(ROWS_AT_ONCE), strict=True):
+    for part, rows in zip(torch.split(C, ROWS_AT_ONCE), torch.split(order[k:], ROWS_AT_ONCE), strict=True):
         if not len(rows):
             continue
         wrong = M[rows].double() @ solved - part.double() @ Y

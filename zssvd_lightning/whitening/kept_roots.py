@@ -98,7 +98,7 @@ def fingerprint(M: Tensor) -> int:
         (2 * torch.randint(high, (size,), generator=generator, dtype=words) + 1).to(M.device) for size in M.shape
     )
     sums = []
-    for part, weights in zip(M.split(ROWS_AT_ONCE), by_row.split(ROWS_AT_ONCE), strict=True):
+    for part, weights in zip(torch.split(M, ROWS_AT_ONCE), torch.split(by_row, ROWS_AT_ONCE), strict=True):
         by_part = (part.contiguous().view(words) * by_column).sum(1, dtype=torch.int64)
         sums.append((by_part * weights).sum())
     return int(torch.stack(sums).sum())
