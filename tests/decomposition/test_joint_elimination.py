@@ -60,3 +60,11 @@ def test_matrices_without_a_row_in_common_are_refused():
     M[0][:5], M[1][5:] = 0, 0
     with pytest.raises(PivotError, match=r"shapes \[\(10, 2\), \(10, 2\)\] have no common order .* 1 pivots or more"):
         eliminated(M)
+
+
+@pytest.mark.parametrize("k", [1, 4, 5, 17])
+def test_division_by_a_triangular_matrix(k, monkeypatch):
+    monkeypatch.setattr(joint_elimination, "LEAF", 4)
+    U = torch.randn(k, k, dtype=torch.float64).triu() + 5 * torch.eye(k, dtype=torch.float64)
+    B = torch.randn(7, k, dtype=torch.float64)
+    torch.testing.assert_close(joint_elimination._over_upper(B.clone(), U) @ U, B)

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from zssvd_lightning._numerics import add_square
 from zssvd_lightning.errors import PivotError
-from zssvd_lightning.layers.pivots import over_upper
 
 AT_ONCE = 128
 """Largest number of rows that are chosen between two updates of the matrices."""
 
 POOL = 4
 """Number of rows among which a group of rows is chosen, as a multiple of the size of the group."""
+
+LEAF = 256
+"""Width up to which a triangular matrix is inverted."""
 
 SHIFT = 8.0
 """First shift of the diagonal of a Gram matrix, relative to the diagonal and in units of rounding."""
@@ -93,8 +95,24 @@ def _orthonormal(M: Tensor) -> Tensor:
         gram.diagonal().add_(shift)
         root, failed = torch.linalg.cholesky_ex(gram, upper=True)
         if not failed or not shift < 1:
-            return over_upper(M.clone(), root * sizes)
+            return _over_upper(M.clone(), root * sizes)
         shift *= 10
+
+
+def _over_upper(B: Tensor, U: Tensor) -> Tensor:
+    """Compute `B U^-1` in place for B (m, k) and an upper triangular U (k, k), and return B.
+
+    In float32 this takes two thirds of the time of a triangular solver of BLAS, since it consists of larger products.
+    """
+    k = len(U)
+    if k <= LEAF:
+        unit = torch.eye(k, dtype=U.dtype, device=U.device)
+        return B.copy_(B @ torch.linalg.solve_triangular(U, unit, upper=True).to(B))
+    half = k // 2
+    _over_upper(B[:, :half], U[:half, :half])
+    B[:, half:].addmm_(B[:, :half], U[:half, half:].to(B), alpha=-1)
+    _over_upper(B[:, half:], U[half:, half:])
+    return B
 
 
 def _farthest(grams: Sequence[Tensor], size: int, floor: float) -> Tensor:

@@ -22,10 +22,6 @@ CANDIDATES = 128
 """Number of rows among which pivots are exchanged before all coefficients are updated."""
 
 
-LEAF = 256
-"""Width up to which a triangular matrix is inverted."""
-
-
 EXCHANGES = 10
 """Limit of the number of exchanges, as a multiple of the rank."""
 
@@ -118,22 +114,6 @@ def coefficients(up: Tensor, order: Tensor) -> Tensor:
     return C
 
 
-def over_upper(B: Tensor, U: Tensor) -> Tensor:
-    """Compute `B U^-1` in place for B (m, k) and an upper triangular U (k, k), mostly by products of large matrices.
-
-    Triangular solvers of BLAS take up to twice the time of products.
-    """
-    k = len(U)
-    if k <= LEAF:
-        unit = torch.eye(k, dtype=U.dtype, device=U.device)
-        return B.copy_(B @ torch.linalg.solve_triangular(U, unit, upper=True).to(B))
-    half = k // 2
-    over_upper(B[:, :half], U[:half, :half])
-    B[:, half:].addmm_(B[:, :half], U[:half, half:].to(B), alpha=-1)
-    over_upper(B[:, half:], U[half:, half:])
-    return B
-
-
 def _scaled(up: Tensor) -> Tensor:
     """Return `up` in float64 with columns of norm 1, which changes no dependency of rows."""
     A = (up.detach().cpu() if up.device.type == "mps" else up.detach()).double()  # MPS has no float64
@@ -169,9 +149,9 @@ def _exchanged(rows: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         least, most = torch.aminmax(C, dim=1)  # without a copy of the size of C, as `abs` would make
         largest = torch.maximum(most, -least)
         found = largest.topk(min(CANDIDATES, len(C)))
-        tried = found.indices[found.values > BOUND]
-        if not len(tried):
+        if not (found.values > BOUND).any():
             break
+        tried = found.indices  # also rows just below the bound, which exchanges may lift above it
         if left <= 0:
             logger.warning("the exchange of pivots stopped with coefficients of up to %.1f", float(largest.max()))
             break
