@@ -72,7 +72,8 @@ def nested_pivots(matrices: Sequence[Tensor]) -> NestedPivots:
     shapes = [tuple(matrix.shape) for matrix in M]
     if not M or any(h != shapes[0][0] or not 1 <= k <= h for h, k in shapes):
         raise ValueError(f"matrices of shapes {shapes} have no common order of rows")
-    M = [matrix.cpu() if matrix.device.type == "mps" else matrix for matrix in M]  # MPS has no float64
+    device = "cpu" if M[0].device.type == "mps" else M[0].device  # MPS has no float64
+    M = [matrix.to(device) for matrix in M]
     with exact_products():
         try:
             order, C = _pivots_in(torch.float32, M)
