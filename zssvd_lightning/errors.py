@@ -57,6 +57,10 @@ class NotPositiveDefiniteError(CalibrationError):
     """Second moment that is not positive definite even with the largest jitter."""
 
 
+class PivotError(ZSSVDError, RuntimeError):
+    """Matrices for which no common order of rows begins with pivots of each."""
+
+
 class UnsupportedTrainingError(ZSSVDError, RuntimeError):
     """Training run of a kind in which the callback cannot compress."""
 

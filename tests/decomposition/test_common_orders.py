@@ -134,6 +134,14 @@ def test_large_coefficients_keep_layers_in_orders_of_their_own(caplog, monkeypat
     torch.testing.assert_close(model(x), expected, **EXACT)
 
 
+def test_matrices_without_a_common_order_have_none_and_mistakes_are_raised():
+    first, second = torch.randn(8, 2), torch.randn(8, 2)
+    first[:4], second[4:] = 0, 0
+    assert common_orders.bounded_order([first, second]) is None
+    with pytest.raises(ValueError, match="have no common order of rows"):
+        common_orders.bounded_order([torch.randn(8, 2), torch.randn(9, 2)])
+
+
 def compressed(**settings):
     model = tiny_llama()
     report = compress(model, token_batches(), progress=False, **(ASKED | {"prune_ratio": 0.5} | settings))

@@ -5,7 +5,16 @@ import itertools
 import pytest
 import torch
 
-from zssvd_lightning.decomposition.nested_pivots import GAIN, _exchange, _exchanges, nested_order
+from zssvd_lightning.decomposition.nested_pivots import (
+    GAIN,
+    _exchange,
+    _exchanges,
+    _largest,
+    _pivots_in,
+    nested_order,
+    nested_pivots,
+)
+from zssvd_lightning.errors import PivotError
 from zssvd_lightning.layers.pivots import coefficients
 
 
@@ -87,3 +96,61 @@ def test_exchanges_of_one_round_have_no_row_in_common():
     second[5 - 4, 0] = first[5 - 2, 0] = 1.0
     (pair,) = _exchanges([first, second], 6)
     assert pair == (0, 3)
+
+
+@pytest.mark.parametrize("smallest", [1e-2, 1e-6, 1e-9])
+def test_the_largest_coefficient_is_right_for_matrices_that_nearly_lack_full_rank(smallest):
+    M = [matrix.clone() for matrix in matrices(40, (6, 9))]
+    M[1][:, 8] = M[1][:, 0] - M[1][:, 1] + smallest * M[1][:, 8]
+    order, largest = nested_pivots(M)
+    exact = max(float(coefficients(matrix, order).abs().max()) for matrix in M)
+    assert largest == pytest.approx(exact, rel=0.1)
+    assert exact < 5
+
+
+def test_coefficients_in_float32_that_are_wrong_are_noticed():
+    M = matrices(40, (6, 9))
+    M[1][:, 8] = M[1][:, 0] - M[1][:, 1] + 1e-9 * M[1][:, 8]
+    order, C = _pivots_in(torch.float32, M)
+    assert _largest(C[0], M[0], order) < 5
+    assert _largest(C[1], M[1], order) == float("inf")
+
+
+@pytest.mark.parametrize("ranks", [(50, 50), (30, 40, 70)])
+def test_the_bound_of_coefficients_in_float32_is_close(ranks):
+    M = [matrix.float() for matrix in matrices(300, ranks)]
+    order, C = _pivots_in(torch.float32, M)
+    for part, matrix in zip(C, M, strict=True):
+        exact = float(coefficients(matrix, order).abs().max())
+        assert exact <= _largest(part, matrix, order) <= exact + 1e-3
+
+
+def test_a_row_that_several_matrices_need_is_a_pivot_of_all():
+    """Rows 7 and 2 alone have a part in one direction of each matrix, so that both are pivots of both."""
+    M = matrices(12, (3, 5))
+    M[0][:, 0], M[1][:, 0] = 0, 0
+    M[0][7, 0], M[1][7, 0], M[1][:, 1] = 1, 1, 0
+    M[1][2, 1] = 1
+    order = nested_order(M)
+    assert 7 in order[:3]
+    assert {2, 7} <= set(order[:5].tolist())
+
+
+def test_rows_of_zeros_are_no_pivots():
+    M = matrices(20, (4, 6))
+    for matrix in M:
+        matrix[5:15] = 0
+    assert {*range(5), *range(15, 20)} >= set(nested_order(M)[:6].tolist())
+
+
+@pytest.mark.parametrize("shapes", [[], [(4, 0), (4, 2)], [(3, 4)]])
+def test_shapes_without_pivots_are_refused(shapes):
+    with pytest.raises(ValueError, match="have no common order of rows"):
+        nested_order([torch.randn(shape) for shape in shapes])
+
+
+def test_matrices_of_different_rows_have_no_common_pivots():
+    M = matrices(10, (2, 2))
+    M[0][:5], M[1][5:] = 0, 0
+    with pytest.raises(PivotError, match=r"shapes \[\(10, 2\), \(10, 2\)\]"):
+        nested_order(M)

@@ -18,7 +18,8 @@ from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.calibration.recorded_calls import Call
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.whitening.moments import Moments
+from zssvd_lightning.whitening.kept_roots import KeptRoots
+from zssvd_lightning.whitening.moments import Moments, mean_of_all
 from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 from zssvd_lightning.whitening.spectrum import Spectrum
 
@@ -42,6 +43,7 @@ class StatisticsCollector:
         spectra: spectra along whose components the curvature is measured; None if it is not.
         can_overflow: True if gradients may be discarded, which takes memory for a second set of second moments.
         free_widths: hidden widths that batches have reached; they are tried only with `finds_widths`.
+        roots: roots of the second moments that are kept, with `keep`.
         logits_model: function that returns the part of the model that takes the batches and returns the logits.
     """
 
@@ -58,6 +60,7 @@ class StatisticsCollector:
         self.draw = None if output_side is None else OUTPUT_GRADIENTS[output_side]
         self._keep = keep
         self._kept: Moments | None = None
+        self.roots = KeptRoots(active=keep)
         self._window, self._counts_shared = Moments(), False
         self._pending: list[tuple[float, float]] = []
         self._observation: Observation | None = None
@@ -145,6 +148,7 @@ class StatisticsCollector:
         """Discard all statistics, including reusable second moments."""
         self._kept, self.moments, self.calls, self._counts_shared = None, Moments(), [], False
         self.spectra, self.calls_to_record = None, 0
+        self.roots.clear()
 
     def complete(self) -> None:
         """Replace counts by totals over all processes, and reuse stored second moments if these batches have none.
@@ -229,7 +233,7 @@ class StatisticsCollector:
             return {"moments": empty, "window": empty, "kept": kept, "pending": [], "gradients": {}, "calls": []}
         counts = self._team.gathered(self.moments.counts() | {"window": self._window.counts()})
         pending = self._team.gathered(self._pending)
-        losses = [_mean(entries) for entries in zip(*pending, strict=True)]
+        losses = [mean_of_all(entries) for entries in zip(*pending, strict=True)]
         weights = {name: target.gradient for name, target in self._targets.items()} if losses else {}
         open_gradients = {name: gradient for name, gradient in weights.items() if gradient is not None}
         has_open = set().union(*self._team.gathered(set(open_gradients)))
@@ -342,9 +346,3 @@ class StatisticsCollector:
                 if (own := self._team.own_total(saved)) is not None:
                     sums[name] = own.to(self._targets[name].weight.device, copy=True)
         return moments
-
-
-def _mean(entries: tuple[tuple[float, float], ...]) -> tuple[float, float]:
-    """Return the mean loss and the number of terms over batches that several processes saw at the same time."""
-    terms = sum(entry[1] for entry in entries)
-    return sum(loss * weight for loss, weight in entries) / terms, terms

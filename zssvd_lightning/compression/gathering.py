@@ -164,6 +164,7 @@ def gather(
             wanted = kept_back(wanted, guard)
         reading = reading or BatchReading.of(compression.model, batches, {})
         if isinstance(compression.store, InScratchFiles):
+            compression.gathering.roots.active = False  # roots would lie in memory
             sweep(
                 compression.gathering,
                 compression.targets,

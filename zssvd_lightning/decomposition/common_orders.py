@@ -12,9 +12,9 @@ from functools import partial
 from torch import Tensor
 
 from zssvd_lightning.calibration.free_widths import Width
-from zssvd_lightning.decomposition.nested_pivots import nested_order
+from zssvd_lightning.decomposition.nested_pivots import nested_pivots
 from zssvd_lightning.distributed import Team
-from zssvd_lightning.layers.pivots import coefficients
+from zssvd_lightning.errors import PivotError
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +86,12 @@ def common_orders(
 
 
 def bounded_order(matrices: Sequence[Tensor]) -> Tensor | None:
-    """Return the `nested_order` of matrices M_i (h, k_i), or None if a coefficient is above `LARGEST`."""
+    """Return the `nested_order` of matrices M_i (h, k_i), or None if a coefficient is above `LARGEST`.
+
+    None is also returned for matrices that have no such order. Other errors are those of `nested_pivots`.
+    """
     try:
-        order = nested_order(matrices)
-        found = [coefficients(M, order).abs() for M in matrices]
-    except ValueError:  # a matrix of less than full rank
+        found = nested_pivots(matrices)
+    except PivotError:
         return None
-    return order if all(not C.numel() or float(C.max()) <= LARGEST for C in found) else None
+    return found.order if found.largest <= LARGEST else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.selection.components import Components
 from zssvd_lightning.whitening.cholesky import Root, Whitening, warn_of_jitter
+from zssvd_lightning.whitening.kept_roots import KeptRoots
 from zssvd_lightning.whitening.metrics import Metric
 from zssvd_lightning.whitening.moments import Moments
 from zssvd_lightning.whitening.rounding import Importance, importance, rounding_by_component, rounding_of_dense
@@ -117,7 +119,7 @@ def decompose(
     spectra = {} if spectra is None else spectra
     components: dict[str, Components] = {}
     importances: dict[str, tuple[Tensor, Tensor]] = {}
-    whitener = Whitener(metric)
+    whitener = Whitener(metric, None if weigh or round_off else statistics.roots)  # these use roots in float64
     shares = shares_of(layers, statistics, metric)
     for layer in brought_together(layers, statistics, shares, "spectra", progress=progress):
         with layers.team.together():
@@ -158,7 +160,7 @@ def gradient_squares(
     Arguments and errors are those of `decompose`.
     """
     squares: dict[str, float] = {}
-    whitener = Whitener(metric)
+    whitener = Whitener(metric, statistics.roots)
     shares = shares_of(layers, statistics, metric)
     for layer in brought_together(layers, statistics, shares, "gradients", progress=progress):
         with layers.team.together():
@@ -176,25 +178,39 @@ class Whitener:
 
     Args:
         metric: coordinates of the SVD.
+        roots: roots that were kept of earlier rounds; None to compute all.
 
     Attributes:
         jitters: name -> jitter that the Cholesky factorization of the second moment needed.
     """
 
-    def __init__(self, metric: Metric) -> None:
+    def __init__(self, metric: Metric, roots: KeptRoots | None = None) -> None:
         self.jitters: dict[str, float] = {}
         self._metric = metric
+        self._roots = roots if roots is not None and metric.of_second_moments else KeptRoots(active=False)
         self._inputs: tuple[str, Root] | None = None
 
     def whitening(self, layer: LayerAtOwner) -> Whitening:
         """Return the whitening of a layer. Errors are those of `Metric.input_root`."""
         if self._inputs is None or self._inputs[0] != layer.leader:
             self._inputs = None  # free it before the next one is built
-            self._inputs = layer.leader, self._metric.input_root(layer.moments, layer.name, layer.weight.shape[1])
+            self._inputs = layer.leader, self._input_root(layer)
             self.jitters[layer.leader] = self._inputs[1].jitter
-        outputs = self._metric.output_root(layer.moments, layer.name, layer.weight.shape[0])
+        outputs = self._output_root(layer)
         self.jitters[f"the output of {layer.name}"] = outputs.jitter
         return Whitening(self._inputs[1], outputs)
+
+    def _input_root(self, layer: LayerAtOwner) -> Root:
+        moments, leader, dtype = layer.moments, layer.leader, accumulated(layer.weight.dtype)
+        build = partial(self._metric.input_root, moments, layer.name, layer.weight.shape[1])
+        sums, tokens = moments.input_sums.get(leader), moments.tokens.get(leader, 0)
+        return self._roots.root(f"the input of {leader}", sums, tokens, dtype, build)
+
+    def _output_root(self, layer: LayerAtOwner) -> Root:
+        moments, name, dtype = layer.moments, layer.name, accumulated(layer.weight.dtype)
+        build = partial(self._metric.output_root, moments, name, layer.weight.shape[0])
+        sums, terms = moments.output_sums.get(name), moments.output_terms or moments.loss_terms
+        return self._roots.root(f"the output of {name}", sums, terms, dtype, build)
 
 
 def shares_of(layers: LayerSet, statistics: StatisticsCollector, metric: Metric) -> list[list[str]]:

@@ -5,26 +5,52 @@ coefficients C_i (h - k_i, k_i) of the other rows.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from zssvd_lightning._numerics import in_float64
+from zssvd_lightning._numerics import exact_products
+from zssvd_lightning.decomposition.joint_elimination import eliminated
+from zssvd_lightning.errors import PivotError
 from zssvd_lightning.layers.pivots import coefficients
 
 GAIN = 1.2
 """Smallest growth of the product of all volumes for which two rows are exchanged."""
 
 AT_ONCE = 64
-"""Largest number of rows that are chosen, or exchanged, between two updates of the matrices."""
+"""Largest number of exchanges between two updates of the matrices."""
 
 SWEEPS = 100
 """Largest number of rounds of exchanges. A few are enough; this bounds the time."""
 
+ROWS_AT_ONCE = 256
+"""Number of rows whose coefficients are searched, or checked, at a time, which bounds the memory."""
+
+PROBES = 8
+"""Number of random combinations of the coefficients by which those in float32 are checked."""
+
+ACCURATE = 0.05
+"""Largest error of a row of coefficients, as the probes estimate it, up to which they are used."""
+
+
+class NestedPivots(NamedTuple):
+    """One order of rows, whose first k_i are pivots of matrix i."""
+
+    order: Tensor
+    """Order of the rows (h,), int64, on the CPU."""
+    largest: float
+    """Largest absolute coefficient of a row by the pivots, over all matrices."""
+
 
 def nested_order(matrices: Sequence[Tensor]) -> Tensor:
+    """Return the order (h,) of `nested_pivots`, with its arguments and errors."""
+    return nested_pivots(matrices).order
+
+
+@torch.no_grad()
+def nested_pivots(matrices: Sequence[Tensor]) -> NestedPivots:
     """Return one order of the rows, whose first k_i rows are good pivots of matrix i, for all i at once.
 
     Pivots are good if their volume, the absolute determinant of these rows of M_i, is large: exchanging pivot r for row
@@ -32,71 +58,69 @@ def nested_order(matrices: Sequence[Tensor]) -> Tensor:
     nested, so that one exchange may change several of them. A pivoted elimination of all matrices at once gives a
     first order. Then rows are exchanged while the product of all volumes grows by a factor of more than `GAIN`.
 
-    Args:
-        matrices: M_i (h, k_i) of full column rank, in any order.
+    The work is done in float32, and its coefficients are compared with those of the matrices in float64 by random
+    combinations. If they differ, as they may for matrices that nearly lack full rank, it is done again in float64.
 
-    Returns:
-        Order of the rows (h,), int64, on the CPU.
+    Args:
+        matrices: M_i (h, k_i) with `1 <= k_i <= h`, of finite values, in any order.
 
     Raises:
-        ValueError: the matrices have no common number of rows, or the pivots of one do not span its rows.
+        ValueError: the matrices have no common number of rows, or k_i is not between 1 and h.
+        PivotError: there is no order in which the first k_i rows span all rows of matrix i, for every i.
     """
-    M = sorted((in_float64(matrix.detach()) for matrix in matrices), key=lambda matrix: matrix.shape[1])
-    h = len(M[0])
-    if any(len(matrix) != h or matrix.shape[1] > h for matrix in M):
-        raise ValueError(f"matrices of shapes {[tuple(matrix.shape) for matrix in M]} have no common order of rows")
-    order = _eliminated([torch.linalg.qr(matrix).Q for matrix in M])
-    C = [coefficients(matrix, order) for matrix in M]
+    M = sorted((matrix.detach() for matrix in matrices), key=lambda matrix: matrix.shape[1])
+    shapes = [tuple(matrix.shape) for matrix in M]
+    if not M or any(h != shapes[0][0] or not 1 <= k <= h for h, k in shapes):
+        raise ValueError(f"matrices of shapes {shapes} have no common order of rows")
+    device = "cpu" if M[0].device.type == "mps" else M[0].device  # MPS has no float64
+    M = [matrix.to(device) for matrix in M]
+    with exact_products():
+        try:
+            order, C = _pivots_in(torch.float32, M)
+            found = max(_largest(part, matrix, order) for part, matrix in zip(C, M, strict=True))
+            if found < float("inf"):
+                return NestedPivots(order, found)
+        except (PivotError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            pass
+        order, _ = _pivots_in(torch.float64, M)
+        try:
+            exact = [coefficients(matrix, order) for matrix in M]
+        except ValueError as error:
+            raise PivotError(f"matrices of shapes {shapes}: {error}") from error
+    return NestedPivots(order, max(float(C.abs().max()) if C.numel() else 0.0 for C in exact))
+
+
+def _pivots_in(dtype: torch.dtype, M: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return the order of the rows (h,), on the CPU, and the coefficients C_i in the type of the work."""
+    order, C = eliminated([matrix.to(dtype) for matrix in M])
+    order = order.cpu()
     for _ in range(SWEEPS):
-        pairs = _exchanges(C, h)
+        pairs = _exchanges(C, len(order))
         if not pairs:
             break
         _exchange(C, order, pairs)
-    return order
+    return order, C
 
 
-def _eliminated(Q: Sequence[Tensor]) -> Tensor:
-    """Return an order of the rows of orthonormal bases Q_i (h, k_i), by elimination of all of them at once.
+def _largest(C: Tensor, M: Tensor, order: Tensor) -> float:
+    """Return a bound of the absolute coefficients of M (h, k) in an order, or infinity if C is not accurate.
 
-    The next row is the one whose distances from the span of the rows before it have the largest product over the
-    matrices that are not complete yet. For one matrix this is QR with column pivoting. Rows are chosen in groups, from
-    the rows that are farthest before each group.
+    The bound is the largest of C (h - k, k), plus its largest error in a row. To estimate it, pivots P and other rows Q
+    are multiplied by `P^-1 Y` with Gaussian Y: `Q P^-1 Y - C Y` has the size of the error, times that of Y.
     """
-    h, largest = len(Q[0]), Q[-1].shape[1]
-    left = [basis.square().sum(1) for basis in Q]  # squared distances
-    L = [torch.zeros_like(basis) for basis in Q]  # Cholesky factors of Q Q^T
-    chosen = torch.zeros(0, dtype=torch.long, device=Q[0].device)
-    while (t := len(chosen)) < largest:
-        active = [i for i, basis in enumerate(Q) if basis.shape[1] > t]
-        size = min(AT_ONCE, *(Q[i].shape[1] - t for i in active))
-        farness = torch.stack([left[i].clamp(min=torch.finfo(Q[0].dtype).tiny).log() for i in active]).sum(0)
-        farness[chosen] = -torch.inf
-        pool = farness.topk(min(h - t, 4 * size)).indices
-        grams = [Q[i][pool] @ Q[i][pool].T - L[i][pool, :t] @ L[i][pool, :t].T for i in active]
-        picked = pool[_farthest(grams, size)]
-        for i in active:
-            columns = Q[i] @ Q[i][picked].T - L[i][:, :t] @ L[i][picked, :t].T
-            root, _ = torch.linalg.cholesky_ex(columns[picked])
-            new = torch.linalg.solve_triangular(root.T, columns, upper=True, left=False)
-            L[i][:, t : t + size] = new
-            left[i] -= new.square().sum(1)
-        chosen = torch.cat([chosen, picked])
-    others = torch.ones(h, dtype=torch.bool, device=chosen.device)
-    others[chosen] = False
-    return torch.cat([chosen, others.nonzero().flatten()]).cpu()
-
-
-def _farthest(grams: Sequence[Tensor], size: int) -> list[int]:
-    """Return `size` indices, each with the largest product of the pivots that all Gram matrices have left there."""
-    left, picked = np.stack([gram.cpu().numpy() for gram in grams]), list[int]()
-    for _ in range(size):
-        products = np.log(np.maximum(left.diagonal(0, 1, 2), np.finfo(left.dtype).tiny)).sum(0)
-        products[picked] = -np.inf
-        best = int(products.argmax())
-        picked.append(best)
-        pivot = np.maximum(left[:, best, best], np.finfo(left.dtype).tiny)[:, None, None]
-        left -= left[:, :, best, None] * left[:, None, best] / pivot
-    return picked
+    k, order = C.shape[1], order.to(C.device)
+    Y = torch.randn(k, PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(C.device)
+    LU, swaps, failed = torch.linalg.lu_factor_ex(M[order[:k]].double())
+    if failed:
+        return float("inf")
+    solved, largest, error = torch.linalg.lu_solve(LU, swaps, Y), 0.0, 0.0
+    for part, rows in zip(torch.split(C, ROWS_AT_ONCE), torch.split(order[k:], ROWS_AT_ONCE), strict=True):
+        if not len(rows):
+            continue
+        wrong = M[rows].double() @ solved - part.double() @ Y
+        error = max(error, float(wrong.norm(dim=1).nan_to_num(nan=float("inf")).max()) / PROBES**0.5)
+        largest = max(largest, float(part.abs().max()))
+    return largest + error if error <= ACCURATE else float("inf")
 
 
 def _exchanges(C: Sequence[Tensor], h: int) -> list[tuple[int, int]]:
@@ -104,10 +128,7 @@ def _exchanges(C: Sequence[Tensor], h: int) -> list[tuple[int, int]]:
 
     The gain of each pair is that after the exchange of the pairs before it.
     """
-    gains = C[0].new_ones(h, max(part.shape[1] for part in C))
-    for part in C:
-        gains[h - len(part) :, : part.shape[1]] *= part.abs()
-    best, rows = gains.max(0)
+    best, rows = _best_partners(C, h)
     pairs: list[tuple[int, int]] = []
     used: set[int] = set()  # a row may be a pivot of one matrix and none of another
     for first in best.argsort(descending=True)[: 2 * AT_ONCE].tolist():
@@ -123,6 +144,23 @@ def _exchanges(C: Sequence[Tensor], h: int) -> list[tuple[int, int]]:
             taken.append(pair)
             blocks -= blocks[:, :, index, None] * blocks[:, None, index] / pivots[:, None, None]
     return taken
+
+
+def _best_partners(C: Sequence[Tensor], h: int) -> tuple[Tensor, Tensor]:
+    """Return the largest gain (k,) of an exchange of each pivot for a later row, and the position of that row."""
+    k, first = max(part.shape[1] for part in C), min(part.shape[1] for part in C)
+    best, rows = C[0].new_zeros(k), torch.zeros(k, dtype=torch.long, device=C[0].device)
+    for start in range(first, h, ROWS_AT_ONCE):
+        end = min(start + ROWS_AT_ONCE, h)
+        gains = C[0].new_ones(end - start, k)
+        for part in C:
+            pivots = part.shape[1]
+            if (begin := max(start, pivots)) < end:
+                gains[begin - start :, :pivots] *= part[begin - pivots : end - pivots].abs()
+        most, at = gains.max(0)
+        rows = torch.where(most > best, at + start, rows)
+        best = torch.maximum(most, best)
+    return best.cpu(), rows.cpu()
 
 
 def _block(C: Tensor, pairs: Sequence[tuple[int, int]]) -> "np.ndarray[Any, np.dtype[Any]]":

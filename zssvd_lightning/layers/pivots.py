@@ -149,9 +149,9 @@ def _exchanged(rows: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         least, most = torch.aminmax(C, dim=1)  # without a copy of the size of C, as `abs` would make
         largest = torch.maximum(most, -least)
         found = largest.topk(min(CANDIDATES, len(C)))
-        tried = found.indices[found.values > BOUND]
-        if not len(tried):
+        if not (found.values > BOUND).any():
             break
+        tried = found.indices  # also rows just below the bound, which exchanges may lift above it
         if left <= 0:
             logger.warning("the exchange of pivots stopped with coefficients of up to %.1f", float(largest.max()))
             break

@@ -34,6 +34,8 @@ class Metric:
     `reestimate` need this."""
     weighs_rows: bool = False
     """True if `rounding.importance` holds in these coordinates: inputs are white, and outputs are unchanged."""
+    of_second_moments: bool = False
+    """True if both builders read the second moments alone. Roots are then kept as long as the moments are."""
 
     def input_root(self, moments: Moments, name: str, n: int) -> Root:
         """Return L for a layer with n inputs.
@@ -102,8 +104,10 @@ METRICS: Registry[Metric] = Registry(
         "none": Metric(identity, identity),
         "rows": Metric(identity, output_scale, needs_outputs=True),
         "diagonal": Metric(input_scale, identity),
-        "input": Metric(input_root, identity, weighs_rows=True),
-        "two_sided": Metric(damped_input_root, damped_output_root, needs_outputs=True, measures_loss=True),
+        "input": Metric(input_root, identity, weighs_rows=True, of_second_moments=True),
+        "two_sided": Metric(
+            damped_input_root, damped_output_root, needs_outputs=True, measures_loss=True, of_second_moments=True
+        ),
     },
     instance_of(Metric, "inputs", "outputs"),
 )

@@ -291,6 +291,12 @@ def statistics_bytes(
     return math.ceil(numbers) * accumulated(dtype).itemsize
 
 
+def mean_of_all(entries: tuple[tuple[float, float], ...]) -> tuple[float, float]:
+    """Return the mean loss and the number of terms over batches that several processes saw at the same time."""
+    terms = sum(entry[1] for entry in entries)
+    return sum(loss * weight for loss, weight in entries) / terms, terms
+
+
 def _is_finite_square(A: Tensor) -> bool:
     """Return whether a second moment is finite. Its diagonal bounds every entry (Cauchy-Schwarz)."""
     return bool(A.diagonal().isfinite().all())
