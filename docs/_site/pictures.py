@@ -1,8 +1,10 @@
 """Draw the pictures of `how_it_works.md` into a folder: `python docs/_site/pictures.py docs/assets`.
 
-The numbers are those of a small language model that learns this repository's README, and of the package itself.
+The numbers are those of the package, and of a small language model that has learned the license and the changelog, and
+is calibrated on this repository's README.
 """
 
+import copy
 import sys
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from zssvd_lightning.whitening.svd import thin_svd
 
 ROOT = Path(__file__).parents[2]
 BLUE, ORANGE, GRAY = "#3b5bdb", "#e8590c", "#868e96"
+LEARNED, SEEN = ("LICENSE", "CHANGELOG.md"), "README.md"
 LAYER = "model.layers.1.mlp.gate_proj"
 STYLE = {
     "svg.fonttype": "none",
@@ -31,20 +34,20 @@ STYLE = {
 }
 
 
-def batches():
-    """Return windows of 64 bytes of the README, in batches of 8."""
-    ids = torch.tensor(list((ROOT / "README.md").read_bytes()))
+def batches(*files):
+    """Return windows of 64 bytes of texts, in batches of 8."""
+    ids = torch.tensor(list(b"".join((ROOT / file).read_bytes() for file in files)))
     windows = ids[: len(ids) // 64 * 64].view(-1, 64)
     return [{"input_ids": rows, "labels": rows} for rows in windows.split(8)]
 
 
 def trained(steps):
-    """Return a language model of two blocks after so many steps on the README."""
+    """Return a language model of two blocks after so many steps."""
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, tie_word_embeddings=True, **shape))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    data = batches()
+    data = batches(*LEARNED)
     for step in range(steps):
         loss = model(**data[step % len(data)]).loss
         loss.backward()
@@ -88,7 +91,7 @@ def spectra(axes, model):
     seen = []
     hook = model.get_submodule(LAYER).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        for batch in batches():
+        for batch in batches(SEEN):
             model(**batch)
     hook.remove()
     W = model.get_submodule(LAYER).weight.detach().double()
@@ -133,7 +136,7 @@ def draw(folder, steps=300):
     model = trained(steps)
     pictures = {"layer": (layer, (7, 2.7)), "cost": (cost, (7, 3.2))}
     pictures["whitening"] = (lambda axes: spectra(axes, model), (7, 3.2))
-    report = compress(model, batches(), preset="zs-svd", corrections=0, prune_ratio=0.4, progress=False)
+    report = compress(copy.deepcopy(model), batches(SEEN), preset="zs-svd", corrections=0, prune_ratio=0.4, progress=False)
     pictures |= {
         "walk": (lambda axes: walk(axes, report), (7, 2.4)),
         "ranks": (lambda axes: ranks(axes, report), (7, 4)),
