@@ -8,9 +8,6 @@ import posixpath
 import re
 from pathlib import Path
 
-from latex2mathml.converter import convert
-from mkdocs.structure.files import File, InclusionLevel
-
 ROOT = Path(__file__).parents[2]
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 """Files of the repository that have pages in the docs."""
@@ -83,6 +80,8 @@ def children(path):
 
 def on_files(files, config):
     """Add a page for every file of the repository that a page links to, also from these pages."""
+    from mkdocs.structure.files import File, InclusionLevel
+
     docs = {file.src_uri for file in files}
     texts = [
         (file.content_string, posixpath.join("docs", posixpath.dirname(file.src_uri)))
@@ -101,9 +100,7 @@ def on_files(files, config):
             elif (ROOT / path).is_dir():
                 texts.append(("".join(f"]({child})" for child in children(path)), path))
             page = f"source/{path}.md"
-            files.append(
-                File.generated(config, page, content=shown(path, docs), inclusion=InclusionLevel.NOT_IN_NAV)
-            )
+            files.append(File.generated(config, page, content=shown(path, docs), inclusion=InclusionLevel.NOT_IN_NAV))
     return files
 
 
@@ -117,6 +114,7 @@ def on_page_markdown(markdown, page, config, files):
 
 def on_page_content(html, page, config, files):
     """Write equations in MathML, and the pipes that Markdown escapes in tables as they are."""
+    from latex2mathml.converter import convert
 
     def math(match):
         tex = match[2].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")

@@ -99,7 +99,10 @@ def spectra(axes, model):
     A = X.T @ X / len(X)
     L = safe_cholesky(A, LAYER)[0].to(A)
     whole = (W @ A * W).sum()
-    for color, name, root in ((GRAY, "plain SVD", torch.eye(len(A), dtype=A.dtype)), (BLUE, "SVD in whitened coordinates", L)):
+    for color, name, root in (
+        (GRAY, "plain SVD", torch.eye(len(A), dtype=A.dtype)),
+        (BLUE, "SVD in whitened coordinates", L),
+    ):
         U, sigma, Vh = thin_svd(W @ root)
         errors = []
         for k in range(len(sigma) + 1):
@@ -117,7 +120,9 @@ def walk(axes, report):
     axes.fill_between(at, trace["lowest"], trace["highest"], color=BLUE, alpha=0.35, step="pre", linewidth=0)
     axes.axhline(0, color="black", linewidth=0.8)
     largest = max(map(abs, trace["lowest"] + trace["highest"]))
-    axes.set(xlabel="components dropped so far", ylabel="predicted change\nof the loss (nats)", ylim=(-largest, largest))
+    axes.set(
+        xlabel="components dropped so far", ylabel="predicted change\nof the loss (nats)", ylim=(-largest, largest)
+    )
 
 
 def ranks(axes, report):
@@ -136,7 +141,9 @@ def draw(folder, steps=300):
     model = trained(steps)
     pictures = {"layer": (layer, (7, 2.7)), "cost": (cost, (7, 3.2))}
     pictures["whitening"] = (lambda axes: spectra(axes, model), (7, 3.2))
-    report = compress(copy.deepcopy(model), batches(SEEN), preset="zs-svd", corrections=0, prune_ratio=0.4, progress=False)
+    report = compress(
+        copy.deepcopy(model), batches(SEEN), preset="zs-svd", corrections=0, prune_ratio=0.4, progress=False
+    )
     pictures |= {
         "walk": (lambda axes: walk(axes, report), (7, 2.4)),
         "ranks": (lambda axes: ranks(axes, report), (7, 4)),
