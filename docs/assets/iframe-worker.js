@@ -8,7 +8,7 @@ if (location.protocol === "file:") {
       document.body.append(frame);
       this.frame = frame;
       const scope = frame.contentWindow;
-      scope.postMessage = (data) => this.dispatchEvent(new MessageEvent("message", { data }));
+      scope.postMessage = (data) => setTimeout(() => this.dispatchEvent(new MessageEvent("message", { data })));
       scope.importScripts = (...urls) => urls.reduce((done, next) => done.then(() => this.load(next)), Promise.resolve());
       this.ready = this.load(url);
     }
@@ -21,7 +21,7 @@ if (location.protocol === "file:") {
     }
     postMessage(data) {
       const { MessageEvent: Event } = this.frame.contentWindow;
-      this.ready.then(() => this.frame.contentWindow.dispatchEvent(new Event("message", { data })));
+      this.ready.then(() => setTimeout(() => this.frame.contentWindow.dispatchEvent(new Event("message", { data }))));
     }
     terminate() {
       this.frame.remove();
