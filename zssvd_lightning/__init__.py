@@ -18,6 +18,7 @@ The packages, in the order in which data flows through them; imports run up this
     recovery        training after compression
     prehab          training before compression
     callbacks       all that Lightning calls: `ZSSVDCallback`, `LowRankPrehab` and their parts
+    transformers_trainer  the same for the Trainer of transformers: `ZSSVDTrainerCallback`
     hub             save, load, export, model card
     serving         vLLM
     evaluation      perplexity and zero-shot accuracy
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
         load_from_checkpoint,
         load_state_dict,
     )
+    from zssvd_lightning.transformers_trainer.callback import ZSSVDTrainerCallback
 
 __all__ = [
     "BatchReading",
@@ -80,6 +82,7 @@ __all__ = [
     "Schedule",
     "SingularValueRecovery",
     "ZSSVDCallback",
+    "ZSSVDTrainerCallback",
     "__version__",
     "compress",
     "errors",
@@ -112,6 +115,7 @@ _MODULES = {
     "Schedule": "callbacks.schedule",
     "SingularValueRecovery": "recovery.methods",
     "ZSSVDCallback": "callbacks.zssvd",
+    "ZSSVDTrainerCallback": "transformers_trainer.callback",
     "compress": "compression.pipeline",
     "export_onnx": "hub.export",
     "from_pretrained": "hub.loading",

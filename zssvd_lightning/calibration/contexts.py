@@ -58,7 +58,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     """
     versions = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]  # noqa: SLF001
     with ExitStack() as stack:
-        stack.enter_context(_same_random_numbers())
+        stack.enter_context(same_random_numbers())
         for module in model.modules():
             stack.callback(_attributes_of(module))
         stack.enter_context(evaluation_mode(model))
@@ -100,7 +100,7 @@ def _attributes_of(module: nn.Module) -> Callable[[], None]:
 
 
 @contextmanager
-def _same_random_numbers() -> Iterator[None]:
+def same_random_numbers() -> Iterator[None]:
     """Seed all random number generators, and restore their states on any exit."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  the generator that user code has
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

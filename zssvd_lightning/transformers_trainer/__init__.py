@@ -1,0 +1,1 @@
+"""Compression within the Trainer of transformers."""

@@ -1,0 +1,72 @@
+"""Batches of a training run, read a second time without changing what the run sees of its data."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from zssvd_lightning.calibration.contexts import same_random_numbers
+from zssvd_lightning.errors import UnsupportedTrainingError
+
+
+class TrainingBatches:
+    """Batches of a DataLoader, in an order of their own. Every pass gives the same order.
+
+    The passes leave the DataLoader, its workers, its sampler and the random number generators as they were. They load
+    in this process: workers that are kept between epochs can serve one pass at a time.
+
+    Args:
+        loader: the DataLoader of a training run, which may be in the middle of a pass.
+
+    Raises:
+        UnsupportedTrainingError: the data cannot be read twice.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        plain = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+        if not isinstance(plain, DataLoader):
+            raise UnsupportedTrainingError(
+                f"the training data comes from a {type(plain).__name__}, not from a DataLoader of torch; pass "
+                "calibration batches: ZSSVDTrainerCallback(batches=...)"
+            )
+        if isinstance(plain.dataset, IterableDataset) and isinstance(plain.dataset, Iterator):
+            raise UnsupportedTrainingError(
+                f"{type(plain.dataset).__name__} can be read only once, and calibration needs batches of its own; pass "
+                "them: ZSSVDTrainerCallback(batches=...)"
+            )
+        self._loader = plain
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches of one pass."""
+        with same_random_numbers(), _unchanged(getattr(self._loader.batch_sampler, "sampler", self._loader.sampler)):
+            yield from self._second_loader()
+
+    def __len__(self) -> int:
+        """Return the number of batches. Raises TypeError for an IterableDataset without a length."""
+        return len(self._loader)
+
+    def _second_loader(self) -> DataLoader[Any]:
+        given = self._loader
+        if isinstance(given.dataset, IterableDataset):
+            drawn: dict[str, Any] = {"batch_size": given.batch_size, "drop_last": given.drop_last}
+        elif given.batch_sampler is None:
+            drawn = {"batch_size": None, "sampler": given.sampler}
+        else:
+            drawn = {"batch_sampler": given.batch_sampler}
+        return DataLoader(given.dataset, collate_fn=given.collate_fn, **drawn)
+
+
+@contextmanager
+def _unchanged(sampler: Any) -> Iterator[None]:
+    """Restore the epoch and the generator of a sampler, which a whole pass changes, on any exit."""
+    epoch, generator = getattr(sampler, "epoch", None), getattr(sampler, "generator", None)
+    state = generator.get_state() if isinstance(generator, torch.Generator) else None
+    try:
+        yield
+    finally:
+        if epoch is not None:
+            sampler.epoch = epoch
+        if isinstance(generator, torch.Generator) and state is not None:
+            generator.set_state(state)
