@@ -53,6 +53,11 @@ def a_module():
     return {"module": CausalLM(), "datamodule": loader(token_batches(24))}
 
 
+def rows_of_data():
+    data = [{"input_ids": row, "labels": row} for row in token_batches(1, size=512, length=8)[0]["input_ids"]]
+    return {"model": tiny_llama(), "data": data}
+
+
 def a_model():
     return {"model": tiny_llama(), "batches": token_batches(8)}
 
@@ -60,6 +65,7 @@ def a_model():
 NAMES = {
     "index.md": a_module,
     "start/trainer.md": lambda: a_language_model(70),
+    "transformers_trainer.md": rows_of_data,
     "start/without_trainer.md": lambda: a_language_model(12),
     "start/vision.md": an_image_model,
     "start/encoder.md": an_encoder,
