@@ -1,5 +1,6 @@
 """Numerical precision: sums in float32 or wider, exact products and float64 decompositions."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,14 @@ SMALL_SQUARE_BFLOAT16 = 640
 """Same limit for bfloat16 inputs, whose products are faster."""
 
 
+PROBE = 512
+"""Width of the matrix whose decomposition shows whether threads wait for each other."""
+
+
+SLOWER = 4.0
+"""Factor by which a decomposition on all threads must be slower than on one, for one to be used."""
+
+
 @contextmanager
 def exact_products(of: torch.dtype = torch.float32) -> Iterator[None]:
     """Compute float32 products exactly within the context, regardless of `torch.set_float32_matmul_precision`.
@@ -32,6 +41,20 @@ def exact_products(of: torch.dtype = torch.float32) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions that multiply bfloat16. Without them, it takes longer than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    found = torch._C._cpu  # noqa: SLF001  torch.cpu tells it in some releases only
+    if hasattr(found, "_get_cpu_capability"):
+        has = found._get_cpu_capability()  # noqa: SLF001
+        return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(hasattr(found, name) and bool(getattr(found, name)()) for name in tests)
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
@@ -60,6 +83,37 @@ def _add_square(total: Tensor, X: Tensor, weight: float, small: int) -> None:
     _add_square(total[second, second], X[:, second], weight, small)
     total[first, second].addmm_(X[:, first].T, X[:, second], alpha=weight)
     total[second, first] = total[first, second].T
+
+
+@contextmanager
+def threads_that_help() -> Iterator[None]:
+    """Compute decompositions on one thread of the CPU within the context, if they are much slower on all of them.
+
+    Threads of LAPACK wait for each other at every step. Where other work takes some of the cores, that takes most of
+    the time. A small decomposition on all threads and on one shows it.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or _seconds_of_probe(threads) < SLOWER * _seconds_of_probe(1):
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _seconds_of_probe(threads: int) -> float:
+    """Return the seconds of an eigendecomposition on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        X = torch.arange(PROBE * PROBE, dtype=torch.float64, device="cpu").sin().view(PROBE, PROBE)
+        start = time.perf_counter()
+        torch.linalg.eigh(X + X.T)
+        return time.perf_counter() - start
+    finally:
+        torch.set_num_threads(before)
 
 
 def in_float64(M: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from zssvd_lightning._numerics import accumulated
+from zssvd_lightning._numerics import accumulated, threads_that_help
+from zssvd_lightning._progress import step_shown
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.decomposition.work_sharing import share_out
 from zssvd_lightning.distributed import LayerSet
@@ -82,6 +82,7 @@ class LayerAtOwner(NamedTuple):
     """Whole statistics of the layer. The input second moment is included only for the first layer with that input."""
 
 
+@threads_that_help()
 def decompose(
     layers: LayerSet,
     statistics: StatisticsCollector,
@@ -216,7 +217,7 @@ def brought_together(
         progress: draw the progress bar.
     """
     started: set[str] = set()
-    with tqdm(total=len(layers), desc=title, unit="layer", disable=not progress) as bar:
+    with step_shown(title, len(layers), "layer", shown=progress) as advance:
         for turn in zip_longest(*shares):
             own = None
             for rank, name in enumerate(turn):
@@ -228,7 +229,7 @@ def brought_together(
                     del layer
             handed, own = [own], None  # hold no reference to a layer that the caller has released
             yield handed.pop()
-            bar.update(sum(name is not None for name in turn))
+            advance(sum(name is not None for name in turn))
 
 
 def spectrum_of(
