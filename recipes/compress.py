@@ -26,7 +26,6 @@ from zssvd_lightning.app.bench.runner import measure
 from zssvd_lightning.app.bench.settings import BenchSettings
 from zssvd_lightning.app.command import start
 from zssvd_lightning.app.progress import WholeBar
-from zssvd_lightning.compression.report import Report
 from zssvd_lightning.evaluation.perplexity import continuation
 
 PROMPT = "The most important thing that a government can do for its people is"

@@ -25,7 +25,7 @@ The packages, in the order in which data flows through them; imports run up this
     app             command line, whole runs, comparisons, speed, pictures
 
 Beside them: `errors` (every refusal by name), `_validation`, `_types`, `_yaml`, `_state_checks`, `_contexts`,
-`_numerics`, `_files`, `_resources` and `_registration`.
+`_numerics`, `_files`, `_progress`, `_resources` and `_registration`.
 
 The public names are loaded when they are first used, so that `import zssvd_lightning` alone stays fast. It does make
 transformers read compressed folders; see `_registration`.
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from zssvd_lightning.evaluation.perplexity import perplexity
     from zssvd_lightning.hub.export import export_onnx, merge
     from zssvd_lightning.hub.loading import from_pretrained
+    from zssvd_lightning.hub.pushing import push_to_hub
     from zssvd_lightning.hub.saving import save_pretrained
     from zssvd_lightning.layers.low_rank import LowRankLinear
     from zssvd_lightning.model.adapters import merge_adapters
@@ -91,6 +92,7 @@ __all__ = [
     "merge",
     "merge_adapters",
     "perplexity",
+    "push_to_hub",
     "quantize",
     "save_predictions",
     "save_pretrained",
@@ -121,6 +123,7 @@ _MODULES = {
     "merge": "hub.export",
     "merge_adapters": "model.adapters",
     "perplexity": "evaluation.perplexity",
+    "push_to_hub": "hub.pushing",
     "quantize": "compression.quantization",
     "save_predictions": "recovery.teachers",
     "save_pretrained": "hub.saving",

@@ -32,7 +32,9 @@ class WholeBar:
         self._bar = tqdm(total=1.0, bar_format=BAR, smoothing=0, dynamic_ncols=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             if kind is None:
                 self._bar.update(max(0.0, 1.0 - self._bar.n))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zssvd_lightning._numerics import accumulated, threads_that_help
+from zssvd_lightning._numerics import accumulated, exact_products, threads_that_help
 from zssvd_lightning._progress import step_shown
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.decomposition.work_sharing import share_out
@@ -16,7 +16,7 @@ from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.selection.components import Components
-from zssvd_lightning.whitening.cholesky import Root, Whitening, warn_of_jitter
+from zssvd_lightning.whitening.cholesky import HARMLESS_JITTER, Root, Whitening, warn_of_jitter
 from zssvd_lightning.whitening.metrics import Metric
 from zssvd_lightning.whitening.moments import Moments
 from zssvd_lightning.whitening.rounding import Importance, importance, rounding_by_component, rounding_of_dense
@@ -83,6 +83,7 @@ class LayerAtOwner(NamedTuple):
 
 
 @threads_that_help()
+@exact_products()
 def decompose(
     layers: LayerSet,
     statistics: StatisticsCollector,
@@ -92,6 +93,7 @@ def decompose(
     weigh: bool = False,
     round_off: bool = False,
     steps: Mapping[str, Step] | None = None,
+    warn: bool = True,
     spectra: MutableMapping[str, Spectrum] | None = None,
 ) -> Decomposition:
     """Compute spectra and scores of all layers; layers that share an input share its whitening. Collective.
@@ -108,6 +110,7 @@ def decompose(
         round_off: also compute the predicted cost of storing components in 8 bits.
         steps: step of each weight along its gradient before its SVD; see `Spectrum.of`. None for no step, as for the
             layers that are not in it.
+        warn: warn of singular second moments, if that matters.
         spectra: empty mapping that stores the spectra; None for a dictionary.
 
     Raises:
@@ -144,7 +147,7 @@ def decompose(
         del layer
     scores = layers.of_all_processes(components)
     jitters = layers.of_all_processes(whitener.jitters)
-    if layers.team.rank == 0:
+    if warn and layers.team.rank == 0:
         warn_of_jitter(jitters)
     owners = {name: rank for rank, names in enumerate(shares) for name in names}
     weights = {name: Importance(*pair) for name, pair in layers.of_all_processes(importances).items()}
@@ -179,7 +182,8 @@ class Whitener:
         metric: coordinates of the SVD.
 
     Attributes:
-        jitters: name -> jitter that the Cholesky factorization of the second moment needed.
+        jitters: name -> jitter that the Cholesky factorization of the second moment needed, where it matters: above
+            `HARMLESS_JITTER`, or for fewer tokens than the moment has rows.
     """
 
     def __init__(self, metric: Metric) -> None:
@@ -192,10 +196,15 @@ class Whitener:
         if self._inputs is None or self._inputs[0] != layer.leader:
             self._inputs = None  # free it before the next one is built
             self._inputs = layer.leader, self._metric.input_root(layer.moments, layer.name, layer.weight.shape[1])
-            self.jitters[layer.leader] = self._inputs[1].jitter
+            few = layer.moments.tokens.get(layer.leader, 0) < layer.weight.shape[1]
+            self._record(layer.leader, self._inputs[1].jitter, HARMLESS_JITTER * (not few))
         outputs = self._metric.output_root(layer.moments, layer.name, layer.weight.shape[0])
-        self.jitters[f"the output of {layer.name}"] = outputs.jitter
+        self._record(f"the output of {layer.name}", outputs.jitter, HARMLESS_JITTER)
         return Whitening(self._inputs[1], outputs)
+
+    def _record(self, name: str, jitter: float, harmless: float) -> None:
+        if jitter > harmless:
+            self.jitters[name] = jitter
 
 
 def shares_of(layers: LayerSet, statistics: StatisticsCollector, metric: Metric) -> list[list[str]]:
