@@ -31,37 +31,40 @@ class Hub:
     def answer(self, path: str, body: bytes) -> tuple[int, Any]:
         """Status and answer to a request with POST, as the hub defines them."""
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
-            if (self.root / name).exists():
-                return 409, {"error": "exists", "url": f"{self.address}/{name}"}
-            self.created.append(asked)
-            (self.root / name).mkdir(parents=True)
-            return 200, {"url": f"{self.address}/{name}", "name": name}
+            return self._create(json.loads(body))
         if path == "/api/validate-yaml":
-            head = json.loads(body)["content"].split("---")[1]
-            errors = [] if isinstance(yaml.safe_load(head), dict) else [{"message": "no metadata"}]
-            return (400 if errors else 200), {"errors": errors, "warnings": []}
-        kind, _, rest = path.removeprefix("/api/models/").rpartition("/")
-        repository, _, kind = kind.rpartition("/")
-        if kind == "preupload" and (self.root / repository).is_dir():
-            files = json.loads(body)["files"]
-            return 200, {
-                "files": [{"path": each["path"], "uploadMode": "regular", "shouldIgnore": False} for each in files]
-            }
-        if kind == "commit" and (self.root / repository).is_dir():
-            for line in body.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "header":
-                    self.messages.append(entry["value"]["summary"])
-                elif entry["key"] == "file":
-                    file = self.root / repository / entry["value"]["path"]
-                    file.parent.mkdir(exist_ok=True)
-                    file.write_bytes(base64.b64decode(entry["value"]["content"]))
-                else:
-                    return 400, {"error": f"no {entry['key']} here"}
-            return 200, {"commitUrl": f"{self.address}/{repository}/commit/{'0' * 40}", "commitOid": "0" * 40}
-        return 404, {"error": f"no {path} ({rest})"}
+            head = yaml.safe_load(json.loads(body)["content"].split("---")[1])
+            return 200, {"errors": [], "warnings": [] if isinstance(head, dict) else [{"message": "no metadata"}]}
+        place, _, _ = path.removeprefix("/api/models/").rpartition("/")
+        repository, _, kind = place.rpartition("/")
+        does = {"preupload": self._preupload, "commit": self._commit}.get(kind)
+        if does is None or not (self.root / repository).is_dir():
+            return 404, {"error": f"no {path}"}
+        return does(repository, body)
+
+    def _create(self, asked: dict[str, Any]) -> tuple[int, Any]:
+        name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+        if (self.root / name).exists():
+            return 409, {"error": "exists", "url": f"{self.address}/{name}"}
+        self.created.append(asked)
+        (self.root / name).mkdir(parents=True)
+        return 200, {"url": f"{self.address}/{name}", "name": name}
+
+    def _preupload(self, repository: str, body: bytes) -> tuple[int, Any]:
+        paths = [each["path"] for each in json.loads(body)["files"]]
+        return 200, {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
+
+    def _commit(self, repository: str, body: bytes) -> tuple[int, Any]:
+        for line in body.splitlines():
+            key, value = (json.loads(line)[name] for name in ("key", "value"))
+            if key == "header":
+                self.messages.append(value["summary"])
+            else:
+                assert key == "file"
+                file = self.root / repository / value["path"]
+                file.parent.mkdir(exist_ok=True)
+                file.write_bytes(base64.b64decode(value["content"]))
+        return 200, {"commitUrl": f"{self.address}/{repository}/commit/{'0' * 40}", "commitOid": "0" * 40}
 
 
 @contextmanager

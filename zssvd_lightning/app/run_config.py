@@ -60,7 +60,7 @@ class CalibrationConfig:
     """Seed of the draw."""
     precision: str = "32-true"
     """Precision of the passes over the batches: `32-true` (that of the weights), `bf16-mixed`, which is faster on
-    processors that multiply in bfloat16 and much slower on others, or `auto`, which is `bf16-mixed` where it is faster."""
+    processors that multiply in bfloat16 and much slower on others, or `auto`, which takes the faster one."""
 
     def __post_init__(self) -> None:
         check_types(self, "calibration.")

@@ -22,8 +22,7 @@ FIRST_JITTER = 1e-8
 
 
 HARMLESS_JITTER = 1e-6
-"""Largest jitter that changes a second moment of enough tokens by little more than rounding, relative to the mean of the
-diagonal."""
+"""Largest jitter that changes little in a second moment of enough tokens, relative to the mean of the diagonal."""
 
 
 LAST_JITTER = 1e-1

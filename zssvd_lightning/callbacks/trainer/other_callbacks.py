@@ -1,4 +1,4 @@
-"""Scores that other callbacks store: those of the dense model are reset, and metrics of the compression can be scores."""
+"""Scores that other callbacks store: reset of those of the dense model, and metrics of the compression as scores."""
 
 import os
 from collections.abc import Iterator
