@@ -25,7 +25,7 @@ The packages, in the order in which data flows through them; imports run up this
     app             command line, whole runs, comparisons, speed, pictures
 
 Beside them: `errors` (every refusal by name), `_validation`, `_types`, `_yaml`, `_state_checks`, `_contexts`,
-`_numerics`, `_files`, `_progress`, `_resources` and `_registration`.
+`_numerics`, `_files`, `_resources` and `_registration`.
 
 The public names are loaded when they are first used, so that `import zssvd_lightning` alone stays fast. It does make
 transformers read compressed folders; see `_registration`.

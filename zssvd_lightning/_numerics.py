@@ -46,7 +46,7 @@ def exact_products(of: torch.dtype = torch.float32) -> Iterator[None]:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether a device has instructions that multiply bfloat16. Without them, it takes longer than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     found = torch._C._cpu  # noqa: SLF001  torch.cpu tells it in some releases only

@@ -11,7 +11,7 @@ from transformers.utils import logging as bars
 
 from zssvd_lightning import _numerics, compress
 from zssvd_lightning._numerics import multiplies_bfloat16, threads_that_help
-from zssvd_lightning._progress import counted, shown_by
+from zssvd_lightning._resources import counted, shown_by
 from zssvd_lightning.app.command import show_own_messages
 from zssvd_lightning.app.progress import WholeBar
 from zssvd_lightning.app.run_config import CalibrationConfig

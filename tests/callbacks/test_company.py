@@ -23,7 +23,7 @@ from support.callbacks import short
 from support.models import CausalLM, loader, token_batches, trainer
 
 from zssvd_lightning import Phase
-from zssvd_lightning._progress import shown_by
+from zssvd_lightning._resources import shown_by
 from zssvd_lightning.errors import UnsupportedTrainingError
 
 

@@ -7,7 +7,7 @@ from typing import Self
 
 from tqdm.auto import tqdm
 
-from zssvd_lightning._progress import Advance
+from zssvd_lightning._resources import Advance
 
 BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from zssvd_lightning._progress import counted
+from zssvd_lightning._resources import counted
 from zssvd_lightning._types import check_types
 from zssvd_lightning.calibration.batches import loss_terms, predicts_first_label, refuse_malformed, token_mask
 from zssvd_lightning.calibration.collector import StatisticsCollector

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zssvd_lightning._numerics import accumulated, exact_products, threads_that_help
-from zssvd_lightning._progress import step_shown
+from zssvd_lightning._resources import step_shown
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.decomposition.work_sharing import share_out
 from zssvd_lightning.distributed import LayerSet

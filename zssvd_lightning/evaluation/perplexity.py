@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zssvd_lightning._contexts import evaluation_mode
-from zssvd_lightning._progress import counted
+from zssvd_lightning._resources import counted
 from zssvd_lightning.errors import NonFiniteError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zssvd_lightning._progress import counted
+from zssvd_lightning._resources import counted
 from zssvd_lightning.calibration.contexts import gradients_only_at
 from zssvd_lightning.calibration.gradients import collect_gradients, send_back_drawn
 from zssvd_lightning.calibration.hooks import Observation

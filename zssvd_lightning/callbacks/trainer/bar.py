@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
 from zssvd_lightning._contexts import overridden
-from zssvd_lightning._progress import Advance, current_display, nothing, shown_by, tqdm_bar
+from zssvd_lightning._resources import Advance, current_display, nothing, shown_by, tqdm_bar
 
 EVERY = 0.1
 """Seconds between two drawings, at least."""
