@@ -31,7 +31,7 @@ class ToStderr(logging.StreamHandler[Any]):
         logging.Handler.__init__(self)
 
     @property
-    def stream(self) -> Any:  # type: ignore[override]
+    def stream(self) -> Any:
         """The current `sys.stderr`."""
         return sys.stderr
 

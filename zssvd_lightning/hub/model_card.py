@@ -76,10 +76,11 @@ def _task(folder: Path) -> str | None:
     """Return the pipeline tag of a saved model by its class, as transformers knows it; None if it knows none."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     named = next(iter(config.get("architectures") or ()), None)
-    for task, classes in TASK_MAPPING.items():
+    tasks: dict[str, Any] = TASK_MAPPING
+    for task, classes in tasks.items():
         for name in classes.values():
             if named in ((name,) if isinstance(name, str) else tuple(name)):
-                return str(task)
+                return task
     return None
 
 
@@ -87,7 +88,7 @@ def _license(source: str) -> str | None:
     """Return the license of a model that is a package or a folder with a model card; None if it is not known."""
     if source.startswith("package:"):
         try:
-            told = metadata(source.removeprefix("package:"))
+            told: Any = metadata(source.removeprefix("package:"))
         except PackageNotFoundError:
             return None
         found = told.get("License-Expression") or told.get("License") or ""

@@ -9,7 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from packaging.requirements import Requirement
 from torch import nn
 from transformers import (
@@ -112,7 +116,7 @@ def _location(source: str) -> str:
 def no_bar_of_weights() -> Iterator[None]:
     """Hide the bars of transformers that count the tensors of a loaded model. Those of downloads stay."""
     shown, downloads = bars.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    bars.disable_progress_bar()
+    bars.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         if shown and downloads:
             enable_progress_bars()
@@ -120,7 +124,7 @@ def no_bar_of_weights() -> Iterator[None]:
             yield
     finally:
         if shown:
-            bars.enable_progress_bar()
+            bars.enable_progress_bar()  # type: ignore[no-untyped-call]
             if not downloads:
                 disable_progress_bars()
 
