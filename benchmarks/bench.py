@@ -31,7 +31,7 @@ def main(path: str, *overrides: str) -> None:
     """Print the ratio, the seconds of every step and the peak memory as JSON."""
     run = Run(load_config(RunConfig, path, [*overrides, "evaluation.text=null", "evaluation.second=null"]))
     batches, calibration = list(run.calibration_loader()), run.config.calibration
-    half, loss = calibration.batches // 2, loss_in(calibration.precision)
+    half, loss = calibration.batches // 2, loss_in(calibration.precision_on(run.model.device))
     plain_seconds(run.model, batches[:1], loss)
     before = plain_seconds(run.model, batches[:half], loss)
     plain_rss = peak_rss_bytes()

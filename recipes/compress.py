@@ -1,22 +1,49 @@
 """Compress a language model inside a Trainer: `python -m recipes.compress CONFIG [key=value ...]`.
 
-The pieces are the ones of any Lightning project: a module, a data module, a Trainer. Copy it and put yours in.
+The pieces are the ones of any Lightning project: a module, a data module, a Trainer. Copy it and put yours in. The rest
+measures the dense and the compressed model side by side.
 """
 
+import logging
 import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import lightning as L
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from zssvd_lightning import Run, RunConfig, Schedule, ZSSVDCallback, load_config
+from zssvd_lightning._resources import shown_by
+from zssvd_lightning.app.bench.models import from_folders
+from zssvd_lightning.app.bench.results import Results
+from zssvd_lightning.app.bench.runner import measure
+from zssvd_lightning.app.bench.settings import BenchSettings
 from zssvd_lightning.app.command import start
+from zssvd_lightning.app.progress import WholeBar
 from zssvd_lightning.evaluation.perplexity import continuation
 
-PROMPT = "The state of the union is"
+PROMPT = "The most important thing that a government can do for its people is"
+
+PENALTY = 1.2  # against loops, which greedy decoding of small models runs into; the same for both models
+
+SPEED = BenchSettings(batches=(1,), contexts=(256,), tokens=16, repeats=3)
+
+SHARES = {  # rough, for the time that is left
+    "loading": 0.04,
+    "perplexity, dense": 0.04,
+    "perplexity_second, dense": 0.04,
+    "batches": 0.46,
+    "spectra": 0.09,  # once for every truncation
+    "perplexity, compressed": 0.04,
+    "perplexity_second, compressed": 0.04,
+    "speed": 0.07,
+}
 
 
 class CausalLM(L.LightningModule):
@@ -42,35 +69,80 @@ class CalibrationText(L.LightningDataModule):
         return self.run.calibration_loader()
 
 
+class Counted(L.Callback):
+    """Callback that counts the batches of a fit."""
+
+    def __init__(self, advance: Callable[[int], object]) -> None:
+        self.advance = advance
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.advance(1)
+
+
 def main(path: str, *overrides: str) -> None:
-    run = Run(load_config(RunConfig, path, overrides))
-    run.evaluate("dense")
-    dense_text = continuation(run.model, run.tokenizer, PROMPT)
+    with quiet(), WholeBar(SHARES) as bar, shown_by(bar.step):
+        with bar.step("loading", None, ""):
+            run = Run(load_config(RunConfig, path, overrides))
+        run.evaluate("dense")
+        dense_text = continuation(run.model, run.tokenizer, PROMPT, repetition_penalty=PENALTY)
 
-    callback = ZSSVDCallback.from_config(
-        run.config.compression, schedule=Schedule(calibration_batches=run.config.calibration.batches)
-    )
-    batches = callback.batches_needed(len(run.calibration_loader()))
-    trainer = L.Trainer(
-        max_epochs=math.ceil(batches / len(run.calibration_loader())),
-        max_steps=batches,
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(CausalLM(run.model), CalibrationText(run))
+        callback = ZSSVDCallback.from_config(
+            run.config.compression, schedule=Schedule(calibration_batches=run.config.calibration.batches)
+        )
+        batches = callback.batches_needed(len(run.calibration_loader()))
+        with bar.step("batches", batches, "batch") as advance:
+            trainer = L.Trainer(
+                max_epochs=math.ceil(batches / len(run.calibration_loader())),
+                max_steps=batches,
+                precision=run.config.calibration.precision_on(run.model.device),
+                callbacks=[callback, Counted(advance)],
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=False,
+            )
+            trainer.fit(CausalLM(run.model), CalibrationText(run))
 
-    run.evaluate("compressed")
-    report = callback.report.within("model")
-    text = continuation(run.model, run.tokenizer, PROMPT)
-    report.continuations = {"prompt": PROMPT, "dense": dense_text, "compressed": text}
-    run.save(report, picture=True)
+        run.evaluate("compressed")
+        report = callback.report.within("model")
+        text = continuation(run.model, run.tokenizer, PROMPT, repetition_penalty=PENALTY)
+        report.continuations = {"prompt": PROMPT, "dense": dense_text, "compressed": text}
+        run.save(report, picture=True)
+        with bar.step("speed", None, ""):
+            models = from_folders([str(run.output)], None, SPEED.dtype, SPEED.device)
+            results = Results(models, SPEED, *measure(models, SPEED, progress=False))
+
     console = Console()
     console.print(report.table())
+    console.print(speeds(results))
+    console.print(f"{run.config.model.source}: {report.coverage.summary(report.removed)}")
     console.print(f"[bold]{PROMPT}[/bold] ...\n  dense:      {dense_text!r}")
     console.print(f"  compressed: {text!r}")
     console.print(f"wrote the model, report.json, report.html and report.png to {run.output}")
+
+
+def speeds(results: Results) -> Table:
+    """Return a table of tokens per second, dense and compressed."""
+    table = Table(title=f"tokens per second, {SPEED.contexts[0]} tokens and {SPEED.tokens} more")
+    for column in ("", "dense", "compressed"):
+        table.add_column(column, justify="right" if column else "left")
+    rows = results.rows()
+    for phase in dict.fromkeys(row.phase for row in rows):
+        found = [row.tokens_per_second for row in rows if row.phase == phase]
+        table.add_row(phase, *("" if speed is None else f"{speed.median:.1f}" for speed in found))
+    return table
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave the terminal to the bar: no messages below warnings, and no advice of Lightning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        logging.disable(logging.INFO)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 if __name__ == "__main__":

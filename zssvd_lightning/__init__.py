@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from zssvd_lightning.evaluation.perplexity import perplexity
     from zssvd_lightning.hub.export import export_onnx, merge
     from zssvd_lightning.hub.loading import from_pretrained
+    from zssvd_lightning.hub.pushing import push_to_hub
     from zssvd_lightning.hub.saving import save_pretrained
     from zssvd_lightning.layers.low_rank import LowRankLinear
     from zssvd_lightning.model.adapters import merge_adapters
@@ -95,6 +96,7 @@ __all__ = [
     "merge",
     "merge_adapters",
     "perplexity",
+    "push_to_hub",
     "quantize",
     "save_predictions",
     "save_pretrained",
@@ -126,6 +128,7 @@ _MODULES = {
     "merge": "hub.export",
     "merge_adapters": "model.adapters",
     "perplexity": "evaluation.perplexity",
+    "push_to_hub": "hub.pushing",
     "quantize": "compression.quantization",
     "save_predictions": "recovery.teachers",
     "save_pretrained": "hub.saving",

@@ -34,6 +34,20 @@ def exact_products(of: torch.dtype = torch.float32) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions that multiply bfloat16. Without them, it takes longer than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    found = torch._C._cpu  # noqa: SLF001  torch.cpu tells it in some releases only
+    if hasattr(found, "_get_cpu_capability"):
+        has = found._get_cpu_capability()  # noqa: SLF001
+        return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(hasattr(found, name) and bool(getattr(found, name)()) for name in tests)
+
+
 def accumulated(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which to sum numbers of `dtype`: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)

@@ -556,7 +556,7 @@ def test_without_matplotlib_there_is_no_picture(run, tmp_path, monkeypatch, capl
     run("zero-sum", "prune_ratios=[0.4]", "seeds=[0]")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run("zero-sum", "prune_ratios=[0.4]", "seeds=[0]")
-    assert "pip install zssvd-lightning[report]" in caplog.text
+    assert "pip install 'zssvd-lightning[report]'" in caplog.text
     assert (tmp_path / "out" / "compare.md").exists()
     assert not (tmp_path / "out" / "compare.png").exists()
 

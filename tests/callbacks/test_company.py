@@ -1,7 +1,9 @@
 """Beside the callbacks, loggers and progress bars that a training run already has."""
 
 import csv
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from statistics import median
 
 import lightning as L
 import pytest
@@ -21,6 +23,7 @@ from support.callbacks import short
 from support.models import CausalLM, loader, token_batches, trainer
 
 from zssvd_lightning import Phase
+from zssvd_lightning._resources import shown_by
 from zssvd_lightning.errors import UnsupportedTrainingError
 
 
@@ -150,17 +153,21 @@ def test_a_csv_logger_is_told_everything(tmp_path, line_search):
     more = ["correct"] if line_search else []
     assert phases == ["wait", "calibrate", "correct", *more, "calibrate", "recover", "done"]
     losses = callback.report.losses
-    before = [value for _, value in metrics["zssvd/loss_before_truncation"]]
+    before = [value for _, value in metrics["zssvd/loss_before"]]
     assert before == pytest.approx([losses[0], losses[-1]])
-    after = [value for _, value in metrics["zssvd/loss_after_truncation"]]
+    after = [value for _, value in metrics["zssvd/loss_after"]]
     assert after[0] == pytest.approx(losses[1])
     assert len(after) == 2
     assert [value for _, value in metrics["zssvd/step_fraction"]] == callback.report.correction_fractions
     assert metrics["zssvd/first_order_sum"][-1][1] == callback.report.first_order_sum
     assert metrics["zssvd/kept_parameters"][-1][1] == callback.report.parameters_after
     assert metrics["zssvd/pruned"][-1][1] == pytest.approx(callback.report.reached)
-    for name, layer in callback.report.layers.items():
-        assert metrics[f"zssvd/rank/{name}"][-1][1] == (layer.rank or min(layer.shape))
+    ranks = sorted(layer.rank for layer in callback.report.layers.values() if layer.rank is not None)
+    assert metrics["zssvd/low_rank_layers"][-1][1] == len(ranks)
+    assert metrics["zssvd/rank_lowest"][-1][1] == ranks[0]
+    assert metrics["zssvd/rank_highest"][-1][1] == ranks[-1]
+    assert metrics["zssvd/rank_median"][-1][1] == median(ranks)
+    assert not any(name.startswith("zssvd/rank/") for name in metrics)
     assert metrics["zssvd/gathered"][:2] == [(6, 2.0), (8, 4.0)]
     assert {value for _, value in metrics["zssvd/to_gather"]} == {4.0, 2.0}
 
@@ -172,23 +179,52 @@ def test_the_loss_after_the_last_truncation_is_that_of_the_next_batches_at_those
     fitted.fit(module, loader(data))
     with torch.no_grad():
         expected = module.model(**data[0]).loss.item()
-    assert csv_metrics(logger)["zssvd/loss_after_truncation"][0][1] == pytest.approx(expected)
+    assert csv_metrics(logger)["zssvd/loss_after"][0][1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_checkpoint_and_early_stopping_can_monitor_the_compression(tmp_path, first):
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="zssvd/loss_after")
+    stopping = EarlyStopping("zssvd/loss_after", patience=2)
+    callback = short(start_epoch=3)
+    callbacks = [stopping, callback] if first else [callback, stopping]
+    fitted = fit(Scripted(SCORES), *callbacks, saving, enable_checkpointing=True, max_epochs=20)
+    assert callback.phase is Phase.DONE
+    assert is_low_rank(saving.best_model_path)
+    measured = fitted.callback_metrics["zssvd/loss_after"]
+    assert saving.best_model_score == stopping.best_score == measured
+    assert 0 < measured < 10
+    # 3 calibrates, 4 corrects, 5 calibrates and factorizes; the loss after that is measured in 6, and is the same later
+    assert (fitted.current_epoch, stopping.stopped_epoch) == (9, 8)
+
+
+def test_metrics_of_the_compression_are_those_of_the_report():
+    callback = short(corrections=0)
+    fitted = fit(CausalLM(), callback)
+    seen, report = fitted.callback_metrics, callback.report
+    assert seen["zssvd/kept_parameters"] == report.parameters_after
+    assert seen["zssvd/loss_before"] == pytest.approx(report.losses[0])
+    assert seen["zssvd/loss_kept_back"] == pytest.approx(report.kept_back["final"])
 
 
 def test_tensorboard_is_told_too(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
     logger = TensorBoardLogger(tmp_path)
-    fit(CausalLM(), short(), logger=logger)
+    callback = short()
+    fit(CausalLM(), callback, logger=logger)
     content = b"".join(file.read_bytes() for file in Path(logger.log_dir).glob("events*"))
-    tags, at = set(), 0
+    tags, histograms, at = set(), [], 0
     while at < len(content):
         size = int.from_bytes(content[at : at + 8], "little")
         event = Event.FromString(content[at + 12 : at + 12 + size])
         tags |= {value.tag for value in event.summary.value}
+        histograms += [value.histo.num for value in event.summary.value if value.tag == "zssvd/ranks"]
         at += 12 + size + 4
-    assert {"zssvd/phase", "zssvd/first_order_sum", "zssvd/loss_before_truncation"} <= tags
-    assert any(tag.startswith("zssvd/rank/model.model.layers.0") for tag in tags)
+    assert {"zssvd/phase", "zssvd/first_order_sum", "zssvd/loss_before"} <= tags
+    assert len(tags) < 20
+    assert len(histograms) == 2
+    assert histograms[-1] == sum(layer.rank is not None for layer in callback.report.layers.values())
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
@@ -221,6 +257,45 @@ def test_the_progress_bar_shows_the_phase(bar, capsys, monkeypatch):
     printed = capsys.readouterr()
     if bar is TQDMProgressBar:
         assert "compression=calibrate 2/4" in printed.out + printed.err
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+def test_long_steps_are_shown_on_the_bar_of_the_trainer(bar, capsys, monkeypatch):
+    monkeypatch.setattr("zssvd_lightning.callbacks.trainer.bar.EVERY", 0.0)
+    drawn = []
+
+    class Watched(bar):
+        def get_metrics(self, trainer, pl_module):
+            return super().get_metrics(trainer, pl_module)
+
+        def refresh(self, *args, **kwargs):
+            drawn.append(1)
+            return super().refresh(*args, **kwargs)
+
+    trainer(short(corrections=0, progress=True), Watched(), max_epochs=2, enable_progress_bar=True).fit(
+        CausalLM(), loader(token_batches())
+    )
+    printed = capsys.readouterr()
+    assert "spectra" not in printed.err
+    if bar is TQDMProgressBar:
+        assert all(f"compression=spectra {n}/14" in printed.out for n in (1, 7, 14))
+    else:
+        assert len(drawn) >= 14
+
+
+@pytest.mark.parametrize("display", [None, "outer"])
+def test_a_trainer_without_a_bar_leaves_the_display_to_what_is_around_it(display, capsys):
+    shown = []
+
+    @contextmanager
+    def outer(title, total, unit):
+        shown.append((title, total, unit))
+        yield shown.append
+
+    with nullcontext() if display is None else shown_by(outer):
+        fit(CausalLM(), short(corrections=0, progress=True), max_epochs=2)
+    assert shown == ([] if display is None else [("spectra", 14, "layer"), *[1] * 14])
+    assert "spectra" not in capsys.readouterr().err
 
 
 def test_a_bar_is_given_back_after_a_failure_too():

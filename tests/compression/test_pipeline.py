@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -215,6 +216,19 @@ def test_few_tokens_warn_of_jitter_and_go_on():
     with pytest.warns(RankDeficientWarning, match="jitter"):
         report = run(tiny_llama(), batches, corrections=0)
     assert report.reached >= 0.3
+
+
+def test_few_tokens_are_warned_of_once_and_enough_of_them_never():
+    few = [{k: v[:1, :8] for k, v in b.items()} for b in token_batches(2)]
+    with pytest.warns(RankDeficientWarning) as caught:
+        run(tiny_llama(), few, corrections=2, correction_batches=1)
+    assert sum(isinstance(each.message, RankDeficientWarning) for each in caught) == 1
+    model = tiny_llama()
+    for block in model.model.layers:  # an input that is always 0 makes a second moment singular, and changes nothing
+        block.input_layernorm.weight.data[3] = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RankDeficientWarning)
+        run(model, corrections=1)
 
 
 class Liar(list):

@@ -89,7 +89,7 @@ def sharded(tmp_path_factory):
 
 
 def test_ddp_and_fsdp2_compress_the_model_alike(replicated, sharded):
-    for name, tolerance in (("zssvd/pruned", 1e-3), ("zssvd/loss_before_truncation", 1e-2), ("val_perplexity", 3e-2)):
+    for name, tolerance in (("zssvd/pruned", 1e-3), ("zssvd/loss_before", 1e-2), ("val_perplexity", 3e-2)):
         one, other = metric(replicated, name), metric(sharded, name)
         assert len(one) == len(other) > 0
         assert one == pytest.approx(other, rel=tolerance)

@@ -3,7 +3,6 @@
 Commands import torch and transformers when they run, so that a help text appears at once.
 """
 
-import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,7 +60,7 @@ def _main(
     ] = False,
 ) -> None:
     """Compress language models by truncated SVD."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    command.show_own_messages()
 
 
 @app.command()
@@ -234,18 +233,19 @@ def export(
         from zssvd_lightning.config.loading import load_config
         from zssvd_lightning.hub.export import export_dense, export_onnx
         from zssvd_lightning.hub.saving import save_pretrained
-        from zssvd_lightning.sources.models import load_model
+        from zssvd_lightning.sources.models import load_model, no_bar_of_weights
 
         settings = load_config(ExportConfig, None, asked.with_options(overrides or (), {"dtype": dtype}))
         check_output(folder, model)
         loaded, tokenizer = load_model(model, settings.dtype or "auto")
-        if settings.format == "onnx":
-            export_onnx(loaded, folder, tokenizer)
-        elif settings.format == "dense":
-            export_dense(loaded, folder, tokenizer, settings.max_shard_size)
-        else:
-            report, shard = read_report(Path(model)), settings.max_shard_size
-            save_pretrained(loaded, folder, tokenizer, report=report, max_shard_size=shard, self_contained=True)
+        with no_bar_of_weights():
+            if settings.format == "onnx":
+                export_onnx(loaded, folder, tokenizer)
+            elif settings.format == "dense":
+                export_dense(loaded, folder, tokenizer, settings.max_shard_size)
+            else:
+                report, shard = read_report(Path(model)), settings.max_shard_size
+                save_pretrained(loaded, folder, tokenizer, report=report, max_shard_size=shard, self_contained=True)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     command.show({"output": str(folder), "format": settings.format, "files": names}, f"wrote {folder}", quiet, as_json)
 

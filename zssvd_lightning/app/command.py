@@ -24,6 +24,26 @@ T = TypeVar("T")
 HELP = {"-h", "--help"}
 
 
+class ToStderr(logging.StreamHandler[Any]):
+    """Handler that writes to what `sys.stderr` is at the time of the message."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        """The current `sys.stderr`."""
+        return sys.stderr
+
+
+def show_own_messages() -> None:
+    """Show the messages of this package from level INFO on, and leave other loggers as they are."""
+    own = logging.getLogger("zssvd_lightning")
+    own.setLevel(logging.INFO)
+    if not any(isinstance(handler, ToStderr) for handler in own.handlers):
+        own.addHandler(ToStderr())
+
+
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """Print an error of this package as one line on stderr, without a traceback, and exit with code 1."""
@@ -79,7 +99,7 @@ def calibrated(run: "Run", function: Callable[..., T]) -> T:
         run.calibration_loader(),
         run.config.compression,
         calibration_batches=calibration.batches,
-        loss=loss_in(calibration.precision),
+        loss=loss_in(calibration.precision_on(run.model.device)),
         progress=run.progress,
     )
 

@@ -28,7 +28,7 @@ from zssvd_lightning.hub.model_card import write_card
 from zssvd_lightning.hub.saving import write_model
 from zssvd_lightning.serialization.specs import specs_of
 from zssvd_lightning.sources import texts
-from zssvd_lightning.sources.models import load_model, place, refuse_long_windows
+from zssvd_lightning.sources.models import load_model, no_bar_of_weights, place, refuse_long_windows
 
 logger = logging.getLogger(__name__)
 
@@ -152,14 +152,17 @@ class Run:
         report.seed = self.config.calibration.seed
         report.config = asdict(self.config)
         with replacing_folder(self.output) as folder:
-            write_model(self.model, folder, self.tokenizer)
+            with no_bar_of_weights():
+                write_model(self.model, folder, self.tokenizer)
             report.file_bytes = {
                 "dense": report.model_parameters_before * dtype.itemsize,
                 "expected": self._expected_bytes(report, dtype.itemsize),
                 "compressed": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
             }
             if changed:
-                self.evaluate("reloaded", from_pretrained(folder, self.config.model.dtype))
+                with no_bar_of_weights():
+                    reloaded = from_pretrained(folder, self.config.model.dtype)
+                self.evaluate("reloaded", reloaded)
             report.perplexity = self._perplexity.get("perplexity")
             report.perplexity_second = self._perplexity.get("perplexity_second")
             if self._windows:

@@ -6,7 +6,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from zssvd_lightning._numerics import DTYPES
+import torch
+
+from zssvd_lightning._numerics import DTYPES, multiplies_bfloat16
 from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import require, require_count, require_one_of
 from zssvd_lightning.config.compression import CompressionConfig
@@ -15,7 +17,7 @@ EXPORTS = ("dense", "self_contained", "onnx")
 """Formats of `zssvd export`."""
 
 
-PRECISIONS = ("32-true", "bf16-mixed")
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
 """Precisions of calibration without a Trainer."""
 
 
@@ -42,7 +44,7 @@ class CalibrationConfig:
     """Batches from which the statistics are gathered."""
 
     text: str = "???"
-    """Text source: `package:NAME[:SPLIT]`, a local `.txt`, `.raw`, `.jsonl` or `.parquet` file, or
+    """Text source: `package:NAME[:SPLIT]`, `python[:SPLIT]`, a local `.txt`, `.raw`, `.jsonl` or `.parquet` file, or
     `datasets:NAME[:CONFIG]:SPLIT`. `#FIELD` at the end names the field to read."""
     second: str | None = None
     """Second text source, from which every other window is then drawn."""
@@ -57,8 +59,8 @@ class CalibrationConfig:
     seed: int = 0
     """Seed of the draw."""
     precision: str = "32-true"
-    """Precision of the passes over the batches: `32-true` (that of the weights) or `bf16-mixed`, which is faster on
-    processors that multiply in bfloat16."""
+    """Precision of the passes over the batches: `32-true` (that of the weights), `bf16-mixed`, which is faster on
+    processors that multiply in bfloat16 and much slower on others, or `auto`, which takes the faster one."""
 
     def __post_init__(self) -> None:
         check_types(self, "calibration.")
@@ -82,6 +84,12 @@ class CalibrationConfig:
     def batches(self) -> int:
         """Number of batches that `samples` fill; those of `correction_samples` come after them."""
         return -(-self.samples // self.batch_size)
+
+    def precision_on(self, device: torch.device) -> str:
+        """Return the precision on a device: `precision`, or what `auto` means there."""
+        if self.precision != "auto":
+            return self.precision
+        return "bf16-mixed" if multiplies_bfloat16(device) else "32-true"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.recovery import RecoveryHooks
 from zssvd_lightning.callbacks.schedule import Schedule
 from zssvd_lightning.callbacks.trainer import telemetry
+from zssvd_lightning.callbacks.trainer.bar import shown_on_bar
 from zssvd_lightning.callbacks.trainer.dry_run import DryRun
 from zssvd_lightning.callbacks.trainer.fast_dev_run import Asked
 from zssvd_lightning.callbacks.trainer.guards import (
@@ -25,7 +26,11 @@ from zssvd_lightning.callbacks.trainer.guards import (
     refuse_too_short,
 )
 from zssvd_lightning.callbacks.trainer.limits import ExtendedLimits, stopping_now
-from zssvd_lightning.callbacks.trainer.other_callbacks import hold_early_stopping, start_ranking_afresh
+from zssvd_lightning.callbacks.trainer.other_callbacks import (
+    expect_own_metrics,
+    hold_early_stopping,
+    start_ranking_afresh,
+)
 from zssvd_lightning.callbacks.trainer.precision import scales
 from zssvd_lightning.callbacks.trainer.recompression import has_reported_ranks, is_outdated
 from zssvd_lightning.callbacks.trainer.replay import Replay
@@ -98,12 +103,11 @@ class CompressionRun:
                 self._start_over()
             else:
                 self.recovers_from = 0
-        self._fit.borrow(
-            telemetry.shown_on_bar(trainer, lambda: progress_of(self.life, self._batches_per_epoch(trainer)))
-        )
+        self._fit.borrow(shown_on_bar(trainer, lambda: progress_of(self.life, self._batches_per_epoch(trainer))))
 
-    def go_on_after(self, module: L.LightningModule) -> bool:
+    def go_on_after(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
         """Return True if this module is already low-rank, so that its factors train on; otherwise start over."""
+        expect_own_metrics(trainer)
         if self.life.phase not in (Phase.RECOVER, Phase.DONE):
             return False
         if self._has_compressed(module):
@@ -169,6 +173,8 @@ class CompressionRun:
                 f"batch {batch_idx} of epoch {trainer.current_epoch} is None, which Lightning does not run, so that it "
                 "cannot be calibrated on; have the DataLoader leave such batches out"
             )
+        if life.phase is Phase.WAIT:
+            hold_early_stopping(trainer, own_only=True)
         if (observed := life.batch) is None:
             return
         life.close()

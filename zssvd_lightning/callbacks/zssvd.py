@@ -85,7 +85,7 @@ class ZSSVDCallback(L.Callback):
             recovery, and the model ends with the best state on them, or as it was compressed. None for the last state.
         dry_run: only calibrate, write the ranks that would be chosen to this file, restore the model and stop. True
             writes `zssvd_plan.yaml` in the folder of the logger.
-        progress: draw a progress bar while spectra are computed.
+        progress: show the computation of spectra on the Trainer's progress bar.
         compression: settings of `CompressionConfig`, such as `metric="two_sided"`, which override the preset.
 
     Attributes:
@@ -244,7 +244,7 @@ class ZSSVDCallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse unsupported runs before the first batch, or continue from a checkpoint."""
-        if not self.run.go_on_after(pl_module):
+        if not self.run.go_on_after(trainer, pl_module):
             self.run.begin(trainer, pl_module)
             return
         if in_8_bits_already(pl_module):

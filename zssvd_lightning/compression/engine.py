@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from zssvd_lightning._numerics import exact_products
 from zssvd_lightning._resources import Stopwatch
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.reach import Unreached
@@ -324,7 +323,7 @@ class Compression:
             self.stand_ins.put_back()
 
     def _decomposed(self, steps: Mapping[str, Step] | None = None) -> Decomposition:
-        with self.stopwatch("spectrum"), exact_products():
+        with self.stopwatch("spectrum"):
             return decompose(
                 self.reached,
                 self.gathering,
@@ -333,6 +332,7 @@ class Compression:
                 weigh=self.config.weighs_rows,
                 round_off=self.budget.chooses_bits,
                 steps=steps,
+                warn=self.truncations == 0,
                 spectra=self.store.tuples(Spectrum),
             )
 

@@ -13,8 +13,8 @@ from typing import Any, TypedDict, cast
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from zssvd_lightning._resources import counted
 from zssvd_lightning._types import check_types
 from zssvd_lightning.calibration.batches import loss_terms, predicts_first_label, refuse_malformed, token_mask
 from zssvd_lightning.calibration.collector import StatisticsCollector
@@ -272,7 +272,7 @@ def checked(batches: Iterable[Any], first: int, limit: int | None, step: str, *,
     promised = _length(batches)
     expected = promised if limit is None else limit if promised is None else min(limit, promised)
     seen = 0
-    for batch in tqdm(islice(turned, limit), total=expected, desc=step, unit="batch", disable=not progress):
+    for batch in counted(islice(turned, limit), step, expected, "batch", shown=progress):
         yield batch
         seen += 1
     if seen == 0 or (promised is not None and expected is not None and seen < expected):

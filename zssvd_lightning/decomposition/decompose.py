@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from zssvd_lightning._numerics import accumulated
+from zssvd_lightning._numerics import accumulated, exact_products
+from zssvd_lightning._resources import step_shown
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.decomposition.work_sharing import share_out
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.selection.components import Components
-from zssvd_lightning.whitening.cholesky import Root, Whitening, warn_of_jitter
+from zssvd_lightning.whitening.cholesky import HARMLESS_JITTER, Root, Whitening, warn_of_jitter
 from zssvd_lightning.whitening.kept_roots import KeptRoots
 from zssvd_lightning.whitening.metrics import Metric
 from zssvd_lightning.whitening.moments import Moments
@@ -84,6 +84,7 @@ class LayerAtOwner(NamedTuple):
     """Whole statistics of the layer. The input second moment is included only for the first layer with that input."""
 
 
+@exact_products()
 def decompose(
     layers: LayerSet,
     statistics: StatisticsCollector,
@@ -93,6 +94,7 @@ def decompose(
     weigh: bool = False,
     round_off: bool = False,
     steps: Mapping[str, Step] | None = None,
+    warn: bool = True,
     spectra: MutableMapping[str, Spectrum] | None = None,
 ) -> Decomposition:
     """Compute spectra and scores of all layers; layers that share an input share its whitening. Collective.
@@ -109,6 +111,7 @@ def decompose(
         round_off: also compute the predicted cost of storing components in 8 bits.
         steps: step of each weight along its gradient before its SVD; see `Spectrum.of`. None for no step, as for the
             layers that are not in it.
+        warn: warn of singular second moments, if that matters.
         spectra: empty mapping that stores the spectra; None for a dictionary.
 
     Raises:
@@ -145,7 +148,7 @@ def decompose(
         del layer
     scores = layers.of_all_processes(components)
     jitters = layers.of_all_processes(whitener.jitters)
-    if layers.team.rank == 0:
+    if warn and layers.team.rank == 0:
         warn_of_jitter(jitters)
     owners = {name: rank for rank, names in enumerate(shares) for name in names}
     weights = {name: Importance(*pair) for name, pair in layers.of_all_processes(importances).items()}
@@ -181,7 +184,8 @@ class Whitener:
         roots: roots that were kept of earlier rounds; None to compute all.
 
     Attributes:
-        jitters: name -> jitter that the Cholesky factorization of the second moment needed.
+        jitters: name -> jitter that the Cholesky factorization of the second moment needed, where it matters: above
+            `HARMLESS_JITTER`, or for fewer tokens than the moment has rows.
     """
 
     def __init__(self, metric: Metric, roots: KeptRoots | None = None) -> None:
@@ -195,10 +199,15 @@ class Whitener:
         if self._inputs is None or self._inputs[0] != layer.leader:
             self._inputs = None  # free it before the next one is built
             self._inputs = layer.leader, self._input_root(layer)
-            self.jitters[layer.leader] = self._inputs[1].jitter
+            few = layer.moments.tokens.get(layer.leader, 0) < layer.weight.shape[1]
+            self._record(layer.leader, self._inputs[1].jitter, HARMLESS_JITTER * (not few))
         outputs = self._output_root(layer)
-        self.jitters[f"the output of {layer.name}"] = outputs.jitter
+        self._record(f"the output of {layer.name}", outputs.jitter, HARMLESS_JITTER)
         return Whitening(self._inputs[1], outputs)
+
+    def _record(self, name: str, jitter: float, harmless: float) -> None:
+        if jitter > harmless:
+            self.jitters[name] = jitter
 
     def _input_root(self, layer: LayerAtOwner) -> Root:
         moments, leader, dtype = layer.moments, layer.leader, accumulated(layer.weight.dtype)
@@ -232,7 +241,7 @@ def brought_together(
         progress: draw the progress bar.
     """
     started: set[str] = set()
-    with tqdm(total=len(layers), desc=title, unit="layer", disable=not progress) as bar:
+    with step_shown(title, len(layers), "layer", shown=progress) as advance:
         for turn in zip_longest(*shares):
             own = None
             for rank, name in enumerate(turn):
@@ -244,7 +253,7 @@ def brought_together(
                     del layer
             handed, own = [own], None  # hold no reference to a layer that the caller has released
             yield handed.pop()
-            bar.update(sum(name is not None for name in turn))
+            advance(sum(name is not None for name in turn))
 
 
 def spectrum_of(

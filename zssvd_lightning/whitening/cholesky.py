@@ -21,6 +21,10 @@ FIRST_JITTER = 1e-8
 """First jitter to try, relative to the mean of the diagonal."""
 
 
+HARMLESS_JITTER = 1e-6
+"""Largest jitter that changes little in a second moment of enough tokens, relative to the mean of the diagonal."""
+
+
 LAST_JITTER = 1e-1
 """Largest jitter to try, relative to the mean of the diagonal."""
 
@@ -137,8 +141,7 @@ def warn_of_jitter(by_layer: Mapping[str, float]) -> None:
         few = ", ".join(f"{name} {jitter:.0e}" for name, jitter in list(jitters.items())[:5])
         warnings.warn(
             f"layers with a singular second moment: {len(jitters)}. Each got jitter, relative to its mean "
-            f"diagonal: {few}{', ...' if len(jitters) > 5 else ''}. Before the first truncation, calibrate on more "
-            "tokens; after it, inputs of low rank are to be expected behind low-rank layers",
+            f"diagonal: {few}{', ...' if len(jitters) > 5 else ''}. Calibrate on more tokens",
             RankDeficientWarning,
             stacklevel=2,
         )

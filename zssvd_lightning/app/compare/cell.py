@@ -258,7 +258,7 @@ def _gathered(
             compression,
             calibration_batches=calibration.batches,
             progress=False,
-            loss=loss_in(calibration.precision),
+            loss=loss_in(calibration.precision_on(material.model.device)),
         )
     peak = peak_rss_bytes()
     with replacing_file(statistics) as file:
@@ -281,7 +281,7 @@ def _compressed(
         statistics=_statistics(job.statistics),
         calibration_batches=calibration.batches,
         progress=False,
-        loss=loss_in(calibration.precision),
+        loss=loss_in(calibration.precision_on(material.model.device)),
     )
     seconds, peak = dict(report.seconds), peak_rss_bytes()
     if job.statistics is not None:

@@ -62,7 +62,9 @@ def draw(panels: Mapping[str, Sequence[Curve]], path: Path, title: str = "") -> 
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError:
-        logger.warning("matplotlib is not installed, so there is no %s; pip install zssvd-lightning[report]", path.name)
+        logger.warning(
+            "matplotlib is not installed, so there is no %s; pip install 'zssvd-lightning[report]'", path.name
+        )
         return False
     figure = Figure(figsize=(6 * len(panels) + 1.5, 4.5), layout="constrained")
     tops = {panel: HIGHEST * min(min(curve.perplexity) for curve in curves) for panel, curves in panels.items()}

@@ -1,4 +1,4 @@
-"""Reset of the scores of the dense model that other callbacks store."""
+"""Scores that other callbacks store: reset of those of the dense model, and metrics of the compression as scores."""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +9,8 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from zssvd_lightning.callbacks.trainer.telemetry import PREFIX
 
 
 def start_ranking_afresh(trainer: L.Trainer, so_far: str) -> None:
@@ -27,16 +29,44 @@ def start_ranking_afresh(trainer: L.Trainer, so_far: str) -> None:
             _release(callback, trainer, so_far)
         if isinstance(callback, EarlyStopping):
             stop_waiting(callback)
-        if isinstance(callback, (ModelCheckpoint, EarlyStopping)) and callback.monitor in trainer.callback_metrics:
-            largest = torch.finfo(torch.float32).max
-            trainer.callback_metrics[callback.monitor] = torch.tensor(largest if callback.mode == "min" else -largest)
+        if isinstance(callback, (ModelCheckpoint, EarlyStopping)):
+            monitor = callback.monitor or PREFIX
+            if monitor in trainer.callback_metrics and not monitor.startswith(PREFIX):  # those of PREFIX are up to date
+                _score_worst(callback, trainer)
 
 
-def hold_early_stopping(trainer: L.Trainer) -> None:
-    """Keep `EarlyStopping` from counting scores that cannot improve while no weight changes."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+def expect_own_metrics(trainer: L.Trainer) -> None:
+    """Count metrics of the compression that other callbacks monitor as the worst until they are measured."""
+    for callback in _monitoring_own(trainer):
+        if callback.monitor not in trainer.callback_metrics:
+            _score_worst(callback, trainer)
+
+
+def hold_early_stopping(trainer: L.Trainer, *, own_only: bool = False) -> None:
+    """Keep `EarlyStopping` from counting scores that cannot improve while no weight changes.
+
+    Args:
+        trainer: the Trainer with the callbacks.
+        own_only: hold only those that monitor a metric of the compression, while it has not started.
+    """
+    for callback in _monitoring_own(trainer) if own_only else trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EarlyStopping):
             stop_waiting(callback)
+
+
+def _monitoring_own(trainer: L.Trainer) -> list[ModelCheckpoint | EarlyStopping]:
+    """Return the callbacks that monitor a metric of the compression."""
+    return [
+        callback
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, (ModelCheckpoint, EarlyStopping)) and (callback.monitor or "").startswith(PREFIX)
+    ]
+
+
+def _score_worst(callback: ModelCheckpoint | EarlyStopping, trainer: L.Trainer) -> None:
+    """Set the metric that a callback monitors to the worst finite value."""
+    largest = torch.finfo(torch.float32).max
+    trainer.callback_metrics[str(callback.monitor)] = torch.tensor(largest if callback.mode == "min" else -largest)
 
 
 def stop_waiting(stopping: EarlyStopping) -> None:

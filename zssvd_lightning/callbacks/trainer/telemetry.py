@@ -1,4 +1,6 @@
-"""Metrics for loggers and the progress bar while a model is compressed inside a training run.
+"""Metrics for loggers and other callbacks while a model is compressed inside a training run.
+
+They are in `trainer.callback_metrics` from then on, so that `ModelCheckpoint` and `EarlyStopping` can monitor them.
 
 | metric                                | logged            | meaning                                                  |
 |---------------------------------------|-------------------|----------------------------------------------------------|
@@ -7,8 +9,8 @@
 | zssvd/first_order_sum                 | every truncation  | first-order sum over the dropped components (nats)       |
 | zssvd/kept_parameters                 | every truncation  | parameters that remain in the target layers              |
 | zssvd/pruned                          | every truncation  | removed fraction, in the unit of the budget              |
-| zssvd/loss_before_truncation          | every truncation  | mean loss of the calibration before it (nats)            |
-| zssvd/loss_after_truncation           | after truncation  | mean loss of the next batches at those weights (nats):   |
+| zssvd/loss_before                     | every truncation  | mean loss of the calibration before it (nats)            |
+| zssvd/loss_after                      | after truncation  | mean loss of the next batches at those weights (nats):   |
 |                                       |                   | of a correction, or before the first recovery step       |
 | zssvd/loss_kept_back_dense            | every truncation  | loss of the dense model on the batches kept back (nats)  |
 | zssvd/loss_kept_back                  | every truncation  | smallest loss of a truncated state on them (nats)        |
@@ -18,15 +20,21 @@
 | zssvd/distillation                    | as Lightning logs | divergence from the dense model (nats)                   |
 | zssvd/held_out_loss                   | `judge_every`     | loss of the recovery on the held-out batches (nats)      |
 | zssvd/recovery_stage                  | every stage       | index of the recovery stage                              |
-| zssvd/rank/LAYER                      | every truncation  | rank of a layer; its full rank if it stays dense         |
+| zssvd/low_rank_layers                 | every truncation  | number of target layers that are low-rank                |
+| zssvd/rank_lowest, zssvd/rank_median, | every truncation  | lowest, median and highest of their ranks                |
+| zssvd/rank_highest                    |                   |                                                          |
+| zssvd/ranks                           | every truncation  | histogram of their ranks, for loggers that take one      |
+|                                       |                   | (TensorBoard)                                            |
+
+`Report.layers` has the rank of every layer.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from statistics import median
 
 import lightning as L
+import torch
 
-from zssvd_lightning._contexts import overridden
 from zssvd_lightning.compression.course import Act, Stage
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
@@ -36,9 +44,11 @@ PREFIX = "zssvd/"
 
 
 def log(trainer: L.Trainer, **metrics: float) -> None:
-    """Send metrics to every logger at the current step."""
+    """Send metrics to every logger at the current step, and show them to other callbacks."""
+    named = {f"{PREFIX}{name}": float(value) for name, value in metrics.items()}
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
     for logger in trainer.loggers:
-        logger.log_metrics({f"{PREFIX}{name}": float(value) for name, value in metrics.items()}, trainer.global_step)
+        logger.log_metrics(named, trainer.global_step)
 
 
 def log_phase(trainer: L.Trainer, phase: Phase) -> None:
@@ -61,31 +71,33 @@ def log_progress(trainer: L.Trainer, gathered: int, to_gather: int) -> None:
 def log_stage(trainer: L.Trainer, stage: Stage, compression: Compression) -> None:
     """Log the results of a stage of the compression."""
     if stage.corrects:
-        log(trainer, loss_after_truncation=compression.losses[-1])
+        log(trainer, loss_after=compression.losses[-1])
     if Act.SHORTEN_STEP in stage.acts or (Act.CORRECT in stage.acts and not compression.config.line_search):
         log(trainer, step_fraction=compression.fractions[-1])
     if stage.truncates:
         _log_truncation(trainer, compression.report())
 
 
-def shown_on_bar(trainer: L.Trainer, text: Callable[[], str]) -> AbstractContextManager[None]:
-    """Return a context in which a progress bar of any kind also shows `compression: text()`."""
-    bar = trainer.progress_bar_callback
-    if bar is None:
-        return nullcontext()
-    get_metrics = bar.get_metrics
-    return overridden(bar, get_metrics=lambda *args, **kwargs: {**get_metrics(*args, **kwargs), "compression": text()})
-
-
 def _log_truncation(trainer: L.Trainer, report: Report) -> None:
     if report.kept_back is not None:
         log(trainer, loss_kept_back_dense=report.kept_back["dense"], loss_kept_back=report.kept_back["final"])
-    ranks = {n: min(layer.shape) if layer.rank is None else layer.rank for n, layer in report.layers.items()}
     log(
         trainer,
         first_order_sum=report.first_order_sum,
         kept_parameters=report.parameters_after,
         pruned=report.reached,
-        loss_before_truncation=report.losses[-1],
-        **{f"rank/{name}": rank for name, rank in ranks.items()},
+        loss_before=report.losses[-1],
     )
+    _log_ranks(trainer, [layer.rank for layer in report.layers.values() if layer.rank is not None])
+
+
+def _log_ranks(trainer: L.Trainer, ranks: Sequence[int]) -> None:
+    """Log the number of low-rank layers and a summary of their ranks, with a histogram where a logger takes one."""
+    log(trainer, low_rank_layers=len(ranks))
+    if not ranks:
+        return
+    log(trainer, rank_lowest=min(ranks), rank_median=median(ranks), rank_highest=max(ranks))
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            if callable(add_histogram := getattr(getattr(logger, "experiment", None), "add_histogram", None)):
+                add_histogram(f"{PREFIX}ranks", torch.tensor(ranks), trainer.global_step)

@@ -1,0 +1,23 @@
+"""What a wheel and a source distribution contain, as far as the settings of the build say."""
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+
+
+def test_every_config_and_recipe_is_in_the_wheel():
+    places = SETTINGS["data-files"]
+    installed = {file for patterns in places.values() for pattern in patterns for file in ROOT.glob(pattern)}
+    assert installed == {*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "recipes").glob("*.py")}
+    for place, patterns in places.items():
+        for pattern in patterns:
+            assert Path(place).relative_to("share/zssvd-lightning") == Path(pattern).parent
+
+
+def test_every_file_of_the_package_that_is_no_code_is_in_the_wheel():
+    package = ROOT / "zssvd_lightning"
+    told = {file for pattern in SETTINGS["package-data"]["zssvd_lightning"] for file in package.glob(pattern)}
+    files = {file for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+    assert {file for file in told if file.suffix != ".py"} == {file for file in files if file.suffix != ".py"}
