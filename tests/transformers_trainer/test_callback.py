@@ -168,6 +168,13 @@ def test_passes_over_the_data_are_alike_and_change_neither_it_nor_random_numbers
     assert rows == {tuple(row.tolist()) for row in Tokens().ids}
 
 
+def test_few_batches_are_all_used(tmp_path):
+    settings = {name: value for name, value in SETTINGS.items() if name != "calibration_batches"}
+    callback = ZSSVDTrainerCallback(corrections=0, progress=False, **settings)
+    trained(tmp_path, tiny_llama(), [callback], Tokens(rows=8), max_steps=1)
+    assert callback.report.reached >= 0.4
+
+
 def test_random_numbers_go_on_as_without_the_callback(tmp_path):
     drawn = []
 

@@ -155,7 +155,7 @@ def gather(
     if phase is Phase.CORRECT:
         limit = compression.config.correction_batches
         first = (calibration_batches or 0) + compression.rounds * limit
-        if length := _length(batches):
+        if length := length_of(batches):
             first %= length
     guard = compression.safeguard
     with compression.stopwatch(phase.value):
@@ -253,7 +253,7 @@ def _read(model: nn.Module, batches: Iterable[Any], reading: BatchReading) -> It
 
 def so_many(batches: Iterable[Any], calibration_batches: int | None) -> int | None:
     """Return `calibration_batches`. Raises CalibrationError if there are fewer batches or it is below 1."""
-    length = _length(batches)
+    length = length_of(batches)
     if calibration_batches is not None and not 1 <= calibration_batches <= (length or calibration_batches):
         raise CalibrationError(
             f"calibration_batches is {calibration_batches}, of {'as many as come' if length is None else length} "
@@ -269,7 +269,7 @@ def checked(batches: Iterable[Any], first: int, limit: int | None, step: str, *,
         CalibrationError: there are no batches, or fewer than expected.
     """
     turned = chain(islice(batches, first, None), islice(batches, first)) if first else batches
-    promised = _length(batches)
+    promised = length_of(batches)
     expected = promised if limit is None else limit if promised is None else min(limit, promised)
     seen = 0
     for batch in counted(islice(turned, limit), step, expected, "batch", shown=progress):
@@ -283,7 +283,8 @@ def checked(batches: Iterable[Any], first: int, limit: int | None, step: str, *,
         )
 
 
-def _length(batches: Iterable[Any]) -> int | None:
+def length_of(batches: Iterable[Any]) -> int | None:
+    """Return the number of batches, or None if it is not known."""
     try:
         return len(batches) if isinstance(batches, Sized) else None
     except TypeError:  # DataLoader.__len__ raises for an IterableDataset

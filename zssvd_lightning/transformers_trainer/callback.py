@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.contexts import same_random_numbers
+from zssvd_lightning.compression.gathering import length_of
 from zssvd_lightning.compression.pipeline import Asked, compress
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
@@ -30,6 +31,9 @@ from zssvd_lightning.transformers_trainer.batches import TrainingBatches
 from zssvd_lightning.transformers_trainer.groups import OpenGroups
 
 logger = logging.getLogger(__name__)
+
+BATCHES = 64
+"""Number of calibration batches, where none is given."""
 
 INSTEAD = "call compress(model, batches) before the Trainer is made, or on the trained model"
 
@@ -48,8 +52,8 @@ class ZSSVDTrainerCallback(TrainerCallback):
         config: settings of the compression; None to build them from `preset` and `settings`.
         preset: name of a preset; None for `best`.
         start_step: number of optimizer steps before the compression.
-        calibration_batches: number of batches, from the first, that calibration uses; None for all. Gradient steps use
-            the batches after these, and start again at the first batch after the last.
+        calibration_batches: number of batches, from the first, that calibration uses; None for 64, or all if there are
+            fewer. Gradient steps use the batches after these, and start again at the first batch after the last.
         batches: calibration batches, as a list or a DataLoader; None for those of the training data.
         progress: draw progress bars.
         settings: settings of `CompressionConfig`, such as `prune_ratio=0.3`, and `loss`, `mask` and `terms` of
@@ -74,7 +78,7 @@ class ZSSVDTrainerCallback(TrainerCallback):
         *,
         preset: str | None = None,
         start_step: int = 0,
-        calibration_batches: int | None = 64,
+        calibration_batches: int | None = None,
         batches: Iterable[Any] | None = None,
         progress: bool = True,
         **settings: Unpack[Asked],
@@ -83,7 +87,7 @@ class ZSSVDTrainerCallback(TrainerCallback):
         of_type(int | None, calibration_batches, "calibration_batches")
         require(start_step >= 0, "start_step", start_step, "0 or more")
         if calibration_batches is not None:
-            require(calibration_batches > 0, "calibration_batches", calibration_batches, "1 or more, or None for all")
+            require(calibration_batches > 0, "calibration_batches", calibration_batches, "1 or more")
         asked: dict[str, Any] = dict(settings)
         self._reading = {name: asked.pop(name) for name in ("loss", "mask", "terms") if name in asked}
         self.config = CompressionConfig.asked(config, preset, cast("Settings", asked))
@@ -162,12 +166,15 @@ class ZSSVDTrainerCallback(TrainerCallback):
     ) -> None:
         groups = OpenGroups(optimizer, model)
         batches = self._calibration(train_dataloader)
+        count = self.calibration_batches
+        if count is None:
+            count = min(BATCHES, length_of(batches) or BATCHES)
         with same_random_numbers():
             self.report = compress(
                 model,
                 batches,
                 self.config,
-                calibration_batches=self.calibration_batches,
+                calibration_batches=count,
                 progress=self.progress,
                 **self._reading,
             )
