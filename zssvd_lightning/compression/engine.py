@@ -104,7 +104,7 @@ class Compression:
             self.targets,
             output_side=config.watches_outputs,
             keep=config.corrections > 0 and not config.fresh_moments,
-            sums=self.store.tensors,
+            sums=dict if config.by_blocks else self.store.tensors,  # a sweep makes its own
         )
         self.gathering.finds_widths = config.form.has_pivots
         self.originals = Originals(self.targets, self.store.tensors())
