@@ -110,7 +110,7 @@ class ScratchFile:
         with self._lock:
             start = over.start if over is not None and over.nbytes == place.nbytes else self._end
             if content.numel():
-                self._write(start, memoryview(content.view(torch.uint8).numpy()))
+                self._write(start, content.view(torch.uint8).numpy().data)
             grain = mmap.ALLOCATIONGRANULARITY
             self._end = max(self._end, start + -(-place.nbytes // grain) * grain)
         return place._replace(start=start)

@@ -63,7 +63,8 @@ def collect_at_once(target: Target, moments: Moments, weight: Callable[[], float
         if (number := weight()) is not None:
             collect_gradient(target, moments, number)
 
-    return target.module.weight.register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
+    hook: RemovableHandle = target.module.weight.register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
+    return hook
 
 
 def mean_loss(entries: Sequence[tuple[float, float]]) -> tuple[float, float]:
