@@ -11,10 +11,11 @@ from support.models import FAMILIES, CausalLM, assert_same_state, loader, state_
 from torch import nn
 
 from zssvd_lightning import Phase, ZSSVDCallback, compress
-from zssvd_lightning._offload import OFFLOADS, Offloading, ScratchFile
 from zssvd_lightning.compression.pipeline import calibrate
 from zssvd_lightning.errors import ConfigError, ContradictionError, OutputError
 from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.offload.media import ScratchFile
+from zssvd_lightning.offload.stores import OFFLOADS, Offloading
 from zssvd_lightning.whitening.moments import Moments
 
 METHODS = {

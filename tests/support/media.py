@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zssvd_lightning._offload import HostMemory
+from zssvd_lightning.offload.media import HostMemory
 
 
 class OfAnAccelerator(HostMemory):

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from zssvd_lightning._numerics import exact_products
-from zssvd_lightning._offload import OFFLOADS, Store
 from zssvd_lightning._resources import Stopwatch
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.reach import Unreached
@@ -34,6 +33,7 @@ from zssvd_lightning.model.readiness import refuse_unready
 from zssvd_lightning.model.recompression import StandIns
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.offload.stores import OFFLOADS, Store
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Selection
 from zssvd_lightning.selection.plan import Plan

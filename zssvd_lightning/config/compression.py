@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self, Unpack
 
-from zssvd_lightning._offload import OFFLOADS
 from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import require, require_count, require_one_of
 from zssvd_lightning.config.corrections import CORRECTIONS, Correction
@@ -12,6 +11,7 @@ from zssvd_lightning.config.presets import DEFAULT, PRESETS, explaining_default,
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.errors import BudgetError, ConfigError, ContradictionError
 from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, UNITS, Present, Storage
+from zssvd_lightning.offload.stores import OFFLOADS
 from zssvd_lightning.selection.budget import REFERENCES, Budget, Shape
 from zssvd_lightning.selection.rules import RULES, Rule
 from zssvd_lightning.selection.storages import STORAGES

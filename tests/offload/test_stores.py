@@ -9,9 +9,10 @@ import pytest
 import torch
 from support.media import OfAnAccelerator
 
-from zssvd_lightning._offload import OFFLOADS, Offloading, ScratchFile
 from zssvd_lightning.decomposition.factors import Factors
 from zssvd_lightning.errors import OutputError
+from zssvd_lightning.offload.media import ScratchFile
+from zssvd_lightning.offload.stores import OFFLOADS, Offloading
 from zssvd_lightning.whitening.spectrum import Spectrum
 
 STORES = {"cpu": OFFLOADS["cpu"](), "copies": Offloading(OfAnAccelerator), "disk": OFFLOADS["disk"]()}
