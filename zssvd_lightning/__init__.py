@@ -6,6 +6,7 @@ The packages, in the order in which data flows through them; imports run up this
     whitening       mathematics of one layer: second moments, metrics, spectrum and scores
     selection       which ranks: budget, rules, knapsack, plan
     model           find layers, replace them, adapters on them, copies of a model
+    offload         where tensors are held: in memory, in host memory, in scratch files
     serialization   what saved weights and configs say of compressed layers
     config          what can be asked for: settings, presets, reading YAML
     distributed     what processes say to each other: the only collectives

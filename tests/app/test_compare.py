@@ -593,6 +593,7 @@ def test_without_matplotlib_there_is_no_picture(run, tmp_path, monkeypatch, capl
         (["{}/zero-sum.yaml", "model.saved_dtype=bfloat16"], "model.saved_dtype has no effect"),
         (["{}/zero-sum.yaml", "compression.plan=plan.yaml"], "zero-sum.yaml: compression.plan"),
         (["{}/zero-sum.yaml", "compression.memory=blocks"], "compression.memory to 'whole'"),
+        (["{}/zero-sum.yaml", "compression.offload=disk"], "compression.offload to 'none'"),
         (["{}/zero-sum.yaml", "evaluation.text=null", "evaluation.second=null"], "nothing would be measured"),
     ],
 )

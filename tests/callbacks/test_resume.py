@@ -35,6 +35,7 @@ CASES = {
         ["calibrate", "correct"],
         (1, 2),
     ),
+    "offloads": ({"preset": "best", "offload": "disk"}, {}, ["calibrate", "correct"], (1, 2)),
     "extends": ({"extend_training": True}, {"accumulate_grad_batches": 2, "max_steps": 50}, None, (3, 4)),
 }
 

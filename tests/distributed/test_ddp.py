@@ -65,6 +65,15 @@ def test_corrections_go_by_gradients_at_outputs_and_inputs_of_all_processes(tmp_
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_things_in_scratch_files_make_no_difference(tmp_path, strategy):
+    described = [Run(strategy, compression={"offload": place}) for place in ("disk", "none")]
+    ranks, kept = (run(tmp_path, 2, each) for each in described)
+    assert_replicas_equal(ranks)
+    assert ranks[0]["ranks"] == kept[0]["ranks"]
+    assert all(torch.equal(kept[0]["weights"][name], weight) for name, weight in ranks[0]["weights"].items())
+
+
 def test_gradients_are_drawn_from_logits_on_every_process_beside_those_of_the_loss(tmp_path):
     described = Run(compression=NATURAL | {"output_side": "sampled"}, trainer=FLOAT64)
     ranks, usual = run(tmp_path, 2, described), alone(Run(compression=NATURAL, trainer=FLOAT64), 2)

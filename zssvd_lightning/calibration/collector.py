@@ -3,7 +3,7 @@
 Shapes: W and G are (m, n), the second moments A (n, n) and B (m, m).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from zssvd_lightning._numerics import accumulated
 from zssvd_lightning.calibration.free_widths import FreeWidths
-from zssvd_lightning.calibration.gradients import check_terms, checked_loss, collect_gradients
+from zssvd_lightning.calibration.gradients import check_terms, checked_loss, collect_gradients, mean_loss
 from zssvd_lightning.calibration.hooks import Observation, observing
 from zssvd_lightning.calibration.masks import TokenMask
-from zssvd_lightning.calibration.recorded_calls import Call
+from zssvd_lightning.calibration.recorded_calls import Call, own_calls
 from zssvd_lightning.distributed import LayerSet
-from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.whitening.kept_roots import KeptRoots
-from zssvd_lightning.whitening.moments import Moments, mean_of_all
+from zssvd_lightning.whitening.moments import Moments
 from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 from zssvd_lightning.whitening.spectrum import Spectrum
 
@@ -33,6 +32,7 @@ class StatisticsCollector:
         output_side: source of the output gradients, a key of `OUTPUT_GRADIENTS`; None to leave out their second
             moments.
         keep: True to reuse second moments in later steps that gather none.
+        sums: maker of the mappings that hold sums by layer.
 
     Attributes:
         model: the module that the batches run through.
@@ -47,8 +47,16 @@ class StatisticsCollector:
         logits_model: function that returns the part of the model that takes the batches and returns the logits.
     """
 
-    def __init__(self, model: nn.Module, layers: LayerSet, output_side: str | None = None, keep: bool = False) -> None:
-        self.moments = Moments()
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: LayerSet,
+        output_side: str | None = None,
+        keep: bool = False,
+        sums: Callable[[], MutableMapping[str, Tensor]] = dict,
+    ) -> None:
+        self._sums = sums
+        self.moments, self._window, self._counts_shared = self._no_moments(), self._no_moments(), False
         self.calls_to_record = 0
         self.calls: list[Call] = []
         self.spectra: Mapping[str, Spectrum] | None = None
@@ -61,7 +69,6 @@ class StatisticsCollector:
         self._keep = keep
         self._kept: Moments | None = None
         self.roots = KeptRoots(active=keep)
-        self._window, self._counts_shared = Moments(), False
         self._pending: list[tuple[float, float]] = []
         self._observation: Observation | None = None
 
@@ -77,6 +84,8 @@ class StatisticsCollector:
             self._team.inputs(into, self._targets) if inputs else nullcontext(into) as seen,
             observing(self.model, self._targets, seen, mask, inputs, outputs) as observation,
         ):
+            if self._team.whole_everywhere and not self.can_overflow:
+                observation.watch_gradients(self.moments, self._team.gradients_divided_by)
             observation.check_operands(self._batch + 1)
             if inputs and self.finds_widths:
                 observation.watch_widths(self.free_widths)
@@ -128,7 +137,7 @@ class StatisticsCollector:
     def discard_gradients(self) -> None:
         """Discard the recorded losses, the gradients on the targets and, with `can_overflow`, the matching inputs."""
         self._pending = []
-        self._window = Moments()
+        self._window = self._no_moments()
         for target in self._targets.values():
             target.module.weight.grad = None
 
@@ -136,7 +145,7 @@ class StatisticsCollector:
         """Reset the statistics for the next step. With `keep`, second moments are stored for reuse."""
         if self._keep and self.moments.input_sums:
             self._kept = self.moments.second_moments(counted=self._team.rank == 0)
-        self.moments, self.calls, self._counts_shared = Moments(), [], False
+        self.moments, self.calls, self._counts_shared = self._no_moments(), [], False
 
     def component_curvature(self, name: str) -> Tensor:
         """Return the curvature of the loss along each unit-size component (r,); after `complete`. Collective."""
@@ -146,7 +155,7 @@ class StatisticsCollector:
 
     def forget(self) -> None:
         """Discard all statistics, including reusable second moments."""
-        self._kept, self.moments, self.calls, self._counts_shared = None, Moments(), [], False
+        self._kept, self.moments, self.calls, self._counts_shared = None, self._no_moments(), [], False
         self.spectra, self.calls_to_record = None, 0
         self.roots.clear()
 
@@ -233,7 +242,7 @@ class StatisticsCollector:
             return {"moments": empty, "window": empty, "kept": kept, "pending": [], "gradients": {}, "calls": []}
         counts = self._team.gathered(self.moments.counts() | {"window": self._window.counts()})
         pending = self._team.gathered(self._pending)
-        losses = [mean_of_all(entries) for entries in zip(*pending, strict=True)]
+        losses = [mean_loss(entries) for entries in zip(*pending, strict=True)]
         weights = {name: target.gradient for name, target in self._targets.items()} if losses else {}
         open_gradients = {name: gradient for name, gradient in weights.items() if gradient is not None}
         has_open = set().union(*self._team.gathered(set(open_gradients)))
@@ -251,21 +260,11 @@ class StatisticsCollector:
         self.moments = self._own(state["moments"])
         self._window = self._own(state["window"])
         self._kept = None if state.get("kept") is None else self._own(state["kept"])
-        self.calls = self._own_calls(state["calls"])
+        self.calls = own_calls(state["calls"], self._team, self._device)
         self._pending = [(loss, terms) if self._team.rank == 0 else (0.0, 0.0) for loss, terms in state["pending"]]
         for name, gradient in state["gradients"].items():
             if (part := self._team.share_of_sum(gradient, self._targets[name].split)) is not None:
                 self._targets[name].leave_gradient(part)
-
-    def _own_calls(self, saved: Sequence[Sequence[Any]]) -> list[Call]:
-        """Return this process's share of the saved calls. Raises CheckpointError if there are too few for all."""
-        own = [Call(*call) for call in saved[self._team.rank :: self._team.size]]
-        if saved and not own:
-            raise CheckpointError(
-                f"the checkpoint was taken with {len(saved)} batches noted for a refit, which are too few for "
-                f"{self._team.size} processes; go on with fewer"
-            )
-        return [call.to(self._device) for call in own]
 
     @property
     def _device(self) -> torch.device:
@@ -274,6 +273,9 @@ class StatisticsCollector:
     def generator(self) -> torch.Generator:
         """Return a generator seeded by batch and process; draws are the same after a restart and on every device."""
         return torch.Generator().manual_seed(self._batch * self._team.size + self._team.rank)
+
+    def _no_moments(self) -> Moments:
+        return Moments(input_sums=self._sums(), gradient_sums=self._sums(), output_sums=self._sums())
 
     @property
     def _batch(self) -> int:
@@ -331,8 +333,8 @@ class StatisticsCollector:
 
     def _own(self, state: Mapping[str, Any]) -> Moments:
         """Return this process's part of saved statistics. Only the first process gets the counts."""
-        empty: dict[str, Any] = {"input_sums": {}, "gradient_sums": {}, "output_sums": {}, "component_sums": {}}
-        moments = Moments(**{**state, **empty})
+        empty = {kind: self._sums() for kind in ("input_sums", "gradient_sums", "output_sums")}
+        moments = Moments(**{**state, **empty, "component_sums": {}})
         if self._team.rank != 0:
             moments.tokens = dict.fromkeys(state["tokens"], 0)
             moments.loss_sum = moments.loss_terms = moments.output_terms = 0.0

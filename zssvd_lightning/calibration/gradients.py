@@ -1,10 +1,11 @@
 """Checks of the calibration loss, and collection of the gradients of a calibration batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from zssvd_lightning.errors import CalibrationError, NonFiniteError, ZeroGradientError
 from zssvd_lightning.model.targets import Target
@@ -38,10 +39,38 @@ def checked_loss(loss: Any) -> Tensor:
 
 def collect_gradients(targets: Mapping[str, Target], moments: Moments, weight: float) -> None:
     """Add `weight` times the gradients on the targets to `moments`, and clear the gradients."""
-    for name, target in targets.items():
-        if (gradient := target.gradient) is not None:
-            moments.add_gradient(name, gradient, weight)
-        target.module.weight.grad = None
+    for target in targets.values():
+        collect_gradient(target, moments, weight)
+
+
+def collect_gradient(target: Target, moments: Moments, weight: float) -> None:
+    """Add `weight` times the gradient on a target to `moments`, and clear the gradient."""
+    if (gradient := target.gradient) is not None:
+        moments.add_gradient(target.name, gradient, weight)
+    target.module.weight.grad = None
+
+
+def collect_at_once(target: Target, moments: Moments, weight: Callable[[], float | None]) -> RemovableHandle:
+    """Collect the gradient on a target as soon as a backward pass has added to it, until the hook is removed.
+
+    Args:
+        target: layer whose weight requires a gradient.
+        moments: receives the gradient.
+        weight: function that returns the weight of the gradient, or None to leave it where it is.
+    """
+
+    def collect(_: Tensor) -> None:
+        if (number := weight()) is not None:
+            collect_gradient(target, moments, number)
+
+    hook: RemovableHandle = target.module.weight.register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
+    return hook
+
+
+def mean_loss(entries: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the mean loss and the number of terms over batches that several processes saw at the same time."""
+    terms = sum(entry[1] for entry in entries)
+    return sum(loss * weight for loss, weight in entries) / terms, terms
 
 
 def refuse_no_gradient(moments: Moments) -> None:

@@ -15,7 +15,7 @@ from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.calibration.batches import input_of, rows_that_count
 from zssvd_lightning.calibration.contexts import gradients_from_embeddings_on, gradients_only_at
 from zssvd_lightning.calibration.free_widths import FreeWidths, hooked_modules
-from zssvd_lightning.calibration.gradients import refuse_no_gradient, send_back_drawn
+from zssvd_lightning.calibration.gradients import collect_at_once, refuse_no_gradient, send_back_drawn
 from zssvd_lightning.calibration.masks import Masks, TokenMask
 from zssvd_lightning.calibration.operands import CheckedOperands
 from zssvd_lightning.calibration.recorded_calls import Call
@@ -97,6 +97,15 @@ class Observation:
             handle = target.module.register_forward_hook(self._output_hook(name, into), with_kwargs=True)
             self._output_hooks.callback(handle.remove)
 
+    def watch_gradients(self, into: Moments, divided_by: float) -> None:
+        """Add the gradient of each weight, times `gradient_weight * divided_by`, and clear it, until `close`."""
+
+        def weight() -> float | None:
+            return self.gradient_weight * divided_by if self._loss_known else None
+
+        for target in self._targets.values():
+            self._output_hooks.callback(collect_at_once(target, into, weight).remove)
+
     def watch_components(self, spectra: Mapping[str, Spectrum], into: Moments) -> None:
         """Add the squared derivative of the loss with respect to each component at each token, until `close`.
 
@@ -105,9 +114,7 @@ class Observation:
             into: receives the sums over tokens.
         """
         for name, target in self._targets.items():
-            handle = target.module.register_forward_hook(
-                self._component_hook(name, spectra[name], into), with_kwargs=True
-            )
+            handle = target.module.register_forward_hook(self._component_hook(name, spectra, into), with_kwargs=True)
             self._output_hooks.callback(handle.remove)
 
     def note_calls(self, model: nn.Module, calls: list[Call], mask: TokenMask) -> None:
@@ -226,7 +233,7 @@ class Observation:
 
         return watch
 
-    def _component_hook(self, name: str, spectrum: Spectrum, into: Moments) -> Any:
+    def _component_hook(self, name: str, spectra: Mapping[str, Spectrum], into: Moments) -> Any:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             X = input_of(args, kwargs).detach()
             mask = self.masks.of(name, X)
@@ -234,6 +241,7 @@ class Observation:
             def see(gradient: Tensor) -> None:
                 if not self._loss_known:
                     return
+                spectrum = spectra[name]  # only now, because it may be read from a disk
                 with torch.autocast(gradient.device.type, enabled=False), exact_products():
                     D, there = (rows_that_count(rows, mask).to(spectrum.left) for rows in (gradient, X))
                     into.add_components(name, spectrum.squared_derivatives(there, D * self.gradient_weight))

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from zssvd_lightning.calibration.batches import IGNORED_LABEL
-from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.distributed import Team
+from zssvd_lightning.errors import CalibrationError, CheckpointError
 
 PLAIN = (Tensor, bool, int, float, str, type(None))
 
@@ -105,6 +106,17 @@ def together(calls: Sequence[Call]) -> Call:
         joined("mask", [call.mask for call in calls]),
         first.asked,
     )
+
+
+def own_calls(saved: Sequence[Sequence[Any]], team: Team, device: torch.device) -> list[Call]:
+    """Return this process's share of the saved calls. Raises CheckpointError if there are too few for all."""
+    own = [Call(*call) for call in saved[team.rank :: team.size]]
+    if saved and not own:
+        raise CheckpointError(
+            f"the checkpoint was taken with {len(saved)} batches noted for a refit, which are too few for "
+            f"{team.size} processes; go on with fewer"
+        )
+    return [call.to(device) for call in own]
 
 
 def _kept(value: Any) -> Any:

@@ -32,11 +32,12 @@ from zssvd_lightning.model.readiness import refuse_unready
 from zssvd_lightning.model.recompression import StandIns
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.offload.stores import OFFLOADS, Store
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Selection
 from zssvd_lightning.selection.plan import Plan
 from zssvd_lightning.serialization.transformers_config import mark
-from zssvd_lightning.sweep.scratch import InMemory, InScratchFiles
+from zssvd_lightning.sweep.scratch import InScratchFiles
 from zssvd_lightning.whitening.rounding import Importance
 from zssvd_lightning.whitening.spectrum import Spectrum, Step
 
@@ -56,7 +57,7 @@ class Compression:
 
     Attributes:
         gathering: collector of the statistics for the next step.
-        store: maker of the mappings that hold weights, factors and spectra, in memory or in scratch files.
+        store: maker of the mappings that hold statistics, weights, factors and spectra, where the settings ask.
         originals: weights (m, n) before the first truncation, or this process's part of them.
         safeguard: comparison of states on batches kept back; None to keep the last state.
         trace: record for the report.
@@ -96,23 +97,23 @@ class Compression:
         self.present = {} if stand_ins is None else stand_ins.present
         self.coverage, self.budget = self._covered()
         self.followed_plan = None if config.plan is None else Plan.read(config.plan, self.budget)
+        self.store: Store | InScratchFiles = InScratchFiles() if config.by_blocks else OFFLOADS[config.offload]()
         self.gathering = StatisticsCollector(
             model,
             self.targets,
             output_side=config.watches_outputs,
             keep=config.corrections > 0 and not config.fresh_moments,
+            sums=dict if config.by_blocks else self.store.tensors,  # a sweep makes its own
         )
         self.gathering.finds_widths = config.form.has_pivots
-        self.store = InScratchFiles() if config.by_blocks else InMemory()
+        self.gathering.roots.active &= config.offload == "none"  # roots would lie in memory
         self.originals = Originals(self.targets, self.store.tensors())
-        self.stopwatch = Stopwatch()
+        self.stopwatch, self.trace = Stopwatch(), Trace()
         self.progress = progress and self.team.rank == 0
-        self.losses: list[float] = []
-        self.fractions: list[float] = []
+        self.losses, self.fractions = list[float](), list[float]()
         self.last_step: tuple[float, float] | None = None
         self.first_steps: dict[str, Step] | None = None
         self.truncations, self.truncation_loss = 0, 0.0
-        self.trace = Trace()
         self.decomposition: Decomposition | None = None
         self.selection: Selection | None = None
         self.truncated = self._no_factors()
@@ -172,8 +173,8 @@ class Compression:
         Raises:
             CalibrationError: see `truncate`.
         """
-        found = self._decomposed()
-        self.decomposition = found if self.config.by_blocks else found.everywhere(self.targets)
+        found, spectra = self._decomposed(), self.store.tuples(Spectrum)
+        self.decomposition = found if self.config.by_blocks else found.everywhere(self.targets, spectra)
         self.gathering.spectra = self.decomposition.spectra
 
     @torch.no_grad()

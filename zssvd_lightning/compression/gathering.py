@@ -192,8 +192,9 @@ def memory_of_statistics(compression: Compression) -> str:
             parts=run.team.size if isinstance(run.team, Shards) else 1,
             sets=2 if run.gathering.can_overflow else 1,
         )
-    if run.config.by_blocks:
-        return f"statistics take up to {sum(of.values()) / 2**30:.3g} GiB of scratch files"
+    if run.config.by_blocks or run.config.offload != "none":
+        place = "host memory" if run.config.offload == "cpu" else "scratch files"
+        return f"statistics take up to {sum(of.values()) / 2**30:.3g} GiB of {place}"
     return "statistics take up to " + " and ".join(f"{size / 2**30:.3g} GiB on {place}" for place, size in of.items())
 
 

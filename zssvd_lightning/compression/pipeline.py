@@ -143,6 +143,11 @@ def calibrate(
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
     _refuse_blocks(config)
+    if config.offload != "none":
+        raise ContradictionError(
+            f"the result of calibrate is in memory, so offload cannot be {config.offload!r}; leave it out, or leave "
+            "calibrate out and call compress"
+        )
     with _gradients_set_aside(model), _low_rank_made_dense(model, config):
         layers = LayerSet(find_targets(model, config.include, config.ignore))
         statistics = StatisticsCollector(model, layers, config.watches_outputs)

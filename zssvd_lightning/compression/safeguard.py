@@ -278,7 +278,9 @@ class Safeguard:
                 "the checkpoint has none: they are too large, of an unusual type, or too few for all processes"
             )
         elif state["factors"] is not None:
-            factors = TruncatedWeights(compression.targets, compression.config.storage)
+            factors = TruncatedWeights(
+                compression.targets, compression.config.storage, compression.store.tuples(Factors)
+            )
             factors.load_state_dict(state["factors"])
             found = state["importances"]
             best = State(

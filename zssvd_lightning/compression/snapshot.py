@@ -16,7 +16,7 @@ from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.selection.budget import Shape
 from zssvd_lightning.selection.components import Selection
 from zssvd_lightning.whitening.rounding import Importance
-from zssvd_lightning.whitening.spectrum import Step
+from zssvd_lightning.whitening.spectrum import Spectrum, Step
 
 
 def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
     refuse_other(state, run.config, run.shapes)
     run.leave_dense(state.get("left_dense", {}))
     if state["found"] is not None:
-        run.decomposition = Decomposition.of_state(state["found"], run.targets)
+        run.decomposition = Decomposition.of_state(state["found"], run.targets, run.store.tuples(Spectrum))
         run.gathering.spectra = run.decomposition.spectra
     run.gathering.load_state_dict(state["gathering"])
     run.gathering.free_widths.load_state_dict(state.get("widths", []))
@@ -122,10 +122,12 @@ def put_back(compression: Compression, state: Mapping[str, Any]) -> None:
 def refuse_other(
     state: Mapping[str, Any], config: CompressionConfig, shapes: Mapping[str, Shape] | None = None
 ) -> None:
-    """Raise CheckpointError if a saved compression had other settings or other layers."""
+    """Raise CheckpointError if a saved compression had other settings or other layers; `offload` may differ."""
     mine = asdict(config)
     saved = settings_of_saved(state["config"])
-    differing = [f"{key} was {saved[key]!r} and is {mine[key]!r}" for key in mine if saved[key] != mine[key]]
+    differing = [
+        f"{key} was {saved[key]!r} and is {mine[key]!r}" for key in mine if saved[key] != mine[key] and key != "offload"
+    ]
     if differing:
         raise CheckpointError(
             f"the checkpoint was taken in the middle of a compression with other settings ({'; '.join(differing)}); "

@@ -11,6 +11,7 @@ from zssvd_lightning.config.presets import DEFAULT, PRESETS, TRAINED, explaining
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.errors import BudgetError, ConfigError, ContradictionError
 from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, UNITS, Present, Storage
+from zssvd_lightning.offload.stores import OFFLOADS
 from zssvd_lightning.selection.budget import REFERENCES, Budget, Shape
 from zssvd_lightning.selection.rules import RULES, Rule
 from zssvd_lightning.selection.storages import STORAGES
@@ -121,6 +122,11 @@ class CompressionConfig:
     """Statistics held in memory: those of the `whole` model, or of one of its `blocks` at a time. `blocks` gives the
     same result with little more memory than the model takes. It runs the blocks once more per batch, and keeps the rest
     in scratch files in the folder for temporary files (`TMPDIR`). Not within a Trainer, and not for a `refit`."""
+    offload: str = "none"
+    """Place of the statistics, original weights, factors and spectra: beside the model (`none`; spectra are in host
+    memory), in host memory (`cpu`, for models on a GPU), or in scratch files in the folder for temporary files (`disk`,
+    `TMPDIR`), from where one layer at a time is read. The result is the same. Each calibration batch reads and writes
+    all statistics once."""
 
     def __post_init__(self) -> None:
         require_one_of("metric", self.metric, METRICS)
@@ -133,6 +139,7 @@ class CompressionConfig:
         require_one_of("storage", self.storage, STORAGES)
         require_one_of("rows_in_16_bits", self.rows_in_16_bits, ROWS_IN_16_BITS)
         require_one_of("memory", self.memory, MEMORY)
+        require_one_of("offload", self.offload, OFFLOADS)
         check_types(self)
         require(0.0 < self.prune_ratio < 1.0, "prune_ratio", self.prune_ratio, "strictly between 0 and 1")
         require_count("corrections", self.corrections, 0, MOST_ROUNDS)
@@ -164,11 +171,8 @@ class CompressionConfig:
             raise ContradictionError(
                 f"a refit keeps the ranks of the first truncation, but truncations is {self.truncations}; set it to 1"
             )
-        if self.by_blocks and self.corrections and self.refits:
-            raise ContradictionError(
-                f"correction_step {self.correction_step!r} runs the whole model on all batches at once, so memory "
-                "cannot be 'blocks'; set memory to 'whole', or corrections to 0"
-            )
+        if self.by_blocks:
+            self._refuse_not_by_blocks()
         if self.budget_in == "bytes" and self.weighs_rows:
             raise ContradictionError(
                 "rows_in_16_bits 'loss_aware' also stores the order of the rows, which a budget in bytes does not "
@@ -185,6 +189,18 @@ class CompressionConfig:
                 f"{_either(STORAGES.those(lambda form: form.weighs_rows))} and metric "
                 f"{_either(METRICS.those(lambda metric: metric.weighs_rows))}, but storage is {self.storage!r} and "
                 f"metric is {self.metric!r}"
+            )
+
+    def _refuse_not_by_blocks(self) -> None:
+        if self.corrections and self.refits:
+            raise ContradictionError(
+                f"correction_step {self.correction_step!r} runs the whole model on all batches at once, so memory "
+                "cannot be 'blocks'; set memory to 'whole', or corrections to 0"
+            )
+        if self.offload != "none":
+            raise ContradictionError(
+                f"memory 'blocks' keeps all in scratch files already, so offload cannot be {self.offload!r}; leave one "
+                "of them out"
             )
 
     @classmethod

@@ -31,6 +31,8 @@ class CompressionSettings(TypedDict):
         ignore: name patterns of layers to leave alone.
         plan: YAML file with the rank of every layer, which replaces `prune_ratio` and `selection`.
         memory: statistics in memory: of the `whole` model, or (not in a fit) of one of its `blocks` at a time.
+        offload: what a compression holds beside the model: where the model is (`none`), in host memory (`cpu`), or in
+            scratch files (`disk`).
     """
 
     metric: NotRequired[str | None]
@@ -55,6 +57,7 @@ class CompressionSettings(TypedDict):
     ignore: NotRequired[list[str] | str | None]
     plan: NotRequired[str | Path | None]
     memory: NotRequired[str | None]
+    offload: NotRequired[str | None]
 
 
 class Settings(CompressionSettings):

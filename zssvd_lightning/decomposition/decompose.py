@@ -38,9 +38,14 @@ class Decomposition:
     importances: Mapping[str, Importance]
     """Name -> importance of outputs and inputs; empty unless it was requested."""
 
-    def everywhere(self, layers: LayerSet) -> "Decomposition":
-        """Return a copy with the spectra of all layers on every process, on the layers' devices. Collective."""
-        spectra, team = {}, layers.team
+    def everywhere(self, layers: LayerSet, spectra: MutableMapping[str, Spectrum] | None = None) -> "Decomposition":
+        """Return a copy with the spectra of all layers on every process, on the layers' devices. Collective.
+
+        Args:
+            layers: the layers and the processes that hold them.
+            spectra: empty mapping that stores the spectra; None for a dictionary.
+        """
+        spectra, team = {} if spectra is None else spectra, layers.team
         for name, target in layers.items():
             own, owner, sigma = self.spectra.get(name), self.owners[name], self.components[name].sigma
             like = target.weight.new_empty(0, dtype=sigma.dtype)
@@ -62,13 +67,21 @@ class Decomposition:
         return to_save
 
     @classmethod
-    def of_state(cls, state: Mapping[str, Any], targets: Mapping[str, Target]) -> "Decomposition":
-        """Return the decomposition in a `state_dict`, with the spectra of all layers on every process."""
+    def of_state(
+        cls,
+        state: Mapping[str, Any],
+        targets: Mapping[str, Target],
+        spectra: MutableMapping[str, Spectrum] | None = None,
+    ) -> "Decomposition":
+        """Return the decomposition in a `state_dict`, with the spectra of all layers on every process.
+
+        Arguments: see `everywhere`.
+        """
+        spectra = {} if spectra is None else spectra
         components = {name: Components(**saved["components"]) for name, saved in state.items()}
-        spectra = {
-            name: Spectrum(saved["left"], components[name].sigma, saved["right"]).to(targets[name].weight.device)
-            for name, saved in state.items()
-        }
+        for name, saved in state.items():
+            whole = Spectrum(saved["left"], components[name].sigma, saved["right"])
+            spectra[name] = whole.to(targets[name].weight.device)
         return cls(dict.fromkeys(spectra, 0), spectra, components, {})
 
 

@@ -73,7 +73,9 @@ class Moments:
             n = X.shape[1]
             self.input_sums[leader] = torch.zeros(n, n, dtype=accumulated(X.dtype), device=X.device)
             self.tokens[leader] = 0
-        add_square(self.input_sums[leader], X.detach())
+        total = self.input_sums[leader]
+        add_square(total, X.detach())
+        self.input_sums[leader] = total  # mappings elsewhere than in memory return copies
         self.tokens[leader] += X.shape[0]
 
     @torch.no_grad()
@@ -82,7 +84,9 @@ class Moments:
         if name not in self.output_sums:
             m = D.shape[1]
             self.output_sums[name] = torch.zeros(m, m, dtype=accumulated(D.dtype), device=D.device)
-        add_square(self.output_sums[name], D.detach(), weight**2)
+        total = self.output_sums[name]
+        add_square(total, D.detach(), weight**2)
+        self.output_sums[name] = total
 
     @torch.no_grad()
     def add_components(self, name: str, squares: Tensor) -> None:
@@ -94,7 +98,7 @@ class Moments:
         """Add `weight` times the gradient (m, n) of a mean over `weight` loss terms."""
         if name not in self.gradient_sums:
             self.gradient_sums[name] = torch.zeros_like(gradient, dtype=accumulated(gradient.dtype))
-        self.gradient_sums[name].add_(gradient, alpha=weight)
+        self.gradient_sums[name] = self.gradient_sums[name].add_(gradient, alpha=weight)
 
     def add_loss(self, mean_loss: float, terms: float) -> None:
         """Add the loss of a batch, a mean over `terms` terms."""
@@ -117,7 +121,9 @@ class Moments:
         for name, squares in window.component_sums.items():
             self.add_components(name, squares)
         self.output_terms += window.output_terms
-        window.input_sums, window.tokens, window.output_sums, window.component_sums = {}, {}, {}, {}
+        for sums_of_window in (window.input_sums, window.output_sums, window.component_sums):
+            sums_of_window.clear()
+        window.tokens = {}
 
     def leave_out(self, names: Collection[str]) -> None:
         """Drop the statistics of layers; call it after `take_counts`.
@@ -289,12 +295,6 @@ def statistics_bytes(
     m, n = shape
     numbers = (sets * n * n + m * n) / parts + (sets * m * m if outputs else 0)
     return math.ceil(numbers) * accumulated(dtype).itemsize
-
-
-def mean_of_all(entries: tuple[tuple[float, float], ...]) -> tuple[float, float]:
-    """Return the mean loss and the number of terms over batches that several processes saw at the same time."""
-    terms = sum(entry[1] for entry in entries)
-    return sum(loss * weight for loss, weight in entries) / terms, terms
 
 
 def _is_finite_square(A: Tensor) -> bool:

@@ -225,6 +225,8 @@ def _run(source: Source, overrides: Sequence[str], config: CompareConfig) -> Run
         raise ConfigError(f"{path}: compression.plan leaves no choice of a prune ratio; set it to null")
     if run.compression.by_blocks:
         raise ConfigError(f"{path}: cells share statistics in memory; set compression.memory to 'whole'")
+    if run.compression.offload != "none":
+        raise ConfigError(f"{path}: cells share statistics in memory; set compression.offload to 'none'")
     if run.evaluation.text is None and run.evaluation.second is None and not config.tasks:
         raise ConfigError(f"{path}: nothing would be measured; give evaluation.text=SOURCE, or tasks as tasks=[piqa]")
     return run

@@ -1,0 +1,127 @@
+"""Media that hold tensors: host memory and scratch files."""
+
+import mmap
+import shutil
+import tempfile
+import weakref
+from threading import Lock
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from zssvd_lightning.errors import OutputError
+
+Held = TypeVar("Held")
+
+
+class Medium(Protocol[Held]):
+    """Medium that holds tensors."""
+
+    def put(self, tensor: Tensor, over: Held | None) -> Held:
+        """Hold a tensor, in place of `over` if that is given and has the same size."""
+
+    def get(self, held: Held) -> Tensor:
+        """Return a held tensor on its device. Changes to it are not kept, unless it is `put` again."""
+
+
+class OnHost(NamedTuple):
+    """Tensor in host memory."""
+
+    tensor: Tensor
+    device: torch.device
+    """Device to which it is returned."""
+
+
+class HostMemory:
+    """Medium for tensors of accelerators, which are copied to the host. Tensors of the CPU stay what they are."""
+
+    def put(self, tensor: Tensor, over: OnHost | None) -> OnHost:
+        """Hold a tensor; see `Medium`."""
+        tensor = tensor.detach()
+        if not self._moves(tensor):
+            return OnHost(tensor, tensor.device)
+        if over is not None and over.tensor.shape == tensor.shape and over.tensor.dtype == tensor.dtype:
+            return OnHost(over.tensor.copy_(tensor), tensor.device)
+        return OnHost(tensor.to("cpu", copy=True), tensor.device)
+
+    def get(self, held: OnHost) -> Tensor:
+        """Return a held tensor; see `Medium`."""
+        return held.tensor.to(held.device)
+
+    def _moves(self, tensor: Tensor) -> bool:
+        return tensor.device.type != "cpu"
+
+
+class InFile(NamedTuple):
+    """Place of a tensor in a scratch file, with all that is needed to read it."""
+
+    start: int
+    """Offset of the first byte, a multiple of `mmap.ALLOCATIONGRANULARITY`."""
+    shape: torch.Size
+    transposed: bool
+    """True for a matrix that is stored, and lies in memory, column by column."""
+    dtype: torch.dtype
+    device: torch.device
+    """Device to which it is returned."""
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class ScratchFile:
+    """Medium in a file, which is removed when it is no longer used.
+
+    The file is in the folder for temporary files (`TMPDIR`). It has no name where the system allows it (POSIX), so that
+    even a killed process leaves none behind. Tensors are read through a private memory map: only what is looked at is
+    read, and only what is changed takes memory. They are written by system calls, so that a full disk is an error.
+    """
+
+    def __init__(self) -> None:
+        self._file: Any = None
+        self._end = 0
+        self._lock = Lock()  # hooks of several devices run in several threads
+
+    def put(self, tensor: Tensor, over: InFile | None) -> InFile:
+        """Hold a tensor; see `Medium`. Raises OutputError if it cannot be written, as on a full disk."""
+        tensor = tensor.detach()
+        transposed = tensor.dim() == 2 and not tensor.is_contiguous() and tensor.T.is_contiguous()
+        stored = tensor.T if transposed else tensor
+        place = InFile(0, stored.shape, transposed, stored.dtype, stored.device)
+        content = stored.cpu().contiguous().reshape(-1)
+        with self._lock:
+            start = over.start if over is not None and over.nbytes == place.nbytes else self._end
+            if content.numel():
+                self._write(start, content.view(torch.uint8).numpy().data)
+            grain = mmap.ALLOCATIONGRANULARITY
+            self._end = max(self._end, start + -(-place.nbytes // grain) * grain)
+        return place._replace(start=start)
+
+    def get(self, held: InFile) -> Tensor:
+        """Return a held tensor; see `Medium`."""
+        if held.nbytes:
+            mapped = mmap.mmap(self._file.fileno(), held.nbytes, access=mmap.ACCESS_COPY, offset=held.start)
+            content = torch.frombuffer(mapped, dtype=held.dtype)
+        else:
+            content = torch.empty(0, dtype=held.dtype)
+        stored = content.reshape(held.shape).to(held.device)
+        return stored.T if held.transposed else stored
+
+    def _write(self, start: int, content: memoryview) -> None:
+        size = len(content)
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="zssvd-", buffering=0)  # noqa: SIM115  closed by the finalizer
+                weakref.finalize(self, self._file.close)
+            self._file.seek(start)
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise OutputError(
+                f"offload 'disk' cannot write {size / 1e9:.2f} GB more to a scratch file in {folder}: {error} "
+                f"({shutil.disk_usage(folder).free / 1e9:.2f} GB free); set the environment variable TMPDIR to a "
+                "folder on a disk with more space"
+            ) from error
