@@ -23,6 +23,7 @@ from zssvd_lightning.calibration.masks import mask_of
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.safeguard import Safeguard
+from zssvd_lightning.decomposition.in_parts import DecompositionInParts
 from zssvd_lightning.distributed import Shards
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.serialization.kept_batches import KEPT_BACK, number_to_keep_back
@@ -30,6 +31,7 @@ from zssvd_lightning.sweep.records import Batch
 from zssvd_lightning.sweep.scratch import InScratchFiles
 from zssvd_lightning.sweep.sweep import sweep
 from zssvd_lightning.whitening.moments import statistics_bytes
+from zssvd_lightning.whitening.spectrum import Spectrum
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -141,12 +143,14 @@ def gather(
     phase: Phase,
     calibration_batches: int | None = None,
     reading: BatchReading | None = None,
+    *,
+    decomposes: bool = False,
 ) -> None:
     """Gather the statistics of one step, with one forward and one backward pass over each batch.
 
     CALIBRATE gathers second moments and gradients over the first `calibration_batches` batches. CORRECT gathers
     gradients over `correction_batches` batches, different ones in every round. The other arguments are those of
-    `compress`.
+    `compress`. With `decomposes`, a sweep decomposes each block once it has the statistics of it, and drops these.
 
     Raises:
         CalibrationError: there are no batches or fewer than expected, or a batch cannot be used.
@@ -164,16 +168,40 @@ def gather(
             wanted = kept_back(wanted, guard)
         reading = reading or BatchReading.of(compression.model, batches, {})
         if isinstance(compression.store, InScratchFiles):
+            compression.parts = parts = _in_parts(compression) if decomposes else None
             sweep(
                 compression.gathering,
                 compression.targets,
                 _read(compression.model, wanted, reading),
                 compression.store,
                 inputs=phase is Phase.CALIBRATE,
+                use=None if parts is None else parts.take,
                 progress=compression.progress,
             )
+            if parts is not None:
+                spent = sum(parts.stopwatch.seconds.values())
+                compression.stopwatch.add("spectrum", spent)
+                compression.stopwatch.add(phase.value, -spent)
         else:
             observe(compression.model, compression.gathering, wanted, phase, reading)
+
+
+def _in_parts(compression: Compression) -> DecompositionInParts:
+    """Return the empty decomposition that a sweep fills block by block."""
+    run = compression
+    rule = run.config.rule if run.followed_plan is None else run.followed_plan.rule
+    stores_all = run.config.reestimate or not rule.keeps_largest  # the curvature is measured along all components
+    return DecompositionInParts(
+        run.model,
+        run.targets,
+        run.metric,
+        run.store.tuples(Spectrum),
+        highest=None if stores_all else run.budget.most_components,
+        outputs=run.config.watches_outputs is not None,
+        weigh=run.config.weighs_rows,
+        round_off=run.budget.chooses_bits,
+        keep=run.gathering.keeps,
+    )
 
 
 def memory_of_statistics(compression: Compression) -> str:

@@ -115,7 +115,7 @@ def compress(
                 list(kept_back(islice(batches, calibration_batches or KEPT_BACK), run.safeguard))
             for stage in course(config):
                 if statistics is None:
-                    gather(run, batches, stage.gathers, calibration_batches, reading)
+                    gather(run, batches, stage.gathers, calibration_batches, reading, decomposes=stage.decomposes)
                 else:
                     run.gathering.free_widths.load_state_dict(statistics.widths)
                     # drop the reference, so that the truncation can free them
@@ -178,9 +178,9 @@ def plan(
         logger.info(memory_of_statistics(run))
         *before, truncation = to_first_truncation(course(config))
         for stage in before:
-            gather(run, batches, stage.gathers, calibration_batches, reading)
+            gather(run, batches, stage.gathers, calibration_batches, reading, decomposes=stage.decomposes)
             run.take(stage)
-        gather(run, batches, truncation.gathers, calibration_batches, reading)
+        gather(run, batches, truncation.gathers, calibration_batches, reading, decomposes=truncation.decomposes)
         ranks = run.plan()
         run.safeguard.check_terms(run)
         return ranks
