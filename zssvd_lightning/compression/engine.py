@@ -24,6 +24,7 @@ from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.decomposition.decompose import Decomposition, decompose
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
 from zssvd_lightning.decomposition.in_parts import DecompositionInParts
+from zssvd_lightning.decomposition.needs import stored_components
 from zssvd_lightning.decomposition.originals import Originals
 from zssvd_lightning.decomposition.trace import Trace
 from zssvd_lightning.distributed import LayerSet, Team
@@ -324,6 +325,7 @@ class Compression:
                 self.gathering,
                 self.metric,
                 progress=self.progress,
+                highest=stored_components(self.config, self.budget) if self.config.by_blocks else None,
                 weigh=self.config.weighs_rows,
                 round_off=self.budget.chooses_bits,
                 steps=steps,

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from typing import Any, TypedDict, cast
@@ -24,11 +24,12 @@ from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.decomposition.in_parts import DecompositionInParts
+from zssvd_lightning.decomposition.needs import Extent, Formulas, stored_components
 from zssvd_lightning.distributed import Shards
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.serialization.kept_batches import KEPT_BACK, number_to_keep_back
 from zssvd_lightning.sweep.records import Batch
-from zssvd_lightning.sweep.scratch import InScratchFiles
+from zssvd_lightning.sweep.scratch import InScratchFiles, refuse_too_little
 from zssvd_lightning.sweep.sweep import sweep
 from zssvd_lightning.whitening.moments import statistics_bytes
 from zssvd_lightning.whitening.spectrum import Spectrum
@@ -164,6 +165,7 @@ def gather(
     guard = compression.safeguard
     with compression.stopwatch(phase.value):
         wanted = checked(batches, first, limit, phase, progress=compression.progress)
+        count = number_of(batches, limit)
         if guard is not None and guard.wants_batches:
             wanted = kept_back(wanted, guard)
         reading = reading or BatchReading.of(compression.model, batches, {})
@@ -176,6 +178,7 @@ def gather(
                 compression.store,
                 inputs=phase is Phase.CALIBRATE,
                 use=None if parts is None else parts.take,
+                after_first=partial(_refuse_small_disk_of, compression, count) if count and decomposes else None,
                 progress=compression.progress,
             )
             if parts is not None:
@@ -186,17 +189,33 @@ def gather(
             observe(compression.model, compression.gathering, wanted, phase, reading)
 
 
+def refuse_small_disk(compression: Compression) -> None:
+    """Raise OutputError if `memory: blocks` needs more scratch files than the disk has room for."""
+    if compression.config.by_blocks:
+        refuse_too_little(_formulas(compression).disk)
+
+
+def _refuse_small_disk_of(compression: Compression, batches: int, stored: int) -> None:
+    """Raise OutputError if the disk has no room for what is stored of all batches, given that of the first."""
+    refuse_too_little(_formulas(compression, stored * batches).disk - stored)
+
+
+def _formulas(compression: Compression, stored: int = 0) -> Formulas:
+    """Return the formulas of `memory: blocks`, with `stored` bytes of hidden states, as if no layers share an input."""
+    run = compression
+    width = next(iter(run.targets.values())).weight.element_size()
+    return Formulas(replace(Extent.of_layers(run.targets.shapes, width), stored=stored), run.config, run.budget)
+
+
 def _in_parts(compression: Compression) -> DecompositionInParts:
     """Return the empty decomposition that a sweep fills block by block."""
     run = compression
-    rule = run.config.rule if run.followed_plan is None else run.followed_plan.rule
-    stores_all = run.config.reestimate or not rule.keeps_largest  # the curvature is measured along all components
     return DecompositionInParts(
         run.model,
         run.targets,
         run.metric,
         run.store.tuples(Spectrum),
-        highest=None if stores_all else run.budget.most_components,
+        highest=stored_components(run.config, run.budget),
         outputs=run.config.watches_outputs is not None,
         weigh=run.config.weighs_rows,
         round_off=run.budget.chooses_bits,
@@ -220,7 +239,11 @@ def memory_of_statistics(compression: Compression) -> str:
             sets=2 if run.gathering.can_overflow else 1,
         )
     if run.config.by_blocks:
-        return f"statistics take up to {sum(of.values()) / 2**30:.3g} GiB of scratch files"
+        formulas = _formulas(run)
+        later = formulas.kept_moments
+        return f"scratch files take up to {formulas.disk / 2**30:.3g} GiB, and the hidden states of all batches" + (
+            f"; {later / 2**30:.3g} GiB of them are statistics that corrections need" if later else ""
+        )
     return "statistics take up to " + " and ".join(f"{size / 2**30:.3g} GiB on {place}" for place, size in of.items())
 
 
@@ -296,8 +319,7 @@ def checked(batches: Iterable[Any], first: int, limit: int | None, step: str, *,
         CalibrationError: there are no batches, or fewer than expected.
     """
     turned = chain(islice(batches, first, None), islice(batches, first)) if first else batches
-    promised = _length(batches)
-    expected = promised if limit is None else limit if promised is None else min(limit, promised)
+    promised, expected = _length(batches), number_of(batches, limit)
     seen = 0
     for batch in tqdm(islice(turned, limit), total=expected, desc=step, unit="batch", disable=not progress):
         yield batch
@@ -308,6 +330,12 @@ def checked(batches: Iterable[Any], first: int, limit: int | None, step: str, *,
             + (f" of {expected}" if expected else "")
             + "; pass a list or a DataLoader that gives at least one batch and can be gone through again"
         )
+
+
+def number_of(batches: Iterable[Any], limit: int | None) -> int | None:
+    """Return how many batches there will be at most; None if that is not known."""
+    promised = _length(batches)
+    return promised if limit is None else limit if promised is None else min(limit, promised)
 
 
 def _length(batches: Iterable[Any]) -> int | None:

@@ -43,6 +43,7 @@ class SharedState:
         self.statistics, self.layers, self.inputs, self.use = statistics, layers, inputs, use
         self.hidden, self.gradients, self.sides = Streams(store), Gradients(store), SideTensors()
         self.batches: list[Batch] = []
+        self.stored_hidden = 0
         self.structure = Structure([], {}, {})
 
     @property
@@ -151,6 +152,7 @@ class _Recording(Seal):
         self._batch.calls[step] = BlockCall.of(args, kwargs, from_before, self._of.sides.number_of, hidden.device)
         if from_before is not None:
             self._of.hidden.put(step, str(self._batch.number), from_before)
+            self._of.stored_hidden += from_before.nbytes
 
     def leave(self, step: Step, hidden: Tensor) -> None:
         """Store the output of the last block of the first batch, for comparison; others are inputs of the next."""

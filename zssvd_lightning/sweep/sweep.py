@@ -10,7 +10,7 @@ The sums are those of whole backward passes, batch by batch in the same order. I
 of one block or region, the graph of one block on one batch, and the graph from the last block to the loss.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from zssvd_lightning._contexts import no_cache
 from zssvd_lightning.calibration.collector import StatisticsCollector
@@ -29,6 +29,7 @@ def sweep(
     *,
     inputs: bool,
     use: Use | None = None,
+    after_first: Callable[[int], None] | None = None,
     progress: bool = False,
 ) -> None:
     """Gather the statistics of all batches, block by block.
@@ -41,6 +42,7 @@ def sweep(
         store: maker of the scratch files.
         inputs: True to take second moments; False for gradients alone.
         use: function that uses the statistics of each block or region as soon as they are complete; see `Use`.
+        after_first: function that is called after the forward pass of the first batch with the bytes stored of it.
         progress: draw a progress bar for each chain of blocks.
 
     Raises:
@@ -53,5 +55,7 @@ def sweep(
         forward = ForwardSweep(statistics, layers, store, inputs, use)
         for batch in batches:
             forward.run(batch)
+            if after_first is not None and len(forward.batches) == 1:
+                after_first(forward.stored_hidden + forward.sides.nbytes)
         if forward.batches:
             BackwardSweep(forward, progress).run()
