@@ -446,6 +446,15 @@ def test_hidden_states_of_all_batches_without_room_are_refused_after_the_first(m
     assert_same_state(before, state_of(model))
 
 
+def test_a_disk_is_judged_at_the_start_alone_and_not_by_what_is_on_it_already(monkeypatch):
+    needed = []
+    monkeypatch.setattr("zssvd_lightning.compression.gathering.refuse_too_little", needed.append)
+    settings = ONE_SHOT | {"corrections": 2, "correction_batches": 1, "preset": "zs-svd", "memory": "blocks"}
+    compress(tiny_gpt2(), token_batches(2), **settings)
+    assert len(needed) == 2
+    assert all(size > 0 for size in needed)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="files without names are POSIX")
 def test_scratch_files_have_no_names_so_that_they_end_with_the_process(tmp_path, monkeypatch, written):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -165,7 +165,7 @@ def gather(
     guard = compression.safeguard
     with compression.stopwatch(phase.value):
         wanted = checked(batches, first, limit, phase, progress=compression.progress)
-        count = number_of(batches, limit)
+        count, begins = number_of(batches, limit), decomposes and compression.truncations == 0
         if guard is not None and guard.wants_batches:
             wanted = kept_back(wanted, guard)
         reading = reading or BatchReading.of(compression.model, batches, {})
@@ -178,7 +178,7 @@ def gather(
                 compression.store,
                 inputs=phase is Phase.CALIBRATE,
                 use=None if parts is None else parts.take,
-                after_first=partial(_refuse_small_disk_of, compression, count) if count and decomposes else None,
+                after_first=partial(_refuse_small_disk_of, compression, count) if count and begins else None,
                 progress=compression.progress,
             )
             if parts is not None:
