@@ -325,6 +325,7 @@ def test_version_is_that_of_the_distribution(zssvd):
 def test_compress_without_a_file_is_compress_by_a_file(workshop, zssvd, tmp_path):
     text, source = f"{workshop}/text.txt", f"{workshop}/model"
     given = ["--ratio", 0.3, "--preset", "plain-svd", "--text", text, "--evaluate", text, "--dtype", "float64"]
+    given += ["--memory", "blocks"]
     done = zssvd("compress", source, *given, "--out", tmp_path / "out", *SMALL, "evaluation.windows=2")
     assert done.code == 0
     assert "the default" not in done.err
@@ -332,6 +333,7 @@ def test_compress_without_a_file_is_compress_by_a_file(workshop, zssvd, tmp_path
     assert report["prune_ratio"]["asked"] == 0.3
     assert report["config"]["preset"] == "plain-svd"
     assert report["config"]["compression"]["metric"] == "none"
+    assert report["config"]["compression"]["memory"] == "blocks"
     assert report["config"]["model"] == {"source": source, "dtype": "float64", "saved_dtype": None}
     assert report["config"]["evaluation"]["text"] == report["config"]["calibration"]["text"] == text
     assert load_model(f"{tmp_path}/out", "auto")[0].dtype == torch.float64

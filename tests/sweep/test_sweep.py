@@ -2,9 +2,13 @@
 
 import copy
 import errno
+import os
+import shutil
 import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,8 +28,13 @@ from torch.utils.data import DataLoader
 
 from zssvd_lightning import ZSSVDCallback, compress
 from zssvd_lightning.compression.pipeline import calibrate, plan
+from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.decomposition.in_parts import DecompositionInParts
+from zssvd_lightning.decomposition.needs import Extent, Formulas
 from zssvd_lightning.errors import CalibrationError, ConfigError, ContradictionError, LeftDenseWarning, OutputError
 from zssvd_lightning.layers.base import CompressedLinear
+from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.sweep.scratch import TensorFile
 from zssvd_lightning.whitening.moments import Moments
 
 ONE_SHOT = {"prune_ratio": 0.3, "corrections": 0, "progress": False}
@@ -73,6 +82,8 @@ def test_every_family_ends_as_by_whole_passes(family, settings):
         {"preset": "best", "corrections": 2},
         {"preset": "zs-svd-line-search", "corrections": 1},
         {"preset": "best", "reestimate": True, "storage": "mixed"},
+        {"preset": "zs-svd", "selection": "abs_delta_unordered", "storage": "remap", "rows_in_16_bits": "loss_aware"},
+        {"preset": "best", "corrections": 1, "fresh_moments": True, "truncations": 2},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -358,6 +369,105 @@ def test_an_error_inside_of_a_block_leaves_the_model_and_autograd_as_they_were()
     assert_same_state(before, state_of(model))
     model(**token_batches(1)[0]).loss.backward()
     assert model.transformer.h[0].mlp.c_fc.weight.grad.any()
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Largest number of bytes in scratch files at the same time, as [bytes], and the files."""
+    files, most, append = weakref.WeakSet(), [0], TensorFile.append
+
+    def counted(self, tensor):
+        files.add(self)
+        place = append(self, tensor)
+        most[0] = max(most[0], sum(file._end for file in files))
+        return place
+
+    monkeypatch.setattr(TensorFile, "append", counted)
+    return most
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"preset": "zs-svd", "corrections": 0},
+        {"preset": "best", "corrections": 0},
+        {"preset": "best", "corrections": 2, "correction_batches": 2},
+        {"preset": "zs-svd", "corrections": 1, "correction_batches": 2},
+    ],
+    ids=lambda settings: f"{settings['preset']}-{settings['corrections']}",
+)
+def test_scratch_files_hold_what_the_formula_says_and_no_statistics_without_need(settings, written):
+    model, batches = tiny_llama(num_hidden_layers=4), token_batches(2)
+    config = CompressionConfig.of(prune_ratio=0.3, memory="blocks", **settings)
+    targets = find_targets(model)
+    shapes = {name: target.shape for name, target in targets.items()}
+    budget = config.budget_over(shapes, {}, 0)
+    statistics = calibrate(model, batches, CompressionConfig.of(settings["preset"]), progress=False)
+    known = replace(
+        Extent.of_layers(shapes, 4),
+        leaders=statistics.leaders,
+        stored=4 * batches[0]["input_ids"].numel() * model.config.hidden_size * 4 * len(batches),
+    )
+    formulas = Formulas(known, config, budget)
+    moments = formulas.second_moments(shapes) + formulas.gradients(shapes)
+    assert moments == sum(
+        t.nbytes for s in ("input", "output", "gradient") for t in vars(statistics)[f"{s}_sums"].values()
+    )
+    compress(model, batches, config, progress=False)
+    assert 0.75 * formulas.disk < written[0] < 1.1 * formulas.disk
+    if not config.corrections:
+        assert written[0] < formulas.stored_spectra + formulas.originals + formulas.factors + 0.1 * moments
+
+
+def test_a_disk_without_room_is_refused_before_the_first_batch(monkeypatch):
+    model = tiny_gpt2()
+    before = state_of(model)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    for function in (compress, plan):
+        with pytest.raises(OutputError, match=r"needs up to .* GB of scratch files.*0\.00 GB are free.*TMPDIR"):
+            function(model, unread(), **ONE_SHOT, preset="zs-svd", memory="blocks")
+    assert_same_state(before, state_of(model))
+
+
+def unread():
+    raise AssertionError("a batch was read")
+    yield
+
+
+def test_hidden_states_of_all_batches_without_room_are_refused_after_the_first(monkeypatch, written):
+    model, runs = tiny_gpt2(), []
+    batches = token_batches(1) * 1000
+    model.transformer.h[0].register_forward_pre_hook(lambda *_: runs.append(None))
+    before = state_of(model)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5_000_000))
+    with pytest.raises(OutputError, match=r"needs up to .* GB of scratch files"):
+        compress(model, batches, **ONE_SHOT, preset="zs-svd", memory="blocks")
+    assert len(runs) == 3  # two passes examine the model
+    assert_same_state(before, state_of(model))
+
+
+def test_a_disk_is_judged_at_the_start_alone_and_not_by_what_is_on_it_already(monkeypatch):
+    needed = []
+    monkeypatch.setattr("zssvd_lightning.compression.gathering.refuse_too_little", needed.append)
+    settings = ONE_SHOT | {"corrections": 2, "correction_batches": 1, "preset": "zs-svd", "memory": "blocks"}
+    compress(tiny_gpt2(), token_batches(2), **settings)
+    assert len(needed) == 2
+    assert all(size > 0 for size in needed)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files without names are POSIX")
+def test_scratch_files_have_no_names_so_that_they_end_with_the_process(tmp_path, monkeypatch, written):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen, take = [], DecompositionInParts.take
+
+    def looking(self, *args):
+        take(self, *args)
+        seen.append((written[0], list(tmp_path.iterdir())))
+
+    monkeypatch.setattr(DecompositionInParts, "take", looking)
+    compress(tiny_gpt2(), token_batches(2), **ONE_SHOT, preset="zs-svd", memory="blocks")
+    assert len(seen) > 2
+    assert all(size > 0 and names == [] for size, names in seen)
 
 
 def test_a_full_disk_is_said_and_nothing_is_lost(monkeypatch):

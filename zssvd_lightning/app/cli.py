@@ -30,6 +30,9 @@ Overrides = Annotated[
 ]
 Ratio = Annotated[float | None, typer.Option(help=meaning("compression.prune_ratio"))]
 Preset = Annotated[str | None, typer.Option(help=meaning("preset"), autocompletion=lambda: [*PRESETS, *TRAINED])]
+Memory = Annotated[
+    str | None, typer.Option(help=meaning("compression.memory"), autocompletion=lambda: ["whole", "blocks"])
+]
 Dtype = Annotated[str | None, typer.Option(help=meaning("model.dtype"))]
 Text = Annotated[
     str | None,
@@ -69,6 +72,7 @@ def compress(
     overrides: Overrides = None,
     ratio: Ratio = None,
     preset: Preset = None,
+    memory: Memory = None,
     out: Annotated[str | None, typer.Option(help=f"{meaning('output')} Required without a YAML file.")] = None,
     dtype: Dtype = None,
     text: Text = None,
@@ -96,7 +100,8 @@ def compress(
     Options win over the YAML file. `zssvd keys` lists all settings. With `--recover`, or settings of `recovery`, the
     compressed model is trained, and held-out calibration text chooses its final state.
     """
-    options = _options(ratio, preset, dtype, text) | {"output": out, "evaluation.text": evaluate}
+    options = _options(ratio, preset, dtype, text)
+    options |= {"compression.memory": memory, "output": out, "evaluation.text": evaluate}
     with command.streams(quiet, as_json):
         settings = asked.read_run(source, overrides or (), options, recover=recover)
 
@@ -123,9 +128,20 @@ def compress(
 def plan(
     source: Source,
     file: Annotated[
-        Path, typer.Argument(help="YAML file to write, to be reviewed and given as compression.plan=FILE.")
-    ],
+        Path | None,
+        typer.Argument(
+            help="YAML file to write, to be reviewed and given as compression.plan=FILE. Not with --memory.",
+        ),
+    ] = None,
     overrides: Overrides = None,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory",
+            help="Show what a compression would take on the device, on the host and on disk, from the config of the "
+            "model alone, and write nothing.",
+        ),
+    ] = False,
     ratio: Ratio = None,
     preset: Preset = None,
     dtype: Dtype = None,
@@ -134,7 +150,16 @@ def plan(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the rank that compress would choose for every layer, and change nothing."""
+    """Write the rank that compress would choose for every layer, and change nothing.
+
+    With --memory, show the memory that compress would take instead.
+    """
+    if memory:
+        entries = [*([] if file is None else [str(file)]), *(overrides or ())]
+        _show_memory(source, entries, _options(ratio, preset, dtype, None), quiet, as_json)
+        return
+    if file is None:
+        raise typer.BadParameter("a file to write is missing, unless --memory is given", param_hint="FILE")
     with command.streams(quiet, as_json):
         import yaml
 
@@ -314,6 +339,16 @@ def main() -> None:
     """Run the command line. Errors of this package are one line on stderr and exit code 1."""
     with command.errors_in_one_line():
         app()
+
+
+def _show_memory(source: str, overrides: list[str], options: dict[str, Any], quiet: bool, as_json: bool) -> None:
+    """Print what a compression would take."""
+    with command.streams(quiet, as_json):
+        from zssvd_lightning.app.memory import memory_needs, table_of
+
+        rows = memory_needs(source, overrides, options)
+    found = [{**row._asdict(), "needs": row.needs._asdict()} for row in rows]
+    command.show({"bytes": found}, "docs/scaling.md has the formulas", quiet, as_json, table_of(rows))
 
 
 def _options(ratio: float | None, preset: str | None, dtype: str | None, text: str | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class StatisticsCollector:
         layers: the layers to watch, and the processes that hold them.
         output_side: source of the output gradients, a key of `OUTPUT_GRADIENTS`; None to leave out their second
             moments.
-        keep: True to reuse second moments in later steps that gather none.
+        keep: True to reuse second moments in later steps that gather none, also as attribute `keeps`.
         sums: maker of the mappings that hold sums by layer.
 
     Attributes:
@@ -66,7 +66,7 @@ class StatisticsCollector:
         self._targets, self._team = layers, layers.team
         self.output_side = output_side
         self.draw = None if output_side is None else OUTPUT_GRADIENTS[output_side]
-        self._keep = keep
+        self.keeps = keep
         self._kept: Moments | None = None
         self.roots = KeptRoots(active=keep)
         self._pending: list[tuple[float, float]] = []
@@ -142,8 +142,8 @@ class StatisticsCollector:
             target.module.weight.grad = None
 
     def start_afresh(self) -> None:
-        """Reset the statistics for the next step. With `keep`, second moments are stored for reuse."""
-        if self._keep and self.moments.input_sums:
+        """Reset the statistics for the next step. With `keeps`, second moments are stored for reuse."""
+        if self.keeps and self.moments.input_sums:
             self._kept = self.moments.second_moments(counted=self._team.rank == 0)
         self.moments, self.calls, self._counts_shared = self._no_moments(), [], False
 

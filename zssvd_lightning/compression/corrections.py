@@ -21,7 +21,7 @@ from zssvd_lightning.correction.steps import (
 )
 from zssvd_lightning.decomposition.decompose import gradient_squares
 from zssvd_lightning.distributed import LayerSet
-from zssvd_lightning.errors import NonFiniteError
+from zssvd_lightning.errors import ConfigError, NonFiniteError
 from zssvd_lightning.whitening.spectrum import Step
 
 if TYPE_CHECKING:
@@ -37,6 +37,29 @@ LONGEST = 2.0
 
 CorrectionStep = Callable[["Compression"], None]
 """Function that changes the weights of a compression in place."""
+
+
+def carry_out(compression: "Compression", step: CorrectionStep) -> None:
+    """Complete the statistics since the last stage and take a correction step with them; see `Compression.correct`."""
+    run = compression
+    if not run.originals:
+        raise RuntimeError("correct() needs a truncate() before it")
+    with run.stopwatch("correct"):
+        run.gathering.complete()
+    truncates, done = run.config.correction.truncates, run.truncations
+    run.may_truncate = truncates
+    try:
+        step(run)
+    finally:
+        run.may_truncate = True
+    if run.truncations != done + truncates:
+        raise ConfigError(f"{step_name(run)} states truncates=True, so it must call truncate() once")
+    refuse_non_finite(run.targets, step_name(run))
+
+
+def step_name(compression: "Compression") -> str:
+    """Return the setting of the correction step, for error messages."""
+    return f"correction_step {compression.config.correction_step!r}"
 
 
 def projected(compression: "Compression") -> None:

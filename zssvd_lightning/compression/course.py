@@ -37,6 +37,11 @@ class Stage(NamedTuple):
     corrects: bool = False
     """True if the stage begins with a correction."""
 
+    @property
+    def decomposes(self) -> bool:
+        """True if the stage decomposes all layers by the statistics that it gathers, at the weights that gave them."""
+        return self.gathers is Phase.CALIBRATE and self.acts[:1] in ((Act.DECOMPOSE,), (Act.TRUNCATE,))
+
 
 def course(config: CompressionConfig) -> list[Stage]:
     """Return the stages before factorization: a truncation, then rounds that each end in another truncation."""

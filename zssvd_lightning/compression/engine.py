@@ -14,7 +14,7 @@ from zssvd_lightning._resources import Stopwatch
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.reach import Unreached
 from zssvd_lightning.compression import reach
-from zssvd_lightning.compression.corrections import STEPS, CorrectionStep, refuse_non_finite
+from zssvd_lightning.compression.corrections import STEPS, CorrectionStep, carry_out, step_name
 from zssvd_lightning.compression.course import Act, Stage
 from zssvd_lightning.compression.quantization import put_in_8_bits
 from zssvd_lightning.compression.report import Report
@@ -22,6 +22,8 @@ from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.decomposition.decompose import Decomposition, decompose
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
+from zssvd_lightning.decomposition.in_parts import DecompositionInParts
+from zssvd_lightning.decomposition.needs import stored_components
 from zssvd_lightning.decomposition.originals import Originals
 from zssvd_lightning.decomposition.trace import Trace
 from zssvd_lightning.distributed import LayerSet, Team
@@ -66,6 +68,8 @@ class Compression:
         present: form of the layers that are low-rank already, by name.
         left_dense: name -> reason, for the layers that calibration has not reached. They are no longer targets.
         passed_over: layers that stay as they are in this stage, because its batches have not reached them.
+        parts: decomposition that a sweep has made of the statistics of this stage; None if they are all at hand.
+        may_truncate: False within a correction step that states not to truncate.
 
     Raises:
         TargetError: there is no layer to compress, a selected layer cannot be compressed, or weights are not in memory.
@@ -106,7 +110,7 @@ class Compression:
             sums=dict if config.by_blocks else self.store.tensors,  # a sweep makes its own
         )
         self.gathering.finds_widths = config.form.has_pivots
-        self.gathering.roots.active &= config.offload == "none"  # roots would lie in memory
+        self.gathering.roots.active &= config.offload == "none" and not config.by_blocks  # they lie in memory
         self.originals = Originals(self.targets, self.store.tensors())
         self.stopwatch, self.trace = Stopwatch(), Trace()
         self.progress = progress and self.team.rank == 0
@@ -115,9 +119,10 @@ class Compression:
         self.first_steps: dict[str, Step] | None = None
         self.truncations, self.truncation_loss = 0, 0.0
         self.decomposition: Decomposition | None = None
+        self.parts: DecompositionInParts | None = None
         self.selection: Selection | None = None
         self.truncated = self._no_factors()
-        self._may_truncate = True
+        self.may_truncate = True
         self._installed: dict[str, nn.Module] = {}
         self.importances: dict[str, Importance] | None = None
         self.safeguard: Safeguard | None = None
@@ -190,8 +195,8 @@ class Compression:
             CalibrationError: the statistics are missing, not finite or degenerate. The message names the layer.
             ProcessFailedError: such an error occurred on another process.
         """
-        if not self._may_truncate:
-            raise ConfigError(f"{self._step_name} states truncates=False, so it must not truncate")
+        if not self.may_truncate:
+            raise ConfigError(f"{step_name(self)} states truncates=False, so it must not truncate")
         decomposition, selection = self._select(self.budget.after(self.truncations + 1, self.config.truncations), steps)
         with self.stopwatch("truncate"):
             self.originals.keep()
@@ -229,23 +234,7 @@ class Compression:
             NonFiniteError: the step left a weight that is NaN or infinite.
             ConfigError: the step truncated although `Correction.truncates` is False, or the other way round.
         """
-        if not self.originals:
-            raise RuntimeError("correct() needs a truncate() before it")
-        with self.stopwatch("correct"):
-            self.gathering.complete()
-        truncates, done = self.config.correction.truncates, self.truncations
-        self._may_truncate = truncates
-        try:
-            step(self)
-        finally:
-            self._may_truncate = True
-        if self.truncations != done + truncates:
-            raise ConfigError(f"{self._step_name} states truncates=True, so it must call truncate() once")
-        refuse_non_finite(self.targets, self._step_name)
-
-    @property
-    def _step_name(self) -> str:
-        return f"correction_step {self.config.correction_step!r}"
+        carry_out(self, step)
 
     @property
     def calls_to_record(self) -> int:
@@ -302,7 +291,8 @@ class Compression:
         self.originals.put_back()
         self._put_back_low_rank()
         mark(self.model)
-        self.decomposition, self.selection, self._installed, self.truncations = None, None, {}, 0
+        self.decomposition, self.parts, self.selection, self._installed = None, None, None, {}
+        self.truncations = 0
         self.truncation_loss, self.first_steps, self.trace = 0.0, None, Trace()
         self.truncated = self._no_factors()
         self.gathering.forget()
@@ -324,12 +314,16 @@ class Compression:
             self.stand_ins.put_back()
 
     def _decomposed(self, steps: Mapping[str, Step] | None = None) -> Decomposition:
+        if self.parts is not None:
+            parts, self.parts = self.parts, None
+            return parts.finished()
         with self.stopwatch("spectrum"):
             return decompose(
                 self.reached,
                 self.gathering,
                 self.metric,
                 progress=self.progress,
+                highest=stored_components(self.config, self.budget) if self.config.by_blocks else None,
                 weigh=self.config.weighs_rows,
                 round_off=self.budget.chooses_bits,
                 steps=steps,

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from typing import Any, TypedDict, cast
@@ -23,13 +23,16 @@ from zssvd_lightning.calibration.masks import mask_of
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.safeguard import Safeguard
+from zssvd_lightning.decomposition.in_parts import DecompositionInParts
+from zssvd_lightning.decomposition.needs import Extent, Formulas, stored_components
 from zssvd_lightning.distributed import Shards
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.serialization.kept_batches import KEPT_BACK, number_to_keep_back
 from zssvd_lightning.sweep.records import Batch
-from zssvd_lightning.sweep.scratch import InScratchFiles
+from zssvd_lightning.sweep.scratch import InScratchFiles, refuse_too_little
 from zssvd_lightning.sweep.sweep import sweep
 from zssvd_lightning.whitening.moments import statistics_bytes
+from zssvd_lightning.whitening.spectrum import Spectrum
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -141,12 +144,14 @@ def gather(
     phase: Phase,
     calibration_batches: int | None = None,
     reading: BatchReading | None = None,
+    *,
+    decomposes: bool = False,
 ) -> None:
     """Gather the statistics of one step, with one forward and one backward pass over each batch.
 
     CALIBRATE gathers second moments and gradients over the first `calibration_batches` batches. CORRECT gathers
     gradients over `correction_batches` batches, different ones in every round. The other arguments are those of
-    `compress`.
+    `compress`. With `decomposes`, a sweep decomposes each block once it has the statistics of it, and drops these.
 
     Raises:
         CalibrationError: there are no batches or fewer than expected, or a batch cannot be used.
@@ -160,21 +165,62 @@ def gather(
     guard = compression.safeguard
     with compression.stopwatch(phase.value):
         wanted = checked(batches, first, limit, phase, progress=compression.progress)
+        count, begins = number_of(batches, limit), decomposes and compression.truncations == 0
         if guard is not None and guard.wants_batches:
             wanted = kept_back(wanted, guard)
         reading = reading or BatchReading.of(compression.model, batches, {})
         if isinstance(compression.store, InScratchFiles):
-            compression.gathering.roots.active = False  # roots would lie in memory
+            compression.parts = parts = _in_parts(compression) if decomposes else None
             sweep(
                 compression.gathering,
                 compression.targets,
                 _read(compression.model, wanted, reading),
                 compression.store,
                 inputs=phase is Phase.CALIBRATE,
+                use=None if parts is None else parts.take,
+                after_first=partial(_refuse_small_disk_of, compression, count) if count and begins else None,
                 progress=compression.progress,
             )
+            if parts is not None:
+                spent = sum(parts.stopwatch.seconds.values())
+                compression.stopwatch.add("spectrum", spent)
+                compression.stopwatch.add(phase.value, -spent)
         else:
             observe(compression.model, compression.gathering, wanted, phase, reading)
+
+
+def refuse_small_disk(compression: Compression) -> None:
+    """Raise OutputError if `memory: blocks` needs more scratch files than the disk has room for."""
+    if compression.config.by_blocks:
+        refuse_too_little(_formulas(compression).disk)
+
+
+def _refuse_small_disk_of(compression: Compression, batches: int, stored: int) -> None:
+    """Raise OutputError if the disk has no room for what is stored of all batches, given that of the first."""
+    refuse_too_little(_formulas(compression, stored * batches).disk - stored)
+
+
+def _formulas(compression: Compression, stored: int = 0) -> Formulas:
+    """Return the formulas of `memory: blocks`, with `stored` bytes of hidden states, as if no layers share an input."""
+    run = compression
+    width = next(iter(run.targets.values())).weight.element_size()
+    return Formulas(replace(Extent.of_layers(run.targets.shapes, width), stored=stored), run.config, run.budget)
+
+
+def _in_parts(compression: Compression) -> DecompositionInParts:
+    """Return the empty decomposition that a sweep fills block by block."""
+    run = compression
+    return DecompositionInParts(
+        run.model,
+        run.targets,
+        run.metric,
+        run.store.tuples(Spectrum),
+        highest=stored_components(run.config, run.budget),
+        outputs=run.config.watches_outputs is not None,
+        weigh=run.config.weighs_rows,
+        round_off=run.budget.chooses_bits,
+        keep=run.gathering.keeps,
+    )
 
 
 def memory_of_statistics(compression: Compression) -> str:
@@ -192,7 +238,13 @@ def memory_of_statistics(compression: Compression) -> str:
             parts=run.team.size if isinstance(run.team, Shards) else 1,
             sets=2 if run.gathering.can_overflow else 1,
         )
-    if run.config.by_blocks or run.config.offload != "none":
+    if run.config.by_blocks:
+        formulas = _formulas(run)
+        later = formulas.kept_moments
+        return f"scratch files take up to {formulas.disk / 2**30:.3g} GiB, and the hidden states of all batches" + (
+            f"; {later / 2**30:.3g} GiB of them are statistics that corrections need" if later else ""
+        )
+    if run.config.offload != "none":
         place = "host memory" if run.config.offload == "cpu" else "scratch files"
         return f"statistics take up to {sum(of.values()) / 2**30:.3g} GiB of {place}"
     return "statistics take up to " + " and ".join(f"{size / 2**30:.3g} GiB on {place}" for place, size in of.items())
@@ -270,8 +322,7 @@ def checked(batches: Iterable[Any], first: int, limit: int | None, step: str, *,
         CalibrationError: there are no batches, or fewer than expected.
     """
     turned = chain(islice(batches, first, None), islice(batches, first)) if first else batches
-    promised = length_of(batches)
-    expected = promised if limit is None else limit if promised is None else min(limit, promised)
+    promised, expected = length_of(batches), number_of(batches, limit)
     seen = 0
     for batch in counted(islice(turned, limit), step, expected, "batch", shown=progress):
         yield batch
@@ -282,6 +333,12 @@ def checked(batches: Iterable[Any], first: int, limit: int | None, step: str, *,
             + (f" of {expected}" if expected else "")
             + "; pass a list or a DataLoader that gives at least one batch and can be gone through again"
         )
+
+
+def number_of(batches: Iterable[Any], limit: int | None) -> int | None:
+    """Return how many batches there will be at most; None if that is not known."""
+    promised = length_of(batches)
+    return promised if limit is None else limit if promised is None else min(limit, promised)
 
 
 def length_of(batches: Iterable[Any]) -> int | None:

@@ -24,6 +24,7 @@ from zssvd_lightning.compression.gathering import (
     kept_back,
     memory_of_statistics,
     observe,
+    refuse_small_disk,
     safeguard_of,
     so_many,
 )
@@ -108,6 +109,7 @@ def compress(
     with _gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
         run = Compression(model, config, progress, stand_ins=stand_ins)
         _announce(run)
+        refuse_small_disk(run)
         with _undone_on_error(run):
             if statistics is None or config.corrections:
                 run.safeguard = safeguard_of(model, reading)
@@ -115,7 +117,7 @@ def compress(
                 list(kept_back(islice(batches, calibration_batches or KEPT_BACK), run.safeguard))
             for stage in course(config):
                 if statistics is None:
-                    gather(run, batches, stage.gathers, calibration_batches, reading)
+                    gather(run, batches, stage.gathers, calibration_batches, reading, decomposes=stage.decomposes)
                 else:
                     run.gathering.free_widths.load_state_dict(statistics.widths)
                     # drop the reference, so that the truncation can free them
@@ -181,11 +183,12 @@ def plan(
         run = Compression(model, config, progress, stand_ins=stand_ins)
         run.safeguard = safeguard_of(model, reading)
         logger.info(memory_of_statistics(run))
+        refuse_small_disk(run)
         *before, truncation = to_first_truncation(course(config))
         for stage in before:
-            gather(run, batches, stage.gathers, calibration_batches, reading)
+            gather(run, batches, stage.gathers, calibration_batches, reading, decomposes=stage.decomposes)
             run.take(stage)
-        gather(run, batches, truncation.gathers, calibration_batches, reading)
+        gather(run, batches, truncation.gathers, calibration_batches, reading, decomposes=truncation.decomposes)
         ranks = run.plan()
         run.safeguard.check_terms(run)
         return ranks

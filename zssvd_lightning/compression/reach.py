@@ -48,8 +48,7 @@ def _leave_unreached(compression: "Compression") -> None:
     """Leave layers dense that the first calibration has not reached, and warn once, on the first process."""
     run = compression
     run.gathering.complete()
-    outputs = run.config.watches_outputs is not None
-    reasons = unreached(run.targets, run.gathering.moments, outputs=outputs)
+    reasons = _unreached(run, inputs=True, outputs=True)
     if reasons:
         present = {name: form.kept.wide for name, form in run.present.items()}
         warn_of_unreached(reasons, run.targets, run.config, run.coverage.model_parameters, present)
@@ -112,8 +111,7 @@ def _passed_over(compression: "Compression", stage: Stage) -> dict[str, Unreache
     if stage.acts == (Act.SHORTEN_STEP,):  # which needs nothing but the loss
         return {}
     run.gathering.complete()
-    outputs = run.config.watches_outputs is not None and stage.truncates
-    reasons = unreached(run.targets, run.gathering.moments, inputs=stage.truncates, outputs=outputs)
+    reasons = _unreached(run, inputs=stage.truncates, outputs=stage.truncates)
     if len(reasons) == len(run.targets):
         raise CalibrationError(
             f"the {stage.gathers} batches have reached none of the {len(run.targets)} layers. {named(reasons)}"
@@ -128,6 +126,14 @@ def _passed_over(compression: "Compression", stage: Stage) -> dict[str, Unreache
             named(reasons),
         )
     return reasons
+
+
+def _unreached(compression: "Compression", *, inputs: bool, outputs: bool) -> dict[str, Unreached]:
+    """Return the layers without the statistics of this stage, where the metric needs them. Collective."""
+    run, moments = compression, compression.gathering.moments
+    if run.parts is not None:
+        return run.parts.of_all(moments)
+    return unreached(run.targets, moments, inputs=inputs, outputs=outputs and run.config.watches_outputs is not None)
 
 
 def with_curvature(compression: "Compression") -> Decomposition:

@@ -1,7 +1,7 @@
 """Spectra of all layers, computed by the processes of a team, and the component scores that selection uses."""
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -32,11 +32,13 @@ class Decomposition:
     owners: Mapping[str, int]
     """Name -> rank of the process that decomposed the layer."""
     spectra: Mapping[str, Spectrum]
-    """Name -> spectrum on the CPU, for the layers of this process."""
+    """Name -> spectrum on the CPU, for the layers of this process; with `highest`, its largest components alone."""
     components: Mapping[str, Components]
     """Name -> component scores, for all layers in module order."""
     importances: Mapping[str, Importance]
     """Name -> importance of outputs and inputs; empty unless it was requested."""
+    jitters: Mapping[str, float] = field(default_factory=dict)
+    """Name -> jitter that the second moment needed; see `Whitener`."""
 
     def everywhere(self, layers: LayerSet, spectra: MutableMapping[str, Spectrum] | None = None) -> "Decomposition":
         """Return a copy with the spectra of all layers on every process, on the layers' devices. Collective.
@@ -107,8 +109,9 @@ def decompose(
     weigh: bool = False,
     round_off: bool = False,
     steps: Mapping[str, Step] | None = None,
-    warn: bool = True,
     spectra: MutableMapping[str, Spectrum] | None = None,
+    highest: Mapping[str, int] | None = None,
+    warn: bool = True,
 ) -> Decomposition:
     """Compute spectra and scores of all layers; layers that share an input share its whitening. Collective.
 
@@ -124,8 +127,9 @@ def decompose(
         round_off: also compute the predicted cost of storing components in 8 bits.
         steps: step of each weight along its gradient before its SVD; see `Spectrum.of`. None for no step, as for the
             layers that are not in it.
-        warn: warn of singular second moments, if that matters.
-        spectra: empty mapping that stores the spectra; None for a dictionary.
+        spectra: mapping that stores the spectra; None for a new dictionary.
+        highest: number of components of each layer whose factors are stored; None for all. All have scores.
+        warn: warn of singular second moments, if that matters; False if the caller does.
 
     Raises:
         CalibrationError: statistics are missing, not finite or degenerate, or an SVD failed. The message names the
@@ -155,7 +159,7 @@ def decompose(
                 if round_off:
                     rounding = rounding_by_component(spectrum, whitening).cpu()
                     rounding_dense = rounding_of_dense(W, whitening)
-                spectra[name] = spectrum.to("cpu")
+                spectra[name] = (spectrum if highest is None else spectrum.first(highest[name])).to("cpu")
                 components[name] = Components(spectrum.sigma.cpu(), delta.cpu(), rounding, rounding_dense)
                 del W, G, whitening, spectrum, delta  # before the next layer is brought together
         del layer
@@ -165,7 +169,7 @@ def decompose(
         warn_of_jitter(jitters)
     owners = {name: rank for rank, names in enumerate(shares) for name in names}
     weights = {name: Importance(*pair) for name, pair in layers.of_all_processes(importances).items()}
-    return Decomposition(owners, spectra, {name: scores[name] for name in layers}, weights)
+    return Decomposition(owners, spectra, {name: scores[name] for name in layers}, weights, jitters)
 
 
 def gradient_squares(

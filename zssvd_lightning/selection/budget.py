@@ -176,6 +176,14 @@ class Budget:
         storage, shape, present = self._storage(eight_bit), self.shapes[name], self.present.get(name)
         return costs_in_steps(storage, *shape, self.unit, present, self.step(name))
 
+    @property
+    def most_components(self) -> dict[str, int]:
+        """Largest number of components of each target that any new low-rank form of it has."""
+        return {
+            name: max(self.highest_rank(name, eight_bit=eight_bit) for eight_bit in self.bit_choices)
+            for name in self.shapes
+        }
+
     def component_cost(self, name: str) -> float:
         """Return the mean cost of a component of `name` at its highest low rank."""
         rank = max(1, self.highest_rank(name))

@@ -159,7 +159,7 @@ class Plan:
     @property
     def rule(self) -> Rule:
         """Rule that follows this plan."""
-        return Rule(self._select, chooses_bits=True)
+        return Rule(self._select, chooses_bits=True, keeps_largest=True)
 
     def _select(self, matrices: Mapping[str, Components], budget: Budget) -> Selection:
         full = {name: len(components.sigma) for name, components in matrices.items()}

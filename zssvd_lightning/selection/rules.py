@@ -48,6 +48,9 @@ class Rule:
     """True if it can choose between 8 and 16 bits per matrix, as storage `mixed` requires."""
     uses_curvature: bool = False
     """True if it uses the second-order change of the loss."""
+    keeps_largest: bool = False
+    """True if what remains of a matrix is always its largest singular values, so that no other factors need to be
+    stored."""
 
     def __call__(self, matrices: Mapping[str, Components], budget: Budget) -> Selection:
         """Select the remaining components of all matrices within the budget."""
@@ -183,16 +186,18 @@ RULES: Registry[Rule] = Registry(
     "selection",
     "zssvd_lightning.rules",
     {
-        "zero_sum": Rule(zero_sum),
-        "zero_sum_curvature": Rule(zero_sum_curvature, uses_curvature=True),
-        "abs_delta": Rule(abs_delta),
+        "zero_sum": Rule(zero_sum, keeps_largest=True),
+        "zero_sum_curvature": Rule(zero_sum_curvature, uses_curvature=True, keeps_largest=True),
+        "abs_delta": Rule(abs_delta, keeps_largest=True),
         "abs_delta_unordered": Rule(abs_delta_unordered),
-        "most_negative": Rule(most_negative),
-        "sigma": Rule(sigma),
-        "uniform": Rule(uniform),
-        "effective_rank": Rule(effective_rank),
-        "curvature": Rule(curvature, chooses_bits=True, uses_curvature=True),
-        "curvature_first_order": Rule(curvature_first_order, chooses_bits=True, uses_curvature=True),
+        "most_negative": Rule(most_negative, keeps_largest=True),
+        "sigma": Rule(sigma, keeps_largest=True),
+        "uniform": Rule(uniform, keeps_largest=True),
+        "effective_rank": Rule(effective_rank, keeps_largest=True),
+        "curvature": Rule(curvature, chooses_bits=True, uses_curvature=True, keeps_largest=True),
+        "curvature_first_order": Rule(
+            curvature_first_order, chooses_bits=True, uses_curvature=True, keeps_largest=True
+        ),
     },
     instance_of(Rule, "select"),
 )

@@ -32,7 +32,8 @@ class BackwardSweep:
     def run(self) -> None:
         """Send the gradients of all batches back to the first layer that needs them."""
         self._of.sides.forget()
-        self._of.put_away(self._of.last_region)
+        last = self._structure.outside(len(self._structure.chains))
+        self._of.put_away(self._of.layers_of(last), self._of.last_region)
         for chain in reversed(range(len(self._structure.chains))):
             self._through_chain(chain)
             if self._structure.has_layers_up_to(chain):
@@ -67,7 +68,7 @@ class BackwardSweep:
                 outputs = [(output, of.gradients.at(step, batch))]
                 self._send_back(observation, layers, outputs, tensors.leaves, receiver)
                 collect_gradients(layers, moments, batch.terms)
-        of.put_away(moments)
+        of.put_away(layers, moments)
 
     def _through_region(self, chain: int) -> None:
         """Run the model again up to a chain, and send the gradients of its inputs back to the chain before."""
@@ -90,7 +91,7 @@ class BackwardSweep:
                 self._send_back(observation, layers, outputs, list(stopped.leaves.values()), receiver)
                 collect_gradients(layers, moments, batch.terms)
                 refuse_gradients(of.layers)
-        of.put_away(moments)
+        of.put_away(layers, moments)
         for slot in {slot for batch in of.batches for slot in batch.calls[chain, 0].slots}:
             of.gradients.close(("into", chain, slot))
 

@@ -1,6 +1,6 @@
 """Forward sweep: the model runs once per batch, and what its blocks are called with is stored."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -23,14 +23,27 @@ from zssvd_lightning.sweep.scratch import InScratchFiles
 from zssvd_lightning.sweep.seal import Seal, Step
 from zssvd_lightning.whitening.moments import Moments
 
+Use = Callable[[LayerSet, Moments, Moments], None]
+"""Function that uses the complete statistics of some layers, given the counts of all batches, before they are stored.
+
+It may remove sums of which nothing else is needed."""
+
 
 class SharedState:
     """State that both sweeps share: the statistics, the structure of the model, and what is stored of the batches."""
 
-    def __init__(self, statistics: StatisticsCollector, layers: LayerSet, store: InScratchFiles, inputs: bool) -> None:
-        self.statistics, self.layers, self.inputs = statistics, layers, inputs
+    def __init__(
+        self,
+        statistics: StatisticsCollector,
+        layers: LayerSet,
+        store: InScratchFiles,
+        inputs: bool,
+        use: Use | None = None,
+    ) -> None:
+        self.statistics, self.layers, self.inputs, self.use = statistics, layers, inputs, use
         self.hidden, self.gradients, self.sides = Streams(store), Gradients(store), SideTensors()
         self.batches: list[Batch] = []
+        self.stored_hidden = 0
         self.structure = Structure([], {}, {})
 
     @property
@@ -61,9 +74,12 @@ class SharedState:
         outside = {name: self.layers[name].module for name in self.structure.region_of}
         return self.structure.chains, outside, self.structure.region_of
 
-    def put_away(self, moments: Moments) -> None:
-        """Move the statistics of some layers to the scratch files."""
+    def put_away(self, layers: LayerSet, moments: Moments) -> None:
+        """Use the statistics of some layers, and move what is left of them to the scratch files."""
         total = self.statistics.moments
+        if self.use is not None:
+            self.use(layers, moments, total)
+        total.tokens |= {leader: moments.tokens[leader] for leader in moments.tokens.keys() - moments.input_sums.keys()}
         total.absorb_moments(moments)
         for name, gradient in moments.gradient_sums.items():
             total.gradient_sums[name] = gradient
@@ -72,8 +88,15 @@ class SharedState:
 class ForwardSweep(SharedState):
     """Forward passes of all batches, which also send the loss back through what follows the last block."""
 
-    def __init__(self, statistics: StatisticsCollector, layers: LayerSet, store: InScratchFiles, inputs: bool) -> None:
-        super().__init__(statistics, layers, store, inputs)
+    def __init__(
+        self,
+        statistics: StatisticsCollector,
+        layers: LayerSet,
+        store: InScratchFiles,
+        inputs: bool,
+        use: Use | None = None,
+    ) -> None:
+        super().__init__(statistics, layers, store, inputs, use)
         self.last_region = Moments()
 
     def run(self, batch: Batch) -> None:
@@ -129,6 +152,7 @@ class _Recording(Seal):
         self._batch.calls[step] = BlockCall.of(args, kwargs, from_before, self._of.sides.number_of, hidden.device)
         if from_before is not None:
             self._of.hidden.put(step, str(self._batch.number), from_before)
+            self._of.stored_hidden += from_before.nbytes
 
     def leave(self, step: Step, hidden: Tensor) -> None:
         """Store the output of the last block of the first batch, for comparison; others are inputs of the next."""

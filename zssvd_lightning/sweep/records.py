@@ -56,9 +56,14 @@ class _Side(NamedTuple):
 
 
 class SideTensors:
-    """File of the side tensors of all batches. What is equal in two batches in a row is stored once."""
+    """File of the side tensors of all batches. What is equal in two batches in a row is stored once.
+
+    Attributes:
+        nbytes: bytes stored so far.
+    """
 
     def __init__(self) -> None:
+        self.nbytes = 0
         self._file = TensorFile()
         self._before: list[_Side] = []
         self._present: list[_Side] = []
@@ -76,7 +81,11 @@ class SideTensors:
         number = len(self._present)
         before = self._before[number] if number < len(self._before) else None
         same = before is not None and before.is_unchanged and _equal(before.tensor, tensor)
-        place = before.place if before is not None and same else self._file.append(tensor)
+        if before is not None and same:
+            place = before.place
+        else:
+            place = self._file.append(tensor)
+            self.nbytes += tensor.nbytes
         self._present.append(_Side(tensor, version, place))
         return number
 

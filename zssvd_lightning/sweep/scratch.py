@@ -79,6 +79,17 @@ class TensorFile:
         return stored.T if place.transposed else stored
 
 
+def refuse_too_little(needed: int) -> None:
+    """Raise OutputError if the disk has no room for scratch files of `needed` bytes."""
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            f"memory 'blocks' needs up to {needed / 1e9:.2f} GB of scratch files in {folder}, where "
+            f"{free / 1e9:.2f} GB are free; the model is as it was. {_ANOTHER_FOLDER}"
+        )
+
+
 _ANOTHER_FOLDER = "set the environment variable TMPDIR to a folder on a disk with more space"
 
 

@@ -10,13 +10,13 @@ The sums are those of whole backward passes, batch by batch in the same order. I
 of one block or region, the graph of one block on one batch, and the graph from the last block to the loss.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from zssvd_lightning._contexts import no_cache
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.sweep.backward import BackwardSweep
-from zssvd_lightning.sweep.forward import ForwardSweep
+from zssvd_lightning.sweep.forward import ForwardSweep, Use
 from zssvd_lightning.sweep.records import Batch
 from zssvd_lightning.sweep.scratch import InScratchFiles
 
@@ -28,16 +28,21 @@ def sweep(
     store: InScratchFiles,
     *,
     inputs: bool,
+    use: Use | None = None,
+    after_first: Callable[[int], None] | None = None,
     progress: bool = False,
 ) -> None:
     """Gather the statistics of all batches, block by block.
 
     Args:
-        statistics: collector that gets the statistics; all but its counts are in scratch files afterwards.
+        statistics: collector that gets the statistics; what `use` leaves of all but its counts is in scratch files
+            afterwards.
         layers: the target layers.
         batches: the batches.
         store: maker of the scratch files.
         inputs: True to take second moments; False for gradients alone.
+        use: function that uses the statistics of each block or region as soon as they are complete; see `Use`.
+        after_first: function that is called after the forward pass of the first batch with the bytes stored of it.
         progress: draw a progress bar for each chain of blocks.
 
     Raises:
@@ -47,8 +52,10 @@ def sweep(
     moments = statistics.moments
     moments.input_sums, moments.gradient_sums, moments.output_sums = store.tensors(), store.tensors(), store.tensors()
     with no_cache(statistics.model):
-        forward = ForwardSweep(statistics, layers, store, inputs)
+        forward = ForwardSweep(statistics, layers, store, inputs, use)
         for batch in batches:
             forward.run(batch)
+            if after_first is not None and len(forward.batches) == 1:
+                after_first(forward.stored_hidden + forward.sides.nbytes)
         if forward.batches:
             BackwardSweep(forward, progress).run()

@@ -118,15 +118,17 @@ def safe_cholesky(moment: Tensor, name: str, damping: float = 0.0, of: str = "in
         NotPositiveDefiniteError: the factorization fails even with a tenth of the mean diagonal.
     """
     moment = in_float64(moment)
-    scale = moment.diagonal().mean()
-    jitter = damping
-    while scale > 0 and jitter <= LAST_JITTER:
-        shifted = moment.clone() if jitter else moment
-        shifted.diagonal().add_(jitter * scale)
-        root, failed = torch.linalg.cholesky_ex(shifted)
-        if not failed:
-            return root, jitter if jitter > damping else 0.0
-        jitter = max(FIRST_JITTER, jitter * 10)
+    diagonal = moment.diagonal()
+    before, scale, jitter = diagonal.clone(), diagonal.mean(), damping
+    try:
+        while scale > 0 and jitter <= LAST_JITTER:
+            diagonal.copy_(before + jitter * scale)  # in place, because another copy may be large
+            root, failed = torch.linalg.cholesky_ex(moment)
+            if not failed:
+                return root, jitter if jitter > damping else 0.0
+            jitter = max(FIRST_JITTER, jitter * 10)
+    finally:
+        diagonal.copy_(before)
     raise NotPositiveDefiniteError(
         f"the {of} second moment of {name} {tuple(moment.shape)} is not positive definite even with jitter "
         f"{LAST_JITTER} of its mean diagonal {scale:.3g}; it may be all zero: calibrate on other batches, or add it to "

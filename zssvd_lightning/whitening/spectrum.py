@@ -92,6 +92,12 @@ class Spectrum:
         root = self.sigma[kept].sqrt()
         return self.left[:, kept] * root, root[:, None] * self.right[kept]
 
+    def first(self, k: int) -> "Spectrum":
+        """Return the k components of the largest singular values, in new tensors if there are more."""
+        if k >= len(self.sigma):
+            return self
+        return Spectrum(self.left[:, :k].clone(), self.sigma[:k].clone(), self.right[:k].clone())
+
     def to(self, device: torch.device | str) -> "Spectrum":
         """Return this spectrum on another device."""
         return Spectrum(self.left.to(device), self.sigma.to(device), self.right.to(device))

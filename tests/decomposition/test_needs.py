@@ -1,0 +1,66 @@
+"""Formulas of memory against what a compression holds."""
+
+import pytest
+import torch
+from support.models import tiny_llama, token_batches
+
+from zssvd_lightning.compression.course import course
+from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.gathering import gather
+from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.decomposition.needs import Extent, Formulas, stored_components
+
+
+def bytes_of(mapping):
+    return sum(
+        tensor.nbytes
+        for value in mapping.values()
+        for tensor in (value if isinstance(value, tuple) else vars(value).values())
+    )
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_spectra_originals_and_factors(storage):
+    torch.manual_seed(0)
+    model = tiny_llama().to(torch.bfloat16)
+    config = CompressionConfig.of("svd-llm", prune_ratio=0.3, storage=storage)
+    run = Compression(model, config, progress=False)
+    formulas = Formulas(Extent.of_layers(run.shapes, 2), config, run.budget)
+    stage = course(config)[0]
+    gather(run, token_batches(2), stage.gathers)
+    run.decompose()
+    assert bytes_of(run.decomposition.spectra) == formulas.spectra
+    run.decomposition = None
+    run.take(stage)
+    assert sum(run.originals[name].nbytes for name in run.originals) == formulas.originals
+    assert bytes_of(run.truncated.held) == pytest.approx(formulas.factors, rel=0.05)
+    new = sum(sum(t.nbytes for t in layer.parameters()) for _, layer in run.truncated.layers(run.gathering.free_widths))
+    assert new == pytest.approx(formulas.new_layers, rel=0.05)
+
+
+def test_only_components_that_may_be_kept_are_stored():
+    shapes = {"wide": (8, 24), "square": (16, 16)}
+    for settings, most in (
+        ({"preset": "zs-svd"}, {"wide": 5, "square": 7}),
+        ({"preset": "zs-svd", "storage": "pivoted"}, {"wide": 7, "square": 15}),
+        ({"preset": "zs-svd", "selection": "abs_delta_unordered"}, None),
+        ({"preset": "best", "reestimate": True}, None),
+    ):
+        config = CompressionConfig.of(**settings, prune_ratio=0.3)
+        assert stored_components(config, config.budget_over(shapes, {}, 0)) == most
+
+
+def test_blocks_take_less_than_the_whole_and_more_layers_take_more():
+    config = CompressionConfig.of("best", prune_ratio=0.3)
+
+    def needs(layers):
+        shapes = {f"{i}": (256, 256) for i in range(layers)}
+        names = {name: name for name in shapes}
+        extent = Extent(shapes, names, tuple((name,) for name in shapes), 2 * 256 * 256 * layers, 2)
+        return Formulas(extent, config, config.budget_over(shapes, {}, 0))
+
+    few, many = needs(4), needs(8)
+    assert many.blocks.together < many.whole.together
+    weights = 4 * 2 * 256 * 256
+    assert many.blocks.device - few.blocks.device == weights  # nothing but the model grows with its layers
+    assert many.whole.device - few.whole.device > 4 * weights
