@@ -12,40 +12,11 @@ from zssvd_lightning._files import check_output, json_of
 from zssvd_lightning.app import command
 from zssvd_lightning.app import settings as asked
 from zssvd_lightning.app.bench.command import bench
+from zssvd_lightning.app.options import AsJson, Device, Dtype, Memory, Overrides, Preset, Quiet, Ratio, Source, Text
 from zssvd_lightning.app.settings import meaning
-from zssvd_lightning.config.presets import DEFAULT_TRAINED, PRESETS, TRAINED
+from zssvd_lightning.config.presets import DEFAULT_TRAINED
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Model source (package:NAME, a local folder or a hub id), or a YAML file such as `zssvd init` writes.",
-    ),
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings; they win over those of a file.")
-]
-Ratio = Annotated[float | None, typer.Option(help=meaning("compression.prune_ratio"))]
-Preset = Annotated[str | None, typer.Option(help=meaning("preset"), autocompletion=lambda: [*PRESETS, *TRAINED])]
-Memory = Annotated[
-    str | None, typer.Option(help=meaning("compression.memory"), autocompletion=lambda: ["whole", "blocks"])
-]
-Dtype = Annotated[str | None, typer.Option(help=meaning("model.dtype"))]
-Text = Annotated[
-    str | None,
-    typer.Option(
-        help=f"{meaning('calibration.text')} Default: {asked.TRAIN_TEXT} if {asked.CORPUS} is installed, else "
-        f"{asked.FALLBACK_TEXT}."
-    ),
-]
-Device = Annotated[
-    str | None, typer.Option(help="Device of the model: cpu, cuda, cuda:1, ...; by default the GPU if there is one.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors; exit codes are the same.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Write the result to stdout as one JSON object.")]
 
 
 def _version(asked_for: bool) -> None:
