@@ -109,7 +109,8 @@ def test_blocks_of_lifecycle_run():
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])
 def test_blocks_of_recovery_run(tmp_path, monkeypatch, storage):
     monkeypatch.chdir(tmp_path)
-    predictions, adapter = blocks_of("recovery.md")
+    trained, predictions, adapter = blocks_of("recovery.md")
+    exec(trained, {"ZSSVDCallback": ZSSVDCallback, "batches": token_batches(2)})
     exec(predictions, {"dense_model": tiny_llama(), "dataloader": loader(token_batches(2))})
     assert list((tmp_path / "predictions").iterdir())
 
@@ -157,7 +158,7 @@ def test_the_block_of_little_memory_runs():
 
 def test_blocks_of_scaling_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shard, convert, _ = blocks_of("scaling.md")
+    shard, convert, _, offloaded = blocks_of("scaling.md")
     names = {"fully_shard": fully_shard}
     exec(shard, names)
     module = Sharded(tiny_llama())
@@ -169,6 +170,10 @@ def test_blocks_of_scaling_run(tmp_path, monkeypatch):
         assert all(isinstance(block, FSDPModule) for block in module.model.model.layers)
     finally:
         torch.distributed.destroy_process_group()
+
+    names = {}
+    exec(offloaded, names)
+    assert names["callback"].config.offload == "cpu"
 
     compressed = Sharded(low_rank()["model"])
     checkpoint, again = tmp_path / "distributed", Sharded(tiny_llama())
