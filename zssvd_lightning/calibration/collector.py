@@ -5,6 +5,7 @@ Shapes: W and G are (m, n), the second moments A (n, n) and B (m, m).
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from zssvd_lightning._numerics import accumulated
 from zssvd_lightning.calibration.free_widths import FreeWidths
-from zssvd_lightning.calibration.gradients import check_terms, checked_loss, collect_gradients
+from zssvd_lightning.calibration.gradients import check_terms, checked_loss, collect_gradients, mean_loss
 from zssvd_lightning.calibration.hooks import Observation, observing
 from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.calibration.recorded_calls import Call
+from zssvd_lightning.calibration.routing.means import ExpertMeans
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.whitening.moments import Moments
@@ -53,7 +55,7 @@ class StatisticsCollector:
         self.can_overflow, self.finds_widths, self.free_widths = False, False, FreeWidths()
         self.logits_model: Callable[[Any], nn.Module] = lambda model: model
         self.model = model
-        self._targets, self._team = layers, layers.team
+        self._targets, self._team, self._means = layers, layers.team, ExpertMeans(model, layers)
         self.output_side = output_side
         self.draw = None if output_side is None else OUTPUT_GRADIENTS[output_side]
         self._keep = keep
@@ -159,10 +161,13 @@ class StatisticsCollector:
         if self._kept is not None and not self.moments.leaders:
             self.moments.reuse(self._kept.second_moments())
         self._counts_shared = True
+        self._means.start_afresh()
         self.moments.take_counts(self._team.gathered(self.moments.counts()))
 
     def layer_at(self, owner: int, name: str, *, inputs: bool) -> tuple[Tensor, Moments] | None:
         """Return a layer's whole weight and statistics on its owner, None elsewhere; after `complete`. Collective.
+
+        Second moments of experts are shrunk towards those of all experts of the layer; see `ExpertMeans`.
 
         Args:
             owner: rank of the process that needs the layer.
@@ -175,18 +180,17 @@ class StatisticsCollector:
         A = G = B = None
         if inputs and moments.tokens.get(leader):
             A = self._team.sum_at(owner, self._inputs(moments, leader), target.shape[1], 0)
+            A = self._means.shrunk("inputs", leader, A, moments.tokens, partial(self._inputs, moments))
         if name in moments.with_gradient:
             G = self._team.sum_at(owner, self._gradient(moments.gradient_sums, name), length, split)
         if name in moments.with_outputs:
             B = self._team.total_at(owner, self._output_sum(moments, name))
+            B = self._means.shrunk("outputs", name, B, moments.tokens, partial(self._output_sum, moments))
         weight = self._team.weight_at(owner, target.weight, length, split)
         if weight is None:
             return None
         whole = Moments(
-            dict(moments.leaders),
-            tokens=moments.tokens,
-            output_terms=moments.output_terms,
-            loss_terms=moments.loss_terms,
+            dict(moments.leaders), {}, moments.tokens, output_terms=moments.output_terms, loss_terms=moments.loss_terms
         )
         whole.input_sums = {} if A is None else {leader: A}
         whole.gradient_sums = {} if G is None else {name: G}
@@ -229,7 +233,7 @@ class StatisticsCollector:
             return {"moments": empty, "window": empty, "kept": kept, "pending": [], "gradients": {}, "calls": []}
         counts = self._team.gathered(self.moments.counts() | {"window": self._window.counts()})
         pending = self._team.gathered(self._pending)
-        losses = [_mean(entries) for entries in zip(*pending, strict=True)]
+        losses = [mean_loss(entries) for entries in zip(*pending, strict=True)]
         weights = {name: target.gradient for name, target in self._targets.items()} if losses else {}
         open_gradients = {name: gradient for name, gradient in weights.items() if gradient is not None}
         has_open = set().union(*self._team.gathered(set(open_gradients)))
@@ -342,9 +346,3 @@ class StatisticsCollector:
                 if (own := self._team.own_total(saved)) is not None:
                     sums[name] = own.to(self._targets[name].weight.device, copy=True)
         return moments
-
-
-def _mean(entries: tuple[tuple[float, float], ...]) -> tuple[float, float]:
-    """Return the mean loss and the number of terms over batches that several processes saw at the same time."""
-    terms = sum(entry[1] for entry in entries)
-    return sum(loss * weight for loss, weight in entries) / terms, terms

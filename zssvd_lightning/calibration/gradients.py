@@ -63,3 +63,9 @@ def send_back_drawn(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradien
             f"drawn gradients cannot be sent back from the logits: {error}; if activations are checkpointed, set "
             "use_reentrant=False, else set output_side to 'empirical'"
         ) from error
+
+
+def mean_loss(entries: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the mean loss and the number of terms over batches that several processes saw at the same time."""
+    terms = sum(entry[1] for entry in entries)
+    return sum(loss * weight for loss, weight in entries) / terms, terms

@@ -59,9 +59,11 @@ def matrices_of(module: nn.Module) -> list[str]:
 class Expert(nn.Module):
     """One expert. Its linear layers have the names of the stacks in which its matrices were."""
 
+    down_proj: nn.Module
+
     def forward(self, x: Tensor, tokens: Tensor, activation: Activation) -> Tensor:
         """Map the rows x (t, n) of the tokens with indices `tokens` (t,) to (t, n)."""
-        first = self.gate_up_proj if hasattr(self, "gate_up_proj") else self.up_proj
+        first: Any = self.gate_up_proj if hasattr(self, "gate_up_proj") else self.up_proj
         output: Tensor = self.down_proj(activation(first(x)))
         return output
 
@@ -82,6 +84,7 @@ class ExpertList(nn.Module):
 
     origin: type[nn.Module]
     stacks: list[str]
+    post_expert_norm: nn.Module
 
     def __init__(self, old: nn.Module) -> None:
         super().__init__()
@@ -104,10 +107,10 @@ class ExpertList(nn.Module):
         Indices that are no expert stand for no expert.
         """
         experts, output = self.experts, torch.zeros_like(hidden_states)
-        for number in top_k_index.unique().tolist():
+        for number in sorted(set(top_k_index.flatten().tolist())):
             if not 0 <= number < len(experts):
                 continue
-            place, token = torch.where(top_k_index.T == number)
+            place, token = torch.where(top_k_index.T.eq(number))
             found = experts[number](hidden_states[token], token, self._activation)
             if self.has_post_expert_norm:
                 found = self.post_expert_norm(found)
@@ -116,7 +119,9 @@ class ExpertList(nn.Module):
         return output
 
     def _activation(self, wide: Tensor) -> Tensor:
-        inner: Tensor = self.origin._apply_gate(self, wide) if self.has_gate else self.act_fn(wide)  # type: ignore[operator]  # noqa: SLF001
+        origin: Any = self.origin
+        own: Any = self
+        inner: Tensor = origin._apply_gate(self, wide) if self.has_gate else own.act_fn(wide)  # noqa: SLF001
         return inner
 
     def own_memory(self) -> None:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from zssvd_lightning._contexts import evaluation_mode
 from zssvd_lightning._numerics import exact_products
 from zssvd_lightning.layers.base import HOOKS, CompressedLinear
-from zssvd_lightning.layers.experts import ExpertList, expert_lists, is_stacked, matrices_of
+from zssvd_lightning.layers.experts import DOWN, ExpertList, expert_lists, is_stacked, matrices_of
 from zssvd_lightning.model.peft_layers import wraps_by_peft
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,7 @@ def stacked_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 def stacked_matrices(model: nn.Module) -> dict[str, nn.Module]:
     """Return the module that stacks each matrix of an expert, by the name of the matrix as a linear layer."""
-    return {
-        f"{name}.{part}": module for name, module in stacked_experts(model).items() for part in matrices_of(module)
-    }
+    return {f"{name}.{part}": module for name, module in stacked_experts(model).items() for part in matrices_of(module)}
 
 
 class SeparateExperts:
@@ -145,8 +143,8 @@ def difference(old: nn.Module, new: ExpertList) -> str | None:
         old: the module with stacked parameters.
         new: the list of experts.
     """
-    weight = new.experts[0].down_proj.weight
-    count, (n, _) = len(new.experts), weight.shape
+    weight: Tensor = getattr(new.experts[0], DOWN).weight
+    count, n = len(new.experts), len(weight)
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randn(count, n, generator=generator).to(weight)
     experts = torch.stack([torch.arange(count), torch.arange(1, count + 1) % count], 1)[:, : min(2, count)]
@@ -156,7 +154,12 @@ def difference(old: nn.Module, new: ExpertList) -> str | None:
         bare = vars(nn.Module())
         for module in (old, new):
             vars(module).update({kind: bare[kind] for kind in HOOKS})
-        with evaluation_mode(old), evaluation_mode(new), exact_products(), torch.autocast(weight.device.type, enabled=False):
+        with (
+            evaluation_mode(old),
+            evaluation_mode(new),
+            exact_products(),
+            torch.autocast(weight.device.type, enabled=False),
+        ):
             outputs: Sequence[Tensor] = [
                 module(tokens.clone(), experts.to(weight.device), shares) for module in (old, new)
             ]
