@@ -130,6 +130,7 @@ def test_the_weight_of_the_mean_is_about_the_best_one(tokens):
 def test_the_weight_falls_with_the_number_of_tokens_and_is_one_for_equal_moments():
     A, mean = torch.diag(torch.tensor([1.0, 2.0])), torch.eye(2)
     weights = [shrinkage(A, tokens, mean) for tokens in (1, 100, 1000)]
-    assert weights[0] == 1.0 and weights[1] == pytest.approx(10 * weights[2])
+    assert weights[0] == 1.0
+    assert weights[1] == pytest.approx(10 * weights[2])
     assert weights[1] == pytest.approx((3**2 + 5) / 100 / 1)
     assert shrinkage(A, 5, A) == 1.0

@@ -18,10 +18,10 @@ from zssvd_lightning import (
 from zssvd_lightning.compression.pipeline import calibrate, coverage_of, plan
 from zssvd_lightning.errors import BudgetError, LeftDenseWarning, TargetError
 from zssvd_lightning.layers.experts import ExpertList, is_stacked
+from zssvd_lightning.model.coverage import BY_CHOICE
 from zssvd_lightning.model.experts import difference
 from zssvd_lightning.serialization.specs import ranks_of
 
-STACKED = "stacked matrices, such as those of experts"
 QUICK = {"preset": "zs-svd", "prune_ratio": 0.4, "progress": False, "corrections": 0}
 
 
@@ -40,7 +40,7 @@ def test_compressed_saved_loaded_generated_and_merged(family, tmp_path):
     assert report.reached >= 0.4
     sizes = {name: layer.shape[0] * layer.shape[1] for name, layer in report.layers.items() if ".experts." in name}
     assert sum(sizes.values()) == stacked > 0.3 * report.coverage.model_parameters
-    assert all(part.what != STACKED for part in report.coverage.left_alone)
+    assert not any("stacked" in part.what or "experts" in part.what for part in report.coverage.left_alone)
     assert any(".experts." in name for name in ranks_of(model))
     expected = logits(model, batches[0])
 
@@ -72,7 +72,8 @@ def test_dense_and_stacked_experts_beside_compressed_ones_load(family, tmp_path)
     model, batches = tiny_experts(family), token_batches()
     report = compress(model, batches, include=["layers.1.*.experts.[01].*", "q_proj"], **QUICK)
     first, second = experts_in(model)
-    assert is_stacked(first) and isinstance(second, ExpertList)
+    assert is_stacked(first)
+    assert isinstance(second, ExpertList)
     assert not any(".experts.2" in name or "layers.0.mlp" in name for name in report.layers)
     for self_contained in (False, True):
         save_pretrained(model, tmp_path / "saved", self_contained=self_contained)
@@ -91,7 +92,8 @@ def test_every_storage_and_a_second_compression(storage, tmp_path):
     if storage != "hq":
         before = ranks_of(model)
         report = compress(model, batches, prune_ratio=0.5, storage=storage, progress=False)
-        assert report.reached >= 0.5 and all(rank <= before.get(name, 99) for name, rank in ranks_of(model).items())
+        assert report.reached >= 0.5
+        assert all(rank <= before.get(name, 99) for name, rank in ranks_of(model).items())
 
 
 def test_weights_load_into_dense_and_compressed_models():
@@ -163,6 +165,7 @@ def test_patterns_leave_experts_out(pattern):
     downs = {name for name in report.layers if name.endswith("down_proj")}
     assert not any("gate_up_proj" in name for name in report.layers)
     assert len(downs) == (8 if pattern.endswith("gate_up_proj") else 0)
+    assert any(part.what == BY_CHOICE for part in report.coverage.left_alone)
     assert all(map(is_stacked, experts_in(model))) == (not downs)
 
 
@@ -181,6 +184,8 @@ def test_experts_that_differ_from_their_linear_layers_stay_stacked(caplog):
     report = compress(model, batches, **QUICK)
     assert "the experts of model.layers.0.mlp.experts (Scaled) are not compressed: as separate" in caplog.text
     assert type(experts_in(model)[0]) is Scaled
+    (left,) = [part for part in report.coverage.left_alone if part.what.startswith("stacked experts: as separate")]
+    assert left.parameters == sum(p.numel() for p in other.parameters())
     assert not any("layers.0.mlp.experts" in name for name in report.layers)
     with pytest.raises(TargetError, match="part of the stacked parameters of Scaled"):
         compress(model, batches, include="layers.0.mlp.experts.0.down_proj", **QUICK)
@@ -191,7 +196,8 @@ def test_tied_experts_stay_stacked(caplog):
     first, second = experts_in(model)
     second.down_proj = first.down_proj
     compress(model, batches, **QUICK)
-    assert caplog.text.count("tied to those of another module") == 2
+    assert caplog.text.count("the experts of model.layers.") == 2
+    assert "not compressed: its parameters are tied to those of another module" in caplog.text
     assert first.down_proj is second.down_proj
 
 

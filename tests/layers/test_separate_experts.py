@@ -61,15 +61,18 @@ def test_memory_is_shared_and_can_be_made_their_own(family):
         separate.experts[2].down_proj.weight.zero_()
     assert torch.equal(stacked.down_proj, before)
     for parameter in separate.parameters():
-        assert parameter.untyped_storage().nbytes() == parameter.nbytes and parameter.is_contiguous()
-    assert separate.stacked(stacked) is stacked and not stacked.down_proj[2].any()
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+        assert parameter.is_contiguous()
+    assert separate.stacked(stacked) is stacked
+    assert not stacked.down_proj[2].any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stacking_gives_the_module_of_before(family):
     stacked = experts_in(tiny_experts(family))[-1]
     again = ExpertList(stacked).stacked()
-    assert type(again) is type(stacked) and again is not stacked
+    assert type(again) is type(stacked)
+    assert again is not stacked
     assert list(again.state_dict()) == list(stacked.state_dict())
     for name, value in stacked.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
@@ -100,7 +103,8 @@ def test_indices_of_no_expert_stand_for_none():
 def test_modules_of_other_structures_are_no_stacked_experts():
     model = tiny_experts()
     stacked = experts_in(model)[0]
-    assert is_stacked(stacked) and matrices_of(stacked)[:3] == ["0.gate_up_proj", "0.down_proj", "1.gate_up_proj"]
+    assert is_stacked(stacked)
+    assert matrices_of(stacked)[:3] == ["0.gate_up_proj", "0.down_proj", "1.gate_up_proj"]
     assert not is_stacked(ExpertList(stacked))
     assert not any(is_stacked(module) for module in tiny_llama().modules())
     another = copy.deepcopy(stacked)

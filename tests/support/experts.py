@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 import transformers as T
-from support.models import VOCABULARY
 from torch import nn
 from transformers import PreTrainedModel
+
+from support.models import VOCABULARY
 
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,

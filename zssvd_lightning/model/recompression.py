@@ -149,6 +149,11 @@ class StandIns:
             self.put_back()
 
 
+def experts_left(stand_ins: StandIns | None) -> dict[str, str]:
+    """Return the modules of stacked experts that are selected and cannot be taken apart, by name with the reason."""
+    return {} if stand_ins is None else stand_ins.experts.left
+
+
 def _why_not(layer: CompressedLinear, owners: Counter[int]) -> str | None:
     """Return why a layer cannot be compressed again and what to do, or None if it can."""
     parameters = list(layer.parameters())

@@ -39,12 +39,12 @@ def stand_ins_in_training(
             )
         if recovery is not None:
             recovery.settings.refuse_storage(layer.kind)
-    for name, module in stand_ins.experts.modules.items() if not adapter.compresses_again else ():
+    for name in [*stand_ins.experts.modules, *stand_ins.experts.left] if not adapter.compresses_again else ():
         raise UnsupportedTrainingError(
-            f"{name} ({type(module).__name__}) stacks experts, which are compressed as separate layers, and under "
-            f"{type(adapter.trainer.strategy).__name__} they cannot be taken apart during training; train on one "
-            f"device or with strategy='ddp', call zssvd_lightning.compress on the model before the fit, or add "
-            f"{name}.* to ignore"
+            f"{name} ({type(model.get_submodule(name)).__name__}) stacks experts, which are compressed as separate "
+            f"layers, and under {type(adapter.trainer.strategy).__name__} they cannot be taken apart during training; "
+            "train on one device or with strategy='ddp', call zssvd_lightning.compress on the model before the fit, or "
+            f"add {name}.* to ignore"
         )
     return stand_ins
 
