@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.experts import FAMILIES, experts_in, tiny_experts
 from support.models import assert_same_state, padded_batches, state_of, token_batches
+from transformers import AutoModel
 
 from zssvd_lightning import (
     CompressionConfig,
@@ -26,8 +27,10 @@ QUICK = {"preset": "zs-svd", "prune_ratio": 0.4, "progress": False, "corrections
 
 
 def logits(model, batch):
+    """Logits, or the hidden states of a model without a head."""
     with torch.no_grad():
-        return model.eval()(**batch).logits
+        output = model.eval()(**batch)
+    return output.logits if "logits" in output else output.last_hidden_state
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,6 +51,9 @@ def test_compressed_saved_loaded_generated_and_merged(family, tmp_path):
     loaded = from_pretrained(tmp_path / "saved")
     assert ranks_of(loaded) == ranks_of(model)
     assert torch.equal(logits(loaded, batches[0]), expected)
+    base = AutoModel.from_pretrained(tmp_path / "saved").eval()
+    inputs = {"input_ids": batches[0]["input_ids"]}
+    assert torch.equal(logits(base, inputs), logits(loaded.model, inputs))
     prompt = batches[0]["input_ids"][:, :5]
     generated = loaded.generate(prompt, max_new_tokens=4, do_sample=False)
     assert torch.equal(generated, model.generate(prompt, max_new_tokens=4, do_sample=False))

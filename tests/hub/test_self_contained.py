@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.many_classes import CLASSES, built, factored
 from support.experts import experts_in, tiny_experts
+from support.many_classes import CLASSES, built, factored
 from support.models import tiny_llama, tiny_tokenizer, token_batches
 
 from zssvd_lightning import compress, save_pretrained

@@ -90,9 +90,9 @@ def write_model(
     loaded_as = _class_to_load(model) if specs else type(model)
     mark(model)
     try:
-        # transformers renames weights of stacked experts, but those of separate ones have no other names
-        stacked = next(expert_lists(model), None) is None
-        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=stacked)
+        # transformers renames weights on disk, but not back for separate experts and for code in the folder
+        renames = not self_contained and next(expert_lists(model), None) is None
+        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=renames)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     except Exception as error:

@@ -3,6 +3,8 @@
 Shapes: A (n, n).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,8 @@ def shrinkage(A: Tensor, tokens: float, mean: Tensor) -> float:
     The expected squared distance (Frobenius) is least at `w = E||A - S||^2 / E||A - mean||^2`, where S is the true
     second moment (Ledoit and Wolf 2003, doi:10.1016/S0927-5398(03)00007-0, with a target that is known much better than
     A). For Gaussian rows, `E||A - S||^2 = (tr(S)^2 + ||S||^2) / T`. S is estimated by A, and the denominator by its
-    value. The weight is about 1 for a few tokens and falls as 1/T, unless A and `mean` are the same.
+    value. The weight is about 1 for a few tokens and falls as 1/T, unless A and `mean` are the same. It is 0 if one of
+    them is not finite, so that the error for that names the right layer.
 
     Args:
         A: second moment over the tokens of one expert.
@@ -24,6 +27,8 @@ def shrinkage(A: Tensor, tokens: float, mean: Tensor) -> float:
         mean: second moment over the tokens of all experts.
     """
     distance = float((A - mean).square().sum())
+    if not math.isfinite(distance):
+        return 0.0
     noise = float(A.diagonal().sum().square() + A.square().sum()) / tokens
     return min(1.0, noise / distance) if distance > 0 else 1.0
 
@@ -40,4 +45,4 @@ def shrunk_sum(own: Tensor, tokens: float, everyone: Tensor, all_tokens: float) 
     with exact_products():
         A, mean = own / tokens, everyone / all_tokens
         weight = shrinkage(A, tokens, mean)
-        return torch.lerp(A, mean, weight) * tokens
+        return torch.lerp(A, mean, weight) * tokens if weight > 0 else own
