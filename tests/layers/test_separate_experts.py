@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from support.experts import FAMILIES, experts_in, tiny_experts
+from support.many_classes import factored
 from support.models import tiny_llama, token_batches
 
 from zssvd_lightning.layers.experts import ExpertList, is_stacked, matrices_of
@@ -98,6 +99,27 @@ def test_indices_of_no_expert_stand_for_none():
     hidden[:, 1] = 4
     weights[:, 1] = 0.0
     torch.testing.assert_close(separate(x, hidden, weights), separate(x, chosen, weights))
+
+
+@pytest.mark.parametrize("form", ["dense", "low_rank", "pivoted"])
+def test_in_training_experts_without_tokens_get_gradients_of_zero_as_stacked_ones_do(form):
+    stacked = experts_in(tiny_experts("gpt_oss"))[0]
+    separate = ExpertList(stacked)
+    if form != "dense":
+        factored(separate, form)
+    x, chosen, weights = routed(stacked)
+    chosen = chosen % 2
+    for training in (False, True):
+        separate.train(training).zero_grad(set_to_none=True)
+        separate(x, chosen, weights).sum().backward()
+        for number, expert in enumerate(separate.experts):
+            for parameter in expert.parameters():
+                assert (parameter.grad is None) == (number >= 2 and not training)
+                if number >= 2 and training:
+                    assert not parameter.grad.any()
+    separate.eval()
+    expected = separate(x, chosen, weights)
+    assert torch.equal(separate.train()(x, chosen, weights), expected)
 
 
 def test_modules_of_other_structures_are_no_stacked_experts():

@@ -104,14 +104,16 @@ class ExpertList(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Map the tokens (N, n) to (N, n), given the experts of each token (N, K) and their weights (N, K).
 
-        Indices that are no expert stand for no expert.
+        Indices that are no expert stand for no expert. In training, experts without tokens run on none, so that their
+        gradients are zero as in stacked parameters. DDP expects gradients for all parameters.
         """
-        experts, output = self.experts, torch.zeros_like(hidden_states)
-        for number in sorted(set(top_k_index.flatten().tolist())):
-            if not 0 <= number < len(experts):
+        reached, output = set(top_k_index.flatten().tolist()), torch.zeros_like(hidden_states)
+        all_in_graph = self.training and torch.is_grad_enabled()
+        for number, expert in enumerate(self.experts):
+            if number not in reached and not all_in_graph:
                 continue
             place, token = torch.where(top_k_index.T.eq(number))
-            found = experts[number](hidden_states[token], token, self._activation)
+            found = expert(hidden_states[token], token, self._activation)
             if self.has_post_expert_norm:
                 found = self.post_expert_norm(found)
             found = found * top_k_weights[token, place, None]
