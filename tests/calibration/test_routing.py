@@ -1,4 +1,4 @@
-"""Statistics of experts: each from its own tokens without padding, shrunk towards the layer where tokens are few."""
+"""Statistics of experts: each from its own tokens without padding, shrunk toward the layer where tokens are few."""
 
 import torch
 from support.experts import tiny_experts

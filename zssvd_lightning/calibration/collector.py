@@ -167,7 +167,7 @@ class StatisticsCollector:
     def layer_at(self, owner: int, name: str, *, inputs: bool) -> tuple[Tensor, Moments] | None:
         """Return a layer's whole weight and statistics on its owner, None elsewhere; after `complete`. Collective.
 
-        Second moments of experts are shrunk towards those of all experts of the layer; see `ExpertMeans`.
+        Second moments of experts are shrunk toward those of all experts of the layer; see `ExpertMeans`.
 
         Args:
             owner: rank of the process that needs the layer.

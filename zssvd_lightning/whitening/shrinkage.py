@@ -1,4 +1,4 @@
-"""Shrinkage of a second moment that few tokens estimate towards one that many do.
+"""Shrinkage of a second moment that few tokens estimate toward one that many do.
 
 Shapes: A (n, n).
 """

@@ -1,4 +1,4 @@
-"""Second moments over all experts of a layer, towards which those of single experts are shrunk."""
+"""Second moments over all experts of a layer, toward which those of single experts are shrunk."""
 
 from collections.abc import Callable, Mapping
 
@@ -46,7 +46,7 @@ class ExpertMeans:
         tokens: Mapping[str, int],
         own_of: Callable[[str], Tensor],
     ) -> Tensor | None:
-        """Return a sum over the tokens of one expert, shrunk towards those of all; see `shrunk_sum`. Collective.
+        """Return a sum over the tokens of one expert, shrunk toward those of all; see `shrunk_sum`. Collective.
 
         Args:
             kind: side of the layer, `inputs` or `outputs`.
