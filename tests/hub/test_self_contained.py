@@ -8,10 +8,12 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.experts import experts_in, tiny_experts
 from support.many_classes import CLASSES, built, factored
 from support.models import tiny_llama, tiny_tokenizer, token_batches
 
-from zssvd_lightning import save_pretrained
+from zssvd_lightning import compress, save_pretrained
+from zssvd_lightning.layers.experts import is_stacked
 
 OF_PROCESSES = {"LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 """Environment variables that a Trainer of another test leaves, and that make a process one of several."""
@@ -121,3 +123,28 @@ def test_one_saved_from_a_subclass_names_the_class_it_extends(tmp_path):
     torch.save({"input_ids": token_batches(1)[0]["input_ids"]}, tmp_path.with_suffix(".pt"))
     arguments = [tmp_path.with_suffix(".pt"), tmp_path, "AutoModelForCausalLM", tmp_path.with_suffix(".out")]
     subprocess.run([sys.executable, "-c", OTHER_CLASSES, *map(str, arguments)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "include"),
+    [("qwen3_moe", ["layers.1.*.experts.[01].*", "q_proj"]), ("gpt_oss", None), ("mixtral", ["q_proj", "o_proj"])],
+)
+def test_experts_in_part_as_a_whole_and_not_at_all(tmp_path, family, include):
+    torch.manual_seed(0)
+    model, batch = tiny_experts(family), token_batches(1)[0]
+    settings = {"preset": "best", "corrections": 0, "progress": False, "include": include}
+    compress(model, token_batches(), prune_ratio=0.5, **settings)
+    assert [is_stacked(module) for module in experts_in(model)] == {
+        "qwen3_moe": [True, False],
+        "gpt_oss": [False, False],
+        "mixtral": [True, True],
+    }[family]
+    save_pretrained(model, tmp_path / "m", self_contained=True)
+    inputs = {"input_ids": batch["input_ids"]}
+    torch.save(inputs, tmp_path / "inputs.pt")
+    arguments = [tmp_path / "inputs.pt", tmp_path / "m", "AutoModelForCausalLM", tmp_path / "out.pt"]
+    subprocess.run([sys.executable, "-c", OTHER_CLASSES, *map(str, arguments)], check=True)
+    weights, output = torch.load(tmp_path / "out.pt")
+    assert weights.keys() == model.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(output, model(**inputs).logits)

@@ -5,6 +5,7 @@ Shapes: W and G are (m, n), the second moments A (n, n) and B (m, m).
 
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from zssvd_lightning.calibration.gradients import check_terms, checked_loss, col
 from zssvd_lightning.calibration.hooks import Observation, observing
 from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.calibration.recorded_calls import Call, own_calls
+from zssvd_lightning.calibration.routing.means import ExpertMeans
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.whitening.kept_roots import KeptRoots
 from zssvd_lightning.whitening.moments import Moments
@@ -63,7 +65,7 @@ class StatisticsCollector:
         self.can_overflow, self.finds_widths, self.free_widths = False, False, FreeWidths()
         self.logits_model: Callable[[Any], nn.Module] = lambda model: model
         self.model = model
-        self._targets, self._team = layers, layers.team
+        self._targets, self._team, self._means = layers, layers.team, ExpertMeans(model, layers)
         self.output_side = output_side
         self.draw = None if output_side is None else OUTPUT_GRADIENTS[output_side]
         self.keeps = keep
@@ -172,10 +174,13 @@ class StatisticsCollector:
         if self._kept is not None and not self.moments.leaders:
             self.moments.reuse(self._kept.second_moments())
         self._counts_shared = True
+        self._means.start_afresh()
         self.moments.take_counts(self._team.gathered(self.moments.counts()))
 
     def layer_at(self, owner: int, name: str, *, inputs: bool) -> tuple[Tensor, Moments] | None:
         """Return a layer's whole weight and statistics on its owner, None elsewhere; after `complete`. Collective.
+
+        Second moments of experts are shrunk toward those of all experts of the layer; see `ExpertMeans`.
 
         Args:
             owner: rank of the process that needs the layer.
@@ -188,23 +193,16 @@ class StatisticsCollector:
         A = G = B = None
         if inputs and moments.tokens.get(leader):
             A = self._team.sum_at(owner, self._inputs(moments, leader), target.shape[1], 0)
+            A = self._means.shrunk("inputs", leader, A, moments.tokens, partial(self._inputs, moments))
         if name in moments.with_gradient:
             G = self._team.sum_at(owner, self._gradient(moments.gradient_sums, name), length, split)
         if name in moments.with_outputs:
             B = self._team.total_at(owner, self._output_sum(moments, name))
+            B = self._means.shrunk("outputs", name, B, moments.tokens, partial(self._output_sum, moments))
         weight = self._team.weight_at(owner, target.weight, length, split)
         if weight is None:
             return None
-        whole = Moments(
-            dict(moments.leaders),
-            tokens=moments.tokens,
-            output_terms=moments.output_terms,
-            loss_terms=moments.loss_terms,
-        )
-        whole.input_sums = {} if A is None else {leader: A}
-        whole.gradient_sums = {} if G is None else {name: G}
-        whole.output_sums = {} if B is None else {name: B}
-        return weight, whole
+        return weight, moments.with_sums_of(name, A, G, B)
 
     def second_moment(self, leader: str) -> Tensor:
         """Return `A` (n, n) over all batches, where processes have whole weights; after `complete`. Collective.

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from zssvd_lightning.calibration.batches import IGNORED_LABEL, tensors_in, token_mask
 from zssvd_lightning.calibration.padding import warn_of_padding
+from zssvd_lightning.calibration.routing.rows import RoutedRows
 from zssvd_lightning.errors import CalibrationError
 
 MASK = "attention_mask"
@@ -91,10 +92,12 @@ class Masks:
         self._outputs: list[tuple[weakref.ref[Tensor], Tensor | None]] = []
         self._used: dict[str, list[tuple[tuple[int, ...], Tensor | None]]] = {}
         self._hooks: ExitStack | None = None
+        self._routed = RoutedRows()
 
     def watch(self, model: nn.Module) -> None:
         """Note the calls of the stacks of a model, until `close`."""
         self._hooks = ExitStack()
+        self._routed.watch(model, self._found, self._hooks)
         for module in model.modules():
             signature = _signature(module)
             names = set() if signature is None else set(signature.parameters)
@@ -139,7 +142,7 @@ class Masks:
                     "known which masks its gradients go by; turn activation checkpointing off, or set memory to 'whole'"
                 )
             return masks[0] if masks else None
-        mask = self._partly(self._found(X))
+        mask = self._routed.mask if self._routed.inside else self._partly(self._found(X))
         self._used.setdefault(layer, []).append((shape, mask))
         return mask
 

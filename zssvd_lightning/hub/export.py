@@ -15,6 +15,7 @@ from zssvd_lightning._files import replacing_folder
 from zssvd_lightning.errors import ExportError, SavedModelError
 from zssvd_lightning.hub.saving import SHARD, write_model
 from zssvd_lightning.layers.base import CompressedLinear, type_of
+from zssvd_lightning.layers.experts import expert_lists
 from zssvd_lightning.layers.registry import dense_like
 from zssvd_lightning.model.adapters import merge_adapters
 from zssvd_lightning.model.peft_layers import wraps_by_peft
@@ -27,6 +28,8 @@ OPSET = 18
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Replace compressed layers, including their adapters, by dense layers of the same function, in place.
+
+    Experts that were taken apart are stacked again, in modules of their original classes.
 
     The result is an ordinary model with the size and speed it had before compression. Products are computed in float32
     or wider and rounded once.
@@ -54,7 +57,18 @@ def merge(model: nn.Module) -> None:
             {"weight": W.T if isinstance(new, Conv1D) else W} | ({} if old.bias is None else {"bias": old.bias})
         )
         replace_module(model, old, new)
+    _stack_experts(model)
     mark(model)
+
+
+def _stack_experts(model: nn.Module) -> None:
+    """Put the stacked parameters of the original classes in place of lists of experts."""
+    found = [experts for _, experts in expert_lists(model)]
+    for experts in found:
+        replace_module(model, experts, experts.stacked())
+    for part in model.modules() if found else ():
+        if isinstance(part, PreTrainedModel):  # names of a folder with separate experts are not those of others
+            vars(part).pop("_weight_conversions", None)
 
 
 def export_dense(

@@ -15,6 +15,7 @@ from zssvd_lightning.errors import OutputError, SavedModelError
 from zssvd_lightning.hub.model_card import write_card
 from zssvd_lightning.hub.model_classes import saved_class
 from zssvd_lightning.hub.remote_code import carry_code
+from zssvd_lightning.layers.experts import expert_lists
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.peft_layers import wraps_by_peft
 from zssvd_lightning.serialization.integrity import digest
@@ -91,7 +92,9 @@ def write_model(
     loaded_as = _class_to_load(model) if specs else type(model)
     mark(model)
     try:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        # transformers renames weights on disk, but not back for separate experts and for code in the folder
+        renames = not self_contained and next(expert_lists(model), None) is None
+        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=renames)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     except Exception as error:

@@ -8,6 +8,7 @@ from rich.table import Table
 from torch import nn
 
 from zssvd_lightning.layers.base import CompressedLinear
+from zssvd_lightning.layers.experts import is_stacked
 from zssvd_lightning.model.heads import LINEAR
 from zssvd_lightning.model.targets import CLASSIFICATION_HEAD, OUTPUT_EMBEDDING, Target, refusals
 
@@ -24,7 +25,7 @@ HEADS = {OUTPUT_EMBEDDING: "output embeddings", CLASSIFICATION_HEAD: "classifica
 """What a report calls layers that are left alone for these reasons."""
 
 BY_CHOICE = "linear layers excluded by include or ignore"
-"""What a report calls layers that could be targets if the user had not chosen otherwise."""
+"""What a report calls layers that could be targets if the user had not chosen otherwise, and experts like them."""
 
 HALF = 0.5
 """Share of the model below which what can be compressed deserves a warning."""
@@ -65,7 +66,8 @@ class Coverage:
         Args:
             model: any module.
             targets: its layers to compress.
-            others: linear layers that are not compressed for another reason than those of `find_targets`, by name.
+            others: linear layers and modules of stacked experts that are not compressed for another reason than those
+                of `find_targets`, by name.
             present: number of parameters to count for the weight of a layer that is dense only for now, by name.
         """
         refused, sizes = refusals(model) | dict(others or {}), present or {}
@@ -142,11 +144,12 @@ class Coverage:
 
 def _kind(name: str, module: nn.Module, parameter: nn.Parameter, refused: Mapping[str, str]) -> str:
     """Return what a report calls a parameter that is in no target."""
-    if parameter.ndim < 2:
+    stacked = is_stacked(module)
+    if parameter.ndim < 2 + stacked:
         return "biases, norms and other vectors"
     if name in refused:
-        return HEADS.get(refused[name], f"linear layers: {refused[name]}")
-    if isinstance(module, LINEAR):
+        return HEADS.get(refused[name], f"{'stacked experts' if stacked else 'linear layers'}: {refused[name]}")
+    if stacked or isinstance(module, LINEAR):
         return BY_CHOICE
     for type_, what in KINDS:
         if isinstance(module, type_):

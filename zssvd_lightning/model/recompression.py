@@ -19,6 +19,7 @@ from zssvd_lightning.errors import TargetError
 from zssvd_lightning.layers.base import CompressedLinear, Dense, carry_hooks
 from zssvd_lightning.layers.registry import Factored, dense_like, layer_like
 from zssvd_lightning.layers.storage import Kept, Present
+from zssvd_lightning.model.experts import SeparateExperts
 from zssvd_lightning.model.peft_layers import wraps_by_peft
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import Patterns, is_selected, refuse_adapted
@@ -54,9 +55,10 @@ def low_rank_targets(model: nn.Module, include: Patterns = None, ignore: Pattern
 
 
 class StandIns:
-    """Dense layers that stand in for the selected low-rank layers of a model, with the same weights.
+    """Linear layers that stand in for what else is selected in a model, with the same weights.
 
-    They take the memory of the dense weights. The low-rank layers are kept aside, with their factors as they are.
+    Dense layers stand in for low-rank layers. They take the memory of the dense weights. The low-rank layers are kept
+    aside, with their factors as they are. Lists of linear layers stand in for stacked experts, and share their memory.
 
     Args:
         model: any module.
@@ -66,6 +68,7 @@ class StandIns:
 
     Attributes:
         layers: the low-rank layers, by qualified name.
+        experts: the stacked experts.
 
     Raises:
         TargetError: see `low_rank_targets`.
@@ -79,6 +82,7 @@ class StandIns:
         replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
     ) -> None:
         self.layers = low_rank_targets(model, include, ignore)
+        self.experts = SeparateExperts(model, lambda name: is_selected(name, include, ignore), replace)
         self._model, self._replace = model, replace
         self._dense: dict[str, Dense] = {}
 
@@ -88,8 +92,9 @@ class StandIns:
         return {name: Present(layer.rank, _numbers_of(layer)) for name, layer in self.layers.items()}
 
     def put_in(self) -> None:
-        """Replace the low-rank layers by their stand-ins. On an error, the model is as before."""
+        """Replace low-rank layers and stacked experts by their stand-ins. On an error, the model is as before."""
         try:
+            self.experts.put_in()
             for name, layer in self.layers.items():
                 self._dense[name] = _stand_in(layer)
                 self._replace(self._model, layer, self._dense[name])
@@ -109,7 +114,8 @@ class StandIns:
         return cast("Factored", new)
 
     def write_low_rank(self, weights: dict[str, Any]) -> None:
-        """In a state dict of the model, replace the entries of stand-ins by those of their low-rank layers."""
+        """In a state dict of the model, replace the entries of stand-ins by those of what they stand for."""
+        self.experts.write_stacked(weights)
         names = {id(dense): name for name, dense in self._dense.items()}
         for place, module in self._model.named_modules(remove_duplicate=False):
             if id(module) in names:
@@ -119,7 +125,8 @@ class StandIns:
                 weights.update({f"{place}.{key}": value for key, value in low_rank.items()})
 
     def put_back(self) -> None:
-        """Replace every stand-in that is in the model by its low-rank layer."""
+        """Replace every stand-in that is in the model by what it stands for; see `SeparateExperts.put_back`."""
+        self.experts.put_back()
         present = {id(module) for module in self._model.modules()} if self._dense else set()
         for name, dense in self._dense.items():
             if id(dense) in present:
@@ -140,6 +147,11 @@ class StandIns:
             raise
         if not keep:
             self.put_back()
+
+
+def experts_left(stand_ins: StandIns | None) -> dict[str, str]:
+    """Return the modules of stacked experts that are selected and cannot be taken apart, by name with the reason."""
+    return {} if stand_ins is None else stand_ins.experts.left
 
 
 def _why_not(layer: CompressedLinear, owners: Counter[int]) -> str | None:

@@ -16,6 +16,7 @@ from zssvd_lightning._validation import closest
 from zssvd_lightning.errors import TargetError
 from zssvd_lightning.layers.base import shape_of
 from zssvd_lightning.layers.storage import break_even_rank
+from zssvd_lightning.model.experts import stacked_matrices
 from zssvd_lightning.model.heads import classification_heads, output_embeddings
 from zssvd_lightning.model.linear_subclasses import is_plain_linear
 from zssvd_lightning.model.peft_layers import MERGE_FIRST, linear_layers_in_peft
@@ -114,7 +115,7 @@ def find_targets(model: nn.Module, include: Patterns = None, ignore: Patterns = 
     refuse_uninitialized(model)
     include = [include] if isinstance(include, str) else include
     ignore = [ignore] if isinstance(ignore, str) else ignore
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in model.named_modules() if name] + list(stacked_matrices(model))
     for pattern in [*(include or ()), *(ignore or ())]:
         if not any(matches(name, pattern) for name in names):
             raise TargetError(f"pattern {pattern!r} matches no module{closest(pattern, names) if names else ''}")
@@ -223,6 +224,12 @@ def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refus
     matched = [(n, m) for n, m in model.named_modules() if n and matches(n, pattern)]
     if any(name in allowed for name, _ in matched):
         return
+    for name, module in stacked_matrices(model).items() if not matched else ():
+        if matches(name, pattern):
+            raise TargetError(
+                f"{name} is a part of the stacked parameters of {type(module).__name__}, and is only factorized where "
+                "they can be taken apart (the log says why not); take it out of include"
+            )
     for name, _ in matched:
         if name in refused:
             advice = "" if refused[name] == CLASSIFICATION_HEAD else "; take it out of include"

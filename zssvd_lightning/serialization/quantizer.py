@@ -6,7 +6,7 @@ that need more are imported when a folder is loaded; see `_registration`.
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -100,13 +100,38 @@ class Rebuilder(HfQuantizer):
         refuse_missing(held, {name: model.get_submodule(name) for name in layers})
         return model
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
+        """Return the conversions of names and weights, without those into stacked experts that are separate here.
+
+        They would take the dense weights among those of separate experts.
+        """
+        from transformers.core_model_loading import WeightConverter
+
+        from zssvd_lightning.layers.experts import expert_lists
+
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
+        if next(expert_lists(model), None) is None:
+            return updated
+        names = "\n".join(name for name, _ in model.named_parameters())
+
+        def applies(conversion: Any) -> bool:
+            if not isinstance(conversion, WeightConverter):
+                return True
+            targets = [target for target in conversion.target_patterns if "\\" not in target]
+            return not targets or any(re.search(rf"{target}(?!\w)", names) for target in targets)
+
+        return [conversion for conversion in updated if applies(conversion)]
+
     def _layers_in(self, model: "PreTrainedModel") -> dict[str, dict[str, Any]]:
         """Return kind and sizes of the compressed layers by their names in `model`.
 
         Another class than the saved one may lack some of them, which belong to a head.
         """
-        names, same = {name for name, _ in model.named_modules()}, _is_of_saved_class(model)
-        layers = {_name_in(model, name): spec for name, spec in self.quantization_config.layers.items()}
+        from zssvd_lightning.model.experts import stacked_matrices
+
+        names = {name for name, _ in model.named_modules()} | stacked_matrices(model).keys()
+        same = _is_of_saved_class(model)
+        layers = {_name_in(model, name, names): spec for name, spec in self.quantization_config.layers.items()}
         return {name: spec for name, spec in layers.items() if same or name in names}
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
@@ -134,10 +159,9 @@ class Rebuilder(HfQuantizer):
         return True
 
 
-def _name_in(model: "PreTrainedModel", name: str) -> str:
-    """Return the name of a layer in `model`, which may be the saved model with or without its head."""
-    modules = dict(model.named_modules())
-    return next((n for n in _names_of(model, name) if n in modules), name)
+def _name_in(model: "PreTrainedModel", name: str, names: Collection[str]) -> str:
+    """Return the name of a layer among those in `model`, which may be the saved model with or without its head."""
+    return next((n for n in _names_of(model, name) if n in names), name)
 
 
 def _names_of(model: "PreTrainedModel", name: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.layers.base import CompressedLinear
+from zssvd_lightning.layers.experts import take_apart
 from zssvd_lightning.layers.int8 import Int8LowRankLinear
 from zssvd_lightning.layers.registry import KINDS, Factored, layer_like
 from zssvd_lightning.model.replace import replace_module
@@ -28,6 +29,8 @@ def ranks_of(model: nn.Module) -> dict[str, int]:
 def rebuild(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
     """Replace the dense layers named in `specs` by uninitialized compressed layers, in place.
 
+    Stacked experts are taken apart where `specs` name their matrices.
+
     Args:
         model: the dense model.
         specs: kind and sizes of each compressed layer, by qualified name.
@@ -35,6 +38,7 @@ def rebuild(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         SavedModelError: a name is not a linear layer of the model, or the kind or the sizes of a layer are invalid.
     """
+    take_apart(model, specs)
     modules = dict(model.named_modules())
     for name, spec in specs.items():
         old = modules.get(name)

@@ -14,9 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.layers.base import ADAPTER_NOTE, LOADING_NOTE, NOTE, CompressedLinear, Dense, shape_of
+from zssvd_lightning.layers.experts import expert_lists
 from zssvd_lightning.layers.registry import KINDS, Factored, dense_like, layer_like
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.adapters import Adapter
+from zssvd_lightning.model.experts import match_experts
 from zssvd_lightning.model.replace import inside_compressed, replace_module
 from zssvd_lightning.selection.storages import STORAGES
 from zssvd_lightning.serialization.specs import specs_of
@@ -34,8 +36,9 @@ def match_structure(
 ) -> None:
     """Replace layers of `model` in place, so that their form and rank match `weights`.
 
-    Dense layers may become compressed, and compressed layers may change form or rank or become dense. New layers have
-    no values yet. Nothing is changed if the weights would not load afterwards.
+    Dense layers may become compressed, and compressed layers may change form or rank or become dense. Stacked experts
+    may become separate layers, and the other way round. New layers have no values yet. Nothing is changed if the
+    weights would not load afterwards.
 
     Args:
         model: the module that will load the weights.
@@ -47,6 +50,23 @@ def match_structure(
         CheckpointError: the weights belong to another model; the message lists names and shapes that do not fit.
     """
     STORAGES.loaded()  # their layers are looked for too
+    undo = match_experts(model, weights, replace)
+    try:
+        _match_layers(model, weights, strict, replace)
+    except BaseException:
+        undo()
+        raise
+    for _, experts in expert_lists(model):
+        experts.own_memory()
+
+
+def _match_layers(
+    model: nn.Module,
+    weights: Mapping[str, Any],
+    strict: bool,
+    replace: Callable[[nn.Module, nn.Module, nn.Module], None],
+) -> None:
+    """Replace layers as `match_structure` does, once experts are as in the weights."""
     replaced: dict[str, Dense | CompressedLinear] = {}
     successors: dict[int, Dense | CompressedLinear] = {}
     told = adapters.told_in(weights)

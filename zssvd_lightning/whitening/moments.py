@@ -158,6 +158,22 @@ class Moments:
             dict(self.leaders), copy(self.input_sums), dict(tokens), {}, copy(self.output_sums), output_terms=terms
         )
 
+    def with_sums_of(self, name: str, A: Tensor | None, G: Tensor | None, B: Tensor | None) -> "Moments":
+        """Return statistics with the same counts and the sums of one layer alone; those that are None are left out.
+
+        Args:
+            name: name of the layer.
+            A: sum of `X^T X` (n, n) of its inputs.
+            G: summed gradient (m, n).
+            B: sum of `D^T D` (m, m) of its output gradients.
+        """
+        counted = Moments(dict(self.leaders), tokens=self.tokens)
+        counted.output_terms, counted.loss_terms = self.output_terms, self.loss_terms
+        counted.input_sums = {} if A is None else {self.leaders.get(name, name): A}
+        counted.gradient_sums = {} if G is None else {name: G}
+        counted.output_sums = {} if B is None else {name: B}
+        return counted
+
     def reuse(self, second_moments: "Moments") -> None:
         """Take the second moments of another object, for statistics that have none."""
         self.leaders, self.tokens = second_moments.leaders, second_moments.tokens

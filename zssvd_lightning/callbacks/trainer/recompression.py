@@ -15,7 +15,7 @@ from zssvd_lightning.strategies import StrategyAdapter
 def stand_ins_in_training(
     model: nn.Module, config: CompressionConfig, adapter: StrategyAdapter, recovery: RecoveryRun | None
 ) -> StandIns:
-    """Return dense layers that can stand in for the selected low-rank layers of a model, not yet put in.
+    """Return layers that can stand in for selected low-rank layers and stacked experts, not yet put in.
 
     Args:
         model: the model in training.
@@ -39,6 +39,13 @@ def stand_ins_in_training(
             )
         if recovery is not None:
             recovery.settings.refuse_storage(layer.kind)
+    for name in [*stand_ins.experts.modules, *stand_ins.experts.left] if not adapter.compresses_again else ():
+        raise UnsupportedTrainingError(
+            f"{name} ({type(model.get_submodule(name)).__name__}) stacks experts, which are compressed as separate "
+            f"layers, and under {type(adapter.trainer.strategy).__name__} they cannot be taken apart during training; "
+            "train on one device or with strategy='ddp', call zssvd_lightning.compress on the model before the fit, or "
+            f"add {name}.* to ignore"
+        )
     return stand_ins
 
 

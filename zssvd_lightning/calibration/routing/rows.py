@@ -1,0 +1,57 @@
+"""Which tokens of an expert are not padding.
+
+Shapes: N = B T tokens, of which an expert gets t.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from zssvd_lightning.calibration.batches import input_of
+from zssvd_lightning.layers.experts import Expert, ExpertList
+
+
+class RoutedRows:
+    """Masks of the tokens that experts get, while the experts run.
+
+    Attributes:
+        inside: True while an expert runs.
+        mask: mask (t,) of the tokens of the expert that runs; None if all count.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self) -> None:
+        self.inside, self.mask = False, None
+        self._whole: Tensor | None = None
+
+    def watch(self, model: nn.Module, mask_of: Callable[[Tensor], Tensor | None], hooks: ExitStack) -> None:
+        """Follow the experts of a model, until `hooks` are closed.
+
+        Args:
+            model: any module.
+            mask_of: function that returns the mask of the tokens (N, n) of all experts of a layer; None if all count.
+            hooks: stack to which the removal of the hooks is added.
+        """
+
+        def enter_all(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            X = input_of(args, kwargs)
+            mask = mask_of(X)
+            self._whole = None if mask is None or mask.numel() != X[..., 0].numel() else mask.reshape(-1)
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            tokens: Tensor = args[1]
+            self.inside = True
+            self.mask = None if self._whole is None else self._whole.to(tokens.device)[tokens]
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.inside, self.mask = False, None
+
+        for module in model.modules():
+            if isinstance(module, ExpertList):
+                hooks.callback(module.register_forward_pre_hook(enter_all, with_kwargs=True).remove)
+            elif isinstance(module, Expert):
+                hooks.callback(module.register_forward_pre_hook(enter).remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)

@@ -1,0 +1,211 @@
+"""Experts of a layer as separate linear layers, instead of stacked parameters.
+
+Models of transformers store the matrices of all experts of a layer in parameters with three dimensions, behind the
+interface of `transformers.integrations.moe`. `ExpertList` computes the same with linear layers.
+
+Shapes: E experts, n hidden features, h features inside of an expert, N tokens, K experts for each token. Imports only
+torch and transformers, so that a saved folder can contain a copy of this file.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zssvd_lightning.layers.base import carry_hooks
+
+DOWN = "down_proj"
+"""Name of the stack of matrices that write the output."""
+
+BIAS = "_bias"
+"""Suffix of the name of a stack of biases."""
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def first_stack(module: nn.Module) -> str:
+    """Return the name of the stack of matrices that read the input."""
+    return "gate_up_proj" if getattr(module, "has_gate", False) else "up_proj"
+
+
+def is_stacked(module: nn.Module) -> bool:
+    """Return whether a module holds experts in stacked parameters that `ExpertList` can take apart.
+
+    It has the attributes that transformers' `use_experts_implementation` sets, no parameters but the stacks that they
+    announce, and stacks of fitting shapes.
+    """
+    flags = [getattr(module, name, None) for name in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")]
+    if isinstance(module, ExpertList) or not all(isinstance(flag, bool) for flag in flags):
+        return False
+    if not callable(getattr(module, "_apply_gate" if flags[0] else "act_fn", None)):
+        return False
+    stacks = {name: tuple(stack.shape) for name, stack in module.named_parameters(recurse=False)}
+    first = first_stack(module)
+    if stacks.keys() != {first, DOWN} | ({first + BIAS, DOWN + BIAS} if module.has_bias else set()):
+        return False
+    if len(stacks[first]) != 3 or len(stacks[DOWN]) != 3:
+        return False
+    (count, n, h), (read, wide, n_read) = _oriented(stacks[DOWN], module), _oriented(stacks[first], module)
+    biases = not module.has_bias or (stacks[first + BIAS] == (count, wide) and stacks[DOWN + BIAS] == (count, n))
+    return count == read and n == n_read and wide == h * (2 if module.has_gate else 1) and biases
+
+
+def matrices_of(module: nn.Module) -> list[str]:
+    """Return the names that the linear layers of all experts of a stacked module get, relative to the module."""
+    return [f"{number}.{name}" for number in range(len(getattr(module, DOWN))) for name in (first_stack(module), DOWN)]
+
+
+class Expert(nn.Module):
+    """One expert. Its linear layers have the names of the stacks in which its matrices were."""
+
+    down_proj: nn.Module
+
+    def forward(self, x: Tensor, tokens: Tensor, activation: Activation) -> Tensor:
+        """Map the rows x (t, n) of the tokens with indices `tokens` (t,) to (t, n)."""
+        first: Any = self.gate_up_proj if hasattr(self, "gate_up_proj") else self.up_proj
+        output: Tensor = self.down_proj(activation(first(x)))
+        return output
+
+
+class ExpertList(nn.Module):
+    """Experts with a linear layer for each matrix, in place of a module that stacks them.
+
+    It runs the experts that get tokens one after the other. Activation, norms, attributes and hooks are those of the
+    replaced module.
+
+    Args:
+        old: module with stacked parameters; see `is_stacked`. The linear layers share their memory.
+
+    Attributes:
+        origin: class of the replaced module.
+        stacks: names of its parameters, in order.
+    """
+
+    origin: type[nn.Module]
+    stacks: list[str]
+    post_expert_norm: nn.Module
+
+    def __init__(self, old: nn.Module) -> None:
+        super().__init__()
+        _take_over(self, old)
+        self.origin, self.stacks = type(old), [name for name, _ in old.named_parameters(recurse=False)]
+        for number in range(len(getattr(old, DOWN))):
+            expert = Expert()
+            for name in (first_stack(old), DOWN):
+                expert.add_module(name, _layer_of(old, name, number))
+            self.add_module(str(number), expert.train(old.training))
+
+    @property
+    def experts(self) -> list[Expert]:
+        """The experts, in order."""
+        return [part for part in self.children() if isinstance(part, Expert)]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Map the tokens (N, n) to (N, n), given the experts of each token (N, K) and their weights (N, K).
+
+        Indices that are no expert stand for no expert. In training, experts without tokens run on none, so that their
+        gradients are zero as in stacked parameters. DDP expects gradients for all parameters.
+        """
+        reached, output = set(top_k_index.flatten().tolist()), torch.zeros_like(hidden_states)
+        all_in_graph = self.training and torch.is_grad_enabled()
+        for number, expert in enumerate(self.experts):
+            if number not in reached and not all_in_graph:
+                continue
+            place, token = torch.where(top_k_index.T.eq(number))
+            found = expert(hidden_states[token], token, self._activation)
+            if self.has_post_expert_norm:
+                found = self.post_expert_norm(found)
+            found = found * top_k_weights[token, place, None]
+            output.index_add_(0, token, found.to(output.dtype))
+        return output
+
+    def _activation(self, wide: Tensor) -> Tensor:
+        origin: Any = self.origin
+        own: Any = self
+        inner: Tensor = origin._apply_gate(self, wide) if self.has_gate else own.act_fn(wide)  # noqa: SLF001
+        return inner
+
+    def own_memory(self) -> None:
+        """Copy the values of the linear layers, so that they do not keep the stacks of all experts in memory."""
+        for parameter in self.parameters():
+            whole = type(parameter.data) is Tensor
+            if whole and (parameter.untyped_storage().nbytes() > parameter.nbytes or not parameter.is_contiguous()):
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+    @torch.no_grad()
+    def stacked(self, old: nn.Module | None = None) -> nn.Module:
+        """Return a module of the original class with the present weights.
+
+        Args:
+            old: the module that was replaced, which then gets the weights; None to create one.
+        """
+        new = self.empty() if old is None else old
+        for name in self.stacks:
+            for number, expert in enumerate(self.experts):
+                part, place = self._part(expert, name), getattr(new, name)[number]
+                if part.data_ptr() != place.data_ptr():
+                    place.copy_(part)
+        return new
+
+    def empty(self) -> nn.Module:
+        """Return a module of the original class, with parameters without values on the device of the present ones."""
+        new = self.origin.__new__(self.origin)
+        nn.Module.__init__(new)
+        _take_over(new, self, leave_out=("origin", "stacks"))
+        for name in self.stacks:
+            part = self._part(self.experts[0], name)
+            values = part.new_empty(len(self.experts), *part.shape)
+            new.register_parameter(name, nn.Parameter(values, requires_grad=part.requires_grad))
+        return new
+
+    def _part(self, expert: Expert, stack: str) -> Tensor:
+        """Return the part of a stack that an expert holds."""
+        layer = getattr(expert, stack.removesuffix(BIAS))
+        if stack.endswith(BIAS):
+            return layer.bias  # type: ignore[no-any-return]
+        return layer.weight.T if self.is_transposed else layer.weight  # type: ignore[no-any-return]
+
+
+def take_apart(model: nn.Module, names: Iterable[str]) -> None:
+    """Replace the stacked modules in which layers of these names would be by modules of linear layers, in place."""
+    wanted = set(names)
+    for name, module in list(model.named_modules()):
+        if is_stacked(module) and any(f"{name}.{part}" in wanted for part in matrices_of(module)):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, ExpertList(module))
+
+
+def expert_lists(model: nn.Module) -> Iterator[tuple[str, ExpertList]]:
+    """Yield the name and module of every list of experts."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, ExpertList))
+
+
+def _take_over(new: nn.Module, old: nn.Module, leave_out: Iterable[str] = ()) -> None:
+    """Give a module the attributes, buffers, submodules other than experts, mode and hooks of another one."""
+    own = vars(nn.Module()).keys() | set(leave_out)
+    taken: dict[str, Any] = {name: value for name, value in vars(old).items() if name not in own}
+    new.__dict__.update(taken)
+    new._buffers.update(old._buffers)  # noqa: SLF001
+    new._non_persistent_buffers_set.update(old._non_persistent_buffers_set)  # noqa: SLF001
+    new._modules.update({name: part for name, part in old._modules.items() if not isinstance(part, Expert)})  # noqa: SLF001
+    new.training = old.training
+    carry_hooks(new, old)
+
+
+def _layer_of(old: nn.Module, name: str, number: int) -> nn.Linear:
+    """Return a linear layer that shares the memory of one matrix in a stack, and of its bias."""
+    stack, biases = getattr(old, name), getattr(old, name + BIAS) if old.has_bias else None
+    W = stack.data[number]
+    W = W.T if old.is_transposed else W
+    layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(W, requires_grad=stack.requires_grad)
+    if biases is not None:
+        layer.bias = nn.Parameter(biases.data[number], requires_grad=biases.requires_grad)
+    return layer.train(old.training)
+
+
+def _oriented(shape: tuple[int, ...], module: nn.Module) -> tuple[int, ...]:
+    """Return the shape (E, outputs, inputs) of a stack."""
+    count, rows, columns = shape
+    return (count, columns, rows) if module.is_transposed else shape
