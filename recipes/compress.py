@@ -26,6 +26,7 @@ from zssvd_lightning.app.bench.runner import measure
 from zssvd_lightning.app.bench.settings import BenchSettings
 from zssvd_lightning.app.command import start
 from zssvd_lightning.app.progress import WholeBar
+from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.evaluation.perplexity import continuation
 
 PROMPT = "The most important thing that a government can do for its people is"
@@ -80,9 +81,12 @@ class Counted(L.Callback):
 
 
 def main(path: str, *overrides: str) -> None:
+    config = load_config(RunConfig, path, overrides)
+    if config.recovery is not None:
+        raise ConfigError("this recipe trains nothing; with a recovery, run recipes.compress_then_finetune instead")
     with quiet(), WholeBar(SHARES) as bar, shown_by(bar.step):
         with bar.step("loading", None, ""):
-            run = Run(load_config(RunConfig, path, overrides))
+            run = Run(config)
         run.evaluate("dense")
         dense_text = continuation(run.model, run.tokenizer, PROMPT, repetition_penalty=PENALTY)
 

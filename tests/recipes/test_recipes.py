@@ -12,6 +12,7 @@ import yaml
 from support.models import CausalLM, loader, saved_tiny_llama, tiny_llama, token_batches, trainer
 
 import recipes
+from recipes.compress import main as compressing
 from recipes.compress_then_finetune import FineTuned, checked
 from recipes.two_fits import CompressedLM
 from zssvd_lightning import FactorRecovery, LowRankLinear, RunConfig, compress, load_config
@@ -92,3 +93,8 @@ def test_a_second_fit_begins_with_the_low_rank_model_and_refuses_a_dense_checkpo
 def test_no_recipe_needs_what_another_left_on_the_path():
     assert "compress" not in sys.modules
     assert "train" not in sys.modules
+
+
+def test_a_recovery_is_refused_where_nothing_is_trained(tmp_path):
+    with pytest.raises(ConfigError, match="compress_then_finetune"):
+        compressing(config(tmp_path, preset="best-trained"))
