@@ -8,7 +8,7 @@ from support.models import saved_tiny_llama, token_batches
 from torch import nn
 
 from zssvd_lightning.app.cli import main
-from zssvd_lightning.app.memory import empty_model, extent_of
+from zssvd_lightning.app.memory import empty_model, extent_of, memory_needs
 from zssvd_lightning.app.run_config import CalibrationConfig
 from zssvd_lightning.compression.pipeline import calibrate
 from zssvd_lightning.errors import ModelSourceError
@@ -89,6 +89,14 @@ def test_plan_shows_the_memory_and_writes_nothing(folder, file, monkeypatch, cap
         assert blocks["needs"]["device"] < whole["needs"]["device"]
         assert whole["needs"]["disk"] == 0 < blocks["needs"]["disk"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"), [([], {"preset": "mpifa"}), (["compression.offload=cpu"], {})], ids=["refit", "offload"]
+)
+def test_ways_that_blocks_do_not_have_are_left_out(folder, settings, options):
+    rows = memory_needs(str(folder), [*settings, "calibration.length=16"], options)
+    assert {row.memory for row in rows} == {"whole"}
 
 
 def test_plan_without_a_file_to_write_is_refused(folder, monkeypatch, capsys):

@@ -7,12 +7,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.callbacks import Interrupt, short
 from support.models import VOCABULARY, CausalLM, logits, tiny_llama, token_batches, trainer
+from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from zssvd_lightning import FactorRecovery, LoRARecovery, Phase, ZSSVDCallback
 from zssvd_lightning.errors import CheckpointError, ConfigError
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotForm
+from zssvd_lightning.recovery.judge import Judge
 
 BEST = {"preset": "best", "corrections": 1, "prune_ratio": 0.5, "calibration_batches": 4, "correction_batches": 2}
 NEEDED = 6
@@ -146,10 +148,34 @@ def test_the_schedule_ends_with_the_time(trained, monkeypatch):
     assert fitted.max_steps == NEEDED + 1000
 
 
+def test_epochs_limit_the_steps_of_a_time_too(trained, monkeypatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr("zssvd_lightning.recovery.pace.Pace.__init__.__defaults__", (lambda: float(next(clock)),))
+    recovery = FactorRecovery(lr=3e-3, minutes=5, judge_every=100)
+    _, callback, fitted = fit(trained[2.0], recovery, steps=14, max_steps=-1, max_epochs=1)
+    assert callback.report.held_out["steps"] == 14
+    (config,) = fitted.lr_scheduler_configs
+    assert config.scheduler.get_last_lr()[0] < 0.02 * recovery.lr
+
+
+def test_running_statistics_return_with_the_best_state():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    judge = Judge(lambda batch: (float(len(batch)), 1.0), [[1]], every=1, patience=None)
+    judge.begin(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(torch.randn(8, 4) + 5)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    judge.settle(model, steps=1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_the_preset_has_a_recovery_and_another_may_be_given():
     assert ZSSVDCallback(preset="best-trained").recovery.loss == "both"
     assert ZSSVDCallback(preset="best-trained").config == ZSSVDCallback(preset="best").config
     assert ZSSVDCallback(preset="best-trained", recovery="lora").recovery.method == "lora"
+    changed = ZSSVDCallback(preset="best-trained", recovery={"lr": 1e-4}).recovery
+    assert (changed.method, changed.lr, changed.loss) == ("factors", 1e-4, "both")
     with pytest.raises(ConfigError, match="trains after the compression"):
         type(ZSSVDCallback().config).of("best-trained")
 
@@ -159,6 +185,8 @@ def test_held_out_batches_need_a_recovery():
         short(held_out=HELD_OUT)
     with pytest.raises(ConfigError, match="no batches"):
         short(held_out=[], recovery="factors")
+    with pytest.raises(ConfigError, match=r"give \[batch\]"):
+        short(held_out=HELD_OUT[0], recovery="factors")
 
 
 def test_a_checkpoint_from_before_there_were_held_out_batches_goes_on(tmp_path, trained):

@@ -16,6 +16,7 @@ from zssvd_lightning.errors import (
     CheckpointError,
     ConfigError,
     ContradictionError,
+    TargetError,
     UnsupportedTrainingError,
 )
 from zssvd_lightning.layers.base import CompressedLinear
@@ -140,6 +141,36 @@ def test_result_is_that_of_compress_on_the_same_batches(tmp_path):
     assert report.layers == callback.report.layers
     for name, parameter in other.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
+
+
+def test_training_twice_compresses_once_between_two_steps(tmp_path):
+    model, callback = tiny_llama(), ZSSVDTrainerCallback(start_step=2, progress=False, **SETTINGS)
+    trainer = trained(tmp_path, model, [callback], max_steps=4)
+    report = callback.report
+    trainer.train()
+    assert callback.report is report
+
+
+def test_layers_that_do_not_exist_are_refused_before_the_first_step(tmp_path):
+    model = tiny_llama()
+    seen = Seen(model)
+    callback = ZSSVDTrainerCallback(start_step=4, progress=False, include=["nope"], **SETTINGS)
+    with pytest.raises(TargetError, match="nope"):
+        trained(tmp_path, model, [callback, seen])
+    assert not seen.batches
+
+
+def test_an_optimizer_from_before_the_layers_followed_a_checkpoint_is_refused(tmp_path):
+    first = ZSSVDTrainerCallback(start_step=2, progress=False, **SETTINGS)
+    trained(tmp_path, tiny_llama(), [first], max_steps=4, save_strategy="steps", save_steps=1, save_only_model=True)
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    args = TrainingArguments(str(tmp_path), max_steps=8, per_device_train_batch_size=4, report_to=[], use_cpu=True)
+    callback = ZSSVDTrainerCallback(start_step=2, progress=False, **SETTINGS)
+    trainer = Trainer(model, args, train_dataset=Tokens(), callbacks=[callback], optimizers=(optimizer, schedule))
+    with pytest.raises(UnsupportedTrainingError, match="leave the optimizer to the Trainer"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 @pytest.mark.parametrize("data", [Tokens, Stream])

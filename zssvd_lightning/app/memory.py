@@ -18,7 +18,7 @@ from zssvd_lightning.app.settings import is_yaml, with_options
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.loading import load_config
 from zssvd_lightning.decomposition.needs import Extent, Formulas, Needs
-from zssvd_lightning.errors import ModelSourceError
+from zssvd_lightning.errors import ContradictionError, ModelSourceError
 from zssvd_lightning.model.targets import Target, find_targets
 from zssvd_lightning.sources.models import load_model_config
 
@@ -65,13 +65,20 @@ def memory_needs(source: str, overrides: Sequence[str], options: dict[str, Any])
             model = empty_model(load_model_config(run.model.source), run.model.dtype)
             targets = find_targets(model, config.include, config.ignore)
             extent = extent_of(model, targets, run.calibration)
-        rows += [_row(preset or "as given", replace(config, memory=way), extent) for way in ("whole", "blocks")]
+        for way in ("whole", "blocks"):
+            try:
+                asked = replace(config, memory=way)
+            except ContradictionError:  # refits, and offload, are not for blocks
+                continue
+            rows.append(_row(preset or "as given", asked, extent))
     return rows
 
 
 def table_of(rows: Sequence[Row]) -> Table:
     """Return a table of needs in GB (10^9 bytes)."""
-    table = Table(caption="GB. With a GPU: device and host. Without: all in one memory.")
+    table = Table(
+        caption="GB. With a GPU: device and host. Without: all in one memory. A training afterward takes more."
+    )
     for column in ("preset", "corrections", "memory"):
         table.add_column(column)
     for column in ("device", "host", "without a GPU", "scratch files"):

@@ -115,6 +115,11 @@ def compress_and_train(run: Run) -> tuple[Report, int]:
     recovery = recovery_of(config.recovery)
     if recovery is None:
         raise ConfigError("there is no recovery; set recovery.method")
+    if not recovery.merges:
+        raise ConfigError(
+            "recovery.merge is false, but the folder of a run is loaded without its adapter, so that what is measured "
+            "as 'recovered' would not be what loads; leave recovery.merge out"
+        )
     callback = ZSSVDCallback.from_config(
         config.compression,
         schedule=Schedule(calibration_batches=config.calibration.batches),

@@ -102,7 +102,7 @@ class TrainingConfig:
     """Second text source, from which every other window then comes; only with `training.text`."""
     held_out: int = 16
     """Number of windows that neither calibration nor training sees, half from each of two texts. Their loss chooses the
-    final state. At most a tenth of a text is kept back."""
+    final state. At most a tenth of a text is kept back. Sources with different names must not be of the same text."""
     steps: int = 100
     """Optimizer steps, unless `recovery.minutes` limits the training."""
     length: int = 256

@@ -141,7 +141,10 @@ class ZSSVDCallback(L.Callback):
             )
         if preset in TRAINED:
             preset, told = trained_by(preset)
-            recovery = told if recovery is None else recovery
+            if recovery is None:
+                recovery = told
+            elif isinstance(recovery, Mapping) and "method" not in recovery:
+                recovery = told | dict(recovery)
         self.config = CompressionConfig.asked(None, preset, cast("Settings", {"prune_ratio": prune_ratio} | settings))
         self.recovery = recovery_of(recovery)
         refuse_contradictions(self.config, self.recovery)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,8 +46,8 @@ class Judge:
         self._worse = 0
 
     def check(self) -> None:
-        """Measure one batch, so that batches that cannot be run fail before calibration."""
-        self._measure(self._batches[0])
+        """Measure all batches, so that batches that cannot be run fail before calibration."""
+        self._loss()
 
     def begin(self, module: nn.Module) -> None:
         """Measure the state before the first step, and copy the parameters that require gradients."""
@@ -75,9 +75,9 @@ class Judge:
         """Measure the present state unless it was, and return to the best one."""
         if steps > self.steps:
             self.consider(module, steps)
-        for name, parameter in module.named_parameters():
+        for name, value in _state_of(module):
             if name in self._held:
-                local_part(parameter.detach()).copy_(self._held[name])
+                value.copy_(self._held[name])
         self._worse = 0
 
     def go_on_from(self, module: nn.Module) -> None:
@@ -121,13 +121,21 @@ class Judge:
 
     @torch.no_grad()
     def _keep(self, module: nn.Module) -> None:
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                now = local_part(parameter.detach())
-                self._held.setdefault(name, torch.empty_like(now)).copy_(now)
+        for name, value in _state_of(module):
+            self._held.setdefault(name, torch.empty_like(value)).copy_(value)
 
     def _loss(self) -> float:
         """Return the mean loss over all terms of the held-out batches; infinite if it is NaN."""
         measured = [self._measure(batch) for batch in self._batches]
         mean = math.fsum(loss * terms for loss, terms in measured) / math.fsum(terms for _, terms in measured)
         return math.inf if math.isnan(mean) else mean
+
+
+def _state_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what training changes: parameters that require gradients, and running statistics of batch norms."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            yield name, local_part(parameter.detach())
+    for place, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._NormBase):  # noqa: SLF001
+            yield from ((f"{place}.{name}", buffer) for name, buffer in part.named_buffers(recurse=False))

@@ -19,7 +19,7 @@ from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.contexts import same_random_numbers
 from zssvd_lightning.compression.gathering import length_of
-from zssvd_lightning.compression.pipeline import Asked, compress
+from zssvd_lightning.compression.pipeline import Asked, compress, coverage_of
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.settings import Settings
@@ -121,7 +121,7 @@ class ZSSVDTrainerCallback(TrainerCallback):
             CheckpointError: the run resumes after the compression, and the model has not become low-rank.
             ZSSVDError: what `compress` raises. Model and optimizer are then as before.
         """
-        if self._compressed is not None and self._compressed() is model:
+        if self._has_compressed(model):
             return
         if state.global_step > 0 and state.global_step >= self.start_step:
             if not any(isinstance(layer, CompressedLinear) for layer in model.modules()):
@@ -130,7 +130,12 @@ class ZSSVDTrainerCallback(TrainerCallback):
                     "but no layer is low-rank: the checkpoint was saved by a run without this callback, or the "
                     "callback was added after the Trainer was made; pass it as Trainer(..., callbacks=[callback])"
                 )
-            logger.info("the model was compressed before step %d; the factors train on", state.global_step)
+            OpenGroups(others["optimizer"], model)  # one that was made before the layers followed the checkpoint
+            logger.warning(
+                "the checkpoint of step %d holds a compressed model, which trains on as it is: prune_ratio and other "
+                "settings of the callback are not used",
+                state.global_step,
+            )
             return
         _refuse(args)
         if self.start_step >= state.max_steps:
@@ -140,6 +145,7 @@ class ZSSVDTrainerCallback(TrainerCallback):
             )
         OpenGroups(others["optimizer"], model)
         self._calibration(others["train_dataloader"])
+        coverage_of(model, self.config)
         if self.start_step == 0:
             self._compress(state, model, **others)
 
@@ -147,7 +153,7 @@ class ZSSVDTrainerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
         """Compress after `start_step` steps. Raises ZSSVDError as `compress` does; the model is then as before."""
-        if state.global_step == self.start_step:
+        if state.global_step == self.start_step and not self._has_compressed(model):
             self._compress(state, model, **others)
 
     def on_train_end(
@@ -157,6 +163,9 @@ class ZSSVDTrainerCallback(TrainerCallback):
         if self._follower is not None:
             self._follower.remove()
             self._follower = None
+
+    def _has_compressed(self, model: nn.Module) -> bool:
+        return self._compressed is not None and self._compressed() is model
 
     def _calibration(self, train_dataloader: Any) -> Iterable[Any]:
         return TrainingBatches(train_dataloader) if self.batches is None else self.batches

@@ -35,8 +35,9 @@ class OpenGroups:
         grouped = [parameter for group in plain.param_groups for parameter in group["params"]]
         if any(id(parameter) not in names for parameter in grouped):
             raise UnsupportedTrainingError(
-                f"{type(plain).__name__} trains parameters that are not in {type(model).__name__}, as optimizers do "
-                "that work layer by layer; call compress(model, batches) before the Trainer is made"
+                f"{type(plain).__name__} trains parameters that are not in {type(model).__name__}. It works layer by "
+                "layer, or was made before the model became low-rank: leave the optimizer to the Trainer, or call "
+                "compress(model, batches) or from_pretrained(checkpoint) before you make it"
             )
         self._names = [[names[id(parameter)] for parameter in group["params"]] for group in plain.param_groups]
 

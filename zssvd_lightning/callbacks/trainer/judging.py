@@ -1,12 +1,14 @@
 """Held-out batches and the clock of a recovery: the best state is kept, and the steps fit into a time."""
 
 import logging
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from zssvd_lightning.callbacks.batch_meaning import BatchMeaning
@@ -111,10 +113,12 @@ def judged_by(held_out: Iterable[Any] | None, recovery: Recovery | None) -> list
     """Return the held-out batches as a list; None if there are none to use.
 
     Raises:
-        ConfigError: there is no recovery to judge, or no batch.
+        ConfigError: there is no recovery to judge, no batch, or a single batch instead of a list.
     """
     if held_out is None:
         return None
+    if isinstance(held_out, Mapping | str | Tensor):
+        raise ConfigError(f"held_out is a {type(held_out).__name__}, not a list of batches; give [batch]")
     batches = list(held_out)
     if recovery is None:
         raise ConfigError("held_out judges the training of a recovery, and there is none; set recovery")
@@ -137,8 +141,10 @@ def _set_steps(trainer: L.Trainer, recovery: RecoveryRun, pace: Pace, fit: FitCo
     found = fit.adapter.team.decide_on_first(lambda: pace.steps(done, every))
     if found is None:
         return
-    limit = trainer.max_steps
-    recovery.steps = found if limit == -1 else min(found, limit - recovery.first_step)
+    limits = [trainer.max_steps - recovery.first_step] if trainer.max_steps != -1 else []
+    if recovery.horizon is not None and math.isfinite(recovery.horizon[0]):
+        limits.append(max(done, int(recovery.horizon[0])))  # max_epochs, too, may end the training before its time
+    recovery.steps = min([found, *limits])
     recovery.pace = None
     logger.info("training takes %d steps, which fit into %g minutes", recovery.steps, recovery.settings.minutes)
     _limit_steps(trainer, recovery.first_step + recovery.steps, fit)
