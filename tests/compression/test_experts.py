@@ -19,6 +19,7 @@ from zssvd_lightning import (
 from zssvd_lightning.compression.pipeline import calibrate, coverage_of, plan
 from zssvd_lightning.errors import BudgetError, LeftDenseWarning, TargetError
 from zssvd_lightning.layers.experts import ExpertList, is_stacked
+from zssvd_lightning.layers.int8 import EightBitLinear
 from zssvd_lightning.model.coverage import BY_CHOICE
 from zssvd_lightning.model.experts import difference
 from zssvd_lightning.serialization.specs import ranks_of
@@ -100,6 +101,21 @@ def test_every_storage_and_a_second_compression(storage, tmp_path):
         report = compress(model, batches, prune_ratio=0.5, storage=storage, progress=False)
         assert report.reached >= 0.5
         assert all(rank <= before.get(name, 99) for name, rank in ranks_of(model).items())
+
+
+@pytest.mark.parametrize("memory", ["whole", "blocks"])
+def test_experts_that_stay_dense_in_8_bits_are_converted(memory, tmp_path):
+    torch.manual_seed(0)
+    model, batches = tiny_experts("qwen3_moe"), token_batches()
+    settings = {"storage": "mixed", "rank_multiple": 1, "metric": "two_sided", "selection": "curvature"}
+    report = compress(model, batches, **QUICK | settings | {"preset": "zs-svd-line-search", "memory": memory})
+    rounded = {name for name, layer in report.layers.items() if layer.in_8_bits}
+    dense = {name for name in rounded if report.layers[name].rank is None}
+    assert any(".experts." in name for name in dense)
+    assert {name for name, module in model.named_modules() if isinstance(module, EightBitLinear)} == rounded
+    expected = logits(model, batches[0])
+    save_pretrained(model, tmp_path / "saved", report=report)
+    assert torch.equal(logits(from_pretrained(tmp_path / "saved"), batches[0]), expected)
 
 
 def test_weights_load_into_dense_and_compressed_models():

@@ -99,6 +99,17 @@ def test_space_is_used_again():
     assert other.put(torch.zeros(5, 6), held).tensor.data_ptr() == held.tensor.data_ptr()
 
 
+def test_clearing_frees_the_space_and_not_what_was_read():
+    mapping = Offloading(ScratchFile).tensors()
+    for value in (1.0, 2.0, 3.0):
+        mapping["a"] = torch.full((64, 64), value)
+        read = mapping["a"]
+        assert mapping._medium._end == 64 * 64 * 4
+        mapping.clear()
+        assert read.eq(value).all()
+    assert not mapping
+
+
 def test_a_tensor_outlives_its_mapping_but_no_file_does(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     held = OFFLOADS["disk"]().tensors()

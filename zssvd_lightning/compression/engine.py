@@ -4,7 +4,7 @@
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -272,7 +272,7 @@ class Compression:
                 self._replace(self.model, self.targets[name].module, self._installed[name])
                 if self.config.by_blocks:  # the original is in a scratch file
                     self.targets[name].release()
-            self._put_back_low_rank()
+            self._put_back_low_rank(self._in_8_bits())  # what `quantize` converts must stay in the model
             mark(self.model)
 
     def quantize(self) -> None:
@@ -280,8 +280,9 @@ class Compression:
         if not self.config.form.rounds:
             return
         with self.stopwatch("store"):
-            names = [name for name, layer in self.report().layers.items() if layer.in_8_bits]
-            layers: dict[str, Any] = {name: self._installed.get(name, self.targets[name].module) for name in names}
+            layers: dict[str, Any] = {
+                name: self._installed.get(name, self.targets[name].module) for name in self._in_8_bits()
+            }
             self._installed |= put_in_8_bits(self.model, layers, self.config.storage, self.importances, self._replace)
 
     def restore(self) -> None:
@@ -308,10 +309,16 @@ class Compression:
             for name in [name for name in self.budget.present if name not in self.truncated]:
                 yield name, self.stand_ins.copy_of(name)
 
-    def _put_back_low_rank(self) -> None:
-        """Put back the low-rank layers whose stand-ins are in the model."""
+    def _in_8_bits(self) -> list[str]:
+        """Return the names of the layers that `quantize` converts."""
+        if not self.config.form.rounds:
+            return []
+        return [name for name, layer in self.report().layers.items() if layer.in_8_bits]
+
+    def _put_back_low_rank(self, leave: Collection[str] = ()) -> None:
+        """Put back the low-rank layers, and the stacked experts without `leave`, whose stand-ins are in the model."""
         if self.stand_ins is not None:
-            self.stand_ins.put_back()
+            self.stand_ins.put_back(leave)
 
     def _decomposed(self, steps: Mapping[str, Step] | None = None) -> Decomposition:
         if self.parts is not None:

@@ -5,7 +5,7 @@ The modules are recognized by their structure, and the replacement is proved: bo
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,13 +81,18 @@ class SeparateExperts:
             kind = type(self._model.get_submodule(name)).__name__
             logger.warning("the experts of %s (%s) are not compressed: %s", name, kind, reason)
 
-    def put_back(self) -> None:
-        """Put the stacked modules back, with the present weights, where no layer of the experts is compressed."""
+    def put_back(self, leave: Collection[str] = ()) -> None:
+        """Put the stacked modules back, with the present weights, where no layer of the experts is compressed.
+
+        Args:
+            leave: names of layers that will be compressed later, whose experts stay separate.
+        """
         present = {id(module) for module in self._model.modules()} if self._lists else set()
         for name, experts in self._lists.items():
             if id(experts) not in present:
                 continue
-            if any(isinstance(part, CompressedLinear) for part in experts.modules()):
+            later = any(f"{name}.{part}" in leave for part in matrices_of(self.modules[name]))
+            if later or any(isinstance(part, CompressedLinear) for part in experts.modules()):
                 experts.own_memory()
             else:
                 old = experts.stacked(self.modules[name])

@@ -5,7 +5,7 @@ Shapes: W (m, n).
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -124,9 +124,9 @@ class StandIns:
                 low_rank = self.layers[names[id(module)]].state_dict()
                 weights.update({f"{place}.{key}": value for key, value in low_rank.items()})
 
-    def put_back(self) -> None:
+    def put_back(self, leave: Collection[str] = ()) -> None:
         """Replace every stand-in that is in the model by what it stands for; see `SeparateExperts.put_back`."""
-        self.experts.put_back()
+        self.experts.put_back(leave)
         present = {id(module) for module in self._model.modules()} if self._dense else set()
         for name, dense in self._dense.items():
             if id(dense) in present:

@@ -28,13 +28,16 @@ class Offloaded(MutableMapping[str, V], Generic[V, Held]):
     """Mapping whose values consist of tensors in a medium. Store a value again after a change in place.
 
     Args:
-        medium: holds the tensors.
+        maker: maker of the medium that holds the tensors.
         parts: function that takes a value apart into tensors.
         whole: function that makes a value of these tensors.
     """
 
-    def __init__(self, medium: Medium[Held], parts: Callable[[V], Sequence[Tensor]], whole: Callable[..., V]) -> None:
-        self._medium, self._parts, self._whole = medium, parts, whole
+    def __init__(
+        self, maker: Callable[[], Medium[Held]], parts: Callable[[V], Sequence[Tensor]], whole: Callable[..., V]
+    ) -> None:
+        self._maker, self._parts, self._whole = maker, parts, whole
+        self._medium = maker()
         self._held: dict[str, list[Held]] = {}
         self._shared = False
 
@@ -59,14 +62,16 @@ class Offloaded(MutableMapping[str, V], Generic[V, Held]):
 
     def __copy__(self) -> "Offloaded[V, Held]":
         """Return a mapping of the same values, which can then differ."""
-        new = Offloaded(self._medium, self._parts, self._whole)
+        new = Offloaded(self._maker, self._parts, self._whole)
+        new._medium = self._medium
         new._held |= {name: list(held) for name, held in self._held.items()}
         self._shared = new._shared = True
         return new
 
     def clear(self) -> None:
-        """Remove all values without reading them."""
+        """Remove all values without reading them, and free their space."""
         self._held.clear()
+        self._medium, self._shared = self._maker(), False  # values that were read may still be mapped from the old one
 
 
 class Offloading(Store):
@@ -81,11 +86,11 @@ class Offloading(Store):
 
     def tensors(self) -> MutableMapping[str, Tensor]:
         """Return an empty mapping of tensors."""
-        return Offloaded(self._medium(), lambda tensor: (tensor,), lambda tensor: tensor)
+        return Offloaded(self._medium, lambda tensor: (tensor,), lambda tensor: tensor)
 
     def tuples(self, whole: Callable[..., V]) -> MutableMapping[str, V]:
         """Return an empty mapping of named tuples or dataclasses of tensors."""
-        return Offloaded(self._medium(), _tensors_of, whole)
+        return Offloaded(self._medium, _tensors_of, whole)
 
 
 OFFLOADS: dict[str, Callable[[], Store]] = {

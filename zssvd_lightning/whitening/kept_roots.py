@@ -45,6 +45,8 @@ class KeptRoots:
         self.used = 0
         """Number of times that a root was used again."""
         self._kept: dict[str, Kept] = {}
+        self.nbytes = 0
+        """Bytes of all roots."""
 
     def root(self, key: str, sums: Tensor | None, count: float, dtype: torch.dtype, build: Callable[[], Root]) -> Root:
         """Return the root of a second moment: the one kept, or that of `build()`, which is then kept.
@@ -63,26 +65,28 @@ class KeptRoots:
         if found is not None and found.source == source:
             self.used += 1
             return found.root
-        self._kept.pop(key, None)
+        if found is not None:
+            self.nbytes -= _bytes_of(self._kept.pop(key))
         del found  # its memory is free before another root is built
         root = build()
         if root.S is not None and root.S.ndim == 2 and self._fits(root.S, dtype):
             self._kept[key] = Kept(source, replace(root, S=root.S.to(dtype)))
+            self.nbytes += _bytes_of(self._kept[key])
         return root
 
     def clear(self) -> None:
         """Discard all roots."""
         self._kept.clear()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all roots."""
-        return sum(kept.root.S.nbytes for kept in self._kept.values() if kept.root.S is not None)
+        self.nbytes = 0
 
     def _fits(self, S: Tensor, dtype: torch.dtype) -> bool:
         """Return whether a root may be kept, given the memory that is free and taken already."""
         own, taken = S.numel() * dtype.itemsize, self.nbytes
         return taken + own <= SHARE * (free_bytes(S.device) + taken)
+
+
+def _bytes_of(kept: Kept) -> int:
+    return 0 if kept.root.S is None else kept.root.S.nbytes
 
 
 def fingerprint(M: Tensor) -> int:
