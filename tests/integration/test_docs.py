@@ -1,7 +1,10 @@
 """Every Python block of the pages for users runs, in order, with tiny models in the folders that the pages name."""
 
+import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -80,12 +83,24 @@ def compressed(model):
     return any(isinstance(layer, CompressedLinear) for layer in model.modules())
 
 
+@contextmanager
+def as_a_process_of_its_own():
+    """Undo what a Trainer with `strategy="ddp"` sets up for the whole process."""
+    try:
+        with patch.dict(os.environ):
+            yield
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("page", NAMES)
 def test_blocks_run_in_order(tmp_path, monkeypatch, capsys, page):
     monkeypatch.chdir(tmp_path)
     names = NAMES[page]()
-    for number, block in enumerate(blocks_of(page), 1):
-        exec(compile(block, f"{page}, block {number}", "exec"), names)
+    with as_a_process_of_its_own():
+        for number, block in enumerate(blocks_of(page), 1):
+            exec(compile(block, f"{page}, block {number}", "exec"), names)
     if page == "troubleshooting.md":
         assert "ConfigError prune_ratio is 1.5" in capsys.readouterr().out
     else:

@@ -40,6 +40,7 @@ def config(folder: Path, name: str) -> str:
 
 def run(folder: Path, *commands: list[str]) -> None:
     """Commands at the same time."""
+    assert "LOCAL_RANK" not in os.environ, "another test has left the variables of a process group"
     logs = [folder / f"{number}.log" for number in range(len(commands))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     started = []
