@@ -21,13 +21,13 @@ def config(folder, *more):
     shorten_texts(settings, folder, 60_000)
     settings["data"] |= {"length": 64, "samples": 64, "validation_samples": 2}
     trainer = settings["trainer"]
-    trainer |= {"max_steps": 4, "val_check_interval": 16, "default_root_dir": str(folder)}
+    trainer |= {"max_steps": 4, "val_check_interval": 8, "default_root_dir": str(folder), "accumulate_grad_batches": 2}
     trainer |= {"enable_progress_bar": False, "enable_model_summary": False, "precision": "32-true"}
     trainer["logger"]["init_args"]["save_dir"] = str(folder)
     trainer["callbacks"][0]["init_args"]["dirpath"] = str(folder / "checkpoints")
     trainer["callbacks"][-1]["init_args"] |= {
         "preset": "zs-svd-line-search",
-        "schedule": {"calibration_batches": 8},
+        "schedule": {"calibration_batches": 4},
         "corrections": 0,
         "include": "*.layers.?.self_attn.*",
     }

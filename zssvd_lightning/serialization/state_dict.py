@@ -38,7 +38,7 @@ def match_structure(
 
     Dense layers may become compressed, and compressed layers may change form or rank or become dense. Stacked experts
     may become separate layers, and the other way round. New layers have no values yet. Nothing is changed if the
-    weights would not load afterwards.
+    weights would not load afterward.
 
     Args:
         model: the module that will load the weights.
