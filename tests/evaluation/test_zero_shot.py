@@ -275,7 +275,7 @@ def test_a_tokenizer_without_an_end(data):
 
 def test_without_the_harness(data, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(TaskError, match=r"pip install zssvd-lightning\[zero-shot\]"):
+    with pytest.raises(TaskError, match=r"pip install 'zssvd-lightning\[zero-shot\]'"):
         load_tasks(["piqa"], data)
 
 

@@ -63,7 +63,7 @@ def test_onnxruntime_gives_equal_logits_at_any_length_and_with_padding(tmp_path)
 
 def test_onnx_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ExportError, match=r"onnxscript is not installed; pip install zssvd-lightning\[onnx\]"):
+    with pytest.raises(ExportError, match=r"onnxscript is not installed; pip install 'zssvd-lightning\[onnx\]'"):
         export_onnx(tiny_llama(), tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 

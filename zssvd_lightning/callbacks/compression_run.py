@@ -17,8 +17,6 @@ from zssvd_lightning.callbacks.recovery import RecoveryHooks
 from zssvd_lightning.callbacks.schedule import Schedule
 from zssvd_lightning.callbacks.trainer import telemetry
 from zssvd_lightning.callbacks.trainer.bar import shown_on_bar
-from zssvd_lightning.callbacks.trainer.dry_run import DryRun
-from zssvd_lightning.callbacks.trainer.fast_dev_run import Asked
 from zssvd_lightning.callbacks.trainer.guards import (
     most_accumulated,
     refuse_fit,
@@ -34,6 +32,7 @@ from zssvd_lightning.callbacks.trainer.other_callbacks import (
 from zssvd_lightning.callbacks.trainer.precision import scales
 from zssvd_lightning.callbacks.trainer.recompression import has_reported_ranks, is_outdated
 from zssvd_lightning.callbacks.trainer.replay import Replay
+from zssvd_lightning.callbacks.trainer.trial_runs import Asked, DryRun
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.quantization import quantize_layers
 from zssvd_lightning.compression.safeguard import Safeguard
