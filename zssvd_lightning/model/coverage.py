@@ -25,7 +25,7 @@ HEADS = {OUTPUT_EMBEDDING: "output embeddings", CLASSIFICATION_HEAD: "classifica
 """What a report calls layers that are left alone for these reasons."""
 
 BY_CHOICE = "linear layers excluded by include or ignore"
-"""What a report calls layers that could be targets if the user had not chosen otherwise, and experts like them."""
+"""Name in reports of layers that could be targets if the user had not chosen otherwise, and of experts like them."""
 
 HALF = 0.5
 """Share of the model below which what can be compressed deserves a warning."""
