@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
+from transformers.utils import hub as of_transformers
 
 TOKEN = "hf_stand_in"
 
@@ -98,6 +99,8 @@ def local_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.address)
+    # transformers keeps a client of its own from its first use on, with the address of that time.
+    monkeypatch.setattr(of_transformers, "_hf_api", None, raising=False)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
