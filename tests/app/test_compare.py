@@ -344,7 +344,11 @@ def test_a_process_that_is_killed_is_told_of_and_leaves_its_log(workshop, tmp_pa
 
 
 def test_being_ended_ends_the_process_of_the_cell_too(workshop, tmp_path, program):
-    program("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)")
+    program(
+        "import json, os, sys, time\n"
+        "if json.load(sys.stdin)['checks']: sys.exit()\n"  # the check that comes before the first cell
+        "print(os.getpid(), flush=True)\ntime.sleep(60)"
+    )
     log, before = tmp_path / "out" / "cells" / "dense.log", signal.getsignal(signal.SIGTERM)
 
     def end_once_begun():

