@@ -101,7 +101,6 @@ def test_ddp_and_fsdp2_compress_the_model_alike(replicated, sharded):
         assert len(one) == len(other) > 0
         assert one == pytest.approx(other, rel=tolerance)
     assert metric(replicated, "zssvd/pruned")[-1] >= 0.2
-    assert metric(replicated, "val_loss")[-1] < math.log(49_152)  # of guessing
 
 
 def test_a_second_fit_trains_the_low_rank_model_in_shards(replicated, source, tmp_path):
