@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import lightning as L
 import torch
@@ -25,11 +26,15 @@ from zssvd_lightning.app.bench.results import Results
 from zssvd_lightning.app.bench.runner import measure
 from zssvd_lightning.app.bench.settings import BenchSettings
 from zssvd_lightning.app.command import start
+from zssvd_lightning.app.pictures import refuse_no_drawing
 from zssvd_lightning.app.progress import WholeBar
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.evaluation.perplexity import continuation
+from zssvd_lightning.sources.models import longest_input
 
 PROMPT = "The most important thing that a government can do for its people is"
+
+NEW_TOKENS = 32
 
 PENALTY = 1.2  # against loops, which greedy decoding of small models runs into; the same for both models
 
@@ -84,11 +89,13 @@ def main(path: str, *overrides: str) -> None:
     config = load_config(RunConfig, path, overrides)
     if config.recovery is not None:
         raise ConfigError("this recipe trains nothing; with a recovery, run recipes.compress_then_finetune instead")
+    refuse_no_drawing()
     with quiet(), WholeBar(SHARES) as bar, shown_by(bar.step):
         with bar.step("loading", None, ""):
             run = Run(config)
+        speed = fitting(run)
         run.evaluate("dense")
-        dense_text = continuation(run.model, run.tokenizer, PROMPT, repetition_penalty=PENALTY)
+        dense_text = written(run)
 
         callback = ZSSVDCallback.from_config(
             run.config.compression, schedule=Schedule(calibration_batches=run.config.calibration.batches)
@@ -109,12 +116,13 @@ def main(path: str, *overrides: str) -> None:
 
         run.evaluate("compressed")
         report = callback.report.within("model")
-        text = continuation(run.model, run.tokenizer, PROMPT, repetition_penalty=PENALTY)
-        report.continuations = {"prompt": PROMPT, "dense": dense_text, "compressed": text}
+        text = written(run)
+        how = f"greedy, with a repetition penalty of {PENALTY}"
+        report.continuations = {"prompt": PROMPT, "how": how, "dense": dense_text, "compressed": text}
         run.save(report, picture=True)
         with bar.step("speed", None, ""):
-            models = from_folders([str(run.output)], None, SPEED.dtype, SPEED.device)
-            results = Results(models, SPEED, *measure(models, SPEED, progress=False))
+            models = from_folders([str(run.output)], None, speed.dtype, speed.device)
+            results = Results(models, speed, *measure(models, speed, progress=False))
 
     console = Console()
     console.print(report.table())
@@ -125,9 +133,26 @@ def main(path: str, *overrides: str) -> None:
     console.print(f"wrote the model, report.json, report.html and report.png to {run.output}")
 
 
+def fitting(run: Run) -> BenchSettings:
+    """Return the speed to measure, at a context that the model takes. Raises ConfigError if the prompt does not fit."""
+    most = longest_input(run.model)
+    if most is None:
+        return SPEED
+    needed = len(run.tokenizer(PROMPT).input_ids) + NEW_TOKENS
+    if needed > most:
+        raise ConfigError(f"PROMPT and its continuation have {needed} tokens, but the model takes at most {most}")
+    return replace(SPEED, contexts=(min(SPEED.contexts[0], most - SPEED.tokens),))
+
+
+def written(run: Run) -> str:
+    """Return how the model continues the prompt."""
+    return continuation(run.model, run.tokenizer, PROMPT, NEW_TOKENS, repetition_penalty=PENALTY)
+
+
 def speeds(results: Results) -> Table:
     """Return a table of tokens per second, dense and compressed."""
-    table = Table(title=f"tokens per second, {SPEED.contexts[0]} tokens and {SPEED.tokens} more")
+    asked = results.settings
+    table = Table(title=f"tokens per second, {asked.contexts[0]} tokens and {asked.tokens} more")
     for column in ("", "dense", "compressed"):
         table.add_column(column, justify="right" if column else "left")
     rows = results.rows()

@@ -14,11 +14,12 @@ from zssvd_lightning import compress
 from zssvd_lightning._files import MANIFEST, check_output, replacing_folder
 from zssvd_lightning.app.cli import main
 from zssvd_lightning.app.html.charts import Axis, Chart
-from zssvd_lightning.app.html.layers import Place, by_kind
+from zssvd_lightning.app.html.layers import by_kind
 from zssvd_lightning.app.html.markup import number
 from zssvd_lightning.app.html.page import PAGE, write_page
 from zssvd_lightning.compression.report import LayerReport, write_report
 from zssvd_lightning.errors import OutputError, SavedModelError
+from zssvd_lightning.model.targets import Place
 
 VOID = {"meta"}
 EVIL = "<script>alert('model')</script>"

@@ -64,6 +64,14 @@ def test_what_is_pushed_is_the_model_with_its_card_and_report(made, hub):
     assert len(hub.created) == 1
 
 
+def test_the_card_of_a_repository_without_an_owner_loads_it_by_its_full_name(made, hub):
+    model, report = made
+    assert push_to_hub(model, "tiny", report=report, token=TOKEN) == f"{hub.address}/me/tiny"
+    text = (hub.root / "me" / "tiny" / "README.md").read_text()
+    assert 'from_pretrained("me/tiny")' in text
+    assert ModelCard(text).data.model_name == "me/tiny"
+
+
 def test_a_push_without_rights_or_of_no_model_uploads_nothing(made, hub):
     model, report = made
     with pytest.raises(HfHubHTTPError):

@@ -16,6 +16,9 @@ from transformers.utils import hub as of_transformers
 
 TOKEN = "hf_stand_in"
 
+ACCOUNT = "me"
+"""Owner of the token, to which repositories without an owner belong."""
+
 
 class Hub:
     """Repositories as folders under `root`, and what was asked for.
@@ -44,7 +47,7 @@ class Hub:
         return does(repository, body)
 
     def _create(self, asked: dict[str, Any]) -> tuple[int, Any]:
-        name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+        name = f"{asked.get('organization') or ACCOUNT}/{asked['name']}"
         if (self.root / name).exists():
             return 409, {"error": "exists", "url": f"{self.address}/{name}"}
         self.created.append(asked)

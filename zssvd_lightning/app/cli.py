@@ -3,6 +3,7 @@
 Commands import torch and transformers when they run, so that a help text appears at once.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,11 +126,14 @@ def plan(
 
     With --memory, show the memory that compress would take instead.
     """
+    is_setting = file is not None and re.match(r"[\w.]+=", str(file)) is not None
     if memory:
+        if file is not None and not is_setting:
+            raise typer.BadParameter("--memory writes nothing; leave out the file", param_hint="FILE")
         entries = [*([] if file is None else [str(file)]), *(overrides or ())]
         _show_memory(source, entries, _options(ratio, preset, dtype, None), quiet, as_json)
         return
-    if file is None:
+    if file is None or is_setting:
         raise typer.BadParameter("a file to write is missing, unless --memory is given", param_hint="FILE")
     with command.streams(quiet, as_json):
         import yaml
@@ -319,7 +323,13 @@ def _show_memory(source: str, overrides: list[str], options: dict[str, Any], qui
 
         rows = memory_needs(source, overrides, options)
     found = [{**row._asdict(), "needs": row.needs._asdict()} for row in rows]
-    command.show({"bytes": found}, "docs/scaling.md has the formulas", quiet, as_json, table_of(rows))
+    command.show(
+        {"bytes": found},
+        "the page on multiple devices of the documentation has the formulas",
+        quiet,
+        as_json,
+        table_of(rows),
+    )
 
 
 def _options(ratio: float | None, preset: str | None, dtype: str | None, text: str | None) -> dict[str, Any]:

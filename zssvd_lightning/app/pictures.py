@@ -2,7 +2,6 @@
 
 import csv
 import math
-import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,18 @@ from typing import Any
 from zssvd_lightning._files import replacing_file
 from zssvd_lightning._validation import needs_extra
 from zssvd_lightning.app.html.facts import Facts
+from zssvd_lightning.callbacks.loggers.figures import grid, show_grid
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.errors import TextError
 
 COLORS = {"wait": "#dddddd", "calibrate": "#b9d7ea", "correct": "#f6d6ad", "recover": "#c9e4c5"}
+
+
+def refuse_no_drawing() -> None:
+    """Raise MissingExtraError if matplotlib, which the pictures need, is not installed."""
+    with needs_extra("report", "pictures"):
+        import matplotlib.figure  # noqa: F401
 
 
 def draw(report: Report, path: str | Path) -> None:
@@ -34,11 +40,8 @@ def draw(report: Report, path: str | Path) -> None:
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
-    rows, columns, kept = _grid(report)
-    image = left.imshow(kept, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    left.set_yticks(range(len(rows)), rows)
-    left.set_xticks(range(0, len(columns), max(1, len(columns) // 15)), columns[:: max(1, len(columns) // 15)])
-    left.set_xlabel("block")
+    shown = grid(report.layers, lambda layer: layer.kept / math.prod(layer.shape))
+    image = show_grid(left, shown, cmap="viridis", vmin=0, vmax=1)
     left.set_title("fraction of each layer's parameters kept (1 = left dense)")
     figure.colorbar(image, ax=left, shrink=0.8)
 
@@ -101,21 +104,6 @@ def _column(metrics: str | Path, name: str) -> list[tuple[int, float]]:
     if not found:
         raise TextError(f"{metrics} has no value of {name!r}")
     return found
-
-
-def _grid(report: Report) -> tuple[list[str], list[str], list[list[float]]]:
-    """Return row labels, column labels and the kept fraction of each layer; NaN where there is no layer.
-
-    Rows are layer names without their numbers; columns are the first number in the name.
-    """
-    cells: dict[tuple[str, str], float] = {}
-    for name, layer in report.layers.items():
-        number = re.search(r"\d+", name)
-        kind = re.sub(r"^.*?\.\d+\.", "", name)
-        cells[kind, number.group() if number else ""] = layer.kept / math.prod(layer.shape)
-    rows = list(dict.fromkeys(kind for kind, _ in cells))
-    columns = list(dict.fromkeys(number for _, number in cells))
-    return rows, columns, [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
 
 
 def _headline(report: Report) -> str:

@@ -71,6 +71,8 @@ class Run:
         lengths = {"calibration_length": config.calibration.length}
         if config.recovery is not None:
             lengths["training_length"] = config.training.length
+        if self._evaluation_texts():
+            lengths["evaluation_length"] = config.evaluation.length
         refuse_long_windows(self.model, **lengths)
         _place(self.model, self.device)
         self._held_out = None if config.recovery is None else HeldOut(self._sources(), config.training, self._tokens)
@@ -141,7 +143,7 @@ class Run:
 
         Args:
             report: report of the compression.
-            picture: whether to draw the report as `report.png`, which needs matplotlib.
+            picture: whether to draw the report as `report.png`, which needs matplotlib; see `refuse_no_drawing`.
 
         Raises:
             OutputError: writing failed; the previous content of the folder is unchanged.
@@ -266,6 +268,7 @@ def measure(
     measured: dict[str, Any] = {}
     if settings.text is not None:
         model, tokenizer = next(reversed(models.values()))
+        refuse_long_windows(model, length=settings.length)
         _place(model, device)
         tokens = texts.tokenize(texts.load_text(settings.text, tokenizer), tokenizer)
         windows = texts.windows(tokens, settings.length, settings.windows, settings.text)

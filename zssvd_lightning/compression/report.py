@@ -124,7 +124,7 @@ class Report:
     trace: Mapping[str, Any] | None = None
     """Spectra, sensitivities, selection and states: a `Trace.to_dict`. None in reports of earlier releases."""
     continuations: Mapping[str, str] | None = None
-    """Continuations of a `prompt` by the `dense` and the `compressed` model."""
+    """Continuations of a `prompt` by the `dense` and the `compressed` model, and `how` their tokens were chosen."""
     seed: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 

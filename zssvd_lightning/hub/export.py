@@ -129,7 +129,8 @@ def export_onnx(model: PreTrainedModel, folder: str | Path, tokenizer: PreTraine
     if not isinstance(model, PreTrainedModel):
         raise SavedModelError(f"{type(model).__name__} is no model of transformers; export the one it holds")
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        raise ExportError(f"{' and '.join(missing)} is not installed; pip install 'zssvd-lightning[onnx]'")
+        are = "is" if len(missing) == 1 else "are"
+        raise ExportError(f"{' and '.join(missing)} {are} not installed; pip install 'zssvd-lightning[onnx]'")
     ids = torch.zeros(2, 8, dtype=torch.long, device=model.device)
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     with evaluation_mode(model), torch.no_grad():

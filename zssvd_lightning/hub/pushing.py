@@ -8,7 +8,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zssvd_lightning.compression.report import Report
+from zssvd_lightning.hub.model_card import write_card
 from zssvd_lightning.hub.saving import SHARD, save_pretrained
+from zssvd_lightning.serialization.specs import specs_of
 
 
 def push_to_hub(
@@ -30,7 +32,8 @@ def push_to_hub(
 
     Args:
         model: a transformers model.
-        repo_id: repository, such as `me/my-model`, by which the model card loads the model.
+        repo_id: repository, such as `me/my-model`; without an owner, it is one of the account of the token. The model
+            card loads the model by the full name that the hub answers.
         tokenizer: tokenizer to upload with the model.
         report: report of the compression, for the model card and `report.json`.
         private: whether a new repository is private; the default of the account when None.
@@ -62,5 +65,7 @@ def push_to_hub(
             name=repo_id,
         )
         url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if url.repo_id != repo_id:
+            write_card(folder, url.repo_id, specs_of(model), report)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=commit_message)
     return str(url)

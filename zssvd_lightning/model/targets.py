@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,34 @@ OUTPUT_EMBEDDING = "it is the output embedding, where every token's logit needs 
 
 CLASSIFICATION_HEAD = "its outputs are the model's logits; name it in include, without wildcards, to factorize it"
 """Why a classification head is no target."""
+
+
+NUMBERED = re.compile(r"(?:(.*?)\.)?(\d+)(?:\.(.*))?", re.DOTALL)
+
+
+class Place(NamedTuple):
+    """Place of a layer in its model, by its name."""
+
+    stack: str
+    """Name before the first number, such as `model.layers`; empty if there is none."""
+    block: int | None
+    """First number."""
+    kind: str
+    """Name behind the first number, with `*` for further numbers, such as those of experts."""
+
+    @classmethod
+    def of(cls, name: str) -> "Place":
+        """Return the place of a layer.
+
+        Example:
+            >>> Place.of("model.layers.3.mlp.experts.17.up_proj")
+            Place(stack='model.layers', block=3, kind='mlp.experts.*.up_proj')
+        """
+        found = NUMBERED.fullmatch(name)
+        if found is None:
+            return cls("", None, name)
+        stack, block, rest = found.groups()
+        return cls(stack or "", int(block), re.sub(r"(?<![^.])\d+(?![^.])", "*", rest or "matrix"))
 
 
 def local_part(tensor: Tensor) -> Tensor:

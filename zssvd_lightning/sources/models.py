@@ -91,8 +91,8 @@ def refuse_long_windows(model: PreTrainedModel, **lengths: int) -> None:
     for key, length in lengths.items():
         if most is not None and length > most:
             raise ConfigError(
-                f"{key.replace('_', '.')} is {length}, but {type(model).__name__} takes at most {most} tokens (by its "
-                "config); shorten the windows"
+                f"{(setting := key.replace('_', '.', 1))} is {length}, but {type(model).__name__} takes at most {most} "
+                f"tokens (by its config); set {setting}={most}, or less"
             )
 
 

@@ -164,7 +164,7 @@ def _require_files(files: Sequence[str]) -> None:
         if not file.endswith(".yaml"):
             raise ConfigError(f"argument {file!r} is neither a .yaml file nor of the form key=value")
     if not files:
-        raise ConfigError("there is nothing to compare; name one YAML file or more, such as those in configs/")
+        raise ConfigError("there is nothing to compare; name one YAML file or more; zssvd init writes one")
 
 
 def _rows(files: Sequence[str], presets: Sequence[str]) -> dict[str, Source]:

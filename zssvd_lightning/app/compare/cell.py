@@ -237,6 +237,8 @@ def _refused(job: Job) -> dict[str, str]:
         try:
             if settings.calibration is not None:
                 refuse_long_windows(model, calibration_length=settings.calibration.length)
+            if settings.evaluation is not None and settings.evaluation.text is not None:
+                refuse_long_windows(model, evaluation_length=settings.evaluation.length)
             if settings.compression is not None:
                 coverage_of(model, settings.compression)
         except ZSSVDError as error:

@@ -1,42 +1,13 @@
 """Layers of a report by stack, block and kind of matrix, and sums over them."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from zssvd_lightning.compression.report import LayerReport, Report
+from zssvd_lightning.model.targets import Place
 
 ROWS = 24
 """Number of kinds of matrices in a table, beyond which the smallest are one row."""
-
-
-NUMBERED = re.compile(r"(?:(.*?)\.)?(\d+)(?:\.(.*))?", re.DOTALL)
-
-
-class Place(NamedTuple):
-    """Place of a layer in its model, by its name."""
-
-    stack: str
-    """Name before the first number, such as `model.layers`; empty if there is none."""
-    block: int | None
-    """First number."""
-    kind: str
-    """Name behind the first number, with `*` for further numbers, such as those of experts."""
-
-    @classmethod
-    def of(cls, name: str) -> "Place":
-        """Return the place of a layer.
-
-        Example:
-            >>> Place.of("model.layers.3.mlp.experts.17.up_proj")
-            Place(stack='model.layers', block=3, kind='mlp.experts.*.up_proj')
-        """
-        found = NUMBERED.fullmatch(name)
-        if found is None:
-            return cls("", None, name)
-        stack, block, rest = found.groups()
-        return cls(stack or "", int(block), re.sub(r"(?<![^.])\d+(?![^.])", "*", rest or "matrix"))
 
 
 @dataclass

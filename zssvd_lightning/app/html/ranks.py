@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zssvd_lightning.app.html.facts import Facts
-from zssvd_lightning.app.html.layers import Place
 from zssvd_lightning.app.html.markup import Markup, count, element, missing, paragraph, percent, section
 from zssvd_lightning.compression.report import LayerReport
 from zssvd_lightning.layers.storage import break_even_rank
+from zssvd_lightning.model.targets import Place
 
 MEASURES = {"highest": "of break-even rank", "full": "of full rank", "kept": "of parameters"}
 """Quantities that the colors can show, by name."""

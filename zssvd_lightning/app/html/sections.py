@@ -152,7 +152,8 @@ def continuations(facts: Facts, id_: str) -> Markup | None:
         for which in ("dense", "compressed")
         if which in found
     ]
-    prompt = paragraph("Greedy continuations of ", element("q", found.get("prompt", "")))
+    how = f" ({found['how']})" if "how" in found else ""
+    prompt = paragraph("Continuations of ", element("q", found.get("prompt", "")), how)
     return section("What both models write", prompt, element("div", *cards, class_="columns"), id_=id_)
 
 

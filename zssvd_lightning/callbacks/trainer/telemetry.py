@@ -26,7 +26,8 @@ They are in `trainer.callback_metrics` from then on, so that `ModelCheckpoint` a
 | zssvd/ranks                           | every truncation  | histogram of their ranks, for loggers that take one      |
 |                                       |                   | (TensorBoard)                                            |
 
-`Report.layers` has the rank of every layer.
+With matplotlib, TensorBoard and Weights & Biases also get pictures of every truncation: `zssvd/rank_map`,
+`zssvd/walk` and `zssvd/sensitivities`; see `callbacks/loggers`. `Report.layers` has the rank of every layer.
 """
 
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from statistics import median
 import lightning as L
 import torch
 
+from zssvd_lightning.callbacks.loggers.pictures import log_pictures
 from zssvd_lightning.compression.course import Act, Stage
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.phase import Phase
@@ -88,6 +90,7 @@ def _log_truncation(trainer: L.Trainer, report: Report) -> None:
         pruned=report.reached,
         loss_before=report.losses[-1],
     )
+    log_pictures(trainer, report, PREFIX)
     _log_ranks(trainer, [layer.rank for layer in report.layers.values() if layer.rank is not None])
 
 

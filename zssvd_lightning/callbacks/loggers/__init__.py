@@ -1,0 +1,1 @@
+"""Pictures of a compression for the loggers of a Trainer."""
