@@ -1,5 +1,7 @@
 """What a wheel and a source distribution contain, as far as the settings of the build say."""
 
+import importlib.util
+import re
 import tomllib
 from pathlib import Path
 
@@ -21,3 +23,15 @@ def test_every_file_of_the_package_that_is_no_code_is_in_the_wheel():
     told = {file for pattern in SETTINGS["package-data"]["zssvd_lightning"] for file in package.glob(pattern)}
     files = {file for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
     assert {file for file in told if file.suffix != ".py"} == {file for file in files if file.suffix != ".py"}
+
+
+def test_package_indexes_get_a_readme_without_relative_links():
+    spec = importlib.util.spec_from_file_location("setup_of_the_package", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = module.described(readme)
+    assert not re.findall(r"\]\((?!https?:)", text)
+    assert re.findall(r"\]\(https?:[^)]*\)", text) == re.findall(r"\]\(https?:[^)]*\)", readme)
+    assert "Results (`docs/results.md`)" in text
+    assert "![" not in text
