@@ -22,11 +22,12 @@ from transformers import PreTrainedModel
 from zssvd_lightning import Run, RunConfig, Schedule, ZSSVDCallback, load_config
 from zssvd_lightning._resources import shown_by
 from zssvd_lightning.app.bench.models import from_folders
+from zssvd_lightning.app.bench.picture import check_drawing
+from zssvd_lightning.app.bench.record import recorded
 from zssvd_lightning.app.bench.results import Results
 from zssvd_lightning.app.bench.runner import measure
 from zssvd_lightning.app.bench.settings import BenchSettings
 from zssvd_lightning.app.command import start
-from zssvd_lightning.app.pictures import refuse_no_drawing
 from zssvd_lightning.app.progress import WholeBar
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.evaluation.perplexity import continuation
@@ -89,7 +90,7 @@ def main(path: str, *overrides: str) -> None:
     config = load_config(RunConfig, path, overrides)
     if config.recovery is not None:
         raise ConfigError("this recipe trains nothing; with a recovery, run recipes.compress_then_finetune instead")
-    refuse_no_drawing()
+    check_drawing()
     with quiet(), WholeBar(SHARES) as bar, shown_by(bar.step):
         with bar.step("loading", None, ""):
             run = Run(config)
@@ -123,6 +124,7 @@ def main(path: str, *overrides: str) -> None:
         with bar.step("speed", None, ""):
             models = from_folders([str(run.output)], None, speed.dtype, speed.device)
             results = Results(models, speed, *measure(models, speed, progress=False))
+            recorded(results)
 
     console = Console()
     console.print(report.table())

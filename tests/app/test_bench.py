@@ -1,6 +1,7 @@
 """`zssvd bench`: structure, counts against hand counts, turns and refusals. Nothing is timed."""
 
 import json
+import shutil
 import sys
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from zssvd_lightning.app.bench.session import DECODE, PREFILL, Session, abilitie
 from zssvd_lightning.app.bench.settings import BenchSettings, Workload, workloads
 from zssvd_lightning.app.bench.timing import Quartiles, turns
 from zssvd_lightning.app.cli import main
+from zssvd_lightning.app.html.page import PAGE
+from zssvd_lightning.compression.report import REPORT, read_report
 from zssvd_lightning.errors import BudgetError, ConfigError, ModelSourceError
 from zssvd_lightning.layers.registry import KINDS
 from zssvd_lightning.layers.storage import STORAGES
@@ -349,3 +352,22 @@ def test_a_report_without_room_fails_the_command_and_quiet_is_quiet(workshop, zs
     done = zssvd("bench", workshop / "compressed", *SMALL)
     assert done.code == 1
     assert "GB are free" in " ".join(done.out.split())
+
+
+def test_speeds_are_recorded_in_reports(workshop, zssvd, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(workshop / "compressed", folder)
+    before = json.loads((folder / REPORT).read_text())
+    done = zssvd("bench", folder, *SMALL, "--record")
+    assert done.code == 0
+    assert f"wrote {folder / REPORT}" in done.out
+    after = json.loads((folder / REPORT).read_text())
+    speeds = after.pop("tokens_per_second")
+    assert after == before
+    assert speeds.keys() == {"batch", "context", "prefill", "decode", "dense_prefill", "dense_decode"}
+    assert all(value > 0 for value in speeds.values())
+    assert read_report(folder).tokens_per_second == speeds
+    assert "decode, tokens per second" in (folder / PAGE).read_text()
+    done = zssvd("bench", workshop / "model", "--dense", workshop / "model", *SMALL, "--record")
+    assert done.code == 1
+    assert "--record writes into report.json" in done.err

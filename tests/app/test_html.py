@@ -218,6 +218,22 @@ def test_several_runs_are_compared(page, tmp_path):
     assert len(ids) == len(set(ids))
 
 
+def test_runs_with_speeds_are_drawn_against_them(page, tmp_path):
+    def fast(context):
+        speeds = {"batch": 1, "context": context, "dense_decode": 250.0, "decode": 375.5, "prefill": 9000.0}
+        return lambda report: report.update(tokens_per_second=speeds)
+
+    assert "decode, tokens per second 250.0 375.5" in page(fast(128), "one").text
+    page(fast(256), "two")
+    page(folder="three")
+    out = write_page([tmp_path / name for name in ("one", "two", "three")], tmp_path / "all.html")
+    text = Read(out.read_text(encoding="utf-8")).text
+    assert "Perplexity on articles against speed" in text
+    assert "Speeds were measured at different batches or contexts" in text
+    out = write_page([tmp_path / "three", tmp_path / "three"], tmp_path / "all.html")
+    assert "perplexity against speed, because no run has measured both; zssvd bench" in out.read_text(encoding="utf-8")
+
+
 def test_models_with_several_stacks_have_a_map_of_each():
     names = ["encoder.block.0.layer.0.q", "decoder.block.0.layer.0.q", "decoder.block.0.layer.1.q", "head", "net.2"]
     places = [Place.of(name) for name in names]

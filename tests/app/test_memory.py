@@ -99,6 +99,14 @@ def test_ways_that_blocks_do_not_have_are_left_out(folder, settings, options):
     assert {row.memory for row in rows} == {"whole"}
 
 
+def test_a_file_beside_the_memory_is_refused(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["zssvd", "plan", str(folder), "plan.yaml", "--memory"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "writes nothing" in capsys.readouterr().err
+
+
 def test_plan_without_a_file_to_write_is_refused(folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["zssvd", "plan", str(folder)])
     with pytest.raises(SystemExit) as ended:

@@ -12,6 +12,7 @@ import yaml
 from support.models import CausalLM, loader, saved_tiny_llama, tiny_llama, token_batches, trainer
 
 import recipes
+from recipes.compress import fitting
 from recipes.compress import main as compressing
 from recipes.compress_then_finetune import FineTuned, checked
 from recipes.two_fits import CompressedLM
@@ -98,3 +99,14 @@ def test_no_recipe_needs_what_another_left_on_the_path():
 def test_a_recovery_is_refused_where_nothing_is_trained(tmp_path):
     with pytest.raises(ConfigError, match="compress_then_finetune"):
         compressing(config(tmp_path, preset="best-trained"))
+
+
+@pytest.mark.parametrize(("most", "context"), [(512, 256), (272, 256), (64, 48), (45, None)])
+def test_speed_is_measured_at_a_context_that_the_model_takes(most, context):
+    tokenizer = SimpleNamespace(input_ids=[1] * 14)
+    run = SimpleNamespace(model=tiny_llama(max_position_embeddings=most), tokenizer=lambda text: tokenizer)
+    if context is None:
+        with pytest.raises(ConfigError, match="46 tokens, but the model takes at most 45"):
+            fitting(run)
+    else:
+        assert fitting(run).contexts == (context,)

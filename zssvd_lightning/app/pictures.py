@@ -17,12 +17,6 @@ from zssvd_lightning.errors import TextError
 COLORS = {"wait": "#dddddd", "calibrate": "#b9d7ea", "correct": "#f6d6ad", "recover": "#c9e4c5"}
 
 
-def refuse_no_drawing() -> None:
-    """Raise MissingExtraError if matplotlib, which the pictures need, is not installed."""
-    with needs_extra("report", "pictures"):
-        import matplotlib.figure  # noqa: F401
-
-
 def draw(report: Report, path: str | Path) -> None:
     """Draw the kept fraction of every target layer by block and kind, the seconds of each step and a headline.
 

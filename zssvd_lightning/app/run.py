@@ -143,7 +143,7 @@ class Run:
 
         Args:
             report: report of the compression.
-            picture: whether to draw the report as `report.png`, which needs matplotlib; see `refuse_no_drawing`.
+            picture: whether to draw the report as `report.png`, which needs matplotlib.
 
         Raises:
             OutputError: writing failed; the previous content of the folder is unchanged.

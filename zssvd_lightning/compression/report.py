@@ -33,7 +33,7 @@ NUMBERS = re.compile(r'\[\n[^][{}"]*\]')
 
 OPTIONAL = (
     *("kept_back", "held_out", "perplexity", "perplexity_second"),
-    *("file_bytes", "left_dense", "trace", "continuations"),
+    *("file_bytes", "left_dense", "trace", "continuations", "tokens_per_second"),
 )
 """Fields of a report whose keys `report.json` has only if there is something in them."""
 
@@ -125,6 +125,9 @@ class Report:
     """Spectra, sensitivities, selection and states: a `Trace.to_dict`. None in reports of earlier releases."""
     continuations: Mapping[str, str] | None = None
     """Continuations of a `prompt` by the `dense` and the `compressed` model, and `how` their tokens were chosen."""
+    tokens_per_second: Mapping[str, float] | None = None
+    """Speeds that `zssvd bench --record` measured: `prefill` and `decode`, `dense_prefill` and `dense_decode`, at a
+    `batch` and `context`."""
     seed: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 

@@ -111,6 +111,7 @@ _REPORT = entries(
         "rank_multiple": whole,
         "trace": TRACE,
         "continuations": optional(mapped(text)),
+        "tokens_per_second": optional(mapped(number)),
         "seed": optional(whole),
         "config": mapped(anything),
     },
@@ -127,6 +128,7 @@ _REPORT = entries(
         "rank_multiple",
         "trace",
         "continuations",
+        "tokens_per_second",
     ),
 )
 

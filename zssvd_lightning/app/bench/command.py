@@ -49,6 +49,10 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="JSON file to write.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Markdown table to write.")] = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to write, such as bench.png.")] = None,
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="Write the speeds of the first batch and context into the folders' reports."),
+    ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Show nothing but errors; exit codes are the same.")
     ] = False,
@@ -73,6 +77,10 @@ def bench(
         settings = BenchSettings(
             numbers("batch", batch), contexts, tokens, repeats, seconds, dtype, device, compiled=compiled
         )
+        if record:
+            from zssvd_lightning.app.bench.record import recorded, refuse_no_reports
+
+            refuse_no_reports(models or [])
         if random is None:
             given = {"ratio": ratio, "storage": storage, "layers": layers}
             if extra := [name for name, value in given.items() if value is not None]:
@@ -84,6 +92,7 @@ def bench(
             found = _at_random(random, ratio, storage, layers, settings)
         results = Results(found, settings, *measure(found, settings, progress=not quiet))
         _write(results, json_file, markdown, picture)
+        files += recorded(results) if record else []
     if not quiet:
         command.print_table(results.table())
         for file in files:

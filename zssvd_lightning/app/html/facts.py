@@ -74,6 +74,10 @@ class Facts:
         files = self.report.file_bytes or {}
         return files.get("dense"), files.get("compressed")
 
+    def speed(self, key: str) -> float | None:
+        """Return an entry of the measured speeds, such as `decode` (tokens per second); None if not measured."""
+        return (self.report.tokens_per_second or {}).get(key)
+
     def text(self, second: bool = False) -> str | None:
         """Return the text on which perplexity was measured; None if there is none."""
         text = self.setting("evaluation.second" if second else "evaluation.text")
@@ -185,9 +189,14 @@ def _sizes(facts: Facts) -> list[list[str]]:
         ("weights on disk", dense_bytes, bytes_, lambda value: with_unit(value, "B")),
         ("operations of the target layers a token", sums.dense_flops, sums.flops, lambda v: with_unit(v, "FLOP")),
     ]
-    return [
+    shown = [
         [name, show(dense), show(now), percent(None if not dense or now is None else 1 - now / dense)]
         for name, dense, now, show in rows
+    ]
+    return shown + [
+        [f"{phase}, tokens per second", number(facts.speed(f"dense_{phase}")), number(speed), ""]
+        for phase in ("prefill", "decode")
+        if (speed := facts.speed(phase)) is not None
     ]
 
 
