@@ -74,7 +74,8 @@ def choose_pivots(up: Tensor) -> Pivots:
     if r < k:
         C = torch.cat([C[k - r :], C.new_zeros(m - k, k - r)], 1)
     pivots, others = rows[:k].argsort(), rows[k:].argsort()
-    return Pivots(torch.cat([rows[:k][pivots], rows[k:][others]]), C[others[:, None], pivots])
+    C = C.T.index_select(0, pivots).index_select(1, others).T  # LAPACK leaves C transposed
+    return Pivots(torch.cat([rows[:k][pivots], rows[k:][others]]), C)
 
 
 @torch.no_grad()
@@ -116,9 +117,11 @@ def coefficients(up: Tensor, order: Tensor) -> Tensor:
 
 def _scaled(up: Tensor) -> Tensor:
     """Return `up` in float64 with columns of norm 1, which changes no dependency of rows."""
-    A = (up.detach().cpu() if up.device.type == "mps" else up.detach()).double()  # MPS has no float64
+    A = up.detach().cpu() if up.device.type == "mps" else up.detach()  # MPS has no float64
+    A = A.to(torch.float64, copy=True)
     sizes = A.norm(dim=0)
-    return A / torch.where(sizes > 0, sizes, torch.ones_like(sizes))
+    A /= torch.where(sizes > 0, sizes, torch.ones_like(sizes))
+    return A
 
 
 def _tolerance(A: Tensor) -> float:
@@ -184,7 +187,7 @@ def _exchanges(C: Tensor, limit: int) -> tuple[Tensor, Tensor, int]:
         row = C[i] / largest  # the new pivot by the old ones, over the coefficient of the pivot it replaces
         step = row.clone()
         step[j] -= 1 / largest
-        C = C - torch.outer(C[:, j], step)
+        C -= torch.outer(C[:, j], step)
         C[i], C[i, j] = -row, 1 / largest
         inside[j], outside[i] = outside[i], inside[j]
         count += 1
