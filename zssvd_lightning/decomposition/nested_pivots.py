@@ -14,7 +14,7 @@ from torch import Tensor
 from zssvd_lightning._numerics import exact_products
 from zssvd_lightning.decomposition.joint_elimination import eliminated
 from zssvd_lightning.errors import PivotError
-from zssvd_lightning.layers.pivots import coefficients
+from zssvd_lightning.layers.pivots import coefficients, column_norms
 
 GAIN = 1.2
 """Smallest growth of the product of all volumes for which two rows are exchanged."""
@@ -112,8 +112,7 @@ def _largest(C: Tensor, M: Tensor, order: Tensor) -> float:
     k, order = C.shape[1], order.to(C.device)
     Y = torch.randn(k, PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(C.device)
     LU, swaps, failed = torch.linalg.lu_factor_ex(M[order[:k]].double())
-    sizes = torch.linalg.vector_norm(M, dim=0, dtype=torch.float64)
-    if failed or (LU.diagonal().abs() <= sizes * len(M) * torch.finfo(torch.float64).eps).any():
+    if failed or (LU.diagonal().abs() <= column_norms(M) * len(M) * torch.finfo(torch.float64).eps).any():
         return float("inf")
     solved, largest, error = torch.linalg.lu_solve(LU, swaps, Y), 0.0, 0.0
     for part, rows in zip(torch.split(C, ROWS_AT_ONCE), torch.split(order[k:], ROWS_AT_ONCE), strict=True):
