@@ -25,10 +25,9 @@ def permuted(x: Tensor, order: Tensor) -> Tensor:
 
 
 def widened(z: Tensor, C: Tensor) -> Tensor:
-    """Return `[z, z C^T]` (t, k + l), for z (t, k) and C (l, k), written into one tensor.
-
-    The caller has checked `is_eager(z)`.
-    """
+    """Return `[z, z C^T]` (t, k + l), for z (t, k) and C (l, k), written into one tensor where `is_eager(z)`."""
+    if _is_transformed(z):
+        return torch.cat([z, z @ C.t()], 1)
     y: Tensor = _Widened.apply(z, C)
     return y
 
@@ -36,8 +35,10 @@ def widened(z: Tensor, C: Tensor) -> Tensor:
 def narrowed(x: Tensor, C: Tensor) -> Tensor:
     """Return `x_1 + x_2 C^T` (t, k), for `x = [x_1, x_2]` (t, k + l) and C (k, l).
 
-    The gradient by x is written into one tensor. The caller has checked `is_eager(x)`.
+    Where `is_eager(x)` and gradients are enabled, that by x is written into one tensor.
     """
+    if not torch.is_grad_enabled() or _is_transformed(x):
+        return torch.addmm(x[:, : len(C)], x[:, len(C) :], C.t())
     z: Tensor = _Narrowed.apply(x, C)
     return z
 
@@ -57,12 +58,13 @@ def is_eager(x: Tensor) -> bool:
 
 @torch.jit.unused
 def _needs_gradient(x: Tensor) -> bool:
-    """Return True if x has a gradient in reverse mode alone. Traces and forward mode cannot record `_Permuted`."""
+    """Return True if x has a gradient in reverse mode alone, of the kind that `_Permuted` can give."""
     return (
         torch.is_grad_enabled()
         and x.requires_grad
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and forward_ad._current_level < 0  # noqa: SLF001
+        and (torch.compiler.is_compiling() or not _is_transformed(x))
     )
 
 
@@ -73,15 +75,10 @@ def _is_transformed(x: Tensor) -> bool:
 
 
 class _Permuted(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, order: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(order)
         return x.index_select(-1, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -90,20 +87,13 @@ class _Permuted(torch.autograd.Function):
 
 
 class _Widened(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(z: Tensor, C: Tensor) -> Tensor:
-        if _is_transformed(z):
-            return torch.cat([z, z @ C.t()], 1)
+    def forward(ctx: Any, z: Tensor, C: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(z, C)
         y = z.new_empty(len(z), z.shape[1] + len(C))
         y[:, : z.shape[1]] = z
         torch.mm(z, C.t(), out=y[:, z.shape[1] :])
         return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
@@ -113,15 +103,10 @@ class _Widened(torch.autograd.Function):
 
 
 class _Narrowed(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor, C: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, C: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, C)
         return torch.addmm(x[:, : len(C)], x[:, len(C) :], C.t())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]

@@ -103,7 +103,9 @@ class ColumnPivotedLinear(PivotForm):
         if self.order is not None:
             rows = permuted(rows, self.order)
         C = self.mixing.weight  # type: ignore[union-attr]
-        first, others = rows[:, : self.rank], rows[:, self.rank :]
-        z = narrowed(rows, C) if is_eager(rows) else torch.addmm(first, others, C.t())
+        if torch.is_grad_enabled() and is_eager(rows):
+            z = narrowed(rows, C)  # with a gradient that is written once
+        else:
+            z = torch.addmm(rows[:, : self.rank], rows[:, self.rank :], C.t())
         y: Tensor = self.columns(z)
         return y.view(*x.shape[:-1], self.out_features)
