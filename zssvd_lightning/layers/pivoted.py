@@ -15,6 +15,9 @@ from zssvd_lightning.layers.base import HOOKS, FactoredLinear
 from zssvd_lightning.layers.gradients import is_eager, permuted, widened
 from zssvd_lightning.layers.pivots import choose_pivots, coefficients
 
+FEW = 2**16
+"""Number of outputs up to which it takes less time on a CPU to concatenate them than to write them into one tensor."""
+
 
 class PivotForm(FactoredLinear):
     """Base class of layers of rank k in `k (m + n - k)` numbers: k rows or columns of W, and coefficients of the rest.
@@ -193,7 +196,9 @@ class PivotedLinear(PivotForm):
 
     @torch.jit.unused
     def _can_write_once(self, x: Tensor) -> bool:
-        return is_eager(x) and all(map(is_plain, self.children()))
+        if not is_eager(x) or (x.device.type == "cpu" and x.numel() * self.out_features <= FEW * self.in_features):
+            return False
+        return all(map(is_plain, self.children()))
 
     @torch.jit.unused
     def _written_once(self, x: Tensor) -> Tensor:
