@@ -19,7 +19,7 @@ def permuted(x: Tensor, order: Tensor) -> Tensor:
     be repeated, which takes several times as long on a CPU and atomic sums on a GPU.
     """
     if not torch.jit.is_scripting() and _needs_gradient(x):  # type: ignore[attr-defined]
-        y: Tensor = _Permuted.apply(x, order)
+        y: Tensor = _Permuted.apply(x, order)  # type: ignore[no-untyped-call]
         return y
     return x.index_select(-1, order)
 
@@ -28,7 +28,7 @@ def widened(z: Tensor, C: Tensor) -> Tensor:
     """Return `[z, z C^T]` (t, k + l), for z (t, k) and C (l, k), written into one tensor where `is_eager(z)`."""
     if _is_transformed(z):
         return torch.cat([z, z @ C.t()], 1)
-    y: Tensor = _Widened.apply(z, C)
+    y: Tensor = _Widened.apply(z, C)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -39,7 +39,7 @@ def narrowed(x: Tensor, C: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled() or _is_transformed(x):
         return torch.addmm(x[:, : len(C)], x[:, len(C) :], C.t())
-    z: Tensor = _Narrowed.apply(x, C)
+    z: Tensor = _Narrowed.apply(x, C)  # type: ignore[no-untyped-call]
     return z
 
 
@@ -76,19 +76,19 @@ def _is_transformed(x: Tensor) -> bool:
 
 class _Permuted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
         ctx.save_for_backward(order)
         return x.index_select(-1, order)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (order,) = ctx.saved_tensors
         return permuted(g, order.argsort()), None
 
 
 class _Widened(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, C: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, z: Tensor, C: Tensor) -> Tensor:
         ctx.save_for_backward(z, C)
         y = z.new_empty(len(z), z.shape[1] + len(C))
         y[:, : z.shape[1]] = z
@@ -96,7 +96,7 @@ class _Widened(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         z, C = ctx.saved_tensors
         by_z, by_C = ctx.needs_input_grad
         return narrowed(g, C.t()) if by_z else None, g[:, z.shape[1] :].t() @ z if by_C else None
@@ -104,12 +104,12 @@ class _Widened(torch.autograd.Function):
 
 class _Narrowed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, C: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, C: Tensor) -> Tensor:
         ctx.save_for_backward(x, C)
         return torch.addmm(x[:, : len(C)], x[:, len(C) :], C.t())
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, C = ctx.saved_tensors
         by_x, by_C = ctx.needs_input_grad
         return widened(g, C.t()) if by_x else None, g.t() @ x[:, len(C) :] if by_C else None

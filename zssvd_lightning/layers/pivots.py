@@ -122,14 +122,14 @@ def coefficients(up: Tensor, order: Tensor) -> Tensor:
 def column_norms(A: Tensor) -> Tensor:
     """Return the Euclidean norms (k,) of the columns of A (m, k), in float64."""
     total = A.new_zeros(A.shape[1], dtype=torch.float64)
-    for part in A.split(LINES_AT_ONCE):
+    for part in torch.split(A, LINES_AT_ONCE):
         total += part.double().square().sum(0)
     return total.sqrt()
 
 
 def _largest(C: Tensor) -> Tensor:
     """Return the largest absolute value of each row of C (m, k), which LAPACK leaves transposed in memory."""
-    return torch.stack([part.abs().amax(1) for part in C.split(LINES_AT_ONCE, dim=1)]).amax(0)
+    return torch.stack([part.abs().amax(1) for part in torch.split(C, LINES_AT_ONCE, dim=1)]).amax(0)
 
 
 def _scaled(up: Tensor) -> Tensor:
