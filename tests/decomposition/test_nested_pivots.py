@@ -116,6 +116,27 @@ def test_coefficients_in_float32_that_are_wrong_are_noticed():
     assert _largest(C[1], M[1], order) == float("inf")
 
 
+def test_pivots_that_count_as_singular_are_noticed_although_their_coefficients_are_right():
+    M, order = torch.tensor([[1, 1], [1e-17, 0], [3e-17, 0]], dtype=torch.float64), torch.arange(3)
+    assert _largest(torch.tensor([[0.0, 3.0]]), M, order) == float("inf")
+    with pytest.raises(ValueError, match="do not span the others"):
+        coefficients(M, order)
+    with pytest.raises(PivotError, match=r"shapes \[\(3, 2\)\]: the first 2 rows"):
+        nested_order([M])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_of_any_scale_get_an_order_with_its_coefficients_or_are_refused_by_name(seed):
+    generator = torch.Generator().manual_seed(seed)
+    for scale in (4, 10, 18):
+        M = [matrix * 10 ** (scale * torch.randn(12, 1, generator=generator)) for matrix in matrices(12, (3, 5), seed)]
+        try:
+            order, largest = nested_pivots(M)
+        except PivotError:
+            continue
+        assert max(float(coefficients(matrix, order).abs().max()) for matrix in M) <= 1.001 * largest + 1e-6
+
+
 @pytest.mark.parametrize("ranks", [(50, 50), (30, 40, 70)])
 def test_the_bound_of_coefficients_in_float32_is_close(ranks):
     M = [matrix.float() for matrix in matrices(300, ranks)]

@@ -27,7 +27,7 @@ from zssvd_lightning.decomposition.decompose import Decomposition
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights, pivoted_layer
 from zssvd_lightning.distributed import LayerSet, Team
 from zssvd_lightning.errors import CheckpointError, ConfigError, NonFiniteError, QuantizationError
-from zssvd_lightning.layers import pivots
+from zssvd_lightning.layers import pivoted, pivots
 from zssvd_lightning.layers.pivoted import PivotedLinear
 from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
 from zssvd_lightning.layers.pivots import BOUND, Pivots, choose_pivots, coefficients, pivots_first
@@ -46,6 +46,12 @@ SHAPES = [(6, 9, 1), (6, 9, 5), (6, 9, 6), (9, 6, 5), (9, 6, 6), (7, 7, 3), (8, 
 
 
 FORMS = [PivotedLinear, ColumnPivotedLinear]
+
+
+@pytest.fixture(autouse=True)
+def _written_once(monkeypatch):
+    """Small outputs are written into one tensor, as large ones are."""
+    monkeypatch.setattr(pivoted, "FEW", 0)
 
 
 def made(form, up, down, bias, ordered=True):
@@ -310,6 +316,20 @@ def test_layers_run_alike_however_they_are_called(form, ordered):
         assert layer.to("meta")(x.to("meta")).shape == expected.shape
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_few_outputs_are_concatenated_to_the_same_values(ordered, monkeypatch):
+    layer, *_ = made(PivotedLinear, *factors(6, 5, 3), torch.randn(6, dtype=torch.float64), ordered)
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            monkeypatch.setattr(pivoted, "FEW", 8 * 6 - 1)
+            assert layer._can_write_once(x)
+            written = layer(x)
+            monkeypatch.setattr(pivoted, "FEW", 8 * 6)
+            assert not layer._can_write_once(x)
+            torch.testing.assert_close(layer(x), written)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_hooks_of_thin_layers_are_called(form):
     layer, seen = form.from_factors(*factors(6, 5, 3), None), []
@@ -508,6 +528,7 @@ def test_a_saved_model_comes_back_and_is_merged(tmp_path, build, dtype):
 
 
 def test_a_folder_carries_the_code_of_all_forms(tmp_path, monkeypatch):
+    monkeypatch.undo()  # both copies of the code then write outputs in the same way
     model = pivoted_model()
     save_pretrained(model, tmp_path / "m", self_contained=True)
     assert not [path for path in (tmp_path / "m").glob("*.py") if "from zssvd_lightning" in path.read_text()]

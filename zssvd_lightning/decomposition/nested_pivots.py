@@ -14,7 +14,7 @@ from torch import Tensor
 from zssvd_lightning._numerics import exact_products
 from zssvd_lightning.decomposition.joint_elimination import eliminated
 from zssvd_lightning.errors import PivotError
-from zssvd_lightning.layers.pivots import coefficients
+from zssvd_lightning.layers.pivots import coefficients, column_norms
 
 GAIN = 1.2
 """Smallest growth of the product of all volumes for which two rows are exchanged."""
@@ -82,10 +82,10 @@ def nested_pivots(matrices: Sequence[Tensor]) -> NestedPivots:
                 return NestedPivots(order, found)
         except (PivotError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             pass
-        order, _ = _pivots_in(torch.float64, M)
         try:
+            order, _ = _pivots_in(torch.float64, M)
             exact = [coefficients(matrix, order) for matrix in M]
-        except ValueError as error:
+        except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             raise PivotError(f"matrices of shapes {shapes}: {error}") from error
     return NestedPivots(order, max(float(C.abs().max()) if C.numel() else 0.0 for C in exact))
 
@@ -106,12 +106,13 @@ def _largest(C: Tensor, M: Tensor, order: Tensor) -> float:
     """Return a bound of the absolute coefficients of M (h, k) in an order, or infinity if C is not accurate.
 
     The bound is the largest of C (h - k, k), plus its largest error in a row. To estimate it, pivots P and other rows Q
-    are multiplied by `P^-1 Y` with Gaussian Y: `Q P^-1 Y - C Y` has the size of the error, times that of Y.
+    are multiplied by `P^-1 Y` with Gaussian Y: `Q P^-1 Y - C Y` has the size of the error, times that of Y. Infinity is
+    also returned if P counts as singular, so that `coefficients` would have to choose among the pivots.
     """
     k, order = C.shape[1], order.to(C.device)
     Y = torch.randn(k, PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(C.device)
     LU, swaps, failed = torch.linalg.lu_factor_ex(M[order[:k]].double())
-    if failed:
+    if failed or (LU.diagonal().abs() <= column_norms(M) * len(M) * torch.finfo(torch.float64).eps).any():
         return float("inf")
     solved, largest, error = torch.linalg.lu_solve(LU, swaps, Y), 0.0, 0.0
     for part, rows in zip(torch.split(C, ROWS_AT_ONCE), torch.split(order[k:], ROWS_AT_ONCE), strict=True):

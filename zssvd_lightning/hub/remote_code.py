@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.hub.model_classes import automatic_for, saved_class
-from zssvd_lightning.layers import base, experts, int8, low_rank, pivoted, pivoted_columns, pivots, registry
+from zssvd_lightning.layers import base, experts, gradients, int8, low_rank, pivoted, pivoted_columns, pivots, registry
 from zssvd_lightning.serialization.quantizer import FORMAT_VERSION
 
-CARRIED = (base, experts, low_rank, pivots, pivoted, pivoted_columns, int8, registry)
+CARRIED = (base, experts, low_rank, gradients, pivots, pivoted, pivoted_columns, int8, registry)
 """Modules that are copied into the folder, with `zssvd_` before their names."""
 
 
@@ -26,6 +26,7 @@ from {model_module} import {model}
 # all files are named here, since there are releases of transformers that copy no others
 from .zssvd_base import CompressedLinear
 from .zssvd_experts import take_apart
+from .zssvd_gradients import permuted  # noqa: F401
 from .zssvd_int8 import EightBitLinear  # noqa: F401
 from .zssvd_low_rank import LowRankLinear  # noqa: F401
 from .zssvd_registry import layer_like

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from zssvd_lightning.layers.base import HOOKS, FactoredLinear
+from zssvd_lightning.layers.gradients import is_eager, permuted, widened
 from zssvd_lightning.layers.pivots import choose_pivots, coefficients
+
+FEW = 2**16
+"""Number of outputs up to which it takes less time on a CPU to concatenate them than to write them into one tensor."""
 
 
 class PivotForm(FactoredLinear):
@@ -187,24 +191,29 @@ class PivotedLinear(PivotForm):
         z = self.pivots(x)
         y: Tensor = z if self.others is None else torch.cat([z, self.others(z)], -1)
         if order is not None:
-            y = y.index_select(-1, order)
+            y = permuted(y, order)
         return y if bias is None else y + bias.to(y.dtype)
 
     @torch.jit.unused
     def _can_write_once(self, x: Tensor) -> bool:
-        return not torch.compiler.is_compiling() and _runs_plainly(x) and all(map(is_plain, self.children()))
+        if not is_eager(x) or (x.device.type == "cpu" and x.numel() * self.out_features <= FEW * self.in_features):
+            return False
+        return all(map(is_plain, self.children()))
 
     @torch.jit.unused
     def _written_once(self, x: Tensor) -> Tensor:
         """Write both products into one output, instead of concatenating them."""
         rows = x.reshape(-1, x.shape[-1])
-        y = rows.new_empty(len(rows), self.out_features)
-        z = y[:, : self.rank]
-        torch.mm(rows, self.pivots.weight.t(), out=z)
-        if self.others is not None:
+        if self.others is None:
+            y = self.pivots(rows)
+        elif torch.is_grad_enabled():
+            y = widened(self.pivots(rows), self.others.weight)
+        else:
+            y = rows.new_empty(len(rows), self.out_features)
+            z = torch.mm(rows, self.pivots.weight.t(), out=y[:, : self.rank])
             torch.mm(z, self.others.weight.t(), out=y[:, self.rank :])
         if self.order is not None:
-            y = y.index_select(-1, self.order)
+            y = permuted(y, self.order)
         if self.bias is not None:
             y += self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
@@ -218,16 +227,4 @@ def is_plain(part: nn.Module) -> bool:
         and "forward" not in vars(part)
         and not any(vars(part)[kind] for kind in HOOKS)
         and not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)  # noqa: SLF001
-    )
-
-
-def _runs_plainly(x: Tensor) -> bool:
-    """Return True if a product with x may be written into a given tensor: nothing records, traces or changes it."""
-    return (
-        not torch.is_grad_enabled()
-        and type(x) in (Tensor, nn.Parameter)
-        and not x.is_meta
-        and not torch.is_autocast_enabled(x.device.type)
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and torch._C._functorch.peek_interpreter_stack() is None  # noqa: SLF001
     )

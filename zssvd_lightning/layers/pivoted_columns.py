@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from zssvd_lightning.layers.gradients import is_eager, narrowed, permuted
 from zssvd_lightning.layers.pivoted import PivotForm, is_plain
 
 
@@ -84,7 +85,7 @@ class ColumnPivotedLinear(PivotForm):
             return self._added_in_product(x)
         order = self.order  # as a local variable, torch.jit.script knows its type
         if order is not None:
-            x = x.index_select(-1, order)
+            x = permuted(x, order)
         if self.mixing is not None:
             first, others = torch.split(x, [self.mixing.out_features, self.mixing.in_features], -1)
             x = first + self.mixing(others)
@@ -100,8 +101,11 @@ class ColumnPivotedLinear(PivotForm):
         """Add `x_1` within the product `C x_2`, instead of after it."""
         rows = x.reshape(-1, x.shape[-1])
         if self.order is not None:
-            rows = rows.index_select(-1, self.order)
-        first, others = torch.split(rows, [self.rank, self.in_features - self.rank], -1)
-        z = torch.addmm(first, others, self.mixing.weight.t())  # type: ignore[union-attr]
+            rows = permuted(rows, self.order)
+        C = self.mixing.weight  # type: ignore[union-attr]
+        if torch.is_grad_enabled() and is_eager(rows):
+            z = narrowed(rows, C)  # with a gradient that is written once
+        else:
+            z = torch.addmm(rows[:, : self.rank], rows[:, self.rank :], C.t())
         y: Tensor = self.columns(z)
         return y.view(*x.shape[:-1], self.out_features)

@@ -26,6 +26,10 @@ EXCHANGES = 10
 """Limit of the number of exchanges, as a multiple of the rank."""
 
 
+LINES_AT_ONCE = 256
+"""Number of rows or columns that are reduced at a time. For all at once, torch takes several times as long."""
+
+
 class Pivots(NamedTuple):
     """Rows of `up` that express all others: `up[order[k:]] = coefficients @ up[order[:k]]`."""
 
@@ -74,7 +78,8 @@ def choose_pivots(up: Tensor) -> Pivots:
     if r < k:
         C = torch.cat([C[k - r :], C.new_zeros(m - k, k - r)], 1)
     pivots, others = rows[:k].argsort(), rows[k:].argsort()
-    return Pivots(torch.cat([rows[:k][pivots], rows[k:][others]]), C[others[:, None], pivots])
+    C = C.T.index_select(0, pivots).index_select(1, others).T  # LAPACK leaves C transposed
+    return Pivots(torch.cat([rows[:k][pivots], rows[k:][others]]), C)
 
 
 @torch.no_grad()
@@ -114,11 +119,26 @@ def coefficients(up: Tensor, order: Tensor) -> Tensor:
     return C
 
 
+def column_norms(A: Tensor) -> Tensor:
+    """Return the Euclidean norms (k,) of the columns of A (m, k), in float64."""
+    total = A.new_zeros(A.shape[1], dtype=torch.float64)
+    for part in torch.split(A, LINES_AT_ONCE):
+        total += part.double().square().sum(0)
+    return total.sqrt()
+
+
+def _largest(C: Tensor) -> Tensor:
+    """Return the largest absolute value of each row of C (m, k), which LAPACK leaves transposed in memory."""
+    return torch.stack([part.abs().amax(1) for part in torch.split(C, LINES_AT_ONCE, dim=1)]).amax(0)
+
+
 def _scaled(up: Tensor) -> Tensor:
     """Return `up` in float64 with columns of norm 1, which changes no dependency of rows."""
-    A = (up.detach().cpu() if up.device.type == "mps" else up.detach()).double()  # MPS has no float64
-    sizes = A.norm(dim=0)
-    return A / torch.where(sizes > 0, sizes, torch.ones_like(sizes))
+    A = up.detach().cpu() if up.device.type == "mps" else up.detach()  # MPS has no float64
+    A = A.to(torch.float64, copy=True)
+    sizes = column_norms(A)
+    A /= torch.where(sizes > 0, sizes, torch.ones_like(sizes))
+    return A
 
 
 def _tolerance(A: Tensor) -> float:
@@ -146,8 +166,7 @@ def _exchanged(rows: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     k = C.shape[1]
     left = EXCHANGES * k
     while C.numel():
-        least, most = torch.aminmax(C, dim=1)  # without a copy of the size of C, as `abs` would make
-        largest = torch.maximum(most, -least)
+        largest = _largest(C)
         found = largest.topk(min(CANDIDATES, len(C)))
         if not (found.values > BOUND).any():
             break
@@ -184,7 +203,7 @@ def _exchanges(C: Tensor, limit: int) -> tuple[Tensor, Tensor, int]:
         row = C[i] / largest  # the new pivot by the old ones, over the coefficient of the pivot it replaces
         step = row.clone()
         step[j] -= 1 / largest
-        C = C - torch.outer(C[:, j], step)
+        C -= torch.outer(C[:, j], step)
         C[i], C[i, j] = -row, 1 / largest
         inside[j], outside[i] = outside[i], inside[j]
         count += 1
