@@ -205,7 +205,7 @@ class PivotedLinear(PivotForm):
         """Write both products into one output, instead of concatenating them."""
         rows = x.reshape(-1, x.shape[-1])
         if self.others is None:
-            y = self.pivots(rows)
+            y: Tensor = self.pivots(rows)
         elif torch.is_grad_enabled():
             y = widened(self.pivots(rows), self.others.weight)
         else:
