@@ -83,6 +83,12 @@ def local_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             status, answer = hub.answer(self.path, body) if known else (401, {"error": "who are you?"})
             self._send(status, answer)
 
+        def do_HEAD(self):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
         def do_GET(self):
             self._send(404, {"error": f"no {self.path}"})
 
