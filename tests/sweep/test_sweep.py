@@ -34,7 +34,7 @@ from zssvd_lightning.decomposition.needs import Extent, Formulas
 from zssvd_lightning.errors import CalibrationError, ConfigError, ContradictionError, LeftDenseWarning, OutputError
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.model.targets import find_targets
-from zssvd_lightning.sweep.scratch import TensorFile
+from zssvd_lightning.offload.media import ScratchFile
 from zssvd_lightning.whitening.moments import Moments
 
 ONE_SHOT = {"prune_ratio": 0.3, "corrections": 0, "progress": False}
@@ -374,15 +374,15 @@ def test_an_error_inside_of_a_block_leaves_the_model_and_autograd_as_they_were()
 @pytest.fixture
 def written(monkeypatch):
     """Largest number of bytes in scratch files at the same time, as [bytes], and the files."""
-    files, most, append = weakref.WeakSet(), [0], TensorFile.append
+    files, most, put = weakref.WeakSet(), [0], ScratchFile.put
 
-    def counted(self, tensor):
+    def counted(self, tensor, over):
         files.add(self)
-        place = append(self, tensor)
+        place = put(self, tensor, over)
         most[0] = max(most[0], sum(file._end for file in files))
         return place
 
-    monkeypatch.setattr(TensorFile, "append", counted)
+    monkeypatch.setattr(ScratchFile, "put", counted)
     return most
 
 

@@ -39,7 +39,6 @@ from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Selection
 from zssvd_lightning.selection.plan import Plan
 from zssvd_lightning.serialization.transformers_config import mark
-from zssvd_lightning.sweep.scratch import InScratchFiles
 from zssvd_lightning.whitening.rounding import Importance
 from zssvd_lightning.whitening.spectrum import Spectrum, Step
 
@@ -101,7 +100,7 @@ class Compression:
         self.present = {} if stand_ins is None else stand_ins.present
         self.coverage, self.budget = self._covered()
         self.followed_plan = None if config.plan is None else Plan.read(config.plan, self.budget)
-        self.store: Store | InScratchFiles = InScratchFiles() if config.by_blocks else OFFLOADS[config.offload]()
+        self.store: Store = OFFLOADS["disk" if config.by_blocks else config.offload]()
         self.gathering = StatisticsCollector(
             model,
             self.targets,

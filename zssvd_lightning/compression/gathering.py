@@ -27,9 +27,9 @@ from zssvd_lightning.decomposition.in_parts import DecompositionInParts
 from zssvd_lightning.decomposition.needs import Extent, Formulas, stored_components
 from zssvd_lightning.distributed import Shards
 from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.offload.media import refuse_too_little
 from zssvd_lightning.serialization.kept_batches import KEPT_BACK, number_to_keep_back
 from zssvd_lightning.sweep.records import Batch
-from zssvd_lightning.sweep.scratch import InScratchFiles, refuse_too_little
 from zssvd_lightning.sweep.sweep import sweep
 from zssvd_lightning.whitening.moments import statistics_bytes
 from zssvd_lightning.whitening.spectrum import Spectrum
@@ -169,7 +169,7 @@ def gather(
         if guard is not None and guard.wants_batches:
             wanted = kept_back(wanted, guard)
         reading = reading or BatchReading.of(compression.model, batches, {})
-        if isinstance(compression.store, InScratchFiles):
+        if compression.config.by_blocks:
             compression.parts = parts = _in_parts(compression) if decomposes else None
             sweep(
                 compression.gathering,
