@@ -27,10 +27,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from zssvd_lightning import ZSSVDCallback, compress
+from zssvd_lightning.compression.memory.needs import Extent, Formulas
 from zssvd_lightning.compression.pipeline import calibrate, plan
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.decomposition.in_parts import DecompositionInParts
-from zssvd_lightning.decomposition.needs import Extent, Formulas
 from zssvd_lightning.errors import CalibrationError, ConfigError, ContradictionError, LeftDenseWarning, OutputError
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.model.targets import find_targets

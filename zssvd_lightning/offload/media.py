@@ -128,14 +128,18 @@ class ScratchFile:
             folder = tempfile.gettempdir()
             raise OutputError(
                 f"cannot write {size / 1e9:.2f} GB more to scratch files in {folder}: {error} "
-                f"({shutil.disk_usage(folder).free / 1e9:.2f} GB free); the model is as it was. {_ANOTHER_FOLDER}"
+                f"({free_disk() / 1e9:.2f} GB free); the model is as it was. {_ANOTHER_FOLDER}"
             ) from error
+
+
+def free_disk() -> int:
+    """Return the bytes that are free for scratch files."""
+    return shutil.disk_usage(tempfile.gettempdir()).free
 
 
 def refuse_too_little(needed: int) -> None:
     """Raise OutputError if the disk has no room for scratch files of `needed` bytes."""
-    folder = tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
+    folder, free = tempfile.gettempdir(), free_disk()
     if needed > free:
         raise OutputError(
             f"memory 'blocks' needs up to {needed / 1e9:.2f} GB of scratch files in {folder}, where "
