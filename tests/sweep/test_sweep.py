@@ -448,7 +448,7 @@ def test_hidden_states_of_all_batches_without_room_are_refused_after_the_first(m
 
 def test_a_disk_is_judged_at_the_start_alone_and_not_by_what_is_on_it_already(monkeypatch):
     needed = []
-    monkeypatch.setattr("zssvd_lightning.compression.gathering.refuse_too_little", needed.append)
+    monkeypatch.setattr("zssvd_lightning.compression.memory.statements.refuse_too_little", needed.append)
     settings = ONE_SHOT | {"corrections": 2, "correction_batches": 1, "preset": "zs-svd", "memory": "blocks"}
     compress(tiny_gpt2(), token_batches(2), **settings)
     assert len(needed) == 2
