@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -146,12 +147,14 @@ class Lifecycle:
         with stand_ins.meanwhile(keep=self.gathering):
             parts = (progress, adapter.team, adapter.replace, stand_ins)
             beside = adapter.state_bytes
-            compression = within_limits(
+            build = partial(
+                within_limits,
                 lambda config: Compression(model, config, *parts),
                 self.config,
                 lambda run: replace(extent_of(model, run.targets, 0, None), beside=beside),
                 blocks=False,
             )
+            compression = build()
             adapter.refuse_layers(compression.targets)
             compression.safeguard = safeguard
             saved = (self._restored or {}).get("compression")
@@ -159,7 +162,7 @@ class Lifecycle:
                 take_up(compression, saved)
             elif saved is not None:
                 put_back(compression, saved)
-                compression = Compression(model, compression.config, *parts)
+                compression = build()
                 compression.safeguard = safeguard
         self._compression, self._restored = compression, None
 

@@ -187,10 +187,14 @@ def _refusal(
         if not limits.exceeded(needs := Formulas(extent, other, budget).needs(roots=False))
     ]
     batch = max(extent.whole_pass, extent.part_pass)
-    other = [f"smaller batches, as one takes up to {shown(batch)}"] if batch else []
-    other += ["weights in bfloat16"] if extent.width > 2 else []
-    other += ["memory='blocks' in compress() before the fit"] if not blocks else []
-    advice = f"what is within the limits: {', or '.join(lower)}" if lower else f"lower are {', '.join(other) or 'none'}"
+    smaller = [f"smaller batches, as one takes up to {shown(batch)}"] if batch else []
+    smaller += ["weights in bfloat16"] if extent.width > 2 else []
+    smaller += (
+        ["a metric without output gradients, as in preset 'zs-svd'"] if config.watches_outputs is not None else []
+    )
+    smaller += ["memory='blocks' in compress() before the fit"] if not blocks else []
+    advice = f"within the limits: {', or '.join(lower)}" if lower else f"it is less with {', or '.join(smaller)}"
+    advice = advice if lower or smaller else "no setting is known to take less"
     return (
         f"no way is within {limits}: {'; '.join(passed) or 'no way is open'}. The weights alone are "
         f"{shown(extent.weights)}; {advice}{_uncounted(extent)}"
