@@ -81,6 +81,10 @@ class PlanError(ZSSVDError, ValueError):
     """Rank plan that cannot be read or does not match the model."""
 
 
+class MemoryLimitError(ZSSVDError, ValueError):
+    """Compression that needs more memory than `max_memory` and `max_host_memory` allow."""
+
+
 class OutputError(ZSSVDError, OSError):
     """Output that cannot be written, or not without overwriting other files."""
 

@@ -69,6 +69,16 @@ def zssvd(monkeypatch, capsys):
     return run
 
 
+def test_a_limit_of_memory_refuses_before_anything_is_measured(workshop, zssvd):
+    done = zssvd("compress", workshop / "config.yaml", "--max-memory", "100MB", f"output={workshop}/limited")
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith("MemoryLimitError: no way is within 0.0931 GiB")
+    assert "perplexity, dense" not in done.err
+    assert not (workshop / "limited").exists()
+    done = zssvd("compress", workshop / "config.yaml", "--max-host-memory", "10 gigs")
+    assert "max_host_memory" in done.err
+
+
 def test_compress_then_evaluate(workshop, zssvd):
     done = zssvd("compress", workshop / "config.yaml", "compression.prune_ratio=0.3", "compression.corrections=2")
     assert "perplexity" in done.out

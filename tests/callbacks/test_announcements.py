@@ -10,7 +10,7 @@ from torch import nn
 from zssvd_lightning import CompressionConfig, Schedule, ZSSVDCallback
 from zssvd_lightning.callbacks.announcements import course_of
 from zssvd_lightning.compression.engine import Compression
-from zssvd_lightning.compression.gathering import memory_of_statistics
+from zssvd_lightning.compression.memory.statements import memory_of_statistics
 from zssvd_lightning.compression.pipeline import calibrate
 
 HELD = ("input_sums", "gradient_sums", "output_sums")

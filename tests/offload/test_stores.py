@@ -41,6 +41,7 @@ def test_what_is_read_is_what_was_stored(store, tensor):
     assert torch.equal(held["after"], torch.zeros(5))
     transposed = tensor.dim() == 2 and tensor.T.is_contiguous() and not tensor.is_contiguous()
     assert not transposed or held["x"].stride() == tensor.stride()
+    assert held["x"].data_ptr() % tensor.element_size() == 0
 
 
 @pytest.mark.parametrize("store", STORES)

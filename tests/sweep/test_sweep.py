@@ -27,14 +27,14 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from zssvd_lightning import ZSSVDCallback, compress
+from zssvd_lightning.compression.memory.needs import Extent, Formulas
 from zssvd_lightning.compression.pipeline import calibrate, plan
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.decomposition.in_parts import DecompositionInParts
-from zssvd_lightning.decomposition.needs import Extent, Formulas
 from zssvd_lightning.errors import CalibrationError, ConfigError, ContradictionError, LeftDenseWarning, OutputError
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.model.targets import find_targets
-from zssvd_lightning.sweep.scratch import TensorFile
+from zssvd_lightning.offload.media import ScratchFile
 from zssvd_lightning.whitening.moments import Moments
 
 ONE_SHOT = {"prune_ratio": 0.3, "corrections": 0, "progress": False}
@@ -374,15 +374,15 @@ def test_an_error_inside_of_a_block_leaves_the_model_and_autograd_as_they_were()
 @pytest.fixture
 def written(monkeypatch):
     """Largest number of bytes in scratch files at the same time, as [bytes], and the files."""
-    files, most, append = weakref.WeakSet(), [0], TensorFile.append
+    files, most, put = weakref.WeakSet(), [0], ScratchFile.put
 
-    def counted(self, tensor):
+    def counted(self, tensor, over):
         files.add(self)
-        place = append(self, tensor)
+        place = put(self, tensor, over)
         most[0] = max(most[0], sum(file._end for file in files))
         return place
 
-    monkeypatch.setattr(TensorFile, "append", counted)
+    monkeypatch.setattr(ScratchFile, "put", counted)
     return most
 
 
@@ -448,7 +448,7 @@ def test_hidden_states_of_all_batches_without_room_are_refused_after_the_first(m
 
 def test_a_disk_is_judged_at_the_start_alone_and_not_by_what_is_on_it_already(monkeypatch):
     needed = []
-    monkeypatch.setattr("zssvd_lightning.compression.gathering.refuse_too_little", needed.append)
+    monkeypatch.setattr("zssvd_lightning.compression.memory.statements.refuse_too_little", needed.append)
     settings = ONE_SHOT | {"corrections": 2, "correction_batches": 1, "preset": "zs-svd", "memory": "blocks"}
     compress(tiny_gpt2(), token_batches(2), **settings)
     assert len(needed) == 2

@@ -13,7 +13,20 @@ from zssvd_lightning._files import check_output, json_of
 from zssvd_lightning.app import command
 from zssvd_lightning.app import settings as asked
 from zssvd_lightning.app.bench.command import bench
-from zssvd_lightning.app.options import AsJson, Device, Dtype, Memory, Overrides, Preset, Quiet, Ratio, Source, Text
+from zssvd_lightning.app.options import (
+    AsJson,
+    Device,
+    Dtype,
+    MaxHostMemory,
+    MaxMemory,
+    Memory,
+    Overrides,
+    Preset,
+    Quiet,
+    Ratio,
+    Source,
+    Text,
+)
 from zssvd_lightning.app.settings import meaning
 from zssvd_lightning.config.presets import DEFAULT_TRAINED
 
@@ -45,6 +58,8 @@ def compress(
     ratio: Ratio = None,
     preset: Preset = None,
     memory: Memory = None,
+    max_memory: MaxMemory = None,
+    max_host_memory: MaxHostMemory = None,
     out: Annotated[str | None, typer.Option(help=f"{meaning('output')} Required without a YAML file.")] = None,
     dtype: Dtype = None,
     text: Text = None,
@@ -74,15 +89,19 @@ def compress(
     """
     options = _options(ratio, preset, dtype, text)
     options |= {"compression.memory": memory, "output": out, "evaluation.text": evaluate}
+    options |= {"compression.max_memory": max_memory, "compression.max_host_memory": max_host_memory}
     with command.streams(quiet, as_json):
         settings = asked.read_run(source, overrides or (), options, recover=recover)
 
         from zssvd_lightning.app.html.page import PAGE
         from zssvd_lightning.app.run import Run
         from zssvd_lightning.compression.pipeline import compress as compress_model
+        from zssvd_lightning.compression.pipeline import refuse_over_limits
         from zssvd_lightning.compression.report import REPORT
 
         run = Run(settings, not quiet, device=device)
+        if settings.recovery is None:
+            command.calibrated(run, refuse_over_limits, shown=False)
         run.evaluate("dense")
         if settings.recovery is None:
             report = command.calibrated(run, compress_model)
@@ -119,19 +138,26 @@ def plan(
     dtype: Dtype = None,
     text: Text = None,
     device: Device = None,
+    flops: Annotated[
+        float | None,
+        typer.Option(
+            help="Rate of the machine for the hours of --memory, such as 50e12 operations per second. Without, that of "
+            "products of float32 matrices is measured on the device."
+        ),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Write the rank that compress would choose for every layer, and change nothing.
 
-    With --memory, show the memory that compress would take instead.
+    With --memory, show the memory and the time that compress would take instead.
     """
     is_setting = file is not None and re.match(r"[\w.]+=", str(file)) is not None
     if memory:
         if file is not None and not is_setting:
             raise typer.BadParameter("--memory writes nothing; leave out the file", param_hint="FILE")
         entries = [*([] if file is None else [str(file)]), *(overrides or ())]
-        _show_memory(source, entries, _options(ratio, preset, dtype, None), quiet, as_json)
+        command.show_memory(source, entries, _options(ratio, preset, dtype, None), flops, device, quiet, as_json)
         return
     if file is None or is_setting:
         raise typer.BadParameter("a file to write is missing, unless --memory is given", param_hint="FILE")
@@ -314,22 +340,6 @@ def main() -> None:
     """Run the command line. Errors of this package are one line on stderr and exit code 1."""
     with command.errors_in_one_line():
         app()
-
-
-def _show_memory(source: str, overrides: list[str], options: dict[str, Any], quiet: bool, as_json: bool) -> None:
-    """Print what a compression would take."""
-    with command.streams(quiet, as_json):
-        from zssvd_lightning.app.memory import memory_needs, table_of
-
-        rows = memory_needs(source, overrides, options)
-    found = [{**row._asdict(), "needs": row.needs._asdict()} for row in rows]
-    command.show(
-        {"bytes": found},
-        "the page on multiple devices of the documentation has the formulas",
-        quiet,
-        as_json,
-        table_of(rows),
-    )
 
 
 def _options(ratio: float | None, preset: str | None, dtype: str | None, text: str | None) -> dict[str, Any]:

@@ -87,11 +87,11 @@ def streams(quiet: bool, as_json: bool = False) -> Iterator[None]:
         yield
 
 
-def calibrated(run: "Run", function: Callable[..., T]) -> T:
-    """Return the result of `compress` or `plan` for the model and settings of a run."""
+def calibrated(run: "Run", function: Callable[..., T], *, shown: bool = True) -> T:
+    """Return the result of `compress` or `plan` for the model and settings of a run; `shown` prints the coverage."""
     from zssvd_lightning.compression.gathering import loss_in
 
-    if run.progress:
+    if run.progress and shown:
         print_table(run.coverage.table(), err=True)
     calibration = run.config.calibration
     return function(
@@ -101,6 +101,35 @@ def calibrated(run: "Run", function: Callable[..., T]) -> T:
         calibration_batches=calibration.batches,
         loss=loss_in(calibration.precision_on(run.model.device)),
         progress=run.progress,
+    )
+
+
+def show_memory(
+    source: str,
+    overrides: list[str],
+    options: dict[str, Any],
+    flops: float | None,
+    device: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Print what a compression would take; see `zssvd plan --memory`."""
+    with streams(quiet, as_json):
+        from zssvd_lightning.app.memory import memory_needs, rate_of, table_of
+
+        rate, origin = rate_of(flops, device)
+        rows = memory_needs(source, overrides, options)
+    found = [
+        row._asdict() | {"needs": row.needs._asdict(), "work": row.work._asdict(), "hours": row.work.hours(rate)}
+        for row in rows
+    ]
+    result = {"bytes": found, "rate": rate, "rate_is": origin}
+    show(
+        result,
+        "the page on multiple devices of the documentation has the formulas",
+        quiet,
+        as_json,
+        table_of(rows, rate, origin),
     )
 
 

@@ -1,28 +1,33 @@
-"""Memory that a compression would take, from the config of a model alone: `zssvd plan --memory`."""
+"""Memory and time that a compression would take, from the config of a model alone: `zssvd plan --memory`."""
 
 import logging
+import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from zssvd_lightning._validation import require
 from zssvd_lightning.app.run_config import CalibrationConfig, RunConfig
 from zssvd_lightning.app.settings import is_yaml, with_options
+from zssvd_lightning.compression.memory.extent import Extent, extent_of
+from zssvd_lightning.compression.memory.limits import ways
+from zssvd_lightning.compression.memory.needs import Formulas, Needs
+from zssvd_lightning.compression.memory.work import Work, work_of
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.loading import load_config
-from zssvd_lightning.decomposition.needs import Extent, Formulas, Needs
-from zssvd_lightning.errors import ContradictionError, ModelSourceError
+from zssvd_lightning.errors import ModelSourceError
+from zssvd_lightning.model.experts import stacked_experts
 from zssvd_lightning.model.targets import Target, find_targets
 from zssvd_lightning.sources.models import load_model_config
 
 logger = logging.getLogger(__name__)
+
+SIDE = 1024
+"""Side of the matrices by which a rate is measured."""
 
 SHOWN = ("best", "zs-svd")
 """Presets that are shown if none is given."""
@@ -35,13 +40,16 @@ class Row(NamedTuple):
     """Name of a preset, or of the settings given."""
     memory: str
     """Setting `memory`."""
+    offload: str
+    """Setting `offload`; `none` for `blocks`, which are in scratch files in any case."""
     corrections: int
     """Number of corrections."""
     needs: Needs
+    work: Work
 
 
 def memory_needs(source: str, overrides: Sequence[str], options: dict[str, Any]) -> list[Row]:
-    """Return what a compression of a model needs, the whole way and block by block.
+    """Return what a compression of a model needs, by every `memory` and `offload` that its settings leave open.
 
     Args:
         source: YAML file or model source; its config alone is read.
@@ -64,29 +72,62 @@ def memory_needs(source: str, overrides: Sequence[str], options: dict[str, Any])
         if extent is None:
             model = empty_model(load_model_config(run.model.source), run.model.dtype)
             targets = find_targets(model, config.include, config.ignore)
-            extent = extent_of(model, targets, run.calibration)
-        for way in ("whole", "blocks"):
-            try:
-                asked = replace(config, memory=way)
-            except ContradictionError:  # refits, and offload, are not for blocks
-                continue
-            rows.append(_row(preset or "as given", asked, extent))
+            if stacked := stacked_experts(model):
+                logger.warning(
+                    "the matrices of experts in %d stacked modules (such as %s) count as weights, not as layers to "
+                    "compress, because a model without values cannot be taken apart; a compression takes more",
+                    len(stacked),
+                    next(iter(stacked)),
+                )
+            extent = extent_of_calibration(model, targets, run.calibration)
+        rows += [_row(preset or "as given", way, extent, run.calibration.batches) for way in ways(config)]
     return rows
 
 
-def table_of(rows: Sequence[Row]) -> Table:
-    """Return a table of needs in GB (10^9 bytes)."""
+def table_of(rows: Sequence[Row], rate: float, source: str) -> Table:
+    """Return a table of needs in GB (10^9 bytes), and of the work.
+
+    Args:
+        rows: the needs.
+        rate: floating-point operations per second.
+        source: words on where the rate comes from.
+    """
     table = Table(
-        caption="GB. With a GPU: device and host. Without: all in one memory. A training afterward takes more."
+        caption="GB. With a GPU: device and host. Without: all in one memory. A training afterward takes more. Hours: "
+        f"all TFLOP at {rate / 1e12:.3g} TFLOP/s ({source}). SVDs run more slowly than products of matrices, so the "
+        "hours are a lower bound."
     )
-    for column in ("preset", "corrections", "memory"):
+    for column in ("preset", "corrections", "memory", "offload"):
         table.add_column(column)
-    for column in ("device", "host", "without a GPU", "scratch files"):
+    for column in ("device", "host", "without a GPU", "scratch files", "TFLOP: passes", "decompositions", "hours"):
         table.add_column(column, justify="right")
     for row in rows:
-        sizes = [f"{size / 1e9:.2f}" for size in row.needs]
-        table.add_row(row.preset, str(row.corrections), row.memory, *sizes)
+        numbers = [*(f"{size / 1e9:.2f}" for size in row.needs), *(f"{size / 1e12:.4g}" for size in row.work)]
+        hours = f"{row.work.hours(rate):.3g}"
+        table.add_row(row.preset, str(row.corrections), row.memory, row.offload, *numbers, hours)
     return table
+
+
+def rate_of(flops: float | None, device: str | None) -> tuple[float, str]:
+    """Return a rate in floating-point operations per second, and words on where it comes from.
+
+    Args:
+        flops: the rate, if it is known.
+        device: device on which it is measured otherwise; the GPU if there is one, else the CPU, when None.
+
+    Raises:
+        ConfigError: the rate is not above 0.
+    """
+    if flops is not None:
+        require(flops > 0, "flops", flops, "above 0")
+        return flops, "as given"
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    A, seconds = torch.ones(SIDE, SIDE, device=place), []
+    for _ in range(4):
+        start = time.perf_counter()
+        float((A @ A)[0, 0])  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * SIDE**3 / min(seconds), f"measured: products of float32 matrices ({SIDE}, {SIDE}) on {place}"
 
 
 def empty_model(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
@@ -104,109 +145,21 @@ def empty_model(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
     return model
 
 
-def extent_of(model: PreTrainedModel, targets: dict[str, Target], calibration: CalibrationConfig) -> Extent:
-    """Return the sizes from which needs follow, by one pass of a batch over the empty model.
+def extent_of_calibration(model: PreTrainedModel, targets: dict[str, Target], calibration: CalibrationConfig) -> Extent:
+    """Return the sizes from which needs follow, by one pass of a batch over the empty model; see `extent_of`."""
 
-    Where the pass fails, which depends on the numbers in some models, activations are not counted, with a warning.
-    """
-    blocks = _blocks(model, list(targets))
-    seen = _Seen(model, targets, list(blocks))
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), seen:
-            ids = torch.zeros(calibration.batch_size, calibration.length, dtype=torch.long, device="meta")
-            model(input_ids=ids, labels=ids, use_cache=False)
-    except Exception as error:  # noqa: BLE001  models are of any kind
-        logger.warning("activations are not counted, because the model does not run without weights: %s", error)
-        seen.forget()
-    within = [tuple(name for name in targets if name.startswith(f"{block}.")) for block in blocks]
-    outside = tuple(set(targets) - {name for names in within for name in names})
-    weights = {id(parameter): parameter.nbytes for parameter in model.parameters()}
-    return Extent(
-        shapes={name: target.shape for name, target in targets.items()},
-        leaders={name: seen.leaders.get(name, name) for name in targets},
-        blocks=(*within, outside),
-        weights=sum(weights.values()),
-        width=next(iter(targets.values())).module.weight.element_size(),
-        stored=calibration.batches * seen.hidden,
-        whole_pass=seen.kept,
-        part_pass=max(seen.parts, default=0),
-    )
+    def forward(fake: nn.Module) -> Any:
+        ids = torch.zeros(calibration.batch_size, calibration.length, dtype=torch.long, device="meta")
+        return fake(input_ids=ids, labels=ids, use_cache=False)
+
+    return extent_of(model, targets, calibration.batches, forward)
 
 
-class _Seen:
-    """Context that records a pass over an empty model.
-
-    Attributes:
-        leaders: layer -> the first layer that read the same input.
-        hidden: bytes of the first arguments of all blocks.
-        kept: bytes that autograd keeps for the backward pass, without weights.
-        parts: those of each block, and of what follows the last.
-    """
-
-    def __init__(self, model: nn.Module, targets: dict[str, Target], blocks: Sequence[str]) -> None:
-        self.leaders: dict[str, str] = {}
-        self.hidden, self.kept, self.parts = 0, 0, [0]
-        self._model, self._targets, self._blocks = model, targets, blocks
-        self._inputs: list[tuple[Tensor, str]] = []
-        self._storages: dict[int, torch.UntypedStorage] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> None:
-        for name, target in self._targets.items():
-            self._stack.callback(target.module.register_forward_pre_hook(partial(self._read, name)).remove)
-        for name in self._blocks:
-            block = self._model.get_submodule(name)
-            self._stack.callback(block.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-            self._stack.callback(block.register_forward_hook(self._leave).remove)
-        self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor))
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-        self._inputs, self._storages = [], {}
-
-    def forget(self) -> None:
-        """Forget the pass."""
-        self.leaders, self.hidden, self.kept, self.parts = {}, 0, 0, [0]
-
-    def _read(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args:
-            self.leaders[name] = next((leader for tensor, leader in self._inputs if tensor is args[0]), name)
-            self._inputs.append((args[0], name))
-
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        self.hidden += 0 if hidden is None else hidden.nbytes
-        self.parts.append(0)
-
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.parts.append(0)
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        storage, root = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base  # noqa: SLF001
-        is_weight = root.is_leaf and root.requires_grad
-        if not is_weight and storage._cdata not in self._storages:  # noqa: SLF001  without memory there is no address
-            self._storages[storage._cdata] = storage  # noqa: SLF001
-            self.kept += storage.nbytes()
-            self.parts[-1] += storage.nbytes()
-        return tensor
-
-
-def _blocks(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the modules of the outermost lists that hold targets, which a sweep runs one after the other."""
-    found: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and not any(name.startswith(f"{b}.") for b in found):
-            items = [f"{name}.{key}" for key, _ in module.named_children()]
-            found += items if any(target.startswith(f"{name}.") for target in names) else []
-    return found
-
-
-def _row(preset: str, config: CompressionConfig, extent: Extent) -> Row:
-    width = extent.width
-    others = extent.weights // width - sum(m * n for m, n in extent.shapes.values())
+def _row(preset: str, config: CompressionConfig, extent: Extent, batches: int) -> Row:
+    others = extent.weights // extent.width - sum(m * n for m, n in extent.shapes.values())
     formulas = Formulas(extent, config, config.budget_over(extent.shapes, {}, others))
-    needs = formulas.blocks if config.by_blocks else formulas.whole
-    return Row(preset, config.memory, config.corrections, needs)
+    place = "none" if config.by_blocks else config.place
+    return Row(preset, config.memory, place, config.corrections, formulas.needs(), work_of(formulas, batches))
 
 
 def _settings(source: str, overrides: Sequence[str], options: dict[str, Any]) -> RunConfig:

@@ -21,8 +21,10 @@ Overrides = Annotated[
 Ratio = Annotated[float | None, typer.Option(help=meaning("compression.prune_ratio"))]
 Preset = Annotated[str | None, typer.Option(help=meaning("preset"), autocompletion=lambda: [*PRESETS, *TRAINED])]
 Memory = Annotated[
-    str | None, typer.Option(help=meaning("compression.memory"), autocompletion=lambda: ["whole", "blocks"])
+    str | None, typer.Option(help=meaning("compression.memory"), autocompletion=lambda: ["auto", "whole", "blocks"])
 ]
+MaxMemory = Annotated[str | None, typer.Option(metavar="SIZE", help=meaning("compression.max_memory"))]
+MaxHostMemory = Annotated[str | None, typer.Option(metavar="SIZE", help=meaning("compression.max_host_memory"))]
 Dtype = Annotated[str | None, typer.Option(help=meaning("model.dtype"))]
 Text = Annotated[
     str | None,

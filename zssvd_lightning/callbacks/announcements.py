@@ -11,7 +11,7 @@ from zssvd_lightning._contexts import evaluation_mode
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.schedule import Schedule
 from zssvd_lightning.callbacks.trainer.guards import most_accumulated, steps_in, steps_left
-from zssvd_lightning.compression.gathering import memory_of_statistics
+from zssvd_lightning.compression.memory.statements import memory_of_statistics
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixin

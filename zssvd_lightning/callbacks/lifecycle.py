@@ -7,7 +7,8 @@ use the statistics run between two batches.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -19,6 +20,8 @@ from zssvd_lightning.callbacks.trainer.guards import window_end
 from zssvd_lightning.callbacks.trainer.recompression import stand_ins_in_training
 from zssvd_lightning.compression.course import Stage, course, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.memory.extent import extent_of
+from zssvd_lightning.compression.memory.limits import within_limits
 from zssvd_lightning.compression.phase import GATHERING, Phase, phase_is_after
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.compression.safeguard import Safeguard
@@ -142,7 +145,16 @@ class Lifecycle:
             return
         stand_ins = stand_ins_in_training(model, self.config, adapter, self.recovery)
         with stand_ins.meanwhile(keep=self.gathering):
-            compression = Compression(model, self.config, progress, adapter.team, adapter.replace, stand_ins)
+            parts = (progress, adapter.team, adapter.replace, stand_ins)
+            beside = adapter.state_bytes
+            build = partial(
+                within_limits,
+                lambda config: Compression(model, config, *parts),
+                self.config,
+                lambda run: replace(extent_of(model, run.targets, 0, None), beside=beside),
+                blocks=False,
+            )
+            compression = build()
             adapter.refuse_layers(compression.targets)
             compression.safeguard = safeguard
             saved = (self._restored or {}).get("compression")
@@ -150,7 +162,7 @@ class Lifecycle:
                 take_up(compression, saved)
             elif saved is not None:
                 put_back(compression, saved)
-                compression = Compression(model, self.config, progress, adapter.team, adapter.replace, stand_ins)
+                compression = build()
                 compression.safeguard = safeguard
         self._compression, self._restored = compression, None
 

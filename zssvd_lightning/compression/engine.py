@@ -16,6 +16,7 @@ from zssvd_lightning.calibration.reach import Unreached
 from zssvd_lightning.compression import reach
 from zssvd_lightning.compression.corrections import STEPS, CorrectionStep, carry_out, step_name
 from zssvd_lightning.compression.course import Act, Stage
+from zssvd_lightning.compression.memory.needs import stored_components
 from zssvd_lightning.compression.quantization import put_in_8_bits
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.compression.safeguard import Safeguard
@@ -23,7 +24,6 @@ from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.decomposition.decompose import Decomposition, decompose
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
 from zssvd_lightning.decomposition.in_parts import DecompositionInParts
-from zssvd_lightning.decomposition.needs import stored_components
 from zssvd_lightning.decomposition.originals import Originals
 from zssvd_lightning.decomposition.trace import Trace
 from zssvd_lightning.distributed import LayerSet, Team
@@ -39,7 +39,6 @@ from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Selection
 from zssvd_lightning.selection.plan import Plan
 from zssvd_lightning.serialization.transformers_config import mark
-from zssvd_lightning.sweep.scratch import InScratchFiles
 from zssvd_lightning.whitening.rounding import Importance
 from zssvd_lightning.whitening.spectrum import Spectrum, Step
 
@@ -70,6 +69,7 @@ class Compression:
         passed_over: layers that stay as they are in this stage, because its batches have not reached them.
         parts: decomposition that a sweep has made of the statistics of this stage; None if they are all at hand.
         may_truncate: False within a correction step that states not to truncate.
+        choice_of_memory: sentence on the `memory` and `offload` that limits of memory have chosen; empty without.
 
     Raises:
         TargetError: there is no layer to compress, a selected layer cannot be compressed, or weights are not in memory.
@@ -101,7 +101,7 @@ class Compression:
         self.present = {} if stand_ins is None else stand_ins.present
         self.coverage, self.budget = self._covered()
         self.followed_plan = None if config.plan is None else Plan.read(config.plan, self.budget)
-        self.store: Store | InScratchFiles = InScratchFiles() if config.by_blocks else OFFLOADS[config.offload]()
+        self.store: Store = OFFLOADS[config.place]()
         self.gathering = StatisticsCollector(
             model,
             self.targets,
@@ -110,9 +110,9 @@ class Compression:
             sums=dict if config.by_blocks else self.store.tensors,  # a sweep makes its own
         )
         self.gathering.finds_widths = config.form.has_pivots
-        self.gathering.roots.active &= config.offload == "none" and not config.by_blocks  # they lie in memory
+        self.gathering.roots.active &= config.place == "none"  # they lie in memory
         self.originals = Originals(self.targets, self.store.tensors())
-        self.stopwatch, self.trace = Stopwatch(), Trace()
+        self.stopwatch, self.trace, self.choice_of_memory = Stopwatch(), Trace(), ""
         self.progress = progress and self.team.rank == 0
         self.losses, self.fractions = list[float](), list[float]()
         self.last_step: tuple[float, float] | None = None

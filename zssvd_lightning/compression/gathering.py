@@ -1,11 +1,10 @@
 """Gathering of statistics: batches run through a model outside of a Trainer."""
 
 import inspect
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from typing import Any, TypedDict, cast
@@ -21,17 +20,16 @@ from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.contexts import measuring
 from zssvd_lightning.calibration.masks import mask_of
 from zssvd_lightning.compression.engine import Compression
+from zssvd_lightning.compression.memory.extent import Extent, extent_of, faked
+from zssvd_lightning.compression.memory.needs import stored_components
+from zssvd_lightning.compression.memory.statements import refuse_small_disk_of
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.decomposition.in_parts import DecompositionInParts
-from zssvd_lightning.decomposition.needs import Extent, Formulas, stored_components
-from zssvd_lightning.distributed import Shards
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.serialization.kept_batches import KEPT_BACK, number_to_keep_back
 from zssvd_lightning.sweep.records import Batch
-from zssvd_lightning.sweep.scratch import InScratchFiles, refuse_too_little
 from zssvd_lightning.sweep.sweep import sweep
-from zssvd_lightning.whitening.moments import statistics_bytes
 from zssvd_lightning.whitening.spectrum import Spectrum
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -169,7 +167,7 @@ def gather(
         if guard is not None and guard.wants_batches:
             wanted = kept_back(wanted, guard)
         reading = reading or BatchReading.of(compression.model, batches, {})
-        if isinstance(compression.store, InScratchFiles):
+        if compression.config.by_blocks:
             compression.parts = parts = _in_parts(compression) if decomposes else None
             sweep(
                 compression.gathering,
@@ -178,7 +176,7 @@ def gather(
                 compression.store,
                 inputs=phase is Phase.CALIBRATE,
                 use=None if parts is None else parts.take,
-                after_first=partial(_refuse_small_disk_of, compression, count) if count and begins else None,
+                after_first=partial(refuse_small_disk_of, compression, count) if count and begins else None,
                 progress=compression.progress,
             )
             if parts is not None:
@@ -187,24 +185,6 @@ def gather(
                 compression.stopwatch.add(phase.value, -spent)
         else:
             observe(compression.model, compression.gathering, wanted, phase, reading)
-
-
-def refuse_small_disk(compression: Compression) -> None:
-    """Raise OutputError if `memory: blocks` needs more scratch files than the disk has room for."""
-    if compression.config.by_blocks:
-        refuse_too_little(_formulas(compression).disk)
-
-
-def _refuse_small_disk_of(compression: Compression, batches: int, stored: int) -> None:
-    """Raise OutputError if the disk has no room for what is stored of all batches, given that of the first."""
-    refuse_too_little(_formulas(compression, stored * batches).disk - stored)
-
-
-def _formulas(compression: Compression, stored: int = 0) -> Formulas:
-    """Return the formulas of `memory: blocks`, with `stored` bytes of hidden states, as if no layers share an input."""
-    run = compression
-    width = next(iter(run.targets.values())).weight.element_size()
-    return Formulas(replace(Extent.of_layers(run.targets.shapes, width), stored=stored), run.config, run.budget)
 
 
 def _in_parts(compression: Compression) -> DecompositionInParts:
@@ -223,31 +203,20 @@ def _in_parts(compression: Compression) -> DecompositionInParts:
     )
 
 
-def memory_of_statistics(compression: Compression) -> str:
-    """Return a sentence on the memory that the statistics of a calibration take on each device, in this process.
+def extent_by_first(
+    batches: Iterable[Any], calibration_batches: int | None, reading: BatchReading, run: Compression
+) -> Extent:
+    """Return the sizes of a model and of its calibration, by its first batch unless that can be had only once."""
+    model, count = run.model, number_of(batches, calibration_batches) or 1
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[]):  # the order of a DataLoader stays what it is
+        iterator = iter(batches)
+        first = None if iterator is batches else next(iterator, None)
 
-    It is an upper bound: layers that read the same input share a second moment, but which do is known from the first
-    batch on.
-    """
-    run, of = compression, Counter[str]()
-    for target in run.targets.values():
-        of[str(target.weight.device)] += statistics_bytes(
-            target.shape,
-            target.module.weight.dtype,
-            outputs=run.config.watches_outputs is not None,
-            parts=run.team.size if isinstance(run.team, Shards) else 1,
-            sets=2 if run.gathering.can_overflow else 1,
-        )
-    if run.config.by_blocks:
-        formulas = _formulas(run)
-        later = formulas.kept_moments
-        return f"scratch files take up to {formulas.disk / 2**30:.3g} GiB, and the hidden states of all batches" + (
-            f"; {later / 2**30:.3g} GiB of them are statistics that corrections need" if later else ""
-        )
-    if run.config.offload != "none":
-        place = "host memory" if run.config.offload == "cpu" else "scratch files"
-        return f"statistics take up to {sum(of.values()) / 2**30:.3g} GiB of {place}"
-    return "statistics take up to " + " and ".join(f"{size / 2**30:.3g} GiB on {place}" for place, size in of.items())
+    def forward(fake: nn.Module) -> Tensor:
+        return reading.loss(fake, move_data_to_device(faked(first), device))
+
+    return extent_of(model, run.targets, count, None if first is None else forward)
 
 
 def safeguard_of(model: nn.Module, reading: BatchReading) -> Safeguard:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from itertools import islice
 from typing import Any, Unpack, cast
 
@@ -20,14 +21,15 @@ from zssvd_lightning.compression.gathering import (
     BatchReading,
     ReadingSettings,
     checked,
+    extent_by_first,
     gather,
     kept_back,
-    memory_of_statistics,
     observe,
-    refuse_small_disk,
     safeguard_of,
     so_many,
 )
+from zssvd_lightning.compression.memory.limits import within_limits
+from zssvd_lightning.compression.memory.statements import memory_of_statistics, refuse_small_disk
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.reach import warn_of_unreached_in
 from zssvd_lightning.compression.report import Report
@@ -107,7 +109,12 @@ def compress(
     if statistics is not None:
         _refuse_blocks(config)
     with _gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
-        run = Compression(model, config, progress, stand_ins=stand_ins)
+        run = within_limits(
+            partial(Compression, model, progress=progress, stand_ins=stand_ins),
+            config,
+            partial(extent_by_first, batches, calibration_batches, reading),
+            blocks=statistics is None,
+        )
         _announce(run)
         refuse_small_disk(run)
         with _undone_on_error(run):
@@ -145,10 +152,11 @@ def calibrate(
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
     _refuse_blocks(config)
-    if config.offload != "none":
+    if config.place != "none" or config.limits:
+        given = ", ".join(config.limits) or f"offload {config.offload!r}"
         raise ContradictionError(
-            f"the result of calibrate is in memory, so offload cannot be {config.offload!r}; leave it out, or leave "
-            "calibrate out and call compress"
+            f"the result of calibrate is in memory, which {given} cannot change; leave it out, or leave calibrate out "
+            "and call compress"
         )
     with _gradients_set_aside(model), _low_rank_made_dense(model, config):
         layers = LayerSet(find_targets(model, config.include, config.ignore))
@@ -180,7 +188,8 @@ def plan(
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
     with _gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
-        run = Compression(model, config, progress, stand_ins=stand_ins)
+        build = partial(Compression, model, progress=progress, stand_ins=stand_ins)
+        run = within_limits(build, config, partial(extent_by_first, batches, calibration_batches, reading))
         run.safeguard = safeguard_of(model, reading)
         logger.info(memory_of_statistics(run))
         refuse_small_disk(run)
@@ -192,6 +201,26 @@ def plan(
         ranks = run.plan()
         run.safeguard.check_terms(run)
         return ranks
+
+
+def refuse_over_limits(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: CompressionConfig,
+    *,
+    calibration_batches: int | None = None,
+    progress: bool = True,
+    **asked: Unpack[Asked],
+) -> None:
+    """Raise MemoryLimitError if `compress` would need more memory than its settings allow. Nothing is changed.
+
+    Arguments and other errors are those of `compress`.
+    """
+    if config.limits:
+        config, reading = _understood(model, batches, config, None, calibration_batches, progress, asked)
+        with _low_rank_made_dense(model, config) as stand_ins:
+            build = partial(Compression, model, progress=False, stand_ins=stand_ins)
+            within_limits(build, config, partial(extent_by_first, batches, calibration_batches, reading))
 
 
 def coverage_of(model: nn.Module, config: CompressionConfig) -> Coverage:

@@ -10,6 +10,7 @@ from torch import Tensor
 from zssvd_lightning.calibration.free_widths import FreeWidths
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.config.compression import CompressionConfig, settings_of_saved
+from zssvd_lightning.config.placement import PLACES
 from zssvd_lightning.decomposition.decompose import Decomposition
 from zssvd_lightning.decomposition.trace import Trace
 from zssvd_lightning.errors import CheckpointError
@@ -122,11 +123,13 @@ def put_back(compression: Compression, state: Mapping[str, Any]) -> None:
 def refuse_other(
     state: Mapping[str, Any], config: CompressionConfig, shapes: Mapping[str, Shape] | None = None
 ) -> None:
-    """Raise CheckpointError if a saved compression had other settings or other layers; `offload` may differ."""
+    """Raise CheckpointError if a saved compression had other settings or other layers; `PLACES` may differ."""
     mine = asdict(config)
     saved = settings_of_saved(state["config"])
     differing = [
-        f"{key} was {saved[key]!r} and is {mine[key]!r}" for key in mine if saved[key] != mine[key] and key != "offload"
+        f"{key} was {saved[key]!r} and is {mine[key]!r}"
+        for key in mine
+        if saved[key] != mine[key] and key not in PLACES
     ]
     if differing:
         raise CheckpointError(

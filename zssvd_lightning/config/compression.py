@@ -7,11 +7,11 @@ from typing import Any, Self, Unpack
 from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import require, require_count, require_one_of
 from zssvd_lightning.config.corrections import CORRECTIONS, Correction
+from zssvd_lightning.config.placement import AUTO, bytes_of, refuse_places
 from zssvd_lightning.config.presets import DEFAULT, PRESETS, TRAINED, explaining_default, settings_of, trained_by
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.errors import BudgetError, ConfigError, ContradictionError
 from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, UNITS, Present, Storage
-from zssvd_lightning.offload.stores import OFFLOADS
 from zssvd_lightning.selection.budget import REFERENCES, Budget, Shape
 from zssvd_lightning.selection.rules import RULES, Rule
 from zssvd_lightning.selection.storages import STORAGES
@@ -20,9 +20,6 @@ from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 
 BUDGET_OF = ("targets", "model")
 """Possible references of a prune ratio."""
-
-MEMORY = ("whole", "blocks")
-"""Possible parts of a model whose statistics are in memory at the same time."""
 
 MOST_ROUNDS = 1000
 """Largest number of truncations or corrections. Each round gathers statistics or decomposes every weight."""
@@ -118,15 +115,22 @@ class CompressionConfig:
     """Name patterns of layers to leave unchanged, in the same form as `include`."""
     plan: str | None = None
     """YAML file with the rank of every layer, as written by a dry run. It replaces `prune_ratio` and `selection`."""
-    memory: str = "whole"
+    memory: str = "auto"
     """Statistics held in memory: those of the `whole` model, or of one of its `blocks` at a time. `blocks` gives the
     same result with little more memory than the model takes. It runs the blocks once more per batch, and keeps the rest
-    in scratch files in the folder for temporary files (`TMPDIR`). Not within a Trainer, and not for a `refit`."""
-    offload: str = "none"
+    in scratch files in the folder for temporary files (`TMPDIR`). Not within a Trainer, and not for a `refit`. `auto`
+    is what `max_memory` and `max_host_memory` choose, and `whole` without them."""
+    offload: str = "auto"
     """Place of the statistics, original weights, factors and spectra: beside the model (`none`; spectra are in host
     memory), in host memory (`cpu`, for models on a GPU), or in scratch files in the folder for temporary files (`disk`,
     `TMPDIR`), from where one layer at a time is read. The result is the same. Each calibration batch reads and writes
-    all statistics once."""
+    all statistics once. `auto` is what `max_memory` and `max_host_memory` choose, and `none` without them."""
+    max_memory: int | str | None = None
+    """Most memory on the device of the model, such as `24GiB`, `500MB` or a number of bytes. The fastest `memory` and
+    `offload` that need no more are chosen by their formula. If none is small enough, the compression is refused."""
+    max_host_memory: int | str | None = None
+    """Most memory of this process in the host, with Python and its libraries, in the form of `max_memory`. For a model
+    on the CPU there is one memory, and the smaller limit holds."""
 
     def __post_init__(self) -> None:
         require_one_of("metric", self.metric, METRICS)
@@ -138,9 +142,10 @@ class CompressionConfig:
         require_one_of("correction_step", self.correction_step, CORRECTIONS)
         require_one_of("storage", self.storage, STORAGES)
         require_one_of("rows_in_16_bits", self.rows_in_16_bits, ROWS_IN_16_BITS)
-        require_one_of("memory", self.memory, MEMORY)
-        require_one_of("offload", self.offload, OFFLOADS)
+        refuse_places(self.memory, self.offload, self.correction_step if self.corrections and self.refits else None)
         check_types(self)
+        for name in self.limits:
+            bytes_of(self.limits[name], name)
         require(0.0 < self.prune_ratio < 1.0, "prune_ratio", self.prune_ratio, "strictly between 0 and 1")
         require_count("corrections", self.corrections, 0, MOST_ROUNDS)
         require_count("truncations", self.truncations, 1, MOST_ROUNDS)
@@ -171,8 +176,6 @@ class CompressionConfig:
             raise ContradictionError(
                 f"a refit keeps the ranks of the first truncation, but truncations is {self.truncations}; set it to 1"
             )
-        if self.by_blocks:
-            self._refuse_not_by_blocks()
         if self.budget_in == "bytes" and self.weighs_rows:
             raise ContradictionError(
                 "rows_in_16_bits 'loss_aware' also stores the order of the rows, which a budget in bytes does not "
@@ -189,18 +192,6 @@ class CompressionConfig:
                 f"{_either(STORAGES.those(lambda form: form.weighs_rows))} and metric "
                 f"{_either(METRICS.those(lambda metric: metric.weighs_rows))}, but storage is {self.storage!r} and "
                 f"metric is {self.metric!r}"
-            )
-
-    def _refuse_not_by_blocks(self) -> None:
-        if self.corrections and self.refits:
-            raise ContradictionError(
-                f"correction_step {self.correction_step!r} runs the whole model on all batches at once, so memory "
-                "cannot be 'blocks'; set memory to 'whole', or corrections to 0"
-            )
-        if self.offload != "none":
-            raise ContradictionError(
-                f"memory 'blocks' keeps all in scratch files already, so offload cannot be {self.offload!r}; leave one "
-                "of them out"
             )
 
     @classmethod
@@ -323,6 +314,17 @@ class CompressionConfig:
     def by_blocks(self) -> bool:
         """True if only the statistics of one block are in memory at a time."""
         return self.memory == "blocks"
+
+    @property
+    def place(self) -> str:
+        """Medium of what is not beside the model: `cpu` or `disk`; `none` if all is."""
+        return "disk" if self.by_blocks else "none" if self.offload == AUTO else self.offload
+
+    @property
+    def limits(self) -> dict[str, int | str]:
+        """Limits of memory that are given, by name."""
+        limits = {"max_memory": self.max_memory, "max_host_memory": self.max_host_memory}
+        return {name: size for name, size in limits.items() if size is not None}
 
     @property
     def weighs_rows(self) -> bool:

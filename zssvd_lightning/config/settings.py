@@ -33,6 +33,8 @@ class CompressionSettings(TypedDict):
         memory: statistics in memory: of the `whole` model, or (not in a fit) of one of its `blocks` at a time.
         offload: what a compression holds beside the model: where the model is (`none`), in host memory (`cpu`), or in
             scratch files (`disk`).
+        max_memory: most memory on the device, such as `24GiB`, by which `memory` and `offload` are chosen.
+        max_host_memory: most memory in the host, likewise.
     """
 
     metric: NotRequired[str | None]
@@ -58,6 +60,8 @@ class CompressionSettings(TypedDict):
     plan: NotRequired[str | Path | None]
     memory: NotRequired[str | None]
     offload: NotRequired[str | None]
+    max_memory: NotRequired[int | str | None]
+    max_host_memory: NotRequired[int | str | None]
 
 
 class Settings(CompressionSettings):

@@ -14,6 +14,11 @@ from zssvd_lightning.errors import OutputError
 
 Held = TypeVar("Held")
 
+ALIGNMENT = 64
+"""Bytes whose multiples are the offsets of tensors in a file, so that mapped numbers are aligned for any processor."""
+
+_ANOTHER_FOLDER = "set the environment variable TMPDIR to a folder on a disk with more space"
+
 
 class Medium(Protocol[Held]):
     """Medium that holds tensors."""
@@ -57,7 +62,7 @@ class InFile(NamedTuple):
     """Place of a tensor in a scratch file, with all that is needed to read it."""
 
     start: int
-    """Offset of the first byte, a multiple of `mmap.ALLOCATIONGRANULARITY`."""
+    """Offset of the first byte, a multiple of `ALIGNMENT`."""
     shape: torch.Size
     transposed: bool
     """True for a matrix that is stored, and lies in memory, column by column."""
@@ -95,15 +100,16 @@ class ScratchFile:
             start = over.start if over is not None and over.nbytes == place.nbytes else self._end
             if content.numel():
                 self._write(start, content.view(torch.uint8).numpy().data)
-            grain = mmap.ALLOCATIONGRANULARITY
-            self._end = max(self._end, start + -(-place.nbytes // grain) * grain)
+            self._end = max(self._end, start + -(-place.nbytes // ALIGNMENT) * ALIGNMENT)
         return place._replace(start=start)
 
     def get(self, held: InFile) -> Tensor:
         """Return a held tensor; see `Medium`."""
         if held.nbytes:
-            mapped = mmap.mmap(self._file.fileno(), held.nbytes, access=mmap.ACCESS_COPY, offset=held.start)
-            content = torch.frombuffer(mapped, dtype=held.dtype)
+            into_page = held.start % mmap.ALLOCATIONGRANULARITY
+            page, size = held.start - into_page, into_page + held.nbytes
+            mapped = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY, offset=page)
+            content = torch.frombuffer(mapped, dtype=held.dtype, offset=into_page)
         else:
             content = torch.empty(0, dtype=held.dtype)
         stored = content.reshape(held.shape).to(held.device)
@@ -121,7 +127,21 @@ class ScratchFile:
         except OSError as error:
             folder = tempfile.gettempdir()
             raise OutputError(
-                f"offload 'disk' cannot write {size / 1e9:.2f} GB more to a scratch file in {folder}: {error} "
-                f"({shutil.disk_usage(folder).free / 1e9:.2f} GB free); set the environment variable TMPDIR to a "
-                "folder on a disk with more space"
+                f"cannot write {size / 1e9:.2f} GB more to scratch files in {folder}: {error} "
+                f"({free_disk() / 1e9:.2f} GB free); the model is as it was. {_ANOTHER_FOLDER}"
             ) from error
+
+
+def free_disk() -> int:
+    """Return the bytes that are free for scratch files."""
+    return shutil.disk_usage(tempfile.gettempdir()).free
+
+
+def refuse_too_little(needed: int) -> None:
+    """Raise OutputError if the disk has no room for scratch files of `needed` bytes."""
+    folder, free = tempfile.gettempdir(), free_disk()
+    if needed > free:
+        raise OutputError(
+            f"memory 'blocks' needs up to {needed / 1e9:.2f} GB of scratch files in {folder}, where "
+            f"{free / 1e9:.2f} GB are free; the model is as it was. {_ANOTHER_FOLDER}"
+        )

@@ -89,6 +89,19 @@ class StrategyAdapter:
         """Number of processes that share one `dense_copy`."""
         return 1
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state of the optimizers on the device of the model, in this process."""
+        device = next(self.module.parameters()).device
+        tensors = {
+            id(value): value
+            for optimizer in self.trainer.optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor) and value.device == device
+        }
+        return sum(local_part(tensor).nbytes for tensor in tensors.values())
+
     def rebuild_optimizers(self) -> None:
         """Set up the strategy and new optimizers for the current layers of the module. Collective."""
         self.trainer.strategy.setup_optimizers(self.trainer)

@@ -16,10 +16,10 @@ from zssvd_lightning.calibration.hooks import Observation, observing
 from zssvd_lightning.calibration.masks import Masks, TokenMask
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.offload.stores import Store
 from zssvd_lightning.sweep.calls import WHOLE, BlockCall
 from zssvd_lightning.sweep.chains import Structure, structure_of
 from zssvd_lightning.sweep.records import DRAWN, LOSS, Batch, Gradients, Receiver, SideTensors, Streams
-from zssvd_lightning.sweep.scratch import InScratchFiles
 from zssvd_lightning.sweep.seal import Seal, Step
 from zssvd_lightning.whitening.moments import Moments
 
@@ -36,7 +36,7 @@ class SharedState:
         self,
         statistics: StatisticsCollector,
         layers: LayerSet,
-        store: InScratchFiles,
+        store: Store,
         inputs: bool,
         use: Use | None = None,
     ) -> None:
@@ -92,7 +92,7 @@ class ForwardSweep(SharedState):
         self,
         statistics: StatisticsCollector,
         layers: LayerSet,
-        store: InScratchFiles,
+        store: Store,
         inputs: bool,
         use: Use | None = None,
     ) -> None:

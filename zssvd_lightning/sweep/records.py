@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from zssvd_lightning.calibration.masks import Masks, TokenMask
+from zssvd_lightning.offload.media import InFile, ScratchFile
+from zssvd_lightning.offload.stores import Store
 from zssvd_lightning.sweep.calls import BlockCall
-from zssvd_lightning.sweep.scratch import InScratchFiles, Place, TensorFile
 from zssvd_lightning.sweep.seal import Step
 
 LOSS, DRAWN = "loss", "drawn"
@@ -38,7 +39,7 @@ class Batch:
     number: int = 0
     masks: Masks = field(default_factory=lambda: Masks(None))
     calls: dict[Step, BlockCall] = field(default_factory=dict)
-    sides: list[Place] = field(default_factory=list)
+    sides: list[InFile] = field(default_factory=list)
     differentiable: set[int] = field(default_factory=set)
 
 
@@ -47,7 +48,7 @@ class _Side(NamedTuple):
 
     tensor: Tensor
     version: int
-    place: Place
+    place: InFile
 
     @property
     def is_unchanged(self) -> bool:
@@ -64,7 +65,7 @@ class SideTensors:
 
     def __init__(self) -> None:
         self.nbytes = 0
-        self._file = TensorFile()
+        self._file = ScratchFile()
         self._before: list[_Side] = []
         self._present: list[_Side] = []
 
@@ -84,13 +85,13 @@ class SideTensors:
         if before is not None and same:
             place = before.place
         else:
-            place = self._file.append(tensor)
+            place = self._file.put(tensor, None)
             self.nbytes += tensor.nbytes
         self._present.append(_Side(tensor, version, place))
         return number
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[InFile]:
         """Places of the tensors of the present batch, by number."""
         return [side.place for side in self._present]
 
@@ -103,9 +104,9 @@ class SideTensors:
         """Release the tensors of the last batch, which are in the file."""
         self._before, self._present = [], []
 
-    def read(self, place: Place) -> Tensor:
+    def read(self, place: InFile) -> Tensor:
         """Return a stored tensor."""
-        return self._file.read(place)
+        return self._file.get(place)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -120,7 +121,7 @@ class Streams:
         store: maker of the files.
     """
 
-    def __init__(self, store: InScratchFiles) -> None:
+    def __init__(self, store: Store) -> None:
         self._files: dict[Hashable, MutableMapping[str, Tensor]] = defaultdict(store.tensors)
 
     def put(self, key: Hashable, entry: str, tensor: Tensor) -> None:

@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterable
 from zssvd_lightning._contexts import no_cache
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.distributed import LayerSet
+from zssvd_lightning.offload.stores import Store
 from zssvd_lightning.sweep.backward import BackwardSweep
 from zssvd_lightning.sweep.forward import ForwardSweep, Use
 from zssvd_lightning.sweep.records import Batch
-from zssvd_lightning.sweep.scratch import InScratchFiles
 
 
 def sweep(
     statistics: StatisticsCollector,
     layers: LayerSet,
     batches: Iterable[Batch],
-    store: InScratchFiles,
+    store: Store,
     *,
     inputs: bool,
     use: Use | None = None,

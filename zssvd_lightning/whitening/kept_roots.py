@@ -38,10 +38,14 @@ class KeptRoots:
 
     Args:
         active: False to keep none, for second moments that are gathered anew for every round.
+
+    Attributes:
+        most: largest number of bytes of all roots; None for no limit but `SHARE`.
     """
 
     def __init__(self, active: bool = True) -> None:
         self.active = active
+        self.most: int | None = None
         self.used = 0
         """Number of times that a root was used again."""
         self._kept: dict[str, Kept] = {}
@@ -82,7 +86,8 @@ class KeptRoots:
     def _fits(self, S: Tensor, dtype: torch.dtype) -> bool:
         """Return whether a root may be kept, given the memory that is free and taken already."""
         own, taken = S.numel() * dtype.itemsize, self.nbytes
-        return taken + own <= SHARE * (free_bytes(S.device) + taken)
+        within = self.most is None or taken + own <= self.most
+        return within and taken + own <= SHARE * (free_bytes(S.device) + taken)
 
 
 def _bytes_of(kept: Kept) -> int:

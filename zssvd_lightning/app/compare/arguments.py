@@ -225,8 +225,10 @@ def _run(source: Source, overrides: Sequence[str], config: CompareConfig) -> Run
         raise ConfigError(f"{path}: compression.plan leaves no choice of a prune ratio; set it to null")
     if run.compression.by_blocks:
         raise ConfigError(f"{path}: cells share statistics in memory; set compression.memory to 'whole'")
-    if run.compression.offload != "none":
+    if run.compression.place != "none":
         raise ConfigError(f"{path}: cells share statistics in memory; set compression.offload to 'none'")
+    if run.compression.limits:
+        raise ConfigError(f"{path}: cells share statistics in memory; leave {' and '.join(run.compression.limits)} out")
     if run.evaluation.text is None and run.evaluation.second is None and not config.tasks:
         raise ConfigError(f"{path}: nothing would be measured; give evaluation.text=SOURCE, or tasks as tasks=[piqa]")
     return run

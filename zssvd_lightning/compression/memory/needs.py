@@ -1,16 +1,20 @@
 """Bytes that a compression takes on the device, on the host and on disk: the formulas of docs/scaling.md.
 
+The check of the disk, the limits of memory and `zssvd plan --memory` all use them.
+
 Notation: layers (m, n), r = min(m, n), w bytes per weight, rank k of a layer at its share of the budget.
 """
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
+from zssvd_lightning.compression.memory.extent import Extent
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.layers.storage import dense_weight
-from zssvd_lightning.selection.budget import Budget, Shape
+from zssvd_lightning.selection.budget import Budget
 
 PROGRAM = 600_000_000
 """Bytes of Python, torch, transformers and this package in host memory, with what the allocator does not give back."""
@@ -33,41 +37,14 @@ class Needs(NamedTuple):
 
 
 class _Moment(NamedTuple):
-    """Bytes in use at one time."""
+    """Bytes in use at one time of the whole way, beside the weights."""
 
     device: int
-    host: int = 0
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Sizes of a model and of its calibration, from which the needs of a compression follow.
-
-    Attributes:
-        shapes: shape (m, n) of every target.
-        leaders: target -> the first target that reads the same input.
-        blocks: targets of each block, and last those outside of all blocks.
-        weights: bytes of all weights of the model.
-        width: bytes w of one weight.
-        stored: bytes of the hidden states and other arguments of all blocks on all batches.
-        whole_pass: bytes that a forward and backward pass of one batch through the whole model keeps.
-        part_pass: the same through one block, or from the last block to the loss, whichever is larger.
-    """
-
-    shapes: Mapping[str, Shape]
-    leaders: Mapping[str, str]
-    blocks: tuple[Collection[str], ...]
-    weights: int
-    width: int
-    stored: int = 0
-    whole_pass: int = 0
-    part_pass: int = 0
-
-    @classmethod
-    def of_layers(cls, shapes: Mapping[str, Shape], width: int) -> "Extent":
-        """Return the extent of layers of which nothing else is known, as if each read an input of its own."""
-        weights = width * sum(m * n for m, n in shapes.values())
-        return cls(shapes, {name: name for name in shapes}, (tuple(shapes),), weights, width)
+    """What is on the device in any case."""
+    held: int = 0
+    """What `offload` moves: statistics, original weights and factors."""
+    spectra: int = 0
+    """Spectra, which are in host memory if nothing is offloaded."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +87,7 @@ class Formulas:
         """Bytes of the spectra of all layers: 4 sum r (m + n + 1)."""
         return WIDE * sum(min(m, n) * (m + n + 1) for m, n in self.extent.shapes.values())
 
-    @property
+    @cached_property
     def stored_spectra(self) -> int:
         """Bytes of the spectra in scratch files: of the components that truncation may keep; see `stored_components`.
 
@@ -125,15 +102,19 @@ class Formulas:
         """Bytes of the weights before the first truncation: w sum m n."""
         return self.extent.width * sum(m * n for m, n in self.extent.shapes.values())
 
-    @property
+    @cached_property
     def factors(self) -> int:
         """Bytes of the factors of all layers: w sum k (m + n), or 4 sum k (m + n) if pivots are chosen from them."""
         width = max(WIDE, self.extent.width) if self.config.form.has_pivots else self.extent.width
-        budget, numbers = self.budget, 0
-        for name, (m, n) in self.extent.shapes.items():
-            share = (1 - budget.prune_ratio) * budget.reference(name)
-            k = bisect_right(budget.costs(name), share + 1e-9) - 1
-            numbers += k * (m + n) if budget.is_low_rank(name, k) else 0
+        budget, known = self.budget, dict[tuple[Any, ...], int]()
+        numbers = 0
+        for name, shape in self.extent.shapes.items():
+            alike = (shape, budget.present.get(name))
+            if alike not in known:
+                share = (1 - budget.prune_ratio) * budget.reference(name)
+                k = bisect_right(budget.costs(name), share + 1e-9) - 1
+                known[alike] = k * sum(shape) if budget.is_low_rank(name, k) else 0
+            numbers += known[alike]
         return width * numbers
 
     @property
@@ -145,7 +126,24 @@ class Formulas:
     @property
     def sets_of_factors(self) -> int:
         """Number of sets of factors at once: those of the best state, of the present and of the next."""
-        return min(3, 1 + self.config.corrections)
+        return min(3, 1 + self.rounds)
+
+    @property
+    def rounds(self) -> int:
+        """Number of truncations after the first."""
+        return max(self.config.corrections, self.config.truncations - 1)
+
+    @property
+    def kept_roots(self) -> int:
+        """Bytes of the roots of second moments that corrections use again: 4 (sum n^2 + sum m^2).
+
+        They are kept while there is room for them, and never if anything is offloaded.
+        """
+        config = self.config
+        keeps = config.corrections > 0 and not config.fresh_moments and not config.refits
+        direct = config.weighs_rows or self.budget.chooses_bits  # these use roots in float64
+        keeps &= config.metric_used.of_second_moments and not direct
+        return self.second_moments(self.extent.shapes) if keeps else 0
 
     @property
     def kept_moments(self) -> int:
@@ -177,43 +175,81 @@ class Formulas:
         step = self.originals + self.factors + self.gradients(every) + stored
         return max(step, beside - self.factors + stored + spectra, beside + spectra)
 
-    @property
-    def whole(self) -> Needs:
-        """Needs of `memory: whole`."""
-        extent, every = self.extent, self.extent.shapes
-        statistics = self.second_moments(every) + self.gradients(every)
-        truncated = self.originals + self.sets_of_factors * self.factors
-        times = [
-            _Moment(statistics + self.originals + extent.whole_pass),  # gradients of a batch are as large as originals
-            _Moment(statistics + max(map(self.decomposition, every)), self.spectra),
-            _Moment(statistics + truncated, self.spectra),
-            _Moment(truncated + self.new_layers),
-        ]
-        if self.config.corrections:
-            decomposed = max(map(self.decomposition, every))
-            times.append(_Moment(self.kept_moments + truncated + decomposed, self.spectra))
-        return self._needs(times, 0)
+    def needs(self, *, roots: bool = True) -> Needs:
+        """Return the needs of the settings: their `memory` and `offload`, where `auto` is `whole` and `none`.
+
+        Args:
+            roots: False to count none of the roots that are kept while there is room.
+        """
+        return self._blocks() if self.config.by_blocks else self._whole(roots)
+
+    def _whole(self, roots: bool) -> Needs:
+        """Return the needs of `memory: whole`."""
+        place, times = self.config.place, self._times()
+        kept = self.kept_roots if roots and place == "none" else 0
+        if place == "none":
+            with_roots = [time.device + time.held + kept for time in times]
+            device, host = max(with_roots), max(time.spectra for time in times)
+            together = max(size + time.spectra for size, time in zip(with_roots, times, strict=True))
+            return self._of(device, host, together, 0)
+        on_device = max(time.device for time in times)
+        moved = max(time.held + time.spectra for time in times)
+        if place == "disk":
+            return self._of(on_device, self.largest_statistic, on_device, moved)
+        return self._of(on_device, moved, max(sum(time) for time in times), 0)
 
     @property
-    def blocks(self) -> Needs:
-        """Needs of `memory: blocks`."""
-        extent, times = self.extent, [_Moment(self.extent.part_pass)]
+    def largest_statistic(self) -> int:
+        """Bytes of the largest sum of a layer, which a batch is added to: 4 max(n^2, m n, m^2)."""
+        outputs = self.config.watches_outputs is not None
+        shapes = self.extent.shapes.values()
+        return WIDE * max(max(n * n, m * n, m * m if outputs else 0) for m, n in shapes)
+
+    def _times(self) -> list[_Moment]:
+        """Return what is in use at each time of the whole way, of which any may be the peak."""
+        extent, every, P = self.extent, self.extent.shapes, self.spectra
+        statistics = self.second_moments(every) + self.gradients(every)
+        backward = extent.whole_pass + extent.width * max(m * n for m, n in every.values())
+        decomposed, sets = max(map(self.decomposition, every)), self.sets_of_factors
+        if self.config.place != "none":  # what is offloaded comes back one layer at a time
+            backward += self.largest_statistic
+            decomposed = max(
+                self.decomposition(name) + self.second_moments([name]) + self.gradients([name]) for name in every
+            )
+        truncated = self.originals + sets * self.factors
+        before = self.originals + (sets - 1) * self.factors
+        later = self.kept_moments if self.config.refits else statistics
+        on_device = 0
+        times = [_Moment(backward, statistics), _Moment(decomposed, statistics, P)]
+        if self.config.reestimate:
+            on_device = P if self.config.place == "none" else 0
+            times.append(_Moment(backward + on_device, self.gradients(every), P))
+        times += [
+            _Moment(on_device, statistics + self.originals + self.factors, P),
+            _Moment(self.new_layers, truncated),
+        ]
+        if self.rounds:
+            times += [
+                _Moment(backward, later + before),
+                _Moment(decomposed, later + before, P),
+                _Moment(0, later + truncated, P),
+            ]
+        return times
+
+    def _blocks(self) -> Needs:
+        """Return the needs of `memory: blocks`."""
+        extent, times = self.extent, [self.extent.part_pass]
         for names in extent.blocks:
             of_block = self.second_moments(names) + self.gradients(names)
             gradients = extent.width * sum(m * n for m, n in (extent.shapes[name] for name in names))
-            times.append(_Moment(of_block + gradients + extent.part_pass))
             largest = max((self.decomposition(name) for name in names), default=0)
-            times.append(_Moment(of_block + largest))
-        return self._needs(times, self.disk)
+            times += [of_block + gradients + extent.part_pass, of_block + largest]
+        return self._of(max(times), 0, max(times), self.disk)
 
-    def _needs(self, times: Iterable[_Moment], disk: int) -> Needs:
-        times, weights = list(times), self.extent.weights
-        return Needs(
-            weights + max(time.device for time in times),
-            PROGRAM + max(time.host for time in times),
-            PROGRAM + weights + max(time.device + time.host for time in times),
-            disk,
-        )
+    def _of(self, device: int, host: int, together: int, disk: int) -> Needs:
+        """Return needs, given those beside the weights, the program and what else is on the device."""
+        model = self.extent.weights + self.extent.beside
+        return Needs(model + device, PROGRAM + host, PROGRAM + model + together, disk)
 
 
 def stored_components(config: CompressionConfig, budget: Budget) -> Mapping[str, int] | None:

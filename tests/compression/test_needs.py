@@ -7,8 +7,8 @@ from support.models import tiny_llama, token_batches
 from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.gathering import gather
+from zssvd_lightning.compression.memory.needs import Extent, Formulas, stored_components
 from zssvd_lightning.config.compression import CompressionConfig
-from zssvd_lightning.decomposition.needs import Extent, Formulas, stored_components
 
 
 def bytes_of(mapping):
@@ -51,16 +51,15 @@ def test_only_components_that_may_be_kept_are_stored():
 
 
 def test_blocks_take_less_than_the_whole_and_more_layers_take_more():
-    config = CompressionConfig.of("best", prune_ratio=0.3)
-
-    def needs(layers):
+    def needs(layers, memory):
+        config = CompressionConfig.of("best", prune_ratio=0.3, memory=memory)
         shapes = {f"{i}": (256, 256) for i in range(layers)}
         names = {name: name for name in shapes}
         extent = Extent(shapes, names, tuple((name,) for name in shapes), 2 * 256 * 256 * layers, 2)
-        return Formulas(extent, config, config.budget_over(shapes, {}, 0))
+        return Formulas(extent, config, config.budget_over(shapes, {}, 0)).needs()
 
-    few, many = needs(4), needs(8)
-    assert many.blocks.together < many.whole.together
+    (few, few_by_blocks), (many, many_by_blocks) = ((needs(n, "whole"), needs(n, "blocks")) for n in (4, 8))
+    assert many_by_blocks.together < many.together
     weights = 4 * 2 * 256 * 256
-    assert many.blocks.device - few.blocks.device == weights  # nothing but the model grows with its layers
-    assert many.whole.device - few.whole.device > 4 * weights
+    assert many_by_blocks.device - few_by_blocks.device == weights  # nothing but the model grows with its layers
+    assert many.device - few.device > 4 * weights
