@@ -6,6 +6,7 @@ from typing import Any, Self, Unpack
 
 from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import require, require_count, require_one_of
+from zssvd_lightning.config.contradictions import refuse_contradictions
 from zssvd_lightning.config.corrections import CORRECTIONS, Correction
 from zssvd_lightning.config.presets import DEFAULT, PRESETS, TRAINED, explaining_default, settings_of, trained_by
 from zssvd_lightning.config.settings import Settings
@@ -116,6 +117,9 @@ class CompressionConfig:
     linear layers. A single pattern needs no list."""
     ignore: list[str] | None = None
     """Name patterns of layers to leave unchanged, in the same form as `include`."""
+    convolutions: bool = False
+    """Compress `nn.Conv1d` and `nn.Conv2d` too, except those with groups. A convolution at rank k is one to k channels
+    and one of size 1 back. `include` and `ignore` take its name."""
     plan: str | None = None
     """YAML file with the rank of every layer, as written by a dry run. It replaces `prune_ratio` and `selection`."""
     memory: str = "whole"
@@ -171,8 +175,7 @@ class CompressionConfig:
             raise ContradictionError(
                 f"a refit keeps the ranks of the first truncation, but truncations is {self.truncations}; set it to 1"
             )
-        if self.by_blocks:
-            self._refuse_not_by_blocks()
+        refuse_contradictions(self)
         if self.budget_in == "bytes" and self.weighs_rows:
             raise ContradictionError(
                 "rows_in_16_bits 'loss_aware' also stores the order of the rows, which a budget in bytes does not "
@@ -189,18 +192,6 @@ class CompressionConfig:
                 f"{_either(STORAGES.those(lambda form: form.weighs_rows))} and metric "
                 f"{_either(METRICS.those(lambda metric: metric.weighs_rows))}, but storage is {self.storage!r} and "
                 f"metric is {self.metric!r}"
-            )
-
-    def _refuse_not_by_blocks(self) -> None:
-        if self.corrections and self.refits:
-            raise ContradictionError(
-                f"correction_step {self.correction_step!r} runs the whole model on all batches at once, so memory "
-                "cannot be 'blocks'; set memory to 'whole', or corrections to 0"
-            )
-        if self.offload != "none":
-            raise ContradictionError(
-                f"memory 'blocks' keeps all in scratch files already, so offload cannot be {self.offload!r}; leave one "
-                "of them out"
             )
 
     @classmethod
