@@ -20,8 +20,8 @@ from zssvd_lightning.compression.pipeline import calibrate, coverage_of, plan
 from zssvd_lightning.errors import BudgetError, LeftDenseWarning, TargetError
 from zssvd_lightning.layers.experts import ExpertList, is_stacked
 from zssvd_lightning.layers.int8 import EightBitLinear
+from zssvd_lightning.model.apart.experts import difference
 from zssvd_lightning.model.coverage import BY_CHOICE
-from zssvd_lightning.model.experts import difference
 from zssvd_lightning.serialization.specs import ranks_of
 
 QUICK = {"preset": "zs-svd", "prune_ratio": 0.4, "progress": False, "corrections": 0}

@@ -20,7 +20,7 @@ from zssvd_lightning.compression.memory.work import Work, work_of
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.loading import load_config
 from zssvd_lightning.errors import ModelSourceError
-from zssvd_lightning.model.experts import stacked_experts
+from zssvd_lightning.model.apart.experts import stacked_experts
 from zssvd_lightning.model.targets import Target, find_targets
 from zssvd_lightning.sources.models import load_model_config
 

@@ -18,6 +18,7 @@ from zssvd_lightning.callbacks.callback_state import VERSION, refuse_state
 from zssvd_lightning.callbacks.observed_batch import ObservedBatch
 from zssvd_lightning.callbacks.trainer.guards import window_end
 from zssvd_lightning.callbacks.trainer.recompression import stand_ins_in_training
+from zssvd_lightning.compression.corrections import reestimate_batch_norms
 from zssvd_lightning.compression.course import Stage, course, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.memory.extent import extent_of
@@ -255,6 +256,7 @@ class Lifecycle:
             recovery.begin(model, step)
         with self.compression.stopwatch(Phase.FACTORIZE.value):
             set_up_optimizers()
+            reestimate_batch_norms(self.compression)
         self.report, self.importances = self.compression.report(), self.compression.importances
         self.report.config = {"compression": asdict(self.config)}
         if recovery is not None:

@@ -1,5 +1,6 @@
 """Correction steps of a compression. Each changes the truncated weights in place, given the statistics since then."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.calibration.recorded_calls import together
 from zssvd_lightning.compression.course import Act
 from zssvd_lightning.compression.safeguard import State
+from zssvd_lightning.correction.batch_norms import NORM, SumsBehind, set_statistics, total
 from zssvd_lightning.correction.paired_forward import run_side_by_side
 from zssvd_lightning.correction.refit import Refit
 from zssvd_lightning.correction.steps import (
@@ -22,10 +24,14 @@ from zssvd_lightning.correction.steps import (
 from zssvd_lightning.decomposition.decompose import gradient_squares
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import ConfigError, NonFiniteError
+from zssvd_lightning.layers.base import CompressedLinear
+from zssvd_lightning.layers.convolutions import unfolded
 from zssvd_lightning.whitening.spectrum import Step
 
 if TYPE_CHECKING:
     from zssvd_lightning.compression.engine import Compression
+
+logger = logging.getLogger(__name__)
 
 ATTEMPTS = 4
 """Number of lengths at which a natural step is tried before it is left out."""
@@ -154,6 +160,49 @@ def refuse_non_finite(layers: LayerSet, step: str) -> None:
         for name, target in layers.items():
             if not target.weight.isfinite().all():
                 raise NonFiniteError(f"{step} left a weight of {name} that is NaN or infinite")
+
+
+def reestimate_batch_norms(compression: "Compression") -> None:
+    """Estimate the running statistics of batch norms behind compressed convolutions again, if that lowers the loss.
+
+    Both are measured on the batches kept back, of all processes. Call it once the layers are replaced. Collective.
+    """
+    run, guard = compression, compression.safeguard
+    layers = [layer for _, layer in unfolded(run.model) if isinstance(layer.kernel_matrix, CompressedLinear)]
+    if not layers or not any(isinstance(module, NORM) for module in run.model.modules()):
+        return
+    before = None if guard is None else guard.mean_loss(run)
+    if guard is None or before is None:
+        logger.warning("batch norms keep the statistics of the dense model, because no batches could be kept back")
+        return
+    measure = guard.measure
+    try:
+        with SumsBehind(run.model, layers) as behind:
+            guard.measure = behind.in_each(measure)
+            guard.mean_loss(run)
+    finally:
+        guard.measure = measure
+    every = run.team.gathered(behind.sums)
+    names = list(dict.fromkeys(name for theirs in every for name in theirs))
+    undo = set_statistics(run.model, {name: total([each[name] for each in every if name in each]) for name in names})
+    try:
+        after = guard.mean_loss(run)
+    except BaseException:
+        undo()
+        raise
+    better = after is not None and after <= before
+    if after is None or not better:
+        undo()
+    else:
+        guard.best = min(guard.best, after)
+    if run.team.rank == 0 and names:
+        logger.info(
+            "estimated %d batch norms behind convolutions again: loss on the batches kept back %.4f before, %s after%s",
+            len(names),
+            before,
+            "unknown" if after is None else f"{after:.4f}",
+            "" if better else "; they are as they were",
+        )
 
 
 STEPS: dict[Act, CorrectionStep] = {

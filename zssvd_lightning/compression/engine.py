@@ -31,7 +31,7 @@ from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.layers.registry import Factored
 from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
-from zssvd_lightning.model.recompression import StandIns, experts_left
+from zssvd_lightning.model.recompression import StandIns, left_whole
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.offload.stores import OFFLOADS, Store
@@ -162,7 +162,7 @@ class Compression:
     def _covered(self) -> tuple[Coverage, Budget]:
         """Return the share of the targets in the model, and the budget over them."""
         present = {name: form.kept.wide for name, form in self.present.items()}
-        coverage = Coverage.of(self.model, self.targets, self.left_dense | experts_left(self.stand_ins), present)
+        coverage = Coverage.of(self.model, self.targets, self.left_dense | left_whole(self.stand_ins), present)
         others = coverage.model_parameters - coverage.parameters
         return coverage, self.config.budget_over(self.targets.shapes, self.present, others)
 

@@ -15,6 +15,7 @@ from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.terms import check_terms
+from zssvd_lightning.compression.corrections import reestimate_batch_norms
 from zssvd_lightning.compression.course import course, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.gathering import (
@@ -71,7 +72,7 @@ def compress(
     `prune_ratio` counts from the dense or from the present model.
 
     Args:
-        model: any module with `nn.Linear` or transformers `Conv1D` layers.
+        model: any module with `nn.Linear` or transformers `Conv1D` layers, or with convolutions; see `convolutions`.
         batches: calibration batches, as a list or a DataLoader, because every correction iterates over them again.
         config: settings of the compression; None to build them from `preset` and `asked`.
         preset: name of a preset, such as `zs-svd`, the method of the paper; None for `best`.
@@ -118,7 +119,7 @@ def compress(
         _announce(run)
         refuse_small_disk(run)
         with _undone_on_error(run):
-            if statistics is None or config.corrections:
+            if statistics is None or config.corrections or config.convolutions:
                 run.safeguard = safeguard_of(model, reading)
             if statistics is not None and run.safeguard is not None:
                 list(kept_back(islice(batches, calibration_batches or KEPT_BACK), run.safeguard))
@@ -132,6 +133,7 @@ def compress(
                 run.take(stage)
             run.factorize()
             run.quantize()
+            reestimate_batch_norms(run)
     return run.report()
 
 
@@ -310,7 +312,7 @@ def _fitting(compression: Compression, statistics: Moments) -> Moments:
 @contextmanager
 def _low_rank_made_dense(model: nn.Module, config: CompressionConfig) -> Iterator[StandIns]:
     """Make the selected low-rank layers dense within the context; see `StandIns`."""
-    stand_ins = StandIns(model, config.include, config.ignore)
+    stand_ins = StandIns(model, config.include, config.ignore, convolutions=config.convolutions)
     try:
         with stand_ins.meanwhile():
             yield stand_ins

@@ -222,6 +222,11 @@ class Safeguard:
                 self.best,
             )
 
+    def mean_loss(self, compression: "Compression") -> float | None:
+        """Return the mean loss of the model as it is; None after giving up. Collective."""
+        losses = self._measured(compression)
+        return None if losses is None or not len(losses) else _mean(losses)
+
     def report(self) -> dict[str, float] | None:
         """Return the losses (nats) by state for the report; None if they were not measured."""
         if self._given_up or self.dense is None or self.truncated is None:

@@ -6,6 +6,7 @@ from typing import Any, Self, Unpack
 
 from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import require, require_count, require_one_of
+from zssvd_lightning.config.contradictions import refuse_not_for_convolutions
 from zssvd_lightning.config.corrections import CORRECTIONS, Correction
 from zssvd_lightning.config.placement import AUTO, bytes_of, refuse_places
 from zssvd_lightning.config.presets import DEFAULT, PRESETS, TRAINED, explaining_default, settings_of, trained_by
@@ -113,6 +114,9 @@ class CompressionConfig:
     linear layers. A single pattern needs no list."""
     ignore: list[str] | None = None
     """Name patterns of layers to leave unchanged, in the same form as `include`."""
+    convolutions: bool = False
+    """Compress `nn.Conv1d` and `nn.Conv2d` too, except those with groups. A convolution at rank k is one to k channels
+    and one of size 1 back. `include` and `ignore` take its name."""
     plan: str | None = None
     """YAML file with the rank of every layer, as written by a dry run. It replaces `prune_ratio` and `selection`."""
     memory: str = "auto"
@@ -176,6 +180,7 @@ class CompressionConfig:
             raise ContradictionError(
                 f"a refit keeps the ranks of the first truncation, but truncations is {self.truncations}; set it to 1"
             )
+        refuse_not_for_convolutions(self)
         if self.budget_in == "bytes" and self.weighs_rows:
             raise ContradictionError(
                 "rows_in_16_bits 'loss_aware' also stores the order of the rows, which a budget in bytes does not "

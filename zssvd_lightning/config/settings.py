@@ -29,6 +29,7 @@ class CompressionSettings(TypedDict):
         rank_multiple: number whose multiples are the ranks of all but small matrices: 1, 8, 16, 32 or 64.
         include: name patterns of the layers to compress; all linear layers when None.
         ignore: name patterns of layers to leave alone.
+        convolutions: compress convolutions without groups too.
         plan: YAML file with the rank of every layer, which replaces `prune_ratio` and `selection`.
         memory: statistics in memory: of the `whole` model, or (not in a fit) of one of its `blocks` at a time.
         offload: what a compression holds beside the model: where the model is (`none`), in host memory (`cpu`), or in
@@ -57,6 +58,7 @@ class CompressionSettings(TypedDict):
     rank_multiple: NotRequired[int | None]
     include: NotRequired[list[str] | str | None]
     ignore: NotRequired[list[str] | str | None]
+    convolutions: NotRequired[bool | None]
     plan: NotRequired[str | Path | None]
     memory: NotRequired[str | None]
     offload: NotRequired[str | None]

@@ -15,6 +15,7 @@ from zssvd_lightning._files import replacing_folder
 from zssvd_lightning.errors import ExportError, SavedModelError
 from zssvd_lightning.hub.saving import SHARD, write_model
 from zssvd_lightning.layers.base import CompressedLinear, type_of
+from zssvd_lightning.layers.convolutions import unfolded
 from zssvd_lightning.layers.experts import expert_lists
 from zssvd_lightning.layers.registry import dense_like
 from zssvd_lightning.model.adapters import merge_adapters
@@ -29,7 +30,7 @@ OPSET = 18
 def merge(model: nn.Module) -> None:
     """Replace compressed layers, including their adapters, by dense layers of the same function, in place.
 
-    Experts that were taken apart are stacked again, in modules of their original classes.
+    Experts that were taken apart are stacked again, and convolutions folded, in modules of their original classes.
 
     The result is an ordinary model with the size and speed it had before compression. Products are computed in float32
     or wider and rounded once.
@@ -58,6 +59,8 @@ def merge(model: nn.Module) -> None:
         )
         replace_module(model, old, new)
     _stack_experts(model)
+    for convolution in [module for _, module in unfolded(model)]:
+        replace_module(model, convolution, convolution.folded())
     mark(model)
 
 

@@ -8,10 +8,21 @@ from transformers import PreTrainedModel
 
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.hub.model_classes import automatic_for, saved_class
-from zssvd_lightning.layers import base, experts, gradients, int8, low_rank, pivoted, pivoted_columns, pivots, registry
+from zssvd_lightning.layers import (
+    base,
+    convolutions,
+    experts,
+    gradients,
+    int8,
+    low_rank,
+    pivoted,
+    pivoted_columns,
+    pivots,
+    registry,
+)
 from zssvd_lightning.serialization.quantizer import FORMAT_VERSION
 
-CARRIED = (base, experts, low_rank, gradients, pivots, pivoted, pivoted_columns, int8, registry)
+CARRIED = (base, convolutions, experts, low_rank, gradients, pivots, pivoted, pivoted_columns, int8, registry)
 """Modules that are copied into the folder, with `zssvd_` before their names."""
 
 
@@ -25,6 +36,7 @@ from {model_module} import {model}
 
 # all files are named here, since there are releases of transformers that copy no others
 from .zssvd_base import CompressedLinear
+from .zssvd_convolutions import unfold
 from .zssvd_experts import take_apart
 from .zssvd_gradients import permuted  # noqa: F401
 from .zssvd_int8 import EightBitLinear  # noqa: F401
@@ -63,6 +75,7 @@ class Compressed{model}({model}):
     def __init__(self, config):
         super().__init__(config)
         take_apart(self, config.compressed_layers)
+        unfold(self, config.compressed_layers)
         for name, spec in config.compressed_layers.items():
             parent, _, leaf = name.rpartition(".")
             owner = self.get_submodule(parent)

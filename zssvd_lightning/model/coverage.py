@@ -9,13 +9,14 @@ from torch import nn
 
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.layers.experts import is_stacked
+from zssvd_lightning.model.apart.convolutions import CONVOLUTION
 from zssvd_lightning.model.heads import LINEAR
 from zssvd_lightning.model.targets import CLASSIFICATION_HEAD, OUTPUT_EMBEDDING, Target, refusals
 
 KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (CompressedLinear, "layers that are compressed already"),
     (nn.Embedding, "embedding tables"),
-    (nn.modules.conv._ConvNd, "convolutions"),  # noqa: SLF001
+    (CONVOLUTION, "convolutions"),
     (nn.MultiheadAttention, "projections inside nn.MultiheadAttention"),
     (nn.RNNBase, "weights of recurrent layers"),
 )
@@ -66,8 +67,8 @@ class Coverage:
         Args:
             model: any module.
             targets: its layers to compress.
-            others: linear layers and modules of stacked experts that are not compressed for another reason than those
-                of `find_targets`, by name.
+            others: linear layers, convolutions and modules of stacked experts that are not compressed for another
+                reason than those of `find_targets`, by name.
             present: number of parameters to count for the weight of a layer that is dense only for now, by name.
         """
         refused, sizes = refusals(model) | dict(others or {}), present or {}
@@ -148,7 +149,8 @@ def _kind(name: str, module: nn.Module, parameter: nn.Parameter, refused: Mappin
     if parameter.ndim < 2 + stacked:
         return "biases, norms and other vectors"
     if name in refused:
-        return HEADS.get(refused[name], f"{'stacked experts' if stacked else 'linear layers'}: {refused[name]}")
+        what = "stacked experts" if stacked else "convolutions" if isinstance(module, CONVOLUTION) else "linear layers"
+        return HEADS.get(refused[name], f"{what}: {refused[name]}")
     if stacked or isinstance(module, LINEAR):
         return BY_CHOICE
     for type_, what in KINDS:

@@ -17,9 +17,11 @@ from transformers.pytorch_utils import Conv1D
 from zssvd_lightning._numerics import exact_products
 from zssvd_lightning.errors import TargetError
 from zssvd_lightning.layers.base import CompressedLinear, Dense, carry_hooks
+from zssvd_lightning.layers.convolutions import KERNELS
 from zssvd_lightning.layers.registry import Factored, dense_like, layer_like
 from zssvd_lightning.layers.storage import Kept, Present
-from zssvd_lightning.model.experts import SeparateExperts
+from zssvd_lightning.model.apart.convolutions import UnfoldedConvolutions
+from zssvd_lightning.model.apart.experts import SeparateExperts
 from zssvd_lightning.model.peft_layers import wraps_by_peft
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import Patterns, is_selected, refuse_adapted
@@ -27,13 +29,16 @@ from zssvd_lightning.model.targets import Patterns, is_selected, refuse_adapted
 logger = logging.getLogger(__name__)
 
 
-def low_rank_targets(model: nn.Module, include: Patterns = None, ignore: Patterns = None) -> dict[str, Factored]:
+def low_rank_targets(
+    model: nn.Module, include: Patterns = None, ignore: Patterns = None, *, convolutions: bool = False
+) -> dict[str, Factored]:
     """Return the selected layers that are low-rank already, by qualified name in module order.
 
     Args:
         model: any module.
         include: as in `find_targets`.
         ignore: as in `find_targets`.
+        convolutions: True to include the matrices of convolutions.
 
     Raises:
         TargetError: a selected layer cannot be compressed again, or has an adapter of PEFT. The message says why, and
@@ -44,6 +49,8 @@ def low_rank_targets(model: nn.Module, include: Patterns = None, ignore: Pattern
     found: dict[str, Factored] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, CompressedLinear) or not is_selected(name, include, ignore):
+            continue
+        if name.endswith(f".{KERNELS}") and not convolutions:
             continue
         reason = _why_not(layer, owners)
         if reason is not None or not isinstance(layer, Factored):
@@ -58,17 +65,20 @@ class StandIns:
     """Linear layers that stand in for what else is selected in a model, with the same weights.
 
     Dense layers stand in for low-rank layers. They take the memory of the dense weights. The low-rank layers are kept
-    aside, with their factors as they are. Lists of linear layers stand in for stacked experts, and share their memory.
+    aside, with their factors as they are. Lists of linear layers stand in for stacked experts, and linear layers over
+    patches for convolutions, and share their memory.
 
     Args:
         model: any module.
         include: as in `find_targets`.
         ignore: as in `find_targets`.
         replace: function that replaces a layer, `replace(model, old, new)`.
+        convolutions: True to select convolutions too.
 
     Attributes:
         layers: the low-rank layers, by qualified name.
         experts: the stacked experts.
+        convolutions: the convolutions.
 
     Raises:
         TargetError: see `low_rank_targets`.
@@ -80,9 +90,15 @@ class StandIns:
         include: Patterns = None,
         ignore: Patterns = None,
         replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
+        *,
+        convolutions: bool = False,
     ) -> None:
-        self.layers = low_rank_targets(model, include, ignore)
-        self.experts = SeparateExperts(model, lambda name: is_selected(name, include, ignore), replace)
+        def selected(name: str) -> bool:
+            return is_selected(name, include, ignore)
+
+        self.layers = low_rank_targets(model, include, ignore, convolutions=convolutions)
+        self.experts = SeparateExperts(model, selected, replace)
+        self.convolutions = UnfoldedConvolutions(model, lambda name: convolutions and selected(name), replace)
         self._model, self._replace = model, replace
         self._dense: dict[str, Dense] = {}
 
@@ -92,9 +108,10 @@ class StandIns:
         return {name: Present(layer.rank, _numbers_of(layer)) for name, layer in self.layers.items()}
 
     def put_in(self) -> None:
-        """Replace low-rank layers and stacked experts by their stand-ins. On an error, the model is as before."""
+        """Replace what is selected by its stand-ins. On an error, the model is as before."""
         try:
             self.experts.put_in()
+            self.convolutions.put_in()
             for name, layer in self.layers.items():
                 self._dense[name] = _stand_in(layer)
                 self._replace(self._model, layer, self._dense[name])
@@ -116,6 +133,7 @@ class StandIns:
     def write_low_rank(self, weights: dict[str, Any]) -> None:
         """In a state dict of the model, replace the entries of stand-ins by those of what they stand for."""
         self.experts.write_stacked(weights)
+        self.convolutions.write_folded(weights)
         names = {id(dense): name for name, dense in self._dense.items()}
         for place, module in self._model.named_modules(remove_duplicate=False):
             if id(module) in names:
@@ -127,6 +145,7 @@ class StandIns:
     def put_back(self, leave: Collection[str] = ()) -> None:
         """Replace every stand-in that is in the model by what it stands for; see `SeparateExperts.put_back`."""
         self.experts.put_back(leave)
+        self.convolutions.put_back(leave)
         present = {id(module) for module in self._model.modules()} if self._dense else set()
         for name, dense in self._dense.items():
             if id(dense) in present:
@@ -149,9 +168,9 @@ class StandIns:
             self.put_back()
 
 
-def experts_left(stand_ins: StandIns | None) -> dict[str, str]:
-    """Return the modules of stacked experts that are selected and cannot be taken apart, by name with the reason."""
-    return {} if stand_ins is None else stand_ins.experts.left
+def left_whole(stand_ins: StandIns | None) -> dict[str, str]:
+    """Return selected stacked experts and convolutions that cannot be taken apart, by name with the reason."""
+    return {} if stand_ins is None else stand_ins.experts.left | stand_ins.convolutions.left
 
 
 def _why_not(layer: CompressedLinear, owners: Counter[int]) -> str | None:

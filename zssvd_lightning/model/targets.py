@@ -16,8 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from zssvd_lightning._validation import closest
 from zssvd_lightning.errors import TargetError
 from zssvd_lightning.layers.base import shape_of
+from zssvd_lightning.layers.convolutions import KERNELS
 from zssvd_lightning.layers.storage import break_even_rank
-from zssvd_lightning.model.experts import stacked_matrices
+from zssvd_lightning.model.apart.convolutions import CONVOLUTION, matrices_of_convolutions, why_whole
+from zssvd_lightning.model.apart.experts import stacked_matrices
 from zssvd_lightning.model.heads import classification_heads, output_embeddings
 from zssvd_lightning.model.linear_subclasses import is_plain_linear
 from zssvd_lightning.model.peft_layers import MERGE_FIRST, linear_layers_in_peft
@@ -125,7 +127,8 @@ class Target:
 def find_targets(model: nn.Module, include: Patterns = None, ignore: Patterns = None) -> dict[str, Target]:
     """Return the layers of `model` to factorize, by qualified name in module order.
 
-    `nn.Linear`, transformers' `Conv1D` and subclasses that compute the same are candidates; see `is_plain_linear`.
+    `nn.Linear`, transformers' `Conv1D` and subclasses that compute the same are candidates; see `is_plain_linear`. So
+    are the matrices of convolutions that are unfolded.
     Excluded are output embeddings, classification heads (unless `include` names one without wildcards), tied weights,
     other subclasses, weights that are not floating point, layers given to `fully_shard` on their own, factors of an
     earlier compression (see `recompression.StandIns`), and layers where even rank 1 saves no parameter.
@@ -144,7 +147,8 @@ def find_targets(model: nn.Module, include: Patterns = None, ignore: Patterns = 
     refuse_uninitialized(model)
     include = [include] if isinstance(include, str) else include
     ignore = [ignore] if isinstance(ignore, str) else ignore
-    names = [name for name, _ in model.named_modules() if name] + list(stacked_matrices(model))
+    names = [name for name, _ in model.named_modules() if name]
+    names += [*stacked_matrices(model), *matrices_of_convolutions(model)]
     for pattern in [*(include or ()), *(ignore or ())]:
         if not any(matches(name, pattern) for name in names):
             raise TargetError(f"pattern {pattern!r} matches no module{closest(pattern, names) if names else ''}")
@@ -169,11 +173,15 @@ def find_targets(model: nn.Module, include: Patterns = None, ignore: Patterns = 
 
 
 def is_selected(name: str, include: Patterns, ignore: Patterns) -> bool:
-    """Return whether `include` and `ignore` select the layer `name`. Raises TargetError for invalid patterns."""
+    """Return whether `include` and `ignore` select the layer `name`. Raises TargetError for invalid patterns.
+
+    The matrix of a convolution goes by the name of the convolution too.
+    """
     include = [include] if isinstance(include, str) else include
     ignore = [ignore] if isinstance(ignore, str) else ignore
-    included = include is None or any(matches(name, pattern) for pattern in include)
-    return included and not any(matches(name, pattern) for pattern in ignore or ())
+    names = {name, name.removesuffix(f".{KERNELS}")}
+    included = include is None or any(matches(each, pattern) for pattern in include for each in names)
+    return included and not any(matches(each, pattern) for pattern in ignore or () for each in names)
 
 
 def refuse_adapted(model: nn.Module, include: Patterns = None, ignore: Patterns = None) -> None:
@@ -243,14 +251,15 @@ def _heads(model: nn.Module, named: Sequence[str]) -> dict[str, str]:
     for name, module in model.named_modules():
         if id(module) in vocabulary:
             heads[name] = OUTPUT_EMBEDDING
-        elif id(module) in classes and not any(matches(name, pattern) for pattern in named):
+        elif id(module) in classes and not (named and is_selected(name, named, None)):
             heads[name] = CLASSIFICATION_HEAD
     return heads
 
 
 def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refused: dict[str, str]) -> None:
     """Raise TargetError if `pattern` matches no allowed layer."""
-    matched = [(n, m) for n, m in model.named_modules() if n and matches(n, pattern)]
+    modules = dict(model.named_modules()) | matrices_of_convolutions(model)
+    matched = [(n, m) for n, m in modules.items() if n and is_selected(n, [pattern], None)]
     if any(name in allowed for name, _ in matched):
         return
     for name, module in stacked_matrices(model).items() if not matched else ():
@@ -264,11 +273,11 @@ def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refus
             advice = "" if refused[name] == CLASSIFICATION_HEAD else "; take it out of include"
             raise TargetError(f"{name} cannot be factorized: {refused[name]}{advice}")
     name, module = matched[0]
-    kind = (
-        "an embedding is a table lookup, not a product with W"
-        if isinstance(module, nn.Embedding)
-        else "only nn.Linear and transformers' Conv1D layers are"
-    )
+    kind = "only nn.Linear and transformers' Conv1D layers are"
+    if isinstance(module, nn.Embedding):
+        kind = "an embedding is a table lookup, not a product with W"
+    elif isinstance(module, CONVOLUTION):
+        kind = why_whole(model).get(name, "convolutions are targets only if convolutions is True")
     raise TargetError(f"{name} ({type(module).__name__}) cannot be factorized: {kind}; take {pattern!r} out of include")
 
 

@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.layers.base import CompressedLinear
+from zssvd_lightning.layers.convolutions import unfold
 from zssvd_lightning.layers.experts import take_apart
 from zssvd_lightning.layers.int8 import Int8LowRankLinear
 from zssvd_lightning.layers.registry import KINDS, Factored, layer_like
@@ -29,7 +30,7 @@ def ranks_of(model: nn.Module) -> dict[str, int]:
 def rebuild(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
     """Replace the dense layers named in `specs` by uninitialized compressed layers, in place.
 
-    Stacked experts are taken apart where `specs` name their matrices.
+    Stacked experts are taken apart, and convolutions unfolded, where `specs` name their matrices.
 
     Args:
         model: the dense model.
@@ -39,6 +40,7 @@ def rebuild(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
         SavedModelError: a name is not a linear layer of the model, or the kind or the sizes of a layer are invalid.
     """
     take_apart(model, specs)
+    unfold(model, specs)
     modules = dict(model.named_modules())
     for name, spec in specs.items():
         old = modules.get(name)

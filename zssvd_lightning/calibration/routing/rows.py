@@ -1,8 +1,9 @@
-"""Which tokens of an expert are not padding.
+"""Which tokens of an expert are not padding, and whether positions of a convolution are.
 
 Shapes: N = B T tokens, of which an expert gets t.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zssvd_lightning.calibration.batches import input_of
+from zssvd_lightning.layers.convolutions import UnfoldedConvolution
 from zssvd_lightning.layers.experts import Expert, ExpertList
 
 
@@ -28,7 +30,9 @@ class RoutedRows:
         self._whole: Tensor | None = None
 
     def watch(self, model: nn.Module, mask_of: Callable[[Tensor], Tensor | None], hooks: ExitStack) -> None:
-        """Follow the experts of a model, until `hooks` are closed.
+        """Follow the experts and convolutions of a model, until `hooks` are closed.
+
+        A convolution makes the patches of all images at once if their positions have a mask.
 
         Args:
             model: any module.
@@ -46,12 +50,20 @@ class RoutedRows:
             self.inside = True
             self.mask = None if self._whole is None else self._whole.to(tokens.device)[tokens]
 
+        def unsplit(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            X = input_of(args, kwargs)
+            places = math.prod(module.positions(X))
+            mask = mask_of(X.new_empty(len(X), places, 0))
+            module.splits = mask is None or tuple(mask.shape) != (len(X), places)
+
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.inside, self.mask = False, None
 
         for module in model.modules():
             if isinstance(module, ExpertList):
                 hooks.callback(module.register_forward_pre_hook(enter_all, with_kwargs=True).remove)
+            elif isinstance(module, UnfoldedConvolution):
+                hooks.callback(module.register_forward_pre_hook(unsplit, with_kwargs=True).remove)
             elif isinstance(module, Expert):
                 hooks.callback(module.register_forward_pre_hook(enter).remove)
                 hooks.callback(module.register_forward_hook(leave, always_call=True).remove)

@@ -15,7 +15,7 @@ from zssvd_lightning.strategies import StrategyAdapter
 def stand_ins_in_training(
     model: nn.Module, config: CompressionConfig, adapter: StrategyAdapter, recovery: RecoveryRun | None
 ) -> StandIns:
-    """Return layers that can stand in for selected low-rank layers and stacked experts, not yet put in.
+    """Return layers that can stand in for selected low-rank layers, experts and convolutions, not yet put in.
 
     Args:
         model: the model in training.
@@ -28,7 +28,7 @@ def stand_ins_in_training(
         UnsupportedTrainingError: the strategy cannot train with stand-ins.
         ConfigError: the recovery does not suit the form of a layer that may stay as it is.
     """
-    stand_ins = StandIns(model, config.include, config.ignore, adapter.replace)
+    stand_ins = StandIns(model, config.include, config.ignore, adapter.replace, convolutions=config.convolutions)
     for name, layer in stand_ins.layers.items():
         if not adapter.compresses_again:
             strategy = type(adapter.trainer.strategy).__name__
@@ -45,6 +45,13 @@ def stand_ins_in_training(
             f"layers, and under {type(adapter.trainer.strategy).__name__} they cannot be taken apart during training; "
             "train on one device or with strategy='ddp', call zssvd_lightning.compress on the model before the fit, or "
             f"add {name}.* to ignore"
+        )
+    for name in stand_ins.convolutions.modules if not adapter.compresses_again else ():
+        raise UnsupportedTrainingError(
+            f"{name} ({type(model.get_submodule(name)).__name__}) is compressed as a linear layer over patches, and "
+            f"under {type(adapter.trainer.strategy).__name__} it cannot be replaced by one during training; train on "
+            "one device or with strategy='ddp', call zssvd_lightning.compress on the model before the fit, or set "
+            "convolutions to False"
         )
     return stand_ins
 

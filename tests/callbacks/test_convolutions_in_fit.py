@@ -1,0 +1,98 @@
+"""Compression of convolutions in a fit: ordinary ones until it starts, and after any failure; resumed at any step."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from support.callbacks import short
+from support.convolutions import ImageClassifier, image_batches
+from support.models import assert_same_state, state_of, trainer
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from zssvd_lightning import LoRARecovery, Phase, load_from_checkpoint
+from zssvd_lightning.errors import UnsupportedTrainingError
+from zssvd_lightning.layers.convolutions import UnfoldedConvolution, unfolded
+from zssvd_lightning.serialization.specs import ranks_of
+from zssvd_lightning.strategies import SingleDeviceAdapter
+
+COUNT = 20
+KERNELS = {"net.0.kernel_matrix", "net.4.kernel_matrix"}
+
+
+def callback(**settings):
+    defaults = {"prune_ratio": 0.5, "calibration_batches": 4, "start_step": 2, "convolutions": True}
+    return short(**(defaults | settings))
+
+
+def fit(module, *callbacks, ckpt_path=None, **settings):
+    batches = StatefulDataLoader(image_batches(COUNT), batch_size=None)
+    given = {"max_steps": COUNT, "enable_checkpointing": True} | settings
+    trainer(*callbacks, **given).fit(module, batches, ckpt_path=ckpt_path)
+
+
+def test_a_fit_resumes_to_the_same_weights_from_checkpoints_of_any_phase(tmp_path):
+    whole = ImageClassifier()
+    start = copy.deepcopy(whole)
+    fit(whole, callback(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    assert ranks_of(whole).keys() == KERNELS
+    phases = {}
+    for step in (1, 4, 7, 18):
+        path = tmp_path / f"step={step}.ckpt"
+        saved = torch.load(path, weights_only=True)
+        (state,) = [state for key, state in saved["callbacks"].items() if key.startswith("ZSSVD")]
+        phases[state["phase"]] = "net.0.weight" in saved["state_dict"]
+        resumed = copy.deepcopy(start)
+        fit(resumed, callback(), ckpt_path=path)
+        assert whole.state_dict().keys() == resumed.state_dict().keys()
+        for name, value in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value), (step, name)
+    assert phases == {"wait": True, "calibrate": True, "correct": True, "recover": False}
+    loaded = load_from_checkpoint(ImageClassifier, tmp_path / f"step={COUNT}.ckpt", weights_only=True)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_the_factors_train_with_adapters_of_a_recovery_in_bfloat16(caplog):
+    module, seen = ImageClassifier(), []
+
+    class Looks(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append((run.phase, type(pl_module.net[4]) is UnfoldedConvolution))
+            if run.phase is Phase.RECOVER and not hasattr(self, "before"):
+                self.before = pl_module.net[4].weight.detach().clone()
+
+    run, looks = callback(recovery=LoRARecovery(lr=1e-2)), Looks()
+    with caplog.at_level("INFO"):
+        fit(module, looks, run, precision="bf16-mixed", accumulate_grad_batches=2, max_steps=COUNT)
+    assert "batch norms behind convolutions again" in caplog.text
+    assert {phase for phase, unfolded in seen if not unfolded} == {Phase.WAIT}
+    assert {phase for phase, unfolded in seen if unfolded} == {Phase.CALIBRATE, Phase.CORRECT, Phase.RECOVER}
+    assert run.report.reached >= 0.5
+    assert not torch.equal(module.net[4].weight, looks.before)
+
+
+def test_a_fit_that_fails_while_calibrating_has_its_convolutions_again():
+    module = ImageClassifier()
+    modules = dict(module.named_modules())
+
+    class Fails(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 4:
+                assert len(list(unfolded(pl_module))) == 2
+                raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        fit(module, callback(), Fails())
+    assert dict(module.named_modules()) == modules
+
+
+def test_under_a_strategy_that_cannot_they_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(SingleDeviceAdapter, "compresses_again", False)
+    module = ImageClassifier()
+    before = state_of(module)
+    with pytest.raises(
+        UnsupportedTrainingError, match=r"net.0 \(Conv2d\) is compressed as a linear layer over patches"
+    ):
+        fit(module, callback())
+    assert_same_state(before, state_of(module))

@@ -1,0 +1,1 @@
+"""Modules whose weights are compressed as linear layers: stacked experts and convolutions."""
