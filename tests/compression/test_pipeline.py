@@ -83,9 +83,9 @@ def test_any_number_of_corrections(corrections):
 
 @pytest.mark.parametrize(
     ("sized", "expected"),
-    [(True, [0, 1, *[2, 3], *[4, 0], *[1, 2]]), (False, [0, 1, *[2, 3], *[4, 0], *[0, 1]])],
+    [(True, [0, 1, *[2, 3], *[4, 1], *[2, 3]]), (False, [0, 1, *[2, 3], *[4, 1], *[1, 2]])],
 )
-def test_corrections_go_on_with_the_batches_after_calibration(sized, expected):
+def test_corrections_go_on_with_the_batches_after_calibration_and_leave_out_those_kept_back(sized, expected):
     batches, seen = token_batches(5), []
 
     def loss(model, batch):

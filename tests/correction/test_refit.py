@@ -22,6 +22,7 @@ from zssvd_lightning.correction.paired_forward import run_side_by_side
 from zssvd_lightning.correction.refit import REFIT_DAMPING, REFIT_PART, refitted_weight
 from zssvd_lightning.errors import CalibrationError, CheckpointError, ConfigError
 from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.serialization.kept_batches import number_to_keep_back
 from zssvd_lightning.whitening.cholesky import Whitening
 from zssvd_lightning.whitening.metrics import METRICS
 from zssvd_lightning.whitening.spectrum import Spectrum
@@ -112,7 +113,7 @@ def sequentially(model, batches, config):
     dense = copy.deepcopy(model)
     compression.take(course(config)[0])
     ranks = {name: layer.rank for name, layer in compression.report().layers.items()}
-    fitting = batches[: config.correction_batches]
+    fitting = batches[number_to_keep_back(len(batches)) :][: config.correction_batches]
     order = [name for name, X in noted(model, fitting[:1])[1].items() if X and ranks[name] is not None]
     for name in order:
         X, there = (torch.cat([x.flatten(0, -2) for x in noted(m, fitting)[1][name]]) for m in (dense, model))
@@ -222,7 +223,7 @@ class Scatters(nn.Module):
 def test_rows_that_cannot_be_told_apart_are_refused_and_the_model_is_put_back():
     model = Scatters()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(CalibrationError, match=r"expert reads \(192, 97\) of 24 sequences of 24.*add it to ignore"):
+    with pytest.raises(CalibrationError, match=r"expert reads \(128, 97\) of 16 sequences of 24.*add it to ignore"):
         compress(model, token_batches(3), CompressionConfig(0.4, **REFIT), progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

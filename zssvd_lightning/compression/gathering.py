@@ -1,6 +1,7 @@
 """Gathering of statistics: batches run through a model outside of a Trainer."""
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import nullcontext
 from copy import deepcopy
@@ -31,6 +32,8 @@ from zssvd_lightning.serialization.kept_batches import KEPT_BACK, number_to_keep
 from zssvd_lightning.sweep.records import Batch
 from zssvd_lightning.sweep.sweep import sweep
 from zssvd_lightning.whitening.spectrum import Spectrum
+
+logger = logging.getLogger(__name__)
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -148,21 +151,19 @@ def gather(
     """Gather the statistics of one step, with one forward and one backward pass over each batch.
 
     CALIBRATE gathers second moments and gradients over the first `calibration_batches` batches. CORRECT gathers
-    gradients over `correction_batches` batches, different ones in every round. The other arguments are those of
-    `compress`. With `decomposes`, a sweep decomposes each block once it has the statistics of it, and drops these.
+    gradients over `correction_batches` batches, different ones in every round, and none of those kept back. The other
+    arguments are those of `compress`. With `decomposes`, a sweep decomposes each block once it has the statistics of
+    it, and drops these.
 
     Raises:
         CalibrationError: there are no batches or fewer than expected, or a batch cannot be used.
     """
-    first, limit = 0, so_many(batches, calibration_batches)
+    first, begin, limit = 0, 0, so_many(batches, calibration_batches)
     if phase is Phase.CORRECT:
-        limit = compression.config.correction_batches
-        first = (calibration_batches or 0) + compression.rounds * limit
-        if length := length_of(batches):
-            first %= length
+        first, begin, limit = _of_correction(compression, batches, calibration_batches)
     guard = compression.safeguard
     with compression.stopwatch(phase.value):
-        wanted = checked(batches, first, limit, phase, progress=compression.progress)
+        wanted = checked(batches, first, limit, phase, begin=begin, progress=compression.progress)
         count, begins = number_of(batches, limit), decomposes and compression.truncations == 0
         if guard is not None and guard.wants_batches:
             wanted = kept_back(wanted, guard)
@@ -185,6 +186,28 @@ def gather(
                 compression.stopwatch.add(phase.value, -spent)
         else:
             observe(compression.model, compression.gathering, wanted, phase, reading)
+
+
+def _of_correction(
+    compression: Compression, batches: Iterable[Any], calibration_batches: int | None
+) -> tuple[int, int, int]:
+    """Return the first batch of this round of corrections, that to begin again with after the last, and their number.
+
+    Steps leave out the batches kept back, since a step can only be judged on batches that it was not taken on.
+    """
+    limit, length, guard = compression.config.correction_batches, length_of(batches), compression.safeguard
+    kept, calibrated = 0, calibration_batches or length
+    if guard is not None and compression.truncations:
+        kept = len(guard.batches) if calibrated is None else number_to_keep_back(calibrated)
+    if length and kept >= length:
+        if compression.rounds == 0:
+            logger.warning("corrections are judged on the batches that they are taken on; pass more than %d", length)
+        kept = 0
+    first = max(kept, calibration_batches or 0) + compression.rounds * limit
+    if length:
+        others = length - kept
+        first, limit = kept + (first - kept) % others, min(limit, others)
+    return first, kept, limit
 
 
 def _in_parts(compression: Compression) -> DecompositionInParts:
@@ -284,13 +307,15 @@ def so_many(batches: Iterable[Any], calibration_batches: int | None) -> int | No
     return calibration_batches
 
 
-def checked(batches: Iterable[Any], first: int, limit: int | None, step: str, *, progress: bool) -> Iterator[Any]:
-    """Yield `limit` batches from index `first` on, starting again after the last, with a progress bar.
+def checked(
+    batches: Iterable[Any], first: int, limit: int | None, step: str, *, begin: int = 0, progress: bool
+) -> Iterator[Any]:
+    """Yield `limit` batches from index `first` on, starting again at `begin` after the last, with a progress bar.
 
     Raises:
         CalibrationError: there are no batches, or fewer than expected.
     """
-    turned = chain(islice(batches, first, None), islice(batches, first)) if first else batches
+    turned = chain(islice(batches, first, None), islice(batches, begin, first)) if first else batches
     promised, expected = length_of(batches), number_of(batches, limit)
     seen = 0
     for batch in counted(islice(turned, limit), step, expected, "batch", shown=progress):
