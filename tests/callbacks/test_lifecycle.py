@@ -98,14 +98,15 @@ def test_gives_what_the_pipeline_gives_on_the_same_batches(batches, corrections)
     model = tiny_llama()
     other = copy.deepcopy(model)
     config = CompressionConfig(0.3, corrections=corrections, correction_batches=4, rank_multiple=1)
-    expected = compress(other, batches(), config, progress=False)
+    given = batches()
+    expected = compress(other, 2 * given, config, calibration_batches=len(given), progress=False)
     callback = short(corrections=corrections, correction_batches=4)
-    fit(callback, batches(), CausalLM(model, lr=0.0))
+    fit(callback, given, CausalLM(model, lr=0.0))
     assert_same_compression(callback, model, expected, other)
 
 
 def test_corrections_go_on_with_the_batches_after_calibration_as_in_the_pipeline():
-    model, batches = tiny_llama(), token_batches(5)
+    model, batches = tiny_llama(), token_batches(6)
     other = copy.deepcopy(model)
     settings = CompressionConfig(
         0.3, metric="two_sided", corrections=2, correction_batches=2, correction_step="natural", fresh_moments=False
