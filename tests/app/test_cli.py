@@ -274,6 +274,7 @@ def test_phases_draws_a_run(zssvd, tmp_path):
         assert not (tmp_path / "no.png").exists()
 
 
+EVALUATED = ["evaluation.windows=2", "evaluation.length=32"]
 SMALL = ["calibration.samples=8", "calibration.length=32", "calibration.batch_size=2", "compression.corrections=0"]
 """Settings that the file of the workshop makes, for commands without one."""
 
@@ -336,7 +337,7 @@ def test_compress_without_a_file_is_compress_by_a_file(workshop, zssvd, tmp_path
     text, source = f"{workshop}/text.txt", f"{workshop}/model"
     given = ["--ratio", 0.3, "--preset", "plain-svd", "--text", text, "--evaluate", text, "--dtype", "float64"]
     given += ["--memory", "blocks"]
-    done = zssvd("compress", source, *given, "--out", tmp_path / "out", *SMALL, "evaluation.windows=2")
+    done = zssvd("compress", source, *given, "--out", tmp_path / "out", *SMALL, *EVALUATED)
     assert done.code == 0
     assert "the default" not in done.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -577,7 +578,8 @@ def test_init_writes_a_file_that_compress_accepts(workshop, zssvd, tmp_path, pre
     assert uncommented["compression"].keys() == {f.name for f in dataclasses.fields(CompressionConfig)}
     prose = " ".join(re.sub(r"^\s*# ", "", text, flags=re.MULTILINE).split())
     assert all(key.meaning in prose for key in keys_of() if key.name.partition(".")[0] in uncommented)
-    done = zssvd("compress", file, f"calibration.text={workshop}/text.txt", *SMALL, "--out", tmp_path / "out", "--json")
+    given = [f"calibration.text={workshop}/text.txt", "evaluation.length=32", *SMALL]
+    done = zssvd("compress", file, *given, "--out", tmp_path / "out", "--json")
     assert json.loads(done.out)["prune_ratio"]["asked"] == 0.35
 
 

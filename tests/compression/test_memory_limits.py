@@ -73,6 +73,17 @@ def test_the_fastest_way_within_a_limit_is_chosen(corrections, apart):
                 chosen(asked, device)
 
 
+def test_a_model_without_blocks_does_not_run_by_blocks():
+    config = config_of()
+    limit = needs_of(replace(config, memory="blocks")).together
+    within = replace(config, max_memory=limit)
+    assert pair(chosen(within, CPU).config) == ("blocks", "none")
+    alone = replace(EXTENT, blocks=(tuple(SHAPES),), part_pass=EXTENT.whole_pass)
+    with pytest.raises(MemoryLimitError) as refused:
+        choose(replace(config, max_memory=1), alone, config.budget_over(SHAPES, {}, 0), CPU)
+    assert "memory 'blocks'" not in str(refused.value)
+
+
 def test_the_limit_of_the_host_leads_to_the_disk_and_a_full_disk_away_from_it(monkeypatch):
     config = config_of(corrections=0)
     whole, cpu, blocks, _ = (needs_of(way) for way in ways(config))
@@ -212,6 +223,10 @@ def test_batches_that_come_only_once_are_not_measured(caplog):
 def test_statistics_in_memory_have_no_limits():
     with pytest.raises(ContradictionError, match="max_memory cannot change"):
         calibrate(tiny_llama(), token_batches(1), max_memory="1TiB")
+    model, batches = tiny_llama(), token_batches(2)
+    statistics = calibrate(model, batches, preset="zs-svd", progress=False)
+    with pytest.raises(ContradictionError, match="statistics are in memory as a whole, so max_memory"):
+        compress(model, batches, preset="zs-svd", statistics=statistics, max_memory="1TiB", progress=False)
 
 
 def test_a_fit_chooses_an_offload_or_is_refused():

@@ -37,7 +37,7 @@ from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.quantization import quantize_layers
 from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.config.compression import CompressionConfig
-from zssvd_lightning.errors import CalibrationError, UnfinishedError
+from zssvd_lightning.errors import CalibrationError, ContradictionError, UnfinishedError
 from zssvd_lightning.layers.int8 import EightBitLinear
 from zssvd_lightning.recovery.settings import Recovery
 from zssvd_lightning.selection.plan import check_plan_output
@@ -142,7 +142,14 @@ class CompressionRun:
         """Start the compression of the module, or continue it from a checkpoint."""
         adapter = self._fit.adapter
         replay = Replay(trainer, module, adapter, self._meaning)
-        self.life.attach(module, self._progress, adapter, Safeguard(replay))
+        if self.life.config.limits and scales(trainer):
+            raise ContradictionError(
+                f"with scaled gradients, statistics are held twice, which {' and '.join(self.life.config.limits)} does "
+                "not count; train in bf16-mixed, or leave the limit out and set offload"
+            )
+        later = self._schedule.start_epoch > 0 or self._schedule.start_step > 0
+        beside = adapter.state_bytes or (2 * adapter.trained_bytes if later else 0)
+        self.life.attach(module, self._progress, adapter, Safeguard(replay), beside)
         gathering = self.life.compression.gathering
         gathering.can_overflow, gathering.logits_model = scales(trainer), self._meaning.student
 

@@ -128,7 +128,9 @@ class Lifecycle:
         batches, epochs = self._calibration
         return int(min(batches, epochs * batches_per_epoch))
 
-    def attach(self, model: nn.Module, progress: bool, adapter: StrategyAdapter, safeguard: Safeguard) -> None:
+    def attach(
+        self, model: nn.Module, progress: bool, adapter: StrategyAdapter, safeguard: Safeguard, beside: int = 0
+    ) -> None:
         """Start the compression of `model`, or continue it from a checkpoint.
 
         Args:
@@ -136,6 +138,7 @@ class Lifecycle:
             progress: draw progress bars.
             adapter: adapter for the strategy that runs the model.
             safeguard: comparison of states on batches kept back, without batches yet.
+            beside: bytes that the optimizers take on the device, for limits of memory.
 
         Raises:
             UnsupportedTrainingError: layers are laid out over the processes in an unsupported way.
@@ -147,7 +150,6 @@ class Lifecycle:
         stand_ins = stand_ins_in_training(model, self.config, adapter, self.recovery)
         with stand_ins.meanwhile(keep=self.gathering):
             parts = (progress, adapter.team, adapter.replace, stand_ins)
-            beside = adapter.state_bytes
             build = partial(
                 within_limits,
                 lambda config: Compression(model, config, *parts),

@@ -109,6 +109,11 @@ def compress(
     require(isinstance(statistics, Moments | None), "statistics", statistics, "a result of calibrate, or None")
     if statistics is not None:
         _refuse_blocks(config)
+        if config.limits:
+            raise ContradictionError(
+                f"statistics are in memory as a whole, so {' and '.join(config.limits)} cannot be kept; leave them or "
+                "statistics out"
+            )
     with _gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
         run = within_limits(
             partial(Compression, model, progress=progress, stand_ins=stand_ins),

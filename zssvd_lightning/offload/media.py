@@ -27,7 +27,10 @@ class Medium(Protocol[Held]):
         """Hold a tensor, in place of `over` if that is given and has the same size."""
 
     def get(self, held: Held) -> Tensor:
-        """Return a held tensor on its device. Changes to it are not kept, unless it is `put` again."""
+        """Return a held tensor on its device. Changes to it are not kept, unless it is `put` again.
+
+        The tensor is valid until another one is put over its place, so that it must not be used after that.
+        """
 
 
 class OnHost(NamedTuple):

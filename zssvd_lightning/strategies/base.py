@@ -102,6 +102,11 @@ class StrategyAdapter:
         }
         return sum(local_part(tensor).nbytes for tensor in tensors.values())
 
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of the parameters that are trained, in this process."""
+        return sum(local_part(each).nbytes for each in self.module.parameters() if each.requires_grad)
+
     def rebuild_optimizers(self) -> None:
         """Set up the strategy and new optimizers for the current layers of the module. Collective."""
         self.trainer.strategy.setup_optimizers(self.trainer)

@@ -263,6 +263,7 @@ def _same(run: RunConfig) -> dict[str, Any]:
         **{f"calibration.{key}": value for key, value in asdict(run.calibration).items() if key not in OWN},
         "compression.include": run.compression.include,
         "compression.ignore": run.compression.ignore,
+        "compression.convolutions": run.compression.convolutions,
         **{f"evaluation.{key}": value for key, value in asdict(run.evaluation).items()},
     }
 

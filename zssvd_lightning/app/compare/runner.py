@@ -28,6 +28,7 @@ from zssvd_lightning.app.compare.cell import Job, gathering_result, read_result,
 from zssvd_lightning.app.compare.folder import CALIBRATION, CELLS, alone_in, check_folder, clear_unfinished, is_own
 from zssvd_lightning.app.compare.results import Results, write_results
 from zssvd_lightning.config.compression import CompressionConfig, settings_of_saved
+from zssvd_lightning.config.placement import PLACES
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.evaluation import zero_shot
 
@@ -124,6 +125,7 @@ def gathering_settings(settings: Settings) -> Settings:
         output_side=side or CompressionConfig.output_side,
         include=compression.include,
         ignore=compression.ignore,
+        convolutions=compression.convolutions,
     )
     calibration = replace(settings.calibration, correction_samples=0)
     return replace(settings, calibration=calibration, compression=layers, evaluation=None)
@@ -132,7 +134,8 @@ def gathering_settings(settings: Settings) -> Settings:
 def calibration_name(gathering: Settings) -> str:
     """Return the stem of the names of the files with the statistics for these settings."""
     seed = 0 if gathering.calibration is None else gathering.calibration.seed
-    return f"seed-{seed}-{sha256(json.dumps(asdict(gathering)).encode()).hexdigest()[:12]}"
+    told = json.dumps(_comparable(_plain(gathering)))
+    return f"seed-{seed}-{sha256(told.encode()).hexdigest()[:12]}"
 
 
 class _Course:
@@ -256,18 +259,23 @@ class _Course:
 def _told(path: Path, settings: Settings) -> dict[str, Any] | None:
     """Return the result or error of the job with these settings; None if the file has neither."""
     told = read_result(path)
-    return told if told is not None and _with_later(told.get("settings")) == _plain(settings) else None
+    return told if told is not None and _comparable(told.get("settings")) == _comparable(_plain(settings)) else None
 
 
 def _plain(settings: Settings) -> Any:
     return json.loads(json.dumps(asdict(settings)))
 
 
-def _with_later(told: Any) -> Any:
-    """Return the settings of a result, with those of the compression that did not exist when it was written."""
+def _comparable(told: Any) -> Any:
+    """Return the settings of a result on which it depends.
+
+    Those of the compression that did not exist when it was written are added, and those that only say where things are
+    in memory are left out.
+    """
     if not isinstance(told, dict) or not isinstance(told.get("compression"), dict):
         return told
-    return told | {"compression": settings_of_saved(told["compression"])}
+    found = settings_of_saved(told["compression"])
+    return told | {"compression": {key: value for key, value in found.items() if key not in PLACES}}
 
 
 def _finished(path: Path, settings: Settings) -> dict[str, Any] | None:

@@ -110,6 +110,7 @@ def choose(
         MemoryLimitError: no way is within the limits.
     """
     limits = Limits.of(config, device)
+    blocks = blocks and len(extent.blocks) > 1  # the last are the layers outside of all blocks
     passed: list[str] = []
     for way in ways(config, apart=limits.apart, blocks=blocks):
         needs = Formulas(extent, way, budget).needs(roots=False)
