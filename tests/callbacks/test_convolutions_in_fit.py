@@ -62,9 +62,9 @@ def test_the_factors_train_with_adapters_of_a_recovery_in_bfloat16(caplog):
             if run.phase is Phase.RECOVER and not hasattr(self, "before"):
                 self.before = pl_module.net[4].weight.detach().clone()
 
-    run, looks = callback(recovery=LoRARecovery(lr=1e-2)), Looks()
+    run, looks = callback(recovery=LoRARecovery(lr=1e-2), calibration_batches=8), Looks()
     with caplog.at_level("INFO"):
-        fit(module, looks, run, precision="bf16-mixed", accumulate_grad_batches=2, max_steps=COUNT)
+        fit(module, looks, run, precision="bf16-mixed", accumulate_grad_batches=2, max_epochs=2)
     assert "batch norms behind convolutions again" in caplog.text
     assert {phase for phase, unfolded in seen if not unfolded} == {Phase.WAIT}
     assert {phase for phase, unfolded in seen if unfolded} == {Phase.CALIBRATE, Phase.CORRECT, Phase.RECOVER}

@@ -44,6 +44,19 @@ def fitted(folder, *loggers):
     return callback
 
 
+class OwnLogger(ImageLogger):
+    """Takes images in a way of its own."""
+
+    def log_image(self, name, image):
+        self.images.append(name)
+
+
+def test_a_logger_that_fails_does_not_end_the_fit(tmp_path, caplog):
+    pytest.importorskip("matplotlib")
+    assert fitted(tmp_path, OwnLogger()).report is not None
+    assert "loggers get no pictures of this truncation: TypeError" in caplog.text
+
+
 def test_every_logger_that_takes_pictures_gets_them(tmp_path):
     pytest.importorskip("matplotlib")
     event_file = pytest.importorskip("tensorboardX.proto.event_pb2")

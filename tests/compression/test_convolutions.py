@@ -141,6 +141,27 @@ def test_statistics_behind_a_layer_are_those_of_its_inputs():
     assert_equal_entries(net.state_dict(), before)
 
 
+class WithActivation(nn.BatchNorm2d):
+    """As batch norms of timm, which compute their activation too."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_batch_norms_that_compute_more_are_followed_by_what_they_compute():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), WithActivation(4), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5)).double()
+    x = 1000 + torch.randn(6, 3, 4, 4).double()
+    with torch.no_grad(), SumsBehind(net.eval(), [net[0]]) as behind:
+        behind.in_each(net)(x)
+    batch = copy.deepcopy(net).train()
+    batch[1].momentum = batch[3].momentum = 1.0
+    batch(x)
+    set_statistics(net, behind.sums)
+    for place in (1, 3):
+        torch.testing.assert_close(net[place].running_mean, batch[place].running_mean)
+        torch.testing.assert_close(net[place].running_var, batch[place].running_var)
+
+
 def assert_equal_entries(found, expected):
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 

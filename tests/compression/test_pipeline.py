@@ -81,6 +81,14 @@ def test_any_number_of_corrections(corrections):
     assert ("correct" in report.seconds) == (corrections > 0)
 
 
+@pytest.mark.parametrize("sized", [True, False])
+def test_one_batch_is_enough_for_corrections(sized):
+    batches = token_batches(1)
+    given = batches if sized else DataLoader(Stream(batches), batch_size=None)
+    report = compress(tiny_llama(), given, prune_ratio=0.3, preset="best", corrections=2, progress=False)
+    assert len(report.losses) == 3
+
+
 @pytest.mark.parametrize(
     ("sized", "expected"),
     [(True, [0, 1, *[2, 3], *[4, 1], *[2, 3]]), (False, [0, 1, *[2, 3], *[4, 1], *[1, 2]])],

@@ -53,6 +53,30 @@ def test_outputs_and_gradients_are_those_of_torch(monkeypatch, conv, shape, numb
     assert max(seen) <= max(numbers, row * conv.weight[0].numel())
 
 
+@pytest.mark.parametrize("padding", [(2, 1), "same", "valid"])
+def test_settings_may_change_after_a_convolution_is_made(padding):
+    conv, x = nn.Conv2d(4, 6, 3, stride=2, padding=1).double(), torch.randn(2, 4, 11, 9).double()
+    conv.stride, conv.dilation, conv.padding = (1, 1), (2, 3), padding
+    new, expected = UnfoldedConvolution(conv), conv(x)
+    new.kernel_matrix.register_forward_pre_hook(lambda *_: None)  # so that patches are made
+    torch.testing.assert_close(new(x), expected)
+    assert new.positions(x) == expected.shape[2:]
+
+
+def test_a_batch_without_images_has_no_outputs():
+    new = UnfoldedConvolution(nn.Conv2d(4, 6, 3))
+    new.kernel_matrix.register_forward_pre_hook(lambda *_: None)
+    assert new(torch.zeros(0, 4, 8, 7)).shape == (0, 6, 6, 5)
+
+
+def test_a_convolution_in_two_places_is_unfolded_in_both():
+    net = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+    net.append(net[0])
+    unfold(net, ["0.kernel_matrix"])
+    assert isinstance(net[0], UnfoldedConvolution)
+    assert net[2] is net[0]
+
+
 def rows_in_order(up, down, bias):
     return PivotedLinear.from_factors(up, down, bias, torch.arange(len(up)))
 

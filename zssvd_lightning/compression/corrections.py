@@ -165,39 +165,45 @@ def refuse_non_finite(layers: LayerSet, step: str) -> None:
 def reestimate_batch_norms(compression: "Compression") -> None:
     """Estimate the running statistics of batch norms behind compressed convolutions again, if that lowers the loss.
 
-    Both are measured on the batches kept back, of all processes. Call it once the layers are replaced. Collective.
+    Half of the batches kept back, of all processes, give the statistics, and the others judge them. Call it once the
+    layers are replaced. Collective.
     """
     run, guard = compression, compression.safeguard
     layers = [layer for _, layer in unfolded(run.model) if isinstance(layer.kernel_matrix, CompressedLinear)]
     if not layers or not any(isinstance(module, NORM) for module in run.model.modules()):
         return
-    before = None if guard is None else guard.mean_loss(run)
-    if guard is None or before is None:
-        logger.warning("batch norms keep the statistics of the dense model, because no batches could be kept back")
+    held = [] if guard is None else guard.batches
+    parts = [held[(run.team.rank + side) % 2 :: 2] for side in (0, 1)]
+    if guard is None or not all(any(run.team.gathered(bool(part))) for part in parts):
+        logger.warning("batch norms keep the statistics of the dense model, as fewer than two batches are kept back")
+        return
+    judging, giving = parts
+    if (before := guard.mean_loss(run, judging)) is None:
         return
     measure = guard.measure
     try:
         with SumsBehind(run.model, layers) as behind:
             guard.measure = behind.in_each(measure)
-            guard.mean_loss(run)
+            guard.mean_loss(run, giving)
     finally:
         guard.measure = measure
     every = run.team.gathered(behind.sums)
     names = list(dict.fromkeys(name for theirs in every for name in theirs))
     undo = set_statistics(run.model, {name: total([each[name] for each in every if name in each]) for name in names})
     try:
-        after = guard.mean_loss(run)
+        after = guard.mean_loss(run, judging)
+        better = after is not None and after < before
+        final = guard.mean_loss(run) if better else None
     except BaseException:
         undo()
         raise
-    better = after is not None and after <= before
-    if after is None or not better:
+    if not better:
         undo()
-    else:
-        guard.best = min(guard.best, after)
+    elif final is not None:
+        guard.best = final
     if run.team.rank == 0 and names:
         logger.info(
-            "estimated %d batch norms behind convolutions again: loss on the batches kept back %.4f before, %s after%s",
+            "estimated %d batch norms behind convolutions again: judged by a loss of %.4f before, %s after%s",
             len(names),
             before,
             "unknown" if after is None else f"{after:.4f}",

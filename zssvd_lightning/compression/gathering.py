@@ -315,7 +315,8 @@ def checked(
     Raises:
         CalibrationError: there are no batches, or fewer than expected.
     """
-    turned = chain(islice(batches, first, None), islice(batches, begin, first)) if first else batches
+    parts = ((first, None), (begin, first), (0, begin))
+    turned = chain.from_iterable(islice(batches, *part) for part in parts) if first else batches
     promised, expected = length_of(batches), number_of(batches, limit)
     seen = 0
     for batch in counted(islice(turned, limit), step, expected, "batch", shown=progress):

@@ -222,9 +222,9 @@ class Safeguard:
                 self.best,
             )
 
-    def mean_loss(self, compression: "Compression") -> float | None:
-        """Return the mean loss of the model as it is; None after giving up. Collective."""
-        losses = self._measured(compression)
+    def mean_loss(self, compression: "Compression", batches: list[Any] | None = None) -> float | None:
+        """Return the mean loss of the model on `batches`, by default all; None after giving up. Collective."""
+        losses = self._measured(compression, batches)
         return None if losses is None or not len(losses) else _mean(losses)
 
     def report(self) -> dict[str, float] | None:
@@ -306,7 +306,7 @@ class Safeguard:
         if mean < self.best:
             self.best, self._best = mean, (State.of(compression), losses)
 
-    def _measured(self, compression: "Compression") -> Tensor | None:
+    def _measured(self, compression: "Compression", batches: list[Any] | None = None) -> Tensor | None:
         """Return loss and terms (b, 2) of every batch of all processes; None after giving up. Collective."""
         if self._given_up:
             return None
@@ -314,7 +314,7 @@ class Safeguard:
         with compression.stopwatch("measure"):
             try:
                 with compression.team.together():
-                    mine = [self.measure(batch) for batch in self.batches]
+                    mine = [self.measure(batch) for batch in (self.batches if batches is None else batches)]
             except Exception as error:  # noqa: BLE001  user code that runs a second time, without gradients
                 self.give_up(f"{type(error).__name__}: {error}")
                 return None

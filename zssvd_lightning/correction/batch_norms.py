@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from zssvd_lightning._numerics import accumulated
 
@@ -24,27 +23,22 @@ class Sums(NamedTuple):
 
     number: int
     """N, the number of values in each channel."""
-    first: Tensor
-    """Sum of the values (C,), on the CPU."""
-    second: Tensor
-    """Sum of their squares (C,), on the CPU."""
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean (C,)."""
-        return self.first / self.number
+    mean: Tensor
+    """Mean of the values (C,), on the CPU."""
+    squares: Tensor
+    """Sum of the squares of their distances from the mean (C,), on the CPU."""
 
     @property
     def variance(self) -> Tensor:
         """Unbiased variance (C,), as running statistics hold it."""
-        return (self.second - self.number * self.mean.square()).clamp(min=0) / (self.number - 1)
+        return self.squares / (self.number - 1)
 
 
 class SumsBehind:
     """Sums over the inputs of the batch norms that run after one of `layers` in a forward pass.
 
     These batch norms normalize by the statistics of the batch meanwhile, as in training, so that those after them get
-    the inputs that they will have. Their running statistics do not change. It is a context; on exit its hooks are gone.
+    the inputs that they will have. It is a context; on exit the hooks are gone, and running statistics as before.
 
     Args:
         model: any module, in evaluation mode when it runs.
@@ -63,8 +57,10 @@ class SumsBehind:
         for layer in self._layers:
             self._hooks.callback(layer.register_forward_hook(self._pass).remove)
         for name, module in self._model.named_modules():
-            if isinstance(module, NORM) and module.running_mean is not None:
-                self._hooks.callback(module.register_forward_hook(self._watch(name)).remove)
+            if isinstance(module, NORM) and module.running_mean is not None and module.running_var is not None:
+                for buffer in (module.running_mean, module.running_var):
+                    self._hooks.callback(buffer.copy_, buffer.clone())
+                self._hooks.callback(module.register_forward_pre_hook(self._watch(name)).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -82,25 +78,29 @@ class SumsBehind:
     def _pass(self, *_: object) -> None:
         self._behind = True
 
-    def _watch(self, name: str) -> Callable[..., Tensor | None]:
-        def watch(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def _watch(self, name: str) -> Callable[..., None]:
+        @torch.no_grad()
+        def watch(module: Any, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()
             number = x.numel() // max(1, module.num_features)
             if not self._behind or number < 2:
-                return None
-            dims = [0, *range(2, x.dim())]
-            wide = x.to(accumulated(x.dtype))
-            found = Sums(number, wide.sum(dims).double().cpu(), wide.square().sum(dims).double().cpu())
+                return
+            variance, mean = torch.var_mean(x.to(accumulated(x.dtype)), [0, *range(2, x.dim())], correction=0)
+            module.running_mean.copy_(mean)
+            module.running_var.copy_(variance)
+            found = Sums(number, mean.cpu().double(), number * variance.cpu().double())
             self.sums[name] = total([found, *([self.sums[name]] if name in self.sums else [])])
-            return functional.batch_norm(x, None, None, module.weight, module.bias, training=True, eps=module.eps)
 
         return watch
 
 
 def total(parts: Iterable[Sums]) -> Sums:
     """Return the sums over several sets of inputs of one batch norm."""
-    numbers, firsts, seconds = zip(*parts, strict=True)
-    return Sums(sum(numbers), torch.stack(firsts).sum(0), torch.stack(seconds).sum(0))
+    every = list(parts)
+    number = sum(part.number for part in every)
+    mean = torch.stack([part.number / number * part.mean for part in every]).sum(0)
+    apart = [part.squares + part.number * (part.mean - mean).square() for part in every]
+    return Sums(number, mean, torch.stack(apart).sum(0))
 
 
 @torch.no_grad()

@@ -58,6 +58,7 @@ class UnfoldedConvolution(nn.Module):
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
+    padding: tuple[int, ...] | str
     padding_mode: str
     _reversed_padding_repeated_twice: list[int]
     origin: type[nn.Module]
@@ -110,11 +111,22 @@ class UnfoldedConvolution(nn.Module):
 
     def positions(self, x: Tensor) -> tuple[int, ...]:
         """Return the size (P,) or (P1, P2) of the output for an input x (..., C, ...)."""
-        around = self._reversed_padding_repeated_twice
+        around = self._around()
         pads = [sum(around[2 * i : 2 * i + 2]) for i in reversed(range(len(self.kernel_size)))]
         reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         lengths = x.shape[-len(self.kernel_size) :]
         return tuple((n + p - r) // s + 1 for n, p, r, s in zip(lengths, pads, reach, self.stride, strict=True))
+
+    def _around(self) -> list[int]:
+        """Return the padding before and after each dimension, the last one first, as `functional.pad` takes it."""
+        if self.padding_mode != "zeros":
+            return self._reversed_padding_repeated_twice
+        reach = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        if isinstance(self.padding, str):
+            pairs = [(r // 2, r - r // 2) if self.padding == "same" else (0, 0) for r in reach]
+        else:
+            pairs = [(p, p) for p in self.padding]  # which may have changed since the module was made
+        return [side for pair in reversed(pairs) for side in pair]
 
     def folded(self, old: nn.Module | None = None) -> nn.Module:
         """Return a convolution of the original class with the present weights. The matrix must be dense.
@@ -169,7 +181,7 @@ class UnfoldedConvolution(nn.Module):
         single = x.dim() == dims + 1
         x = x[None] if single else x
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        x = functional.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+        x = functional.pad(x, self._around(), mode=mode)
         x = x[..., None] if dims == 1 else x
         parts = self._split(x, places)
         again = torch.is_grad_enabled() and len(parts) * len(parts[0]) > 1
@@ -196,9 +208,10 @@ class UnfoldedConvolution(nn.Module):
         """Return the output (b, m, P1, P2) at all positions of x (b, C, N1, N2)."""
         sizes, dilation, stride = ((*each, 1)[:2] for each in (self.kernel_size, self.dilation, self.stride))
         patches = functional.unfold(x, sizes, dilation=dilation, stride=stride).transpose(1, 2)
-        rows = (x.shape[2] - dilation[0] * (sizes[0] - 1) - 1) // stride[0] + 1
+        lengths = zip(x.shape[2:], dilation, sizes, stride, strict=True)
+        rows, columns = ((n - d * (k - 1) - 1) // s + 1 for n, d, k, s in lengths)
         y: Tensor = self.kernel_matrix(patches)
-        return y.transpose(1, 2).reshape(len(y), y.shape[2], rows, -1)
+        return y.transpose(1, 2).reshape(len(y), y.shape[2], rows, columns)
 
     def _on_part_made_again(self, x: Tensor) -> Tensor:
         y: Tensor = checkpoint(self._on_part, x, use_reentrant=False)
@@ -218,12 +231,15 @@ def fault_of(module: nn.Module) -> str | None:
 
 
 def unfold(model: nn.Module, names: Iterable[str]) -> None:
-    """Replace the convolutions whose matrices have these names by unfolded ones, in place."""
-    wanted = set(names)
-    for name, module in list(model.named_modules()):
+    """Replace the convolutions whose matrices have these names by unfolded ones, in place, in all their places."""
+    wanted, made = set(names), dict[int, UnfoldedConvolution]()
+    for name, module in model.named_modules():
         if f"{name}.{KERNELS}" in wanted and isinstance(module, (nn.Conv1d, nn.Conv2d)) and fault_of(module) is None:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, UnfoldedConvolution(module))
+            made[id(module)] = UnfoldedConvolution(module)
+    for parent in list(model.modules()):
+        for leaf, module in list(parent._modules.items()):  # noqa: SLF001  named_children leaves out repeated ones
+            if id(module) in made:
+                setattr(parent, leaf, made[id(module)])
 
 
 def unfolded(model: nn.Module) -> Iterator[tuple[str, UnfoldedConvolution]]:

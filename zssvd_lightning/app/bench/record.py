@@ -31,8 +31,11 @@ def recorded(results: Results) -> list[Path]:
         folder = Path(contender.source)
         if not contender.dense and read_report(folder) is not None:
             path = folder / REPORT
+            found = speeds(results, contender.name)
+            if not found.keys() & {"prefill", "decode"}:
+                continue  # it failed, so that an earlier measurement stays
             saved = json.loads(path.read_text(encoding="utf-8"))
-            saved["tokens_per_second"] = speeds(results, contender.name)
+            saved["tokens_per_second"] = found
             text = NUMBERS.sub(lambda found: " ".join(found[0].split()), json_of(saved, indent=2))
             with replacing_file(path) as file:
                 file.write_text(text + "\n", encoding="utf-8")

@@ -64,6 +64,7 @@ class RoutedRows:
                 hooks.callback(module.register_forward_pre_hook(enter_all, with_kwargs=True).remove)
             elif isinstance(module, UnfoldedConvolution):
                 hooks.callback(module.register_forward_pre_hook(unsplit, with_kwargs=True).remove)
+                hooks.callback(setattr, module, "splits", True)
             elif isinstance(module, Expert):
                 hooks.callback(module.register_forward_pre_hook(enter).remove)
                 hooks.callback(module.register_forward_hook(leave, always_call=True).remove)

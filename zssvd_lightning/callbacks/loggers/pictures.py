@@ -43,9 +43,12 @@ def log_pictures(trainer: L.Trainer, report: Report, prefix: str) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         _tell_that_there_are_none()
         return
-    for name, figure in figures(report).items():
-        for show in takers:
-            show(f"{prefix}{name}", figure, trainer.global_step)
+    try:
+        for name, figure in figures(report).items():
+            for show in takers:
+                show(f"{prefix}{name}", figure, trainer.global_step)
+    except Exception as error:  # noqa: BLE001  pictures are no reason to end a fit
+        logger.warning("loggers get no pictures of this truncation: %s: %s", type(error).__name__, error)
 
 
 def _shown_by(taker: Any) -> Show | None:
