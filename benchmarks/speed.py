@@ -95,7 +95,8 @@ def rows(family: str, device: str, dtype: torch.dtype, rounds: int) -> Iterator[
                         "rank": getattr(each, "rank", None), "time_over_dense": over._asdict(),
                         "bytes_over_dense": shares["bytes"], "flops_over_dense": shares["flops"],
                         "time_over_limit": over.median / limit, "copies": copies, "target": TARGETS[family],
-                        "met": over.median / limit <= TARGETS[family], "seconds": seconds[name],
+                        "met": over.median / limit <= TARGETS[family],
+                        "seconds": [float(f"{each:.4g}") for each in seconds[name]],
                     }  # fmt: skip
 
 
@@ -136,7 +137,9 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.json is not None:
         told = {"machine": machine(asked.device), "torch": torch.__version__, "dtype": asked.dtype, "targets": TARGETS}
         with replacing_file(asked.json) as file:
-            file.write_text(json.dumps({**told, "met": met, "rows": found}, indent=2) + "\n", encoding="utf-8")
+            head = json.dumps({**told, "met": met}, indent=1).removesuffix("\n}")
+            body = ",\n".join(map(json.dumps, found))  # a row in each line
+            file.write_text(f'{head},\n "rows": [\n{body}\n]}}\n', encoding="utf-8")
 
 
 if __name__ == "__main__":
