@@ -165,19 +165,19 @@ def refuse_non_finite(layers: LayerSet, step: str) -> None:
 def reestimate_batch_norms(compression: "Compression") -> None:
     """Estimate the running statistics of batch norms behind compressed convolutions again, if that lowers the loss.
 
-    Half of the batches kept back, of all processes, give the statistics, and the others judge them. Call it once the
-    layers are replaced. Collective.
+    Half of the batches kept back in each process give the statistics, and the others judge them. Call it once the
+    layers are replaced. Collective: all processes run as many batches, since forward passes may wait for each other.
     """
     run, guard = compression, compression.safeguard
     layers = [layer for _, layer in unfolded(run.model) if isinstance(layer.kernel_matrix, CompressedLinear)]
     if not layers or not any(isinstance(module, NORM) for module in run.model.modules()):
         return
     held = [] if guard is None else guard.batches
-    parts = [held[(run.team.rank + side) % 2 :: 2] for side in (0, 1)]
-    if guard is None or not all(any(run.team.gathered(bool(part))) for part in parts):
+    counts = run.team.gathered(len(held))
+    if guard is None or min(counts) < 2 or max(counts) > min(counts):
         logger.warning("batch norms keep the statistics of the dense model, as fewer than two batches are kept back")
         return
-    judging, giving = parts
+    judging, giving = held[::2], held[1::2]
     if (before := guard.mean_loss(run, judging)) is None:
         return
     measure = guard.measure
