@@ -16,7 +16,7 @@ from zssvd_lightning.sources.models import load_model
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "calibration.samples=6",
-    "calibration.length=256",
+    "calibration.length=128",
     "calibration.correction_samples=2",
     "compression.corrections=0",
     "compression.correction_batches=1",
