@@ -200,15 +200,17 @@ def is_fake(model):
 
 def test_the_measuring_pass_leaves_the_model_and_the_order_of_batches():
     model = tiny_llama().train()
-    batches = torch.utils.data.DataLoader(
-        token_batches(6), batch_size=None, sampler=torch.utils.data.RandomSampler(range(6))
-    )
+    own = torch.Generator().manual_seed(3)
+    order = torch.utils.data.RandomSampler(range(6), generator=own)
+    batches = torch.utils.data.DataLoader(token_batches(6), batch_size=None, sampler=order)
+    state = own.get_state()
     before = state_of(model)
     torch.manual_seed(1)
     refuse_over_limits(model, batches, CompressionConfig.of("zs-svd", max_memory="1TiB"))
     after = torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(after, torch.rand(1))
+    assert torch.equal(own.get_state(), state)
     assert_same_state(before, state_of(model))
     assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
 

@@ -113,3 +113,19 @@ def same_random_numbers() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def unchanged_sampler(loader: Any) -> Iterator[None]:
+    """Restore the epoch and the generators of a DataLoader and its sampler, which a pass changes, on any exit."""
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
+    epoch = getattr(sampler, "epoch", None)
+    generators = [getattr(each, "generator", None) for each in (loader, sampler)]
+    states = [(each, each.get_state()) for each in generators if isinstance(each, torch.Generator)]
+    try:
+        yield
+    finally:
+        if epoch is not None:
+            sampler.epoch = epoch  # type: ignore[union-attr]
+        for generator, state in states:
+            generator.set_state(state)

@@ -18,7 +18,7 @@ from zssvd_lightning._resources import counted
 from zssvd_lightning._types import check_types
 from zssvd_lightning.calibration.batches import loss_terms, predicts_first_label, refuse_malformed, token_mask
 from zssvd_lightning.calibration.collector import StatisticsCollector
-from zssvd_lightning.calibration.contexts import measuring
+from zssvd_lightning.calibration.contexts import measuring, same_random_numbers, unchanged_sampler
 from zssvd_lightning.calibration.masks import mask_of
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.memory.extent import Extent, extent_of, faked
@@ -232,7 +232,7 @@ def extent_by_first(
     """Return the sizes of a model and of its calibration, by its first batch unless that can be had only once."""
     model, count = run.model, number_of(batches, calibration_batches) or 1
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[]):  # the order of a DataLoader stays what it is
+    with same_random_numbers(), unchanged_sampler(batches):  # the order of a DataLoader stays what it is
         iterator = iter(batches)
         first = None if iterator is batches else next(iterator, None)
 

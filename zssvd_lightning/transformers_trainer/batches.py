@@ -1,13 +1,11 @@
 """Batches of a training run, read a second time without changing what the run sees of its data."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from zssvd_lightning.calibration.contexts import same_random_numbers
+from zssvd_lightning.calibration.contexts import same_random_numbers, unchanged_sampler
 from zssvd_lightning.errors import UnsupportedTrainingError
 
 
@@ -40,7 +38,7 @@ class TrainingBatches:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches of one pass."""
-        with same_random_numbers(), _unchanged(getattr(self._loader.batch_sampler, "sampler", self._loader.sampler)):
+        with same_random_numbers(), unchanged_sampler(self._loader):
             yield from self._second_loader()
 
     def __len__(self) -> int:
@@ -56,17 +54,3 @@ class TrainingBatches:
         else:
             drawn = {"batch_sampler": given.batch_sampler}
         return DataLoader(given.dataset, collate_fn=given.collate_fn, **drawn)
-
-
-@contextmanager
-def _unchanged(sampler: Any) -> Iterator[None]:
-    """Restore the epoch and the generator of a sampler, which a whole pass changes, on any exit."""
-    epoch, generator = getattr(sampler, "epoch", None), getattr(sampler, "generator", None)
-    state = generator.get_state() if isinstance(generator, torch.Generator) else None
-    try:
-        yield
-    finally:
-        if epoch is not None:
-            sampler.epoch = epoch
-        if isinstance(generator, torch.Generator) and state is not None:
-            generator.set_state(state)

@@ -40,9 +40,9 @@ class _Moment(NamedTuple):
     """Bytes in use at one time of the whole way, beside the weights."""
 
     device: int
-    """What is on the device in any case."""
+    """Bytes that are on the device in any case."""
     held: int = 0
-    """What `offload` moves: statistics, original weights and factors."""
+    """Bytes that `offload` moves: statistics, original weights and factors."""
     spectra: int = 0
     """Spectra, which are in host memory if nothing is offloaded."""
 

@@ -1,4 +1,4 @@
-"""What is said and refused of the memory and the disk of a compression before its first batch."""
+"""Statements on the memory and the disk of a compression, and refusals, before its first batch."""
 
 from collections import Counter
 from dataclasses import replace
