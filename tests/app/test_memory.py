@@ -4,14 +4,23 @@ import json
 
 import pytest
 import torch
+from support.experts import tiny_experts
 from support.models import saved_tiny_llama, token_batches
 from torch import nn
 
 from zssvd_lightning.app.cli import main
-from zssvd_lightning.app.memory import empty_model, extent_of_calibration, memory_needs, rate_of
+from zssvd_lightning.app.memory import (
+    empty_model,
+    extent_of_calibration,
+    memory_needs,
+    rate_of,
+    take_experts_apart,
+)
 from zssvd_lightning.app.run_config import CalibrationConfig
 from zssvd_lightning.calibration.contexts import gradients_only_at
+from zssvd_lightning.compression.memory.needs import Formulas
 from zssvd_lightning.compression.pipeline import calibrate
+from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.errors import ConfigError, ModelSourceError
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.sources.models import load_model_config, load_weights
@@ -57,6 +66,42 @@ def test_sizes_of_an_empty_model_are_those_of_the_real_one(folder):
     assert extent.stored == 3 * sum(state.nbytes for state in states[:-1])
     layers = len(model.model.layers)
     assert [len(names) for names in extent.blocks] == [len(targets) // layers] * layers + [0]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_stacked_experts_count_as_the_layers_that_they_become(family, caplog):
+    torch.manual_seed(0)
+    model, batches = tiny_experts(family), token_batches(2, size=2, length=16)
+    config = CompressionConfig.of("best", prune_ratio=0.3, corrections=0)
+    empty = empty_model(model.config, "float32")
+    take_experts_apart(empty, config)
+    targets = find_targets(empty)
+    extent = extent_of_calibration(empty, targets, CalibrationConfig(text="-", samples=4, length=16, batch_size=2))
+    statistics = calibrate(model, batches, config, progress=False)
+    assert not [record for record in caplog.records if "not counted" in record.message]
+    assert list(targets) == statistics.watched
+    assert extent.leaders == statistics.leaders
+    assert extent.weights == sum(parameter.nbytes for parameter in model.parameters())
+    formulas = Formulas(extent, config, config.budget_over(extent.shapes, {}, 0))
+    every = (statistics.input_sums, statistics.output_sums, statistics.gradient_sums)
+    held = {id(tensor): tensor.nbytes for sums in every for tensor in sums.values()}
+    assert sum(held.values()) == formulas.second_moments(targets) + formulas.gradients(targets)
+    experts = {name for name in targets if ".experts." in name}
+    routed = sum(statistics.tokens[name] for name in experts & statistics.leaders.keys()) / len(batches)
+    assert sum(extent.rows[name] for name in experts) == pytest.approx(routed)
+    assert {extent.rows[name] for name in targets.keys() - experts} == {32}
+    products = sum(2 * extent.rows[name] * m * n for name, (m, n) in extent.shapes.items())
+    products += 2 * 32 * model.lm_head.weight.numel()
+    assert products < extent.forward < 1.5 * products  # the rest is attention and routers
+
+
+def test_experts_that_are_not_selected_count_as_weights():
+    model = empty_model(tiny_experts().config, "float32")
+    config = CompressionConfig.of("zs-svd", prune_ratio=0.3, ignore=["*.experts.*"])
+    take_experts_apart(model, config)
+    targets = find_targets(model, config.include, config.ignore)
+    extent = extent_of_calibration(model, targets, CalibrationConfig(text="-", length=16))
+    assert not any("experts" in name for name in (*targets, *extent.rows))
 
 
 def test_a_model_that_does_not_run_without_weights_is_counted_without_activations(folder, caplog):

@@ -11,7 +11,7 @@ from support.callbacks import short
 from support.models import CausalLM, assert_same_state, loader, state_of, tiny_llama, token_batches, trainer
 from torch import nn
 
-from zssvd_lightning.compression.memory.extent import Extent
+from zssvd_lightning.compression.memory.extent import Beside, Extent
 from zssvd_lightning.compression.memory.limits import WAYS, choose, ways
 from zssvd_lightning.compression.memory.needs import Formulas
 from zssvd_lightning.compression.pipeline import calibrate, compress, plan, refuse_over_limits
@@ -253,3 +253,22 @@ def test_more_offload_takes_less_of_the_device():
 
 def test_free_room_is_that_of_the_folder_of_scratch_files():
     assert media.free_disk() > 0
+
+
+def test_the_state_of_an_optimizer_counts_where_it_is():
+    def needs(parks, place, state):
+        config = config_of(corrections=0, memory="whole", offload=place)
+        extent = replace(EXTENT, beside=Beside(state, parks))
+        return Formulas(extent, config, config.budget_over(SHAPES, {}, 0)).needs()
+
+    for (parks, place), counted in {
+        (False, "cpu"): (1, 0, 1, 0),
+        ("auto", "none"): (1, 0, 1, 0),
+        ("auto", "cpu"): (0, 1, 1, 0),
+        ("auto", "disk"): (0, 0, 1, 1),
+        (True, "none"): (0, 1, 1, 0),
+        (True, "disk"): (0, 0, 0, 1),
+    }.items():
+        without, found = needs(parks, place, 0), needs(parks, place, 1000)
+        assert tuple(b - a for a, b in zip(without, found, strict=True)) == tuple(1000 * n for n in counted)
+    assert needs(True, "cpu", 2**50).device == EXTENT.weights + 2**50  # it is there before the compression

@@ -1,5 +1,7 @@
 """Formulas of memory against what a compression holds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.models import tiny_llama, token_batches
@@ -36,6 +38,41 @@ def test_spectra_originals_and_factors(storage):
     assert bytes_of(run.truncated.held) == pytest.approx(formulas.factors, rel=0.05)
     new = sum(sum(t.nbytes for t in layer.parameters()) for _, layer in run.truncated.layers(run.gathering.free_widths))
     assert new == pytest.approx(formulas.new_layers, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_are_held_once_in_their_own_type(dtype):
+    torch.manual_seed(0)
+    model = tiny_llama().to(dtype)
+    config = CompressionConfig.of("zs-svd", prune_ratio=0.2, corrections=0)
+    run = Compression(model, config, progress=False)
+    before = {name: target.weight.clone() for name, target in run.targets.items()}
+    gather(run, token_batches(2), course(config)[0].gathers)
+    moments = run.gathering.moments
+    sums = {id(s): s for kind in (moments.input_sums, moments.gradient_sums) for s in kind.values()}
+    extent = replace(Extent.of_layers(run.shapes, dtype.itemsize), leaders=moments.leaders)
+    formulas = Formulas(extent, config, run.budget)
+    every = formulas.second_moments(run.shapes) + formulas.gradients(run.shapes)
+    assert sum(tensor.nbytes for tensor in sums.values()) == every
+    run.take(course(config)[0])
+    truncated = list(run.truncated)
+    assert 0 < len(truncated) < len(before)
+    assert sorted(run.originals.copies) == sorted(truncated)
+    for name, W in before.items():
+        assert run.originals[name].dtype is dtype
+        assert torch.equal(run.originals[name], W), name
+    assert bytes_of({n: (run.originals[n],) for n in truncated}) == sum(before[n].nbytes for n in truncated)
+    state = run.originals.state_dict()
+    old = {name: target.module.weight for name, target in run.targets.items()}
+    run.factorize()
+    for name, weight in old.items():
+        size = 1 if name in truncated else weight.numel()
+        assert weight.untyped_storage().nbytes() == size * dtype.itemsize
+    run.restore()
+    assert not run.originals.copies
+    for name, W in before.items():
+        assert torch.equal(model.get_submodule(name).weight, W), name
+        assert torch.equal(state[name], W), name
 
 
 def test_only_components_that_may_be_kept_are_stored():

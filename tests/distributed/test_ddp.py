@@ -67,7 +67,10 @@ def test_corrections_go_by_gradients_at_outputs_and_inputs_of_all_processes(tmp_
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_things_in_scratch_files_make_no_difference(tmp_path, strategy):
-    described = [Run(strategy, compression={"offload": place}) for place in ("disk", "none")]
+    started = {"start_step": 2, "park_optimizer": strategy == "ddp"}
+    described = [
+        Run(strategy, compression={"offload": place, **started}, count=2 * (NEEDED + 2)) for place in ("disk", "none")
+    ]
     ranks, kept = (run(tmp_path, 2, each) for each in described)
     assert_replicas_equal(ranks)
     assert ranks[0]["ranks"] == kept[0]["ranks"]

@@ -1,6 +1,5 @@
 """Memory and time that a compression would take, from the config of a model alone: `zssvd plan --memory`."""
 
-import logging
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,11 +19,10 @@ from zssvd_lightning.compression.memory.work import Work, work_of
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.loading import load_config
 from zssvd_lightning.errors import ModelSourceError
-from zssvd_lightning.model.apart.experts import stacked_experts
-from zssvd_lightning.model.targets import Target, find_targets
+from zssvd_lightning.model.apart.experts import SeparateExperts
+from zssvd_lightning.model.replace import replace_module
+from zssvd_lightning.model.targets import Target, find_targets, is_selected
 from zssvd_lightning.sources.models import load_model_config
-
-logger = logging.getLogger(__name__)
 
 SIDE = 1024
 """Side of the matrices by which a rate is measured."""
@@ -71,14 +69,8 @@ def memory_needs(source: str, overrides: Sequence[str], options: dict[str, Any])
         config = run.compression
         if extent is None:
             model = empty_model(load_model_config(run.model.source), run.model.dtype)
+            take_experts_apart(model, config)
             targets = find_targets(model, config.include, config.ignore)
-            if stacked := stacked_experts(model):
-                logger.warning(
-                    "the matrices of experts in %d stacked modules (such as %s) count as weights, not as layers to "
-                    "compress, because a model without values cannot be taken apart; a compression takes more",
-                    len(stacked),
-                    next(iter(stacked)),
-                )
             extent = extent_of_calibration(model, targets, run.calibration)
         rows += [_row(preset or "as given", way, extent, run.calibration.batches) for way in ways(config)]
     return rows
@@ -143,6 +135,13 @@ def empty_model(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
     except (ValueError, KeyError, TypeError) as error:
         raise ModelSourceError(f"no causal language model can be made of this config: {error}") from error
     return model
+
+
+def take_experts_apart(model: PreTrainedModel, config: CompressionConfig) -> None:
+    """Replace stacked experts of a model without values by the linear layers that a compression would make of them."""
+    SeparateExperts(model, lambda name: is_selected(name, config.include, config.ignore), replace_module).put_in(
+        proves=False
+    )
 
 
 def extent_of_calibration(model: PreTrainedModel, targets: dict[str, Target], calibration: CalibrationConfig) -> Extent:

@@ -33,12 +33,14 @@ from zssvd_lightning.callbacks.trainer.precision import scales
 from zssvd_lightning.callbacks.trainer.recompression import has_reported_ranks, is_outdated
 from zssvd_lightning.callbacks.trainer.replay import Replay
 from zssvd_lightning.callbacks.trainer.trial_runs import Asked, DryRun
+from zssvd_lightning.compression.memory.extent import Beside
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.quantization import quantize_layers
 from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.errors import CalibrationError, ContradictionError, UnfinishedError
 from zssvd_lightning.layers.int8 import EightBitLinear
+from zssvd_lightning.offload.parking import Parking
 from zssvd_lightning.recovery.settings import Recovery
 from zssvd_lightning.selection.plan import check_plan_output
 
@@ -78,6 +80,7 @@ class CompressionRun:
         self._config, self._schedule = self._asked
         self._dry_run, self._progress = DryRun(dry_run), progress
         self._compressed: weakref.ref[L.LightningModule] | None = None
+        self._parking = Parking()
         self.life = self.fresh()
 
     def fresh(self, asked: Asked | None = None) -> Lifecycle:
@@ -102,6 +105,7 @@ class CompressionRun:
                 self._start_over()
             else:
                 self.recovers_from = 0
+        self._fit.on_close(self._parking.bring_back)
         self._fit.borrow(shown_on_bar(trainer, lambda: progress_of(self.life, self._batches_per_epoch(trainer))))
 
     def go_on_after(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
@@ -148,18 +152,22 @@ class CompressionRun:
                 "not count; train in bf16-mixed, or leave the limit out and set offload"
             )
         later = self._schedule.start_epoch > 0 or self._schedule.start_step > 0
-        beside = adapter.state_bytes or (2 * adapter.trained_bytes if later else 0)
-        self.life.attach(module, self._progress, adapter, Safeguard(replay), beside)
+        state = adapter.state_bytes or (2 * adapter.trained_bytes if later else 0)
+        self._parking.setting = adapter.parks(self._schedule.park_optimizer)
+        self.life.attach(module, self._progress, adapter, Safeguard(replay), Beside(state, self._parking.setting))
         gathering = self.life.compression.gathering
         gathering.can_overflow, gathering.logits_model = scales(trainer), self._meaning.student
 
     def start_batch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Start the compression at the first batch that meets both conditions of the schedule."""
+        """Start the compression at the first batch that meets both conditions of the schedule, and park the state."""
         if self._is_due(trainer):
             self.life.start()
             if is_outdated(self.life.compression):
                 self._attach(trainer, module)
             telemetry.log_phase(trainer, self.life.phase)
+        if self.life.gathering and not self._parking.rests:
+            with self._fit.adapter.team.together():
+                self._parking.park(trainer.optimizers, self.life.compression.config.place)
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         schedule = self._schedule
@@ -246,6 +254,7 @@ class CompressionRun:
             if touched:
                 adapter.sync_requires_grad()
                 adapter.discard_replaced()
+            self._parking.bring_back()
         self._fit.give_up_limits()
         self.recovers_from = None
 
@@ -281,7 +290,7 @@ class CompressionRun:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and other processes."""
-        return self.__dict__ | {"_compressed": None}
+        return self.__dict__ | {"_compressed": None, "_parking": Parking()}
 
     def go_on_if_enough(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Advance from CALIBRATE or CORRECT to the next phase, if there are enough batches."""
@@ -315,6 +324,7 @@ class CompressionRun:
         self.recovers_from = trainer.global_step
         self._recovering.take_teacher(module, self.life)
         self.life.factorize(trainer.global_step, set_up_optimizers)
+        self._parking.bring_back(trainer.optimizers)
         self._fit.adapter.discard_replaced()
         self._recovering.start(trainer, module, self.life)
         start_ranking_afresh(trainer, "truncated")
@@ -323,10 +333,9 @@ class CompressionRun:
 
     def _has_compressed(self, module: L.LightningModule) -> bool:
         """Return True if this module is the reported one and still has the reported ranks, or a resumed fit runs."""
-        report = self.life.report
         if self._fit.resumed:
             return True
-        if report is None or self._compressed is None or self._compressed() is not module:
+        if (report := self.life.report) is None or self._compressed is None or self._compressed() is not module:
             return False
         return has_reported_ranks(module, report)
 

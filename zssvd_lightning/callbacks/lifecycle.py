@@ -21,7 +21,7 @@ from zssvd_lightning.callbacks.trainer.recompression import stand_ins_in_trainin
 from zssvd_lightning.compression.corrections import reestimate_batch_norms
 from zssvd_lightning.compression.course import Stage, course, to_first_truncation
 from zssvd_lightning.compression.engine import Compression
-from zssvd_lightning.compression.memory.extent import extent_of
+from zssvd_lightning.compression.memory.extent import Beside, extent_of
 from zssvd_lightning.compression.memory.limits import within_limits
 from zssvd_lightning.compression.phase import GATHERING, Phase, phase_is_after
 from zssvd_lightning.compression.report import Report
@@ -129,7 +129,7 @@ class Lifecycle:
         return int(min(batches, epochs * batches_per_epoch))
 
     def attach(
-        self, model: nn.Module, progress: bool, adapter: StrategyAdapter, safeguard: Safeguard, beside: int = 0
+        self, model: nn.Module, progress: bool, adapter: StrategyAdapter, safeguard: Safeguard, beside: Beside
     ) -> None:
         """Start the compression of `model`, or continue it from a checkpoint.
 
@@ -138,7 +138,7 @@ class Lifecycle:
             progress: draw progress bars.
             adapter: adapter for the strategy that runs the model.
             safeguard: comparison of states on batches kept back, without batches yet.
-            beside: bytes that the optimizers take on the device, for limits of memory.
+            beside: what the optimizers take on the device, for limits of memory.
 
         Raises:
             UnsupportedTrainingError: layers are laid out over the processes in an unsupported way.

@@ -171,9 +171,12 @@ class RecoveryHooks:
         student = self._meaning.student(module)
         place = _place_of(student, module)
         prefix = f"{place}." if place else ""
-        originals = life.compression.originals
-        inside = {name.removeprefix(prefix): W for name, W in originals.items() if name.startswith(prefix)}
-        inside = {name.replace(COMPILED, ""): W for name, W in inside.items()}
+        originals = life.compression.originals  # which may come from elsewhere, so that one is read at a time
+        inside = (
+            (name.removeprefix(prefix).replace(COMPILED, ""), originals[name])
+            for name in originals
+            if name.startswith(prefix)
+        )
         recovery.take_teacher(self._fit.adapter, student, inside)
 
     def resume(self, trainer: L.Trainer, module: L.LightningModule, life: Lifecycle) -> None:

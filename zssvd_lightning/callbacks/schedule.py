@@ -1,4 +1,4 @@
-"""Schedule of a compression within a training run: its start and its length."""
+"""Schedule of a compression within a training run: its start and its length, and what rests meanwhile."""
 
 import warnings
 from collections.abc import Mapping
@@ -10,11 +10,15 @@ from zssvd_lightning._validation import require, require_one_of
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.settings import CompressionSettings
+from zssvd_lightning.offload.parking import PARKS
+
+FLAT = ("start_epoch", "start_step", "calibration_batches", "calibration_epochs", "extend_training")
+"""Fields of `Schedule` that were keyword arguments of the callback."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Start and length of the compression.
+    """Start and length of the compression, and what rests meanwhile.
 
     Args:
         start_epoch: earliest epoch of the first calibration batch, from 0.
@@ -24,6 +28,9 @@ class Schedule:
         calibration_epochs: maximum number of passes over the training data per calibration. The lower limit applies.
         extend_training: raise `max_steps` and `max_epochs` by the steps and epochs that calibration and corrections
             use, so that as many training steps remain as without the callback. Epochs are added as whole epochs.
+        park_optimizer: move the state of the optimizer out of the way until its next step: to host memory, or with
+            `offload="disk"` to a scratch file. `auto` does so only for the state of an accelerator, and only with an
+            `offload` other than `none`; False never.
 
     Raises:
         ConfigError: a value has another type or is out of range.
@@ -37,6 +44,7 @@ class Schedule:
     calibration_batches: int = 128
     calibration_epochs: int = 1
     extend_training: bool = False
+    park_optimizer: bool | str = "auto"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -47,10 +55,11 @@ class Schedule:
             ("calibration_epochs", 1),
         ):
             require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
+        require(self.park_optimizer in PARKS, "park_optimizer", self.park_optimizer, "True, False or 'auto'")
 
     def with_flat(self, settings: dict[str, Any]) -> "Schedule":
-        """Return the schedule updated with its fields in `settings`, which are removed there with a warning."""
-        flat = {f.name: settings.pop(f.name) for f in fields(self) if f.name in settings}
+        """Return the schedule updated with those of `FLAT` in `settings`, which are removed there with a warning."""
+        flat = {name: settings.pop(name) for name in FLAT if name in settings}
         if not flat:
             return self
         told = ", ".join(f"{name}={value!r}" for name, value in flat.items())
@@ -103,7 +112,7 @@ class CallbackSettings(CompressionSettings):
 
 CallbackSettings.__doc__ = (
     f"{(CompressionSettings.__doc__ or '').rstrip()}"
-    + "".join(f"\n        {field.name}: old name of schedule.{field.name}." for field in fields(Schedule))
+    + "".join(f"\n        {name}: old name of schedule.{name}." for name in FLAT)
     + "\n"
 )
 """Documentation of each keyword, which command lines show."""

@@ -53,6 +53,8 @@ def carry_out(compression: "Compression", step: CorrectionStep) -> None:
     with run.stopwatch("correct"):
         run.gathering.complete()
     truncates, done = run.config.correction.truncates, run.truncations
+    if step not in (descend, refit):  # these change what they truncate alone
+        run.originals.keep()
     run.may_truncate = truncates
     try:
         step(run)

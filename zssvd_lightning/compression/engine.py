@@ -199,7 +199,7 @@ class Compression:
             raise ConfigError(f"{step_name(self)} states truncates=False, so it must not truncate")
         decomposition, selection = self._select(self.budget.after(self.truncations + 1, self.config.truncations), steps)
         with self.stopwatch("truncate"):
-            self.originals.keep()
+            self.originals.keep(name for name in self.targets if selection.kept[name] is not None)
             before, self.truncated = self.truncated, self._no_factors()
             for name, target in self.targets.items():
                 components = selection.kept[name]
@@ -270,7 +270,7 @@ class Compression:
             for name, layer in self._new_layers(copies=dress is not None):
                 self._installed[name] = layer if dress is None else dress(name, layer)
                 self._replace(self.model, self.targets[name].module, self._installed[name])
-                if self.config.by_blocks:  # the original is in a scratch file
+                if self.team.whole_everywhere:  # `restore` needs the original alone
                     self.targets[name].release()
             self._put_back_low_rank(self._in_8_bits())  # what `quantize` converts must stay in the model
             mark(self.model)

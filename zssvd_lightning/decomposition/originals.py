@@ -1,6 +1,6 @@
 """Copies of the weights before the first truncation: creation, restoration and checkpoints."""
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from zssvd_lightning.errors import CheckpointError
 
 
 class Originals(Mapping[str, Tensor]):
-    """Original weights (m, n) by layer name, or this process's part of them; empty until `keep` copies them.
+    """Original weights (m, n) by layer name, or this process's part of them; empty until the first `keep`.
+
+    Weights that were not changed yet are those of the model, and are not held a second time.
 
     Args:
         layers: the layers and the processes that hold them.
@@ -21,25 +23,38 @@ class Originals(Mapping[str, Tensor]):
     def __init__(self, layers: LayerSet, held: MutableMapping[str, Tensor] | None = None) -> None:
         self._targets, self._team = layers, layers.team
         self._held: MutableMapping[str, Tensor] = {} if held is None else held
+        self._begun = False
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return this process's part of the original weight of a layer."""
-        return self._held[name]
+        """Return this process's part of the original weight of a layer, which may be that in the model."""
+        return self._held[name] if name in self._held else self._targets[name].weight
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of the layers."""
-        return iter(self._held)
+        return iter(self._targets if self._begun else ())
 
     def __len__(self) -> int:
-        """Return the number of stored weights: one for every layer, or 0."""
-        return len(self._held)
+        """Return the number of layers; 0 before the first `keep`."""
+        return len(self._targets) if self._begun else 0
+
+    @property
+    def copies(self) -> list[str]:
+        """Names of the layers whose weights are held beside the model."""
+        return list(self._held)
 
     @torch.no_grad()
-    def keep(self) -> None:
-        """Copy all weights, unless copies exist already."""
-        if not self._held:
-            for name, target in self._targets.items():
-                self._held[name] = target.weight.clone()
+    def keep(self, names: Iterable[str] | None = None) -> None:
+        """Copy weights in their own type, unless copies exist already. Call it before they change.
+
+        Where processes have parts of the weights, all are copied, because a pass may put whole weights in their place.
+
+        Args:
+            names: layers that are about to change; None for all.
+        """
+        self._begun = True
+        for name in self._targets if names is None or not self._team.whole_everywhere else names:
+            if name not in self._held:
+                self._held[name] = self._targets[name].weight.clone()
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -47,14 +62,16 @@ class Originals(Mapping[str, Tensor]):
         for name, W in self._held.items():
             self._targets[name].assign(W)
         self._held.clear()
+        self._begun = False
 
     def state_dict(self) -> dict[str, Tensor] | None:
-        """Return the whole weights in the form the team saves; None if nothing is stored. Collective."""
-        if not self._held:
+        """Return the whole weights of all layers in the form the team saves; None before `keep`. Collective."""
+        if not self._begun:
             return None
         to_save = {}
         for name, target in self._targets.items():
-            W = self._team.weight_to_save(self._held[name], target.shape[target.split], target.split)
+            own = self[name] if name in self._held else target.weight.clone()  # the model may change later
+            W = self._team.weight_to_save(own, target.shape[target.split], target.split)
             if W is not None:
                 to_save[name] = W
         return to_save
@@ -71,6 +88,7 @@ class Originals(Mapping[str, Tensor]):
                 "another one"
             )
         self._held.clear()
+        self._begun = state is not None
         for name, W in (state or {}).items():
             target = self._targets[name]
             self._held[name] = self._team.part(W, target.split).to(target.weight.device, copy=True)

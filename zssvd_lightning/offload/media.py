@@ -140,11 +140,11 @@ def free_disk() -> int:
     return shutil.disk_usage(tempfile.gettempdir()).free
 
 
-def refuse_too_little(needed: int) -> None:
-    """Raise OutputError if the disk has no room for scratch files of `needed` bytes."""
+def refuse_too_little(needed: int, setting: str = "memory 'blocks'") -> None:
+    """Raise OutputError if the disk has no room for scratch files of `needed` bytes, which a setting asks for."""
     folder, free = tempfile.gettempdir(), free_disk()
     if needed > free:
         raise OutputError(
-            f"memory 'blocks' needs up to {needed / 1e9:.2f} GB of scratch files in {folder}, where "
+            f"{setting} needs up to {needed / 1e9:.2f} GB of scratch files in {folder}, where "
             f"{free / 1e9:.2f} GB are free; the model is as it was. {_ANOTHER_FOLDER}"
         )

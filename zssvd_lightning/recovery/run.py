@@ -1,7 +1,7 @@
 """Recovery within a training run: the trained parameters, their optimizer, the loss and the final model."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -78,13 +78,15 @@ class RecoveryRun:
         """Factors trained in the current stage."""
         return self.settings.stages[self.stage]
 
-    def take_teacher(self, adapter: StrategyAdapter, student: nn.Module, originals: Mapping[str, Tensor]) -> None:
+    def take_teacher(
+        self, adapter: StrategyAdapter, student: nn.Module, originals: Iterable[tuple[str, Tensor]]
+    ) -> None:
         """Copy the dense model as teacher, or open the folder with its saved predictions. Collective.
 
         Args:
             adapter: adapter of the run's strategy.
             student: the model, whose layers are still dense but have truncated weights.
-            originals: original weights (m, n), by the name of their layer in `student`.
+            originals: name of each layer in `student` and its original weight (m, n).
 
         Raises:
             TeacherError: see `refuse_recovery`.

@@ -118,14 +118,14 @@ class DenseTeacher:
 
 
 def teacher_of(
-    adapter: StrategyAdapter, student: nn.Module, originals: Mapping[str, Tensor], dtype: torch.dtype
+    adapter: StrategyAdapter, student: nn.Module, originals: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> DenseTeacher:
     """Return a copy of a model with its original weights. Collective.
 
     Args:
         adapter: adapter of the run's strategy.
         student: the model, whose layers are still dense but have truncated weights.
-        originals: original weights (m, n), by the name of their layer in `student`.
+        originals: name of each layer in `student` and its original weight (m, n).
         dtype: floating-point type of the copy.
 
     Raises:
@@ -135,7 +135,7 @@ def teacher_of(
         refuse_too_large(student, dtype, adapter.processes_of_a_copy)
     teacher = adapter.dense_copy(student, dtype)
     with torch.no_grad():
-        for name, W in originals.items():
+        for name, W in originals:
             layer: Any = teacher.get_submodule(name)
             Target(name, layer).assign(W)
     return DenseTeacher(teacher)

@@ -48,6 +48,10 @@ class StrategyAdapter:
     def refuse_settings(self, config: CompressionConfig) -> None:
         """Raise UnsupportedTrainingError for settings that do not work with layers split over the processes."""
 
+    def parks(self, setting: bool | str) -> bool | str:
+        """Return the setting `park_optimizer` to follow. Raises UnsupportedTrainingError if True is impossible."""
+        return setting
+
     def refuse_layers(self, targets: Mapping[str, Target]) -> None:
         """Raise UnsupportedTrainingError if layers are laid out over the processes in an unsupported way."""
 

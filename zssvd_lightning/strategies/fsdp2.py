@@ -87,6 +87,18 @@ class FSDP2Adapter(StrategyAdapter):
                 "process has a part of them; compress under DDP or on one device, or use storage='factors'"
             )
 
+    def parks(self, setting: bool | str) -> bool | str:
+        """Return False for `auto`, and raise UnsupportedTrainingError for True.
+
+        Checkpoints gather the parts of the state, which must be on the device for that.
+        """
+        if setting is True:
+            raise UnsupportedTrainingError(
+                "park_optimizer moves the state of an optimizer to where FSDP2 cannot gather it for checkpoints; leave "
+                "it out: each process holds only its part of the state"
+            )
+        return False
+
     def refuse_layers(self, targets: Mapping[str, Target]) -> None:
         """Raise UnsupportedTrainingError for layers not split by rows over all processes, or offloaded to the CPU."""
         for name, target in targets.items():

@@ -96,7 +96,9 @@ class Asked(NamedTuple):
             truncations=min(self.config.truncations, 2),
             correction_batches=1,
         )
-        return Asked(config, Schedule(calibration_batches=1, extend_training=True))
+        return Asked(
+            config, Schedule(calibration_batches=1, extend_training=True, park_optimizer=self.schedule.park_optimizer)
+        )
 
     @staticmethod
     def is_shortened(trainer: L.Trainer) -> bool:

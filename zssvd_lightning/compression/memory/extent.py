@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from zssvd_lightning.compression.memory.typical_experts import (
+    all_but_the_first,
+    first_experts,
+    let_one_stand_for_all,
+    shared_rows,
+)
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.selection.budget import Shape
 
 logger = logging.getLogger(__name__)
+
+
+class Beside(NamedTuple):
+    """What else than a model and its compression is on the device."""
+
+    state: int = 0
+    """Bytes of the state of optimizers."""
+    parks: bool | str = False
+    """The setting `park_optimizer`: whether the state is elsewhere during the compression."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,7 @@ class Extent:
         stored: bytes of the hidden states and other arguments of all blocks on all batches.
         whole_pass: bytes that a forward and backward pass of one batch through the whole model keeps.
         part_pass: the same through one block, or from the last block to the loss, whichever is larger.
-        beside: bytes of what else is on the device, such as the state of an optimizer.
+        beside: what else is on the device.
         forward: floating-point operations of the forward pass of one batch; 0 if they are not known.
         rows: target -> rows of its input in one batch, for those that the pass has reached.
         seen: False if no pass was seen, so that activations are not counted.
@@ -47,7 +62,7 @@ class Extent:
     stored: int = 0
     whole_pass: int = 0
     part_pass: int = 0
-    beside: int = 0
+    beside: Beside = field(default_factory=Beside)
     forward: int = 0
     rows: Mapping[str, int] = field(default_factory=dict)
     seen: bool = False
@@ -66,7 +81,8 @@ Pass = Callable[[nn.Module], Any]
 def extent_of(model: nn.Module, targets: Mapping[str, Target], batches: int, forward: Pass | None) -> Extent:
     """Return the sizes from which needs follow, by one pass of a batch over fake tensors. The model does not change.
 
-    Where the pass fails, which depends on the numbers in some models, activations are not counted, with a warning.
+    Where the pass fails, which depends on the numbers in some models, activations are not counted, with a warning. All
+    experts of a layer get equally many tokens.
 
     Args:
         model: the model, on any device, also the meta device.
@@ -75,7 +91,10 @@ def extent_of(model: nn.Module, targets: Mapping[str, Target], batches: int, for
         forward: pass of one batch; None to count no activations.
     """
     blocks = _blocks(model, list(targets))
-    seen = _Seen(list(targets), blocks)
+    firsts = first_experts(model)
+    alike = {name for names in firsts.values() for name in names[1:]}
+    watched = [name for name in targets if name not in alike]
+    seen = _Seen(watched, blocks, firsts)
     if forward is not None:
         try:
             fake = _faked_model(model, mode := FakeTensorMode(allow_non_fake_inputs=True))
@@ -83,7 +102,7 @@ def extent_of(model: nn.Module, targets: Mapping[str, Target], batches: int, for
                 seen.run(fake, forward)
         except Exception as error:  # noqa: BLE001  models and losses are of any kind
             logger.warning("activations are not counted, because the model does not run on fake tensors: %s", error)
-            seen = _Seen(list(targets), blocks)
+            seen = _Seen(watched, blocks, firsts)
     within = [tuple(name for name in targets if name.startswith(f"{block}.")) for block in blocks]
     outside = tuple(set(targets) - {name for names in within for name in names})
     weights = {id(parameter): parameter.nbytes for parameter in model.parameters()}
@@ -108,11 +127,21 @@ def faked(batch: Any) -> Any:
 
 
 def _faked_model(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Return a copy of a model with fake weights, so that nothing fake gets into the model."""
+    """Return a copy of a model with fake weights, so that nothing fake gets into the model.
+
+    It has one expert of each list, which takes the tokens of all.
+    """
     memo: dict[int, Any] = {id(buffer): mode.from_tensor(buffer.detach()) for buffer in model.buffers()}
+    left_out = all_but_the_first(model)
+    for part in left_out:
+        memo[id(part)] = nn.Module()
+    unused = {id(parameter) for part in left_out for parameter in part.parameters()}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(mode.from_tensor(parameter.detach()), requires_grad=False)
-    return copy.deepcopy(model, memo)
+        if id(parameter) not in unused:
+            memo[id(parameter)] = nn.Parameter(mode.from_tensor(parameter.detach()), requires_grad=False)
+    fake = copy.deepcopy(model, memo)
+    let_one_stand_for_all(fake)
+    return fake
 
 
 class _Seen:
@@ -120,18 +149,18 @@ class _Seen:
 
     Attributes:
         leaders: layer -> the first layer that read the same input.
-        rows: layer -> rows of its input.
+        rows: layer -> rows of its input. Experts of a layer share theirs equally.
         hidden: bytes of the first arguments of all blocks.
         kept: bytes that autograd keeps for the backward pass, without weights.
         parts: those of each block, and of what follows the last.
         operations: floating-point operations of the pass.
     """
 
-    def __init__(self, targets: Sequence[str], blocks: Sequence[str]) -> None:
+    def __init__(self, targets: Sequence[str], blocks: Sequence[str], firsts: Mapping[str, tuple[str, ...]]) -> None:
         self.leaders: dict[str, str] = {}
         self.rows: dict[str, int] = {}
         self.hidden, self.kept, self.parts, self.operations = 0, 0, [0], 0
-        self._targets, self._blocks = targets, blocks
+        self._targets, self._blocks, self._firsts = targets, blocks, firsts
         self._inputs: list[tuple[Tensor, str]] = []
         self._weights: set[int] = set()
         self._storages: dict[int, torch.UntypedStorage] = {}
@@ -142,7 +171,9 @@ class _Seen:
         self._weights = {_address(tensor) for tensor in (*fake.parameters(), *fake.buffers())}
         with ExitStack() as stack:
             for name in self._targets:
-                layer = fake.get_submodule(name).requires_grad_(True)
+                fake.get_submodule(name).requires_grad_(True)
+            for name in dict.fromkeys((*self._targets, *self._firsts)):
+                layer = fake.get_submodule(name)
                 stack.callback(layer.register_forward_pre_hook(partial(self._read, name)).remove)
             for name in self._blocks:
                 block = fake.get_submodule(name)
@@ -153,6 +184,7 @@ class _Seen:
             stack.enter_context(counter)
             forward(fake)
         self.operations = counter.get_total_flops()
+        self.rows |= shared_rows(self.rows, self._firsts)
         self._inputs, self._storages = [], {}
 
     def _read(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 from zssvd_lightning.compression.memory.extent import Extent
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.layers.storage import dense_weight
+from zssvd_lightning.offload.parking import parked_in
 from zssvd_lightning.selection.budget import Budget
 
 PROGRAM = 600_000_000
 """Bytes of Python, torch, transformers and this package in host memory, with what the allocator does not give back."""
 
 WIDE = 4
-"""Bytes per number of statistics, spectra and scores, which are float32."""
+"""Bytes per number of statistics, spectra and scores, which are float32, or float64 for weights in float64."""
 
 
 class Needs(NamedTuple):
@@ -61,16 +62,21 @@ class Formulas:
     config: CompressionConfig
     budget: Budget
 
+    @property
+    def wide(self) -> int:
+        """Bytes per number of statistics, spectra and scores."""
+        return max(WIDE, self.extent.width)
+
     def second_moments(self, names: Iterable[str]) -> int:
         """Return the bytes of `X^T X` and, if the metric needs it, `D^T D` of layers: 4 (sum n^2 + sum m^2)."""
         names, shapes = list(names), self.extent.shapes
         inputs = {self.extent.leaders[name]: shapes[name][1] for name in names}
         outputs = [shapes[name][0] for name in names] if self.config.watches_outputs is not None else []
-        return WIDE * sum(side * side for side in [*inputs.values(), *outputs])
+        return self.wide * sum(side * side for side in [*inputs.values(), *outputs])
 
     def gradients(self, names: Iterable[str]) -> int:
         """Return the bytes of the summed gradients of layers: 4 sum m n."""
-        return WIDE * sum(m * n for m, n in (self.extent.shapes[name] for name in names))
+        return self.wide * sum(m * n for m, n in (self.extent.shapes[name] for name in names))
 
     def decomposition(self, name: str) -> int:
         """Return the bytes that the decomposition of a layer takes beside its statistics.
@@ -85,7 +91,7 @@ class Formulas:
     @property
     def spectra(self) -> int:
         """Bytes of the spectra of all layers: 4 sum r (m + n + 1)."""
-        return WIDE * sum(min(m, n) * (m + n + 1) for m, n in self.extent.shapes.values())
+        return self.wide * sum(min(m, n) * (m + n + 1) for m, n in self.extent.shapes.values())
 
     @cached_property
     def stored_spectra(self) -> int:
@@ -95,7 +101,7 @@ class Formulas:
         """
         stored = stored_components(self.config, self.budget)
         ranks = {name: min(m, n) for name, (m, n) in self.extent.shapes.items()} if stored is None else stored
-        return WIDE * sum(ranks[name] * (m + n + 1) for name, (m, n) in self.extent.shapes.items())
+        return self.wide * sum(ranks[name] * (m + n + 1) for name, (m, n) in self.extent.shapes.items())
 
     @property
     def originals(self) -> int:
@@ -105,7 +111,7 @@ class Formulas:
     @cached_property
     def factors(self) -> int:
         """Bytes of the factors of all layers: w sum k (m + n), or 4 sum k (m + n) if pivots are chosen from them."""
-        width = max(WIDE, self.extent.width) if self.config.form.has_pivots else self.extent.width
+        width = self.wide if self.config.form.has_pivots else self.extent.width
         budget, known = self.budget, dict[tuple[Any, ...], int]()
         numbers = 0
         for name, shape in self.extent.shapes.items():
@@ -203,7 +209,7 @@ class Formulas:
         """Bytes of the largest sum of a layer, which a batch is added to: 4 max(n^2, m n, m^2)."""
         outputs = self.config.watches_outputs is not None
         shapes = self.extent.shapes.values()
-        return WIDE * max(max(n * n, m * n, m * m if outputs else 0) for m, n in shapes)
+        return self.wide * max(max(n * n, m * n, m * m if outputs else 0) for m, n in shapes)
 
     def _times(self) -> list[_Moment]:
         """Return what is in use at each time of the whole way, of which any may be the peak."""
@@ -248,8 +254,14 @@ class Formulas:
 
     def _of(self, device: int, host: int, together: int, disk: int) -> Needs:
         """Return needs, given those beside the weights, the program and what else is on the device."""
-        model = self.extent.weights + self.extent.beside
-        return Needs(model + device, PROGRAM + host, PROGRAM + model + together, disk)
+        weights, (state, parks) = self.extent.weights, self.extent.beside
+        away, away_from_cpu = (parked_in(parks, self.config.place, on_cpu=on_cpu) for on_cpu in (False, True))
+        return Needs(
+            weights + (max(device, state) if away else device + state),
+            PROGRAM + host + (state if away == "cpu" else 0),
+            PROGRAM + weights + (max(together, state) if away_from_cpu else together + state),
+            disk + (state if away == "disk" else 0),
+        )
 
 
 def stored_components(config: CompressionConfig, budget: Budget) -> Mapping[str, int] | None:

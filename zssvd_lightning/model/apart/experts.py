@@ -68,11 +68,15 @@ class SeparateExperts:
             else:
                 self.left[name] = reason
 
-    def put_in(self) -> None:
-        """Replace the stacked modules by lists of experts, and log which stay as they are and why."""
+    def put_in(self, *, proves: bool = True) -> None:
+        """Replace the stacked modules by lists of experts, and log which stay as they are and why.
+
+        Args:
+            proves: False for a model without values, where the outputs of both cannot be compared.
+        """
         for name, old in self.modules.items():
             new = ExpertList(old)
-            if (reason := difference(old, new)) is not None:
+            if proves and (reason := difference(old, new)) is not None:
                 self.left[name] = reason
                 continue
             self._lists[name] = new
