@@ -56,6 +56,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def gradients_set_aside(model: nn.Module) -> Iterator[None]:
+    """Remove the caller's gradients from the model, and restore them on exit for the parameters that remain."""
+    before = {p: p.grad for p in model.parameters()}
+    for parameter in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in before.items():
+            parameter.grad = gradient
+
+
+@contextmanager
 def no_cache(model: nn.Module) -> Iterator[None]:
     """Disable the key-value cache of transformers models. Restore each setting on any exit."""
     configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]

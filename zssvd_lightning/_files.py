@@ -12,9 +12,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from zssvd_lightning.errors import OutputError, ZSSVDError
+
+try:
+    import fcntl
+except ImportError:  # not available on Windows
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +215,21 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
             temporary.replace(path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error}; what was there before is untouched") from error
+
+
+def lock(file: IO[Any], in_use: str) -> None:
+    """Lock an open file against other processes until it is closed, where the system supports locks.
+
+    Raises:
+        OutputError: another process has locked it; the message is `in_use`.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(in_use) from error
+        except OSError:  # a file system without locks
+            pass
 
 
 def list_in_manifest(file: Path) -> None:

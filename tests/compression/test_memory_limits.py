@@ -14,7 +14,7 @@ from torch import nn
 from zssvd_lightning.compression.memory.extent import Beside, Extent
 from zssvd_lightning.compression.memory.limits import WAYS, choose, ways
 from zssvd_lightning.compression.memory.needs import Formulas
-from zssvd_lightning.compression.pipeline import calibrate, compress, plan, refuse_over_limits
+from zssvd_lightning.compression.pipeline import calibrate, compress, plan, refuse_beforehand
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.errors import ContradictionError, MemoryLimitError
 from zssvd_lightning.offload import media
@@ -187,11 +187,11 @@ def test_too_little_is_refused_before_the_first_batch_and_changes_nothing():
     model.register_forward_pre_hook(lambda *_: runs.append(None) if not is_fake(model) else None)
     before = state_of(model)
     config = CompressionConfig.of("zs-svd", max_memory="100MB")
-    for function in (compress, plan, refuse_over_limits):
+    for function in (compress, plan, refuse_beforehand):
         with pytest.raises(MemoryLimitError, match=r"needs 0\.\d+ GiB of memory.* weights alone"):
             function(model, token_batches(2), config, progress=False)
     assert_same_state(before, state_of(model))
-    assert refuse_over_limits(model, token_batches(2), replace(config, max_memory="1TiB")) is None
+    assert refuse_beforehand(model, token_batches(2), replace(config, max_memory="1TiB")) is None
 
 
 def is_fake(model):
@@ -206,7 +206,7 @@ def test_the_measuring_pass_leaves_the_model_and_the_order_of_batches():
     state = own.get_state()
     before = state_of(model)
     torch.manual_seed(1)
-    refuse_over_limits(model, batches, CompressionConfig.of("zs-svd", max_memory="1TiB"))
+    refuse_beforehand(model, batches, CompressionConfig.of("zs-svd", max_memory="1TiB"))
     after = torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(after, torch.rand(1))

@@ -96,21 +96,22 @@ def compress(
         from zssvd_lightning.app.html.page import PAGE
         from zssvd_lightning.app.run import Run
         from zssvd_lightning.compression.pipeline import compress as compress_model
-        from zssvd_lightning.compression.pipeline import refuse_over_limits
+        from zssvd_lightning.compression.pipeline import refuse_beforehand
         from zssvd_lightning.compression.report import REPORT
 
         run = Run(settings, not quiet, device=device)
-        if settings.recovery is None:
-            command.calibrated(run, refuse_over_limits, shown=False)
-        run.evaluate("dense")
-        if settings.recovery is None:
-            report = command.calibrated(run, compress_model)
-            run.evaluate("compressed")
-        else:
-            from zssvd_lightning.app.recovered import compress_and_train
+        with command.going_on(run) as unfinished:
+            if settings.recovery is None:
+                command.calibrated(run, refuse_beforehand, shown=False, resume_in=unfinished)
+            run.evaluate("dense")
+            if settings.recovery is None:
+                report = command.calibrated(run, compress_model, resume_in=unfinished)
+                run.evaluate("compressed")
+            else:
+                from zssvd_lightning.app.recovered import compress_and_train
 
-            report, _ = compress_and_train(run)
-        run.save(report)
+                report, _ = compress_and_train(run)
+            run.save(report)
     line = f"wrote {run.output / REPORT}, with the model and {PAGE} beside it"
     command.show({**report.to_dict(), "output": str(run.output)}, line, quiet, as_json, report.table())
 

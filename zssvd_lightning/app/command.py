@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -17,8 +19,11 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from zssvd_lightning.app.run import Run
+    from zssvd_lightning.serialization.unfinished import UnfinishedFolder
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 HELP = {"-h", "--help"}
@@ -73,6 +78,23 @@ def start(main: Callable[..., None], usage: str | None, arguments: Sequence[str]
 
 
 @contextmanager
+def ended_by_exit() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit within the block, so that what was begun is undone."""
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+@contextmanager
 def streams(quiet: bool, as_json: bool = False) -> Iterator[None]:
     """Keep stdout for the result within the context, and show nothing at all if `quiet`. Errors pass through."""
     with ExitStack() as stack:
@@ -87,7 +109,28 @@ def streams(quiet: bool, as_json: bool = False) -> Iterator[None]:
         yield
 
 
-def calibrated(run: "Run", function: Callable[..., T], *, shown: bool = True) -> T:
+@contextmanager
+def going_on(run: "Run") -> Iterator["UnfinishedFolder | None"]:
+    """Yield the folder beside the output by which a run block by block goes on after an interruption; None for others.
+
+    It is removed if the block succeeds. SIGTERM ends the block as Ctrl-C does.
+
+    Raises:
+        OutputError: the folder cannot be used; see `UnfinishedFolder`.
+    """
+    from zssvd_lightning.serialization.unfinished import UnfinishedFolder
+
+    config = run.config.compression
+    with ExitStack() as stack:
+        stack.enter_context(ended_by_exit())
+        blocks = run.config.recovery is None and (config.by_blocks or bool(config.limits))
+        folder = run.output.with_name(f"{run.output.name}.unfinished")
+        if not blocks and folder.exists():
+            logger.warning("%s is of an interrupted run block by block, and is not used; delete it", folder)
+        yield stack.enter_context(UnfinishedFolder(folder)) if blocks else None
+
+
+def calibrated(run: "Run", function: Callable[..., T], *, shown: bool = True, **arguments: Any) -> T:
     """Return the result of `compress` or `plan` for the model and settings of a run; `shown` prints the coverage."""
     from zssvd_lightning.compression.gathering import loss_in
 
@@ -101,6 +144,7 @@ def calibrated(run: "Run", function: Callable[..., T], *, shown: bool = True) ->
         calibration_batches=calibration.batches,
         loss=loss_in(calibration.precision_on(run.model.device)),
         progress=run.progress,
+        **arguments,
     )
 
 

@@ -1,11 +1,13 @@
-"""Calibration batches: their tokens, the number of their loss terms, and the rows that count."""
+"""Calibration batches: which of them a stage reads, their tokens, their loss terms, and the rows that count."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from zssvd_lightning._resources import counted
 from zssvd_lightning.errors import CalibrationError
 
 IGNORED_LABEL = -100
@@ -114,3 +116,61 @@ def rows_that_count(X: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None and X.shape[:-1] in (mask.shape, (mask.numel(),)):
         return X[mask.reshape(X.shape[:-1])]
     return X.reshape(-1, X.shape[-1])
+
+
+class Span(NamedTuple):
+    """Batches of a stage."""
+
+    first: int
+    """Index of the first."""
+    begin: int
+    """Index of that which follows the last batch there is."""
+    limit: int | None
+    """How many; None for all."""
+
+
+def so_many(batches: Iterable[Any], calibration_batches: int | None) -> int | None:
+    """Return `calibration_batches`. Raises CalibrationError if there are fewer batches or it is below 1."""
+    length = length_of(batches)
+    if calibration_batches is not None and not 1 <= calibration_batches <= (length or calibration_batches):
+        raise CalibrationError(
+            f"calibration_batches is {calibration_batches}, of {'as many as come' if length is None else length} "
+            "batches; have it at 1 or more and no more than there are, or leave it out for all"
+        )
+    return calibration_batches
+
+
+def checked(batches: Iterable[Any], span: Span, step: str, *, progress: bool) -> Iterator[Any]:
+    """Yield the batches of a span, with a progress bar.
+
+    Raises:
+        CalibrationError: there are no batches, or fewer than expected.
+    """
+    first, begin, limit = span
+    parts = ((first, None), (begin, first), (0, begin))
+    turned = chain.from_iterable(islice(batches, *part) for part in parts) if first else batches
+    promised, expected = length_of(batches), number_of(batches, limit)
+    seen = 0
+    for batch in counted(islice(turned, limit), step, expected, "batch", shown=progress):
+        yield batch
+        seen += 1
+    if seen == 0 or (promised is not None and expected is not None and seen < expected):
+        raise CalibrationError(
+            f"the {step} batches ended after {seen}"
+            + (f" of {expected}" if expected else "")
+            + "; pass a list or a DataLoader that gives at least one batch and can be gone through again"
+        )
+
+
+def number_of(batches: Iterable[Any], limit: int | None) -> int | None:
+    """Return how many batches there will be at most; None if that is not known."""
+    promised = length_of(batches)
+    return promised if limit is None else limit if promised is None else min(limit, promised)
+
+
+def length_of(batches: Iterable[Any]) -> int | None:
+    """Return the number of batches, or None if it is not known."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # DataLoader.__len__ raises for an IterableDataset
+        return None

@@ -51,11 +51,12 @@ class FreeWidths:
 
     Attributes:
         verdicts: whether the order is free, by width. Widths that were not tried are missing.
+        calls: calls of modules for which widths were tried, told apart by their flags.
     """
 
     def __init__(self) -> None:
         self.verdicts: dict[Width, bool] = {}
-        self._calls: set[tuple[Width, Any]] = set()
+        self.calls: set[tuple[Width, str]] = set()
 
     @classmethod
     def of_all(cls, states: Sequence[Sequence[Sequence[Any]]]) -> "FreeWidths":
@@ -83,7 +84,7 @@ class FreeWidths:
             leaders: layer -> first layer that reads the same input; filled while the layers run.
             hooked: modules with hooks of others, which another pass must not call.
         """
-        trial = _Trial(model, targets, leaders, hooked, self.verdicts, self._calls)
+        trial = _Trial(model, targets, leaders, hooked, self.verdicts, self.calls)
         with ExitStack() as hooks:
             trial.watch(hooks)
             yield
@@ -96,6 +97,16 @@ class FreeWidths:
     def load_state_dict(self, state: Sequence[Sequence[Any]]) -> None:
         """Load a `state_dict`."""
         self.verdicts = self.of_all([state]).verdicts
+
+    def progress(self) -> dict[str, Any]:
+        """Return verdicts and calls as plain types, so that no width is tried again after `take_up`."""
+        calls = [[list(width.producers), width.consumer, flags] for width, flags in sorted(self.calls)]
+        return {"verdicts": self.state_dict(), "calls": calls}
+
+    def take_up(self, progress: Mapping[str, Any]) -> None:
+        """Continue from a `progress`."""
+        self.load_state_dict(progress["verdicts"])
+        self.calls = {(Width(tuple(producers), consumer), flags) for producers, consumer, flags in progress["calls"]}
 
 
 def hooked_modules(model: nn.Module) -> set[nn.Module]:
@@ -116,7 +127,7 @@ class _Trial:
         leaders: Mapping[str, str],
         hooked: Collection[nn.Module],
         known: Mapping[Width, bool],
-        calls: set[tuple[Width, Any]],
+        calls: set[tuple[Width, str]],
     ) -> None:
         self._targets, self._leaders, self._hooked, self._known = targets, leaders, hooked, dict(known)
         self._calls = calls
@@ -158,7 +169,7 @@ class _Trial:
             for width in self._widths_in(ran):
                 if self._home.setdefault(width, module) is not module:
                     continue
-                call, known = (width, _flags((args, kwargs))), self._known.get(width, True)
+                call, known = (width, str(_flags((args, kwargs)))), self._known.get(width, True)
                 free = self._found.get(width, known) and self._is_within(width, module) and not self._is_hooked(module)
                 if free and (width not in self._known or call not in self._calls):
                     free = is_free(module, width, self._targets, args, kwargs)

@@ -107,7 +107,7 @@ class Compression:
             self.targets,
             output_side=config.watches_outputs,
             keep=config.corrections > 0 and not config.fresh_moments,
-            sums=dict if config.by_blocks else self.store.tensors,  # a sweep makes its own
+            sums=self.store.tensors,
         )
         self.gathering.finds_widths = config.form.has_pivots
         self.gathering.roots.active &= config.place == "none"  # they lie in memory

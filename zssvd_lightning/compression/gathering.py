@@ -2,21 +2,29 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
-from typing import Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from zssvd_lightning._resources import counted
 from zssvd_lightning._types import check_types
-from zssvd_lightning.calibration.batches import loss_terms, predicts_first_label, refuse_malformed, token_mask
+from zssvd_lightning.calibration.batches import (
+    Span,
+    checked,
+    length_of,
+    loss_terms,
+    number_of,
+    predicts_first_label,
+    refuse_malformed,
+    so_many,
+    token_mask,
+)
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.contexts import measuring, same_random_numbers, unchanged_sampler
 from zssvd_lightning.calibration.masks import mask_of
@@ -32,6 +40,9 @@ from zssvd_lightning.serialization.kept_batches import KEPT_BACK, number_to_keep
 from zssvd_lightning.sweep.records import Batch
 from zssvd_lightning.sweep.sweep import sweep
 from zssvd_lightning.whitening.spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from zssvd_lightning.compression.resuming.resumption import Resumption
 
 logger = logging.getLogger(__name__)
 
@@ -147,25 +158,29 @@ def gather(
     reading: BatchReading | None = None,
     *,
     decomposes: bool = False,
+    resumption: "Resumption | None" = None,
 ) -> None:
     """Gather the statistics of one step, with one forward and one backward pass over each batch.
 
     CALIBRATE gathers second moments and gradients over the first `calibration_batches` batches. CORRECT gathers
     gradients over `correction_batches` batches, different ones in every round, and none of those kept back. The other
     arguments are those of `compress`. With `decomposes`, a sweep decomposes each block once it has the statistics of
-    it, and drops these.
+    it, and drops these. With `resumption`, it goes on after the blocks that an interrupted run has finished.
 
     Raises:
         CalibrationError: there are no batches or fewer than expected, or a batch cannot be used.
     """
-    first, begin, limit = 0, 0, so_many(batches, calibration_batches)
+    span = Span(0, 0, so_many(batches, calibration_batches))
     if phase is Phase.CORRECT:
-        first, begin, limit = _of_correction(compression, batches, calibration_batches)
+        span = _of_correction(compression, batches, calibration_batches)
     guard = compression.safeguard
     with compression.stopwatch(phase.value):
-        wanted = checked(batches, first, limit, phase, begin=begin, progress=compression.progress)
-        count, begins = number_of(batches, limit), decomposes and compression.truncations == 0
-        if guard is not None and guard.wants_batches:
+        wanted = checked(batches, span, phase, progress=compression.progress)
+        count, begins = number_of(batches, span.limit), decomposes and compression.truncations == 0
+        keeps = guard is not None and guard.wants_batches
+        if resumption is not None:
+            wanted = resumption.noting(wanted, span, keeps=keeps)
+        if guard is not None and keeps:
             wanted = kept_back(wanted, guard)
         reading = reading or BatchReading.of(compression.model, batches, {})
         if compression.config.by_blocks:
@@ -177,6 +192,7 @@ def gather(
                 compression.store,
                 inputs=phase is Phase.CALIBRATE,
                 use=None if parts is None else parts.take,
+                finished=None if resumption is None else resumption.parts(parts),
                 after_first=partial(refuse_small_disk_of, compression, count) if count and begins else None,
                 progress=compression.progress,
             )
@@ -188,10 +204,8 @@ def gather(
             observe(compression.model, compression.gathering, wanted, phase, reading)
 
 
-def _of_correction(
-    compression: Compression, batches: Iterable[Any], calibration_batches: int | None
-) -> tuple[int, int, int]:
-    """Return the first batch of this round of corrections, that to begin again with after the last, and their number.
+def _of_correction(compression: Compression, batches: Iterable[Any], calibration_batches: int | None) -> Span:
+    """Return the batches of this round of corrections.
 
     Steps leave out the batches kept back, since a step can only be judged on batches that it was not taken on.
     """
@@ -207,7 +221,7 @@ def _of_correction(
     if length:
         others = length - kept
         first, limit = kept + (first - kept) % others, min(limit, others)
-    return first, kept, limit
+    return Span(first, kept, limit)
 
 
 def _in_parts(compression: Compression) -> DecompositionInParts:
@@ -294,51 +308,3 @@ def _read(model: nn.Module, batches: Iterable[Any], reading: BatchReading) -> It
         reading.refuse(model, raw, number + 1)
         batch = move_data_to_device(raw, device)
         yield Batch(partial(loss, raw), mask_of(batch, reading.mask), reading.terms(batch), number)
-
-
-def so_many(batches: Iterable[Any], calibration_batches: int | None) -> int | None:
-    """Return `calibration_batches`. Raises CalibrationError if there are fewer batches or it is below 1."""
-    length = length_of(batches)
-    if calibration_batches is not None and not 1 <= calibration_batches <= (length or calibration_batches):
-        raise CalibrationError(
-            f"calibration_batches is {calibration_batches}, of {'as many as come' if length is None else length} "
-            "batches; have it at 1 or more and no more than there are, or leave it out for all"
-        )
-    return calibration_batches
-
-
-def checked(
-    batches: Iterable[Any], first: int, limit: int | None, step: str, *, begin: int = 0, progress: bool
-) -> Iterator[Any]:
-    """Yield `limit` batches from index `first` on, starting again at `begin` after the last, with a progress bar.
-
-    Raises:
-        CalibrationError: there are no batches, or fewer than expected.
-    """
-    parts = ((first, None), (begin, first), (0, begin))
-    turned = chain.from_iterable(islice(batches, *part) for part in parts) if first else batches
-    promised, expected = length_of(batches), number_of(batches, limit)
-    seen = 0
-    for batch in counted(islice(turned, limit), step, expected, "batch", shown=progress):
-        yield batch
-        seen += 1
-    if seen == 0 or (promised is not None and expected is not None and seen < expected):
-        raise CalibrationError(
-            f"the {step} batches ended after {seen}"
-            + (f" of {expected}" if expected else "")
-            + "; pass a list or a DataLoader that gives at least one batch and can be gone through again"
-        )
-
-
-def number_of(batches: Iterable[Any], limit: int | None) -> int | None:
-    """Return how many batches there will be at most; None if that is not known."""
-    promised = length_of(batches)
-    return promised if limit is None else limit if promised is None else min(limit, promised)
-
-
-def length_of(batches: Iterable[Any]) -> int | None:
-    """Return the number of batches, or None if it is not known."""
-    try:
-        return len(batches) if isinstance(batches, Sized) else None
-    except TypeError:  # DataLoader.__len__ raises for an IterableDataset
-        return None

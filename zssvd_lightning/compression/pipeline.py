@@ -1,18 +1,21 @@
 """Compression of any module without a Trainer: `compress`, `calibrate` and `plan`."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, Unpack, cast
 
 from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor, nn
+from torch import nn
 
+from zssvd_lightning._contexts import gradients_set_aside
 from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require
+from zssvd_lightning.calibration.batches import Span, checked, so_many
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.terms import check_terms
 from zssvd_lightning.compression.corrections import reestimate_batch_norms
@@ -21,19 +24,18 @@ from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.gathering import (
     BatchReading,
     ReadingSettings,
-    checked,
     extent_by_first,
     gather,
     kept_back,
     observe,
     safeguard_of,
-    so_many,
 )
 from zssvd_lightning.compression.memory.limits import within_limits
 from zssvd_lightning.compression.memory.statements import memory_of_statistics, refuse_small_disk
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.reach import warn_of_unreached_in
 from zssvd_lightning.compression.report import Report
+from zssvd_lightning.compression.resuming.resumption import resumable
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.distributed import LayerSet, Team
@@ -45,6 +47,7 @@ from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.plan import Plan
 from zssvd_lightning.serialization.kept_batches import KEPT_BACK
 from zssvd_lightning.serialization.transformers_config import mark
+from zssvd_lightning.serialization.unfinished import UnfinishedFolder
 from zssvd_lightning.whitening.moments import Moments
 
 logger = logging.getLogger(__name__)
@@ -62,6 +65,7 @@ def compress(
     preset: str | None = None,
     statistics: Moments | None = None,
     calibration_batches: int | None = None,
+    resume_in: str | Path | UnfinishedFolder | None = None,
     progress: bool = True,
     **asked: Unpack[Asked],
 ) -> Report:
@@ -80,6 +84,9 @@ def compress(
             identical models. The batches are then used for corrections only.
         calibration_batches: number of batches, from the first, that calibration uses; None for all. Gradient steps use
             the batches after these, and start again at the first batch after the last.
+        resume_in: folder for what a run with `memory="blocks"` has finished, block by block. If the run is interrupted,
+            the same call goes on from there, and gives the same ranks and weights; see `docs/scaling.md`. It is removed
+            at the end. None to keep nothing.
         progress: draw progress bars.
         asked: settings of `CompressionConfig`, such as `prune_ratio=0.3`, which override the preset, and `loss`,
             `mask` and `terms` of `BatchReading` for batches of other kinds than those of transformers.
@@ -114,7 +121,7 @@ def compress(
                 f"statistics are in memory as a whole, so {' and '.join(config.limits)} cannot be kept; leave them or "
                 "statistics out"
             )
-    with _gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
+    with gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
         run = within_limits(
             partial(Compression, model, progress=progress, stand_ins=stand_ins),
             config,
@@ -123,19 +130,23 @@ def compress(
         )
         _announce(run)
         refuse_small_disk(run)
-        with _undone_on_error(run):
+        with _undone_on_error(run), resumable(run, resume_in, calibration_batches) as resumption:
             if statistics is None or config.corrections or config.convolutions:
                 run.safeguard = safeguard_of(model, reading)
             if statistics is not None and run.safeguard is not None:
                 list(kept_back(islice(batches, calibration_batches or KEPT_BACK), run.safeguard))
-            for stage in course(config):
+            stages = course(config)
+            for stage in stages if resumption is None else resumption.remaining(stages, batches):
                 if statistics is None:
-                    gather(run, batches, stage.gathers, calibration_batches, reading, decomposes=stage.decomposes)
+                    gather_part = partial(gather, decomposes=stage.decomposes, resumption=resumption)
+                    gather_part(run, batches, stage.gathers, calibration_batches, reading)
                 else:
                     run.gathering.free_widths.load_state_dict(statistics.widths)
                     # drop the reference, so that the truncation can free them
                     run.gathering.moments, statistics = _fitting(run, statistics), None
                 run.take(stage)
+                if resumption is not None:
+                    resumption.finish_stage()
             run.factorize()
             run.quantize()
             reestimate_batch_norms(run)
@@ -165,11 +176,11 @@ def calibrate(
             f"the result of calibrate is in memory, which {given} cannot change; leave it out, or leave calibrate out "
             "and call compress"
         )
-    with _gradients_set_aside(model), _low_rank_made_dense(model, config):
+    with gradients_set_aside(model), _low_rank_made_dense(model, config):
         layers = LayerSet(find_targets(model, config.include, config.ignore))
         statistics = StatisticsCollector(model, layers, config.watches_outputs)
         statistics.finds_widths = config.form.has_pivots
-        every = checked(batches, 0, so_many(batches, calibration_batches), Phase.CALIBRATE, progress=progress)
+        every = checked(batches, Span(0, 0, so_many(batches, calibration_batches)), Phase.CALIBRATE, progress=progress)
         guard = safeguard_of(model, reading)
         observe(model, statistics, kept_back(every, guard), Phase.CALIBRATE, reading)
         warn_of_unreached_in(statistics, layers, config, sum(p.numel() for p in model.parameters()))
@@ -194,7 +205,7 @@ def plan(
     Arguments and errors are those of `compress`.
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
-    with _gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
+    with gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
         build = partial(Compression, model, progress=progress, stand_ins=stand_ins)
         run = within_limits(build, config, partial(extent_by_first, batches, calibration_batches, reading))
         run.safeguard = safeguard_of(model, reading)
@@ -210,24 +221,27 @@ def plan(
         return ranks
 
 
-def refuse_over_limits(
+def refuse_beforehand(
     model: nn.Module,
     batches: Iterable[Any],
     config: CompressionConfig,
     *,
     calibration_batches: int | None = None,
+    resume_in: str | Path | UnfinishedFolder | None = None,
     progress: bool = True,
     **asked: Unpack[Asked],
 ) -> None:
-    """Raise MemoryLimitError if `compress` would need more memory than its settings allow. Nothing is changed.
+    """Raise what `compress` would raise if it needs too much memory, or `resume_in` is of another run. Nothing changes.
 
-    Arguments and other errors are those of `compress`.
+    Arguments and errors are those of `compress`.
     """
-    if config.limits:
+    if config.limits or resume_in is not None:
         config, reading = _understood(model, batches, config, None, calibration_batches, progress, asked)
         with _low_rank_made_dense(model, config) as stand_ins:
             build = partial(Compression, model, progress=False, stand_ins=stand_ins)
-            within_limits(build, config, partial(extent_by_first, batches, calibration_batches, reading))
+            run = within_limits(build, config, partial(extent_by_first, batches, calibration_batches, reading))
+            with resumable(run, resume_in, calibration_batches):
+                pass
 
 
 def coverage_of(model: nn.Module, config: CompressionConfig) -> Coverage:
@@ -333,16 +347,3 @@ def _undone_on_error(compression: Compression) -> Iterator[None]:
     except BaseException:
         compression.restore()
         raise
-
-
-@contextmanager
-def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
-    """Remove the caller's gradients from the model, and restore them on exit for the parameters that remain."""
-    before: Mapping[nn.Parameter, Tensor | None] = {p: p.grad for p in model.parameters()}
-    for parameter in before:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in before.items():
-            parameter.grad = gradient

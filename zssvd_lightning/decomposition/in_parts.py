@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +13,12 @@ from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.reach import Unreached, unreached
 from zssvd_lightning.decomposition.decompose import Decomposition, decompose
 from zssvd_lightning.distributed import LayerSet
+from zssvd_lightning.offload.media import read_on_host
+from zssvd_lightning.selection.components import Components
 from zssvd_lightning.whitening.cholesky import warn_of_jitter
 from zssvd_lightning.whitening.metrics import Metric
 from zssvd_lightning.whitening.moments import Moments
+from zssvd_lightning.whitening.rounding import Importance
 from zssvd_lightning.whitening.spectrum import Spectrum
 
 
@@ -99,6 +103,31 @@ class DecompositionInParts:
                 self._add(self._decompose(reached.without(reached.keys() - set(names)), statistics))
                 self._drop(moments, [leader], names)
             self._drop(moments, list(moments.input_sums), list(part))
+
+    def state_of(self, part: LayerSet) -> dict[str, Any]:
+        """Return what `take` has found of some layers, as plain types and tensors, for `take_up`."""
+        found = self._found
+        names = [name for name in part if name in found.components]
+        with read_on_host():
+            spectra = {name: vars(self._spectra[name]) for name in names}
+        return {
+            "spectra": spectra,
+            "components": {name: vars(found.components[name]) for name in names},
+            "importances": {name: list(found.importances[name]) for name in names if name in found.importances},
+            "jitters": dict(found.jitters),
+            "reasons": {name: str(reason) for name, reason in self.reasons.items() if name in part},
+        }
+
+    def take_up(self, part: LayerSet, state: Mapping[str, Any]) -> None:
+        """Add what another object has found of some layers: its `state_of`."""
+        self._taken |= part.keys()
+        self.reasons |= {name: Unreached(reason) for name, reason in state["reasons"].items()}
+        for name, spectrum in state["spectra"].items():
+            self._spectra[name] = Spectrum(**spectrum)
+        components = {name: Components(**saved) for name, saved in state["components"].items()}
+        importances = {name: Importance(*pair) for name, pair in state["importances"].items()}
+        owners = dict.fromkeys(components, 0)
+        self._add(Decomposition(owners, self._spectra, components, importances, state["jitters"]))
 
     def finished(self) -> Decomposition:
         """Return the decomposition of all layers that were reached, in module order, and warn of jitters."""

@@ -4,6 +4,9 @@ import mmap
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from threading import Lock
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -79,6 +82,19 @@ class InFile(NamedTuple):
         return self.shape.numel() * self.dtype.itemsize
 
 
+_ON_HOST: ContextVar[bool] = ContextVar("zssvd_on_host", default=False)
+
+
+@contextmanager
+def read_on_host() -> Iterator[None]:
+    """Read tensors from scratch files within the context without moving them to their device, to be written again."""
+    before = _ON_HOST.set(True)
+    try:
+        yield
+    finally:
+        _ON_HOST.reset(before)
+
+
 class ScratchFile:
     """Medium in a file, which is removed when it is no longer used.
 
@@ -115,7 +131,7 @@ class ScratchFile:
             content = torch.frombuffer(mapped, dtype=held.dtype, offset=into_page)
         else:
             content = torch.empty(0, dtype=held.dtype)
-        stored = content.reshape(held.shape).to(held.device)
+        stored = content.reshape(held.shape).to("cpu" if _ON_HOST.get() else held.device)
         return stored.T if held.transposed else stored
 
     def _write(self, start: int, content: memoryview) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.layers.base import CompressedLinear, is_finite
@@ -32,6 +32,15 @@ def digest(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise SavedModelError(f"{path} cannot be read: {error}; copy the folder again") from error
+
+
+def add_to_digest(into: "hashlib._Hash", tensor: Tensor) -> None:
+    """Add type, shape and content of a tensor to a digest."""
+    into.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if tensor.layout is not torch.strided:
+        into.update(str(tensor.detach()).encode())
+    elif tensor.numel():
+        into.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def refuse_changed(files: Iterable[str | Path], digests: Mapping[str, str]) -> None:

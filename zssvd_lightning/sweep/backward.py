@@ -1,6 +1,6 @@
 """Backward sweep: blocks and regions run again, from the last to the first, each on all batches."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,11 +33,12 @@ class BackwardSweep:
         """Send the gradients of all batches back to the first layer that needs them."""
         self._of.sides.forget()
         last = self._structure.outside(len(self._structure.chains))
-        self._of.put_away(self._of.layers_of(last), self._of.last_region)
+        self._part(last, lambda layers: self._of.last_region)
+        self._of.last_region = Moments()
         for chain in reversed(range(len(self._structure.chains))):
             self._through_chain(chain)
             if self._structure.has_layers_up_to(chain):
-                self._through_region(chain)
+                self._part(self._structure.outside(chain), partial(self._through_region, chain))
 
     def _through_chain(self, chain: int) -> None:
         of, names = self._structure.chains[chain], list(self._structure.chains[chain].blocks)
@@ -46,14 +47,23 @@ class BackwardSweep:
         for number in counted(numbers, f"blocks of {of.name}", len(of), "block", shown=self._progress):
             passes_on = below or any(self._structure.inside[name] for name in names[:number])
             if passes_on or self._structure.inside[names[number]]:
-                self._through_block((chain, number), names[number], of.blocks[names[number]], passes_on, below)
+                step, name = (chain, number), names[number]
+                through = partial(self._through_block, step, name, of.blocks[name], passes_on, below)
+                self._part(self._structure.inside[name], through)
             self._of.hidden.close((chain, number + 1))
             self._of.gradients.close((chain, number))
 
-    def _through_block(self, step: Step, name: str, block: nn.Module, passes_on: bool, below: bool) -> None:
+    def _part(self, names: Iterable[str], gathered: Callable[[LayerSet], Moments]) -> None:
+        """Put away the statistics of some layers: those that an interrupted run has finished, or those gathered now."""
+        layers = self._of.layers_of(names)
+        if self._of.finished is None or not self._of.finished.take_up(self._of, layers):
+            self._of.put_away(layers, gathered(layers))
+
+    def _through_block(
+        self, step: Step, name: str, block: nn.Module, passes_on: bool, below: bool, layers: LayerSet
+    ) -> Moments:
         """Run a block again on all batches, and send the gradients of its output back through it."""
         of, (chain, number), moments = self._of, step, Moments()
-        layers = of.layers_of(self._structure.inside[name])
         before = (chain, number - 1) if passes_on else None
         for batch in of.batches:
             receiver = Receiver(of.gradients, batch)
@@ -68,12 +78,12 @@ class BackwardSweep:
                 outputs = [(output, of.gradients.at(step, batch))]
                 self._send_back(observation, layers, outputs, tensors.leaves, receiver)
                 collect_gradients(layers, moments, batch.terms)
-        of.put_away(layers, moments)
+        of.gradients.close(step)
+        return moments
 
-    def _through_region(self, chain: int) -> None:
+    def _through_region(self, chain: int, layers: LayerSet) -> Moments:
         """Run the model again up to a chain, and send the gradients of its inputs back to the chain before."""
         of, moments = self._of, Moments()
-        layers = of.layers_of(self._structure.outside(chain))
         for batch in of.batches:
             receiver = Receiver(of.gradients, batch)
             with (
@@ -91,9 +101,9 @@ class BackwardSweep:
                 self._send_back(observation, layers, outputs, list(stopped.leaves.values()), receiver)
                 collect_gradients(layers, moments, batch.terms)
                 refuse_gradients(of.layers)
-        of.put_away(layers, moments)
         for slot in {slot for batch in of.batches for slot in batch.calls[chain, 0].slots}:
             of.gradients.close(("into", chain, slot))
+        return moments
 
     def _send_back(
         self,

@@ -17,8 +17,9 @@ from zssvd_lightning.calibration.masks import Masks, TokenMask
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.offload.stores import Store
-from zssvd_lightning.sweep.calls import WHOLE, BlockCall
+from zssvd_lightning.sweep.calls import WHOLE, BlockCall, tensors_of
 from zssvd_lightning.sweep.chains import Structure, structure_of
+from zssvd_lightning.sweep.finished import FinishedParts
 from zssvd_lightning.sweep.records import DRAWN, LOSS, Batch, Gradients, Receiver, SideTensors, Streams
 from zssvd_lightning.sweep.seal import Seal, Step
 from zssvd_lightning.whitening.moments import Moments
@@ -39,8 +40,10 @@ class SharedState:
         store: Store,
         inputs: bool,
         use: Use | None = None,
+        finished: FinishedParts | None = None,
     ) -> None:
         self.statistics, self.layers, self.inputs, self.use = statistics, layers, inputs, use
+        self.finished = finished
         self.hidden, self.gradients, self.sides = Streams(store), Gradients(store), SideTensors()
         self.batches: list[Batch] = []
         self.stored_hidden = 0
@@ -74,11 +77,23 @@ class SharedState:
         outside = {name: self.layers[name].module for name in self.structure.region_of}
         return self.structure.chains, outside, self.structure.region_of
 
+    def note(self, *values: Tensor | str | None) -> None:
+        """Add values to the digest by which a run that goes on knows the passes of the interrupted one."""
+        if self.finished is not None:
+            self.finished.note(*values)
+
     def put_away(self, layers: LayerSet, moments: Moments) -> None:
         """Use the statistics of some layers, and move what is left of them to the scratch files."""
         total = self.statistics.moments
         if self.use is not None:
             self.use(layers, moments, total)
+        if self.finished is not None:
+            self.finished.keep(self, layers, moments)
+        self.absorb(moments)
+
+    def absorb(self, moments: Moments) -> None:
+        """Move the statistics of some layers to the scratch files."""
+        total = self.statistics.moments
         total.tokens |= {leader: moments.tokens[leader] for leader in moments.tokens.keys() - moments.input_sums.keys()}
         total.absorb_moments(moments)
         for name, gradient in moments.gradient_sums.items():
@@ -95,8 +110,9 @@ class ForwardSweep(SharedState):
         store: Store,
         inputs: bool,
         use: Use | None = None,
+        finished: FinishedParts | None = None,
     ) -> None:
-        super().__init__(statistics, layers, store, inputs, use)
+        super().__init__(statistics, layers, store, inputs, use, finished)
         self.last_region = Moments()
 
     def run(self, batch: Batch) -> None:
@@ -122,7 +138,9 @@ class ForwardSweep(SharedState):
             recording.refuse_unfinished()
             observation.forward_done()
             check_terms(batch.terms)
-            statistics.moments.add_loss(checked_loss(loss).item(), batch.terms)
+            mean = checked_loss(loss).item()
+            self.note(str(batch.terms), str(mean), batch.mask.positions)
+            statistics.moments.add_loss(mean, batch.terms)
             observation.gradient_weight = batch.terms
             observation.leaves = lambda: list(recording.leaves.values())
             recording.receiver.sent = DRAWN
@@ -149,6 +167,8 @@ class _Recording(Seal):
     def enter(self, step: Step, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Store the arguments of a block."""
         from_before = hidden if step[1] else None
+        if step[1] == 0:
+            self._of.note(*tensors_of((args, dict(kwargs))))
         self._batch.calls[step] = BlockCall.of(args, kwargs, from_before, self._of.sides.number_of, hidden.device)
         if from_before is not None:
             self._of.hidden.put(step, str(self._batch.number), from_before)
@@ -162,6 +182,7 @@ class _Recording(Seal):
 
     def receive(self, step: Step, gradient: Tensor) -> None:
         """Add a gradient to that of the output of a block."""
+        self._of.note(gradient)
         self.receiver.receive(step, gradient)
 
 

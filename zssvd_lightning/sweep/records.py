@@ -1,9 +1,9 @@
 """Records of a sweep: calls of blocks, hidden states between them, and the gradients of these."""
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, MutableMapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,6 +135,21 @@ class Streams:
     def close(self, key: Hashable) -> None:
         """Remove all tensors of a key."""
         self._files.pop(key, None)
+
+    def state_dict(self) -> dict[Hashable, dict[str, list[Any]]]:
+        """Return all tensors in host memory, each with the name of its device, by key and entry."""
+        return {key: {name: _on_host(held[name]) for name in held} for key, held in self._files.items()}
+
+    def load_state_dict(self, state: Mapping[Hashable, Mapping[str, Sequence[Any]]]) -> None:
+        """Replace all tensors by those of a `state_dict`."""
+        self._files.clear()
+        for key, held in state.items():
+            for name, (tensor, device) in held.items():
+                self.put(key, name, tensor.to(device))
+
+
+def _on_host(tensor: Tensor) -> list[Any]:
+    return [tensor.cpu(), str(tensor.device)]
 
 
 class Gradients(Streams):

@@ -17,6 +17,7 @@ from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.offload.stores import Store
 from zssvd_lightning.sweep.backward import BackwardSweep
+from zssvd_lightning.sweep.finished import FinishedParts
 from zssvd_lightning.sweep.forward import ForwardSweep, Use
 from zssvd_lightning.sweep.records import Batch
 
@@ -29,6 +30,7 @@ def sweep(
     *,
     inputs: bool,
     use: Use | None = None,
+    finished: FinishedParts | None = None,
     after_first: Callable[[int], None] | None = None,
     progress: bool = False,
 ) -> None:
@@ -42,20 +44,24 @@ def sweep(
         store: maker of the scratch files.
         inputs: True to take second moments; False for gradients alone.
         use: function that uses the statistics of each block or region as soon as they are complete; see `Use`.
+        finished: parts that an interrupted run has finished, and those that this one finishes; None to keep none.
         after_first: function that is called after the forward pass of the first batch with the bytes stored of it.
         progress: draw a progress bar for each chain of blocks.
 
     Raises:
-        CalibrationError: the model cannot be run block by block, or a batch cannot be used.
+        CalibrationError: the model cannot be run block by block, a batch cannot be used, or the passes are not those
+            of the interrupted run.
         OutputError: the disk is full.
     """
     moments = statistics.moments
     moments.input_sums, moments.gradient_sums, moments.output_sums = store.tensors(), store.tensors(), store.tensors()
     with no_cache(statistics.model):
-        forward = ForwardSweep(statistics, layers, store, inputs, use)
+        forward = ForwardSweep(statistics, layers, store, inputs, use, finished)
         for batch in batches:
             forward.run(batch)
             if after_first is not None and len(forward.batches) == 1:
                 after_first(forward.stored_hidden + forward.sides.nbytes)
+        if finished is not None:
+            finished.refuse_other_passes()
         if forward.batches:
             BackwardSweep(forward, progress).run()

@@ -6,14 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from zssvd_lightning import _files
 from zssvd_lightning.app.compare.results import NAMES
 from zssvd_lightning.errors import OutputError
-
-try:
-    import fcntl
-except ImportError:  # not available on Windows
-    fcntl = None  # type: ignore[assignment]
-
 
 CELLS, CALIBRATION = "cells", "calibration"
 
@@ -84,15 +79,7 @@ def alone_in(path: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(f"cannot write to {path}: {error}") from error
     with lock:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise OutputError(
-                    f"another comparison writes to {path}; wait for it, or name another folder"
-                ) from error
-            except OSError:  # a file system without locks
-                pass
+        _files.lock(lock, f"another comparison writes to {path}; wait for it, or name another folder")
         with suppress(FileExistsError):
             (path / CALIBRATION).mkdir()
         yield

@@ -13,9 +13,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from zssvd_lightning.app.command import ended_by_exit
 from zssvd_lightning.app.compare.arguments import Cell, Comparison, Settings, read_arguments
 from zssvd_lightning.app.compare.cell import Job, gathering_result, read_result, sources, versions, write_result
 from zssvd_lightning.app.compare.folder import CALIBRATION, CELLS, alone_in, check_folder, clear_unfinished, is_own
@@ -82,30 +82,13 @@ def compare(arguments: Sequence[str], runner: Runner = in_a_process, progress: b
     output = check_folder(config.output)
     if config.tasks:
         zero_shot.load_tasks(config.tasks, config.data, config.include)
-    with alone_in(output), _ended_by_exit():
+    with alone_in(output), ended_by_exit():
         course = _Course(output, comparison, runner)
         dense, cells = course.run(progress)
         results = Results(comparison, dense, {cell: cells[cell] for cell in comparison.cells})
         write_results(output, results)
         course.clear()
     return results
-
-
-@contextmanager
-def _ended_by_exit() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit within the block, so that processes started by this one end with it."""
-
-    def end(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def gathering_settings(settings: Settings) -> Settings:

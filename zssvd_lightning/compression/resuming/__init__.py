@@ -1,0 +1,1 @@
+"""Runs block by block that go on after they were interrupted."""
