@@ -20,7 +20,7 @@ from zssvd_lightning.whitening.rounding import Importance
 from zssvd_lightning.whitening.spectrum import Spectrum, Step
 
 
-def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, Any]:
+def state_of(compression: Compression, *, statistics: bool = True, weights: bool = True) -> dict[str, Any]:
     """Return the state of a running compression as plain types and tensors, for `take_up`. Collective.
 
     The model's weights are not included. The team determines which process gets which tensors.
@@ -28,6 +28,7 @@ def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, 
     Args:
         compression: the running compression.
         statistics: True to include the batches gathered so far. False restarts the current gathering.
+        weights: True to include the original weights, and those that stand in for low-rank layers.
     """
     run = compression
     return {
@@ -37,8 +38,8 @@ def state_of(compression: Compression, *, statistics: bool = True) -> dict[str, 
         "model_parameters": run.coverage.model_parameters,
         "gathering": run.gathering.state_dict(so_far=statistics),
         "widths": FreeWidths.of_all(run.team.gathered(run.gathering.free_widths.state_dict())).state_dict(),
-        "originals": run.originals.state_dict(),
-        "stand_ins": _stand_ins_of(run),
+        "originals": run.originals.state_dict() if weights else None,
+        "stand_ins": _stand_ins_of(run) if weights else {},
         "factors": run.truncated.state_dict(),
         "found": None if run.decomposition is None else run.decomposition.state_dict(run.targets),
         "selection": None if run.selection is None else run.selection.state_dict(),

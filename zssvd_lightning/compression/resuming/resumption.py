@@ -107,8 +107,9 @@ class Resumption:
             raise RuntimeError("a stage is finished before its batches are read")
         self._finished.append(_Finished(self._present[0], self._digest.hexdigest(), self._present[1]))
         with read_on_host():
-            state = state_of(run, statistics=False) | {"originals": None, "stand_ins": {}}
-            state["weights"] = {name: target.weight.detach() for name, target in run.targets.items() if run.originals}
+            state = state_of(run, statistics=False, weights=False)
+        changed = {name: run.targets[name].weight.detach() for name in run.originals.copies}
+        state["weights"] = changed if run.originals else None
         if (found := state["found"]) is not None:
             state["found"] = {name: found[name] for name in run.targets if name in found}
         if (guard := state["safeguard"]) is not None:
@@ -139,10 +140,10 @@ class Resumption:
             state["safeguard"]["batches"] = [list(run.safeguard.batches)]
         take_up(run, state)
         run.gathering.free_widths.take_up(widths)
-        if weights:
-            run.originals.keep()
-        for name, W in weights.items():
-            run.targets[name].assign(W)
+        if weights is not None:
+            run.originals.keep(weights)
+            for name, W in weights.items():
+                run.targets[name].assign(W)
         if complete and run.safeguard is not None:
             run.safeguard.compares(run)  # measures the present and the best state, for `settle`
 
