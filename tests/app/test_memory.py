@@ -14,7 +14,7 @@ from zssvd_lightning.app.memory import (
     extent_of_calibration,
     memory_needs,
     rate_of,
-    take_experts_apart,
+    take_modules_apart,
 )
 from zssvd_lightning.app.run_config import CalibrationConfig
 from zssvd_lightning.calibration.contexts import gradients_only_at
@@ -74,7 +74,7 @@ def test_stacked_experts_count_as_the_layers_that_they_become(family, caplog):
     model, batches = tiny_experts(family), token_batches(2, size=2, length=16)
     config = CompressionConfig.of("best", prune_ratio=0.3, corrections=0)
     empty = empty_model(model.config, "float32")
-    take_experts_apart(empty, config)
+    take_modules_apart(empty, config)
     targets = find_targets(empty)
     extent = extent_of_calibration(empty, targets, CalibrationConfig(text="-", samples=4, length=16, batch_size=2))
     statistics = calibrate(model, batches, config, progress=False)
@@ -98,7 +98,7 @@ def test_stacked_experts_count_as_the_layers_that_they_become(family, caplog):
 def test_experts_that_are_not_selected_count_as_weights():
     model = empty_model(tiny_experts().config, "float32")
     config = CompressionConfig.of("zs-svd", prune_ratio=0.3, ignore=["*.experts.*"])
-    take_experts_apart(model, config)
+    take_modules_apart(model, config)
     targets = find_targets(model, config.include, config.ignore)
     extent = extent_of_calibration(model, targets, CalibrationConfig(text="-", length=16))
     assert not any("experts" in name for name in (*targets, *extent.rows))

@@ -20,7 +20,7 @@ from zssvd_lightning.compression.pipeline import calibrate, coverage_of, plan
 from zssvd_lightning.errors import BudgetError, LeftDenseWarning, TargetError
 from zssvd_lightning.layers.experts import ExpertList, is_stacked
 from zssvd_lightning.layers.int8 import EightBitLinear
-from zssvd_lightning.model.apart.experts import difference
+from zssvd_lightning.model.apart.experts import EXPERTS
 from zssvd_lightning.model.coverage import BY_CHOICE
 from zssvd_lightning.serialization.specs import ranks_of
 
@@ -202,14 +202,14 @@ def test_experts_that_differ_from_their_linear_layers_stay_stacked(caplog):
             return 2 * original(self, *args)
 
     other.__class__ = Scaled
-    assert "other outputs" in difference(other, ExpertList(other))
+    assert "other outputs" in EXPERTS.difference(other, ExpertList(other))
     report = compress(model, batches, **QUICK)
-    assert "the experts of model.layers.0.mlp.experts (Scaled) are not compressed: as separate" in caplog.text
+    assert "stacked experts are not compressed (model.layers.0.mlp.experts; " in caplog.text
     assert type(experts_in(model)[0]) is Scaled
     (left,) = [part for part in report.coverage.left_alone if part.what.startswith("stacked experts: as separate")]
     assert left.parameters == sum(p.numel() for p in other.parameters())
     assert not any("layers.0.mlp.experts" in name for name in report.layers)
-    with pytest.raises(TargetError, match="part of the stacked parameters of Scaled"):
+    with pytest.raises(TargetError, match="part of the parameters of Scaled"):
         compress(model, batches, include="layers.0.mlp.experts.0.down_proj", **QUICK)
 
 
@@ -218,8 +218,8 @@ def test_tied_experts_stay_stacked(caplog):
     first, second = experts_in(model)
     second.down_proj = first.down_proj
     compress(model, batches, **QUICK)
-    assert caplog.text.count("the experts of model.layers.") == 2
-    assert "not compressed: its parameters are tied to those of another module" in caplog.text
+    assert "not compressed (model.layers.0.mlp.experts, model.layers.1.mlp.experts; " in caplog.text
+    assert "parameters): its parameters are tied to those of another module" in caplog.text
     assert first.down_proj is second.down_proj
 
 

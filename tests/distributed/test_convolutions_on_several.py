@@ -1,8 +1,21 @@
-"""Convolutions on two processes: the result of one process over all batches, batch norms included."""
+"""Convolutions and attentions of torch on two processes: the result of one process, batch norms included."""
 
 import torch
 from support.convolutions import ImageClassifier
 from support.parallel import Run, alone, multiplied_out, run
+from torch import nn
+
+
+class Attends(nn.Module):
+    """Attention of torch over the positions of an image."""
+
+    def __init__(self, *sizes, **settings):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(*sizes, **settings)
+
+    def forward(self, x):
+        positions = x.flatten(2).transpose(1, 2)
+        return x + self.attention(positions, positions, positions)[0].transpose(1, 2).view_as(x)
 
 
 class Network(ImageClassifier):
@@ -10,6 +23,7 @@ class Network(ImageClassifier):
 
     def __init__(self, family):
         super().__init__()
+        self.net.insert(7, Attends(24, 2, batch_first=True))
 
 
 COMPRESSION = {"metric": "two_sided", "selection": "curvature", "storage": "factors", "convolutions": True}
@@ -20,7 +34,9 @@ def test_two_processes_give_what_one_makes_of_their_batches(tmp_path):
     described = Run(family="vit", module=Network, count=24, trainer={"precision": "64-true"}, compression=COMPRESSION)
     found, expected = run(tmp_path, 2, described), alone(described, 2)
     assert found[0]["ranks"] == found[1]["ranks"] == expected["ranks"]
-    assert found[0]["ranks"].keys() == {"net.0.kernel_matrix", "net.4.kernel_matrix"}
+    projections = {name for name in found[0]["ranks"] if name.startswith("net.7.attention.")}
+    assert len(projections) > 1
+    assert found[0]["ranks"].keys() - projections == {"net.0.kernel_matrix", "net.4.kernel_matrix"}
     products = [multiplied_out(each["at_factorization"]) for each in (found[0], expected)]
     for weights in products:  # batch norms are estimated on half of what each process keeps back
         for name in ("net.5.running_mean", "net.5.running_var"):

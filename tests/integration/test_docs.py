@@ -73,6 +73,7 @@ NAMES = {
     "start/vision.md": an_image_model,
     "start/encoder.md": an_encoder,
     "start/several_gpus.md": a_module,
+    "attention.md": dict,
     "choose.md": a_model,
     "troubleshooting.md": a_model,
 }

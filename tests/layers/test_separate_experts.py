@@ -9,6 +9,7 @@ from support.experts import FAMILIES, experts_in, tiny_experts
 from support.many_classes import factored
 from support.models import tiny_llama, token_batches
 
+from zssvd_lightning.layers.base import own_memory
 from zssvd_lightning.layers.experts import ExpertList, is_stacked, matrices_of
 
 TOKENS, TOP = 40, 2
@@ -57,7 +58,7 @@ def test_memory_is_shared_and_can_be_made_their_own(family):
             stacked.down_proj[2].T if stacked.is_transposed else stacked.down_proj[2],
             separate.experts[2].down_proj.weight,
         )
-        separate.own_memory()
+        own_memory(separate)
         before = stacked.down_proj.clone()
         separate.experts[2].down_proj.weight.zero_()
     assert torch.equal(stacked.down_proj, before)

@@ -57,7 +57,7 @@ def test_patterns(include, ignore, count):
         (tiny_llama, "model.layers.0.mlp", "only nn.Linear"),
         (lambda: nn.Sequential(nn.Linear(9, 1), nn.Linear(1, 9)), "0", "even rank 1"),
         (lambda: nn.Sequential(LowRankLinear(9, 9, 2)), "0.up", "low-rank already"),
-        (lambda: nn.MultiheadAttention(8, 2), "out_proj", "plain weight"),
+        (lambda: nn.MultiheadAttention(8, 2), "out_proj", "part of the parameters"),
     ],
 )
 def test_asking_for_what_cannot_be_factorized_says_why(build, include, reason):

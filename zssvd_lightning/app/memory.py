@@ -19,7 +19,8 @@ from zssvd_lightning.compression.memory.work import Work, work_of
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.loading import load_config
 from zssvd_lightning.errors import ModelSourceError
-from zssvd_lightning.model.apart.experts import SeparateExperts
+from zssvd_lightning.model.apart.kinds import KINDS
+from zssvd_lightning.model.apart.taken import TakenApart
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import Target, find_targets, is_selected
 from zssvd_lightning.sources.models import load_model_config
@@ -69,7 +70,7 @@ def memory_needs(source: str, overrides: Sequence[str], options: dict[str, Any])
         config = run.compression
         if extent is None:
             model = empty_model(load_model_config(run.model.source), run.model.dtype)
-            take_experts_apart(model, config)
+            take_modules_apart(model, config)
             targets = find_targets(model, config.include, config.ignore)
             extent = extent_of_calibration(model, targets, run.calibration)
         rows += [_row(preset or "as given", way, extent, run.calibration.batches) for way in ways(config)]
@@ -137,11 +138,14 @@ def empty_model(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
     return model
 
 
-def take_experts_apart(model: PreTrainedModel, config: CompressionConfig) -> None:
-    """Replace stacked experts of a model without values by the linear layers that a compression would make of them."""
-    SeparateExperts(model, lambda name: is_selected(name, config.include, config.ignore), replace_module).put_in(
-        proves=False
-    )
+def take_modules_apart(model: PreTrainedModel, config: CompressionConfig) -> None:
+    """Put linear layers in place of stacked experts and attentions of an empty model, as a compression does."""
+
+    def selected(name: str) -> bool:
+        return is_selected(name, config.include, config.ignore)
+
+    for kind in (kind for kind in KINDS if not kind.opt_in):
+        TakenApart(kind, model, selected, replace_module).put_in(proves=False)
 
 
 def extent_of_calibration(model: PreTrainedModel, targets: dict[str, Target], calibration: CalibrationConfig) -> Extent:

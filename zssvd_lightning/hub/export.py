@@ -14,6 +14,7 @@ from zssvd_lightning._contexts import evaluation_mode
 from zssvd_lightning._files import replacing_folder
 from zssvd_lightning.errors import ExportError, SavedModelError
 from zssvd_lightning.hub.saving import SHARD, write_model
+from zssvd_lightning.layers.attention import projected, settle_encoders
 from zssvd_lightning.layers.base import CompressedLinear, type_of
 from zssvd_lightning.layers.convolutions import unfolded
 from zssvd_lightning.layers.experts import expert_lists
@@ -30,7 +31,8 @@ OPSET = 18
 def merge(model: nn.Module) -> None:
     """Replace compressed layers, including their adapters, by dense layers of the same function, in place.
 
-    Experts that were taken apart are stacked again, and convolutions folded, in modules of their original classes.
+    Experts that were taken apart are stacked again, convolutions folded, and the projections of attentions packed, in
+    modules of their original classes.
 
     The result is an ordinary model with the size and speed it had before compression. Products are computed in float32
     or wider and rounded once.
@@ -61,6 +63,9 @@ def merge(model: nn.Module) -> None:
     _stack_experts(model)
     for convolution in [module for _, module in unfolded(model)]:
         replace_module(model, convolution, convolution.folded())
+    for attention in [module for _, module in projected(model)]:
+        replace_module(model, attention, attention.packed())
+    settle_encoders(model)
     mark(model)
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.hub.model_classes import automatic_for, saved_class
 from zssvd_lightning.layers import (
+    attention,
     base,
     convolutions,
     experts,
@@ -22,7 +23,19 @@ from zssvd_lightning.layers import (
 )
 from zssvd_lightning.serialization.quantizer import FORMAT_VERSION
 
-CARRIED = (base, convolutions, experts, low_rank, gradients, pivots, pivoted, pivoted_columns, int8, registry)
+CARRIED = (
+    attention,
+    base,
+    convolutions,
+    experts,
+    low_rank,
+    gradients,
+    pivots,
+    pivoted,
+    pivoted_columns,
+    int8,
+    registry,
+)
 """Modules that are copied into the folder, with `zssvd_` before their names."""
 
 
@@ -35,6 +48,7 @@ from {config_module} import {config}
 from {model_module} import {model}
 
 # all files are named here, since there are releases of transformers that copy no others
+from .zssvd_attention import project
 from .zssvd_base import CompressedLinear
 from .zssvd_convolutions import unfold
 from .zssvd_experts import take_apart
@@ -76,6 +90,7 @@ class Compressed{model}({model}):
         super().__init__(config)
         take_apart(self, config.compressed_layers)
         unfold(self, config.compressed_layers)
+        project(self, config.compressed_layers)
         for name, spec in config.compressed_layers.items():
             parent, _, leaf = name.rpartition(".")
             owner = self.get_submodule(parent)

@@ -3,7 +3,7 @@
 Shapes: W (m, n). Imports only torch and transformers, so that a saved folder can contain a copy of this file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -187,6 +187,22 @@ def take_after(new: nn.Module, old: Dense | CompressedLinear) -> None:
 def carry_hooks(new: nn.Module, old: nn.Module) -> None:
     """Share the forward and backward hooks of `old` with `new`. They are not copied, so their handles still work."""
     new.__dict__.update({kind: old.__dict__[kind] for kind in HOOKS})
+
+
+def take_over(new: nn.Module, old: nn.Module, leave_out: Iterable[str] = ()) -> None:
+    """Give a module the settings, mode and hooks of another one."""
+    own = vars(nn.Module()).keys() | set(leave_out)
+    new.__dict__.update({name: value for name, value in vars(old).items() if name not in own})
+    new.training = old.training
+    carry_hooks(new, old)
+
+
+def own_memory(module: nn.Module) -> None:
+    """Copy the parameters of a module that are parts of larger tensors, so that they do not keep these in memory."""
+    for parameter in module.parameters():
+        whole = type(parameter.data) is Tensor
+        if whole and (parameter.untyped_storage().nbytes() > parameter.nbytes or not parameter.is_contiguous()):
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 def _drop_note(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from zssvd_lightning.layers.base import HOOKS, carry_hooks, type_of
+from zssvd_lightning.layers.base import HOOKS, take_over, type_of
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
 from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
@@ -68,7 +68,7 @@ class UnfoldedConvolution(nn.Module):
 
     def __init__(self, old: nn.Conv1d | nn.Conv2d) -> None:
         super().__init__()
-        _take_over(self, old)
+        take_over(self, old)
         self.origin, self.splits = type(old), True
         layer = nn.Linear(old.weight[0].numel(), len(old.weight), bias=False, device="meta")
         weight = old.weight.data.reshape(len(old.weight), -1)
@@ -147,7 +147,7 @@ class UnfoldedConvolution(nn.Module):
         """Return a convolution of the original class, whose weight has no values, with the present bias."""
         new: nn.Module = self.origin.__new__(self.origin)
         nn.Module.__init__(new)
-        _take_over(new, self, leave_out=("origin", "splits"))
+        take_over(new, self, leave_out=("origin", "splits"))
         layer = self.kernel_matrix
         like = next(chain(layer.parameters(), layer.buffers()))
         W = torch.empty(layer.out_features, layer.in_features, dtype=type_of(layer), device=like.device)
@@ -245,14 +245,6 @@ def unfold(model: nn.Module, names: Iterable[str]) -> None:
 def unfolded(model: nn.Module) -> Iterator[tuple[str, UnfoldedConvolution]]:
     """Yield the name and module of every unfolded convolution."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, UnfoldedConvolution))
-
-
-def _take_over(new: nn.Module, old: nn.Module, leave_out: Iterable[str] = ()) -> None:
-    """Give a module the settings, mode and hooks of another one."""
-    own = vars(nn.Module()).keys() | set(leave_out)
-    new.__dict__.update({name: value for name, value in vars(old).items() if name not in own})
-    new.training = old.training
-    carry_hooks(new, old)
 
 
 def _reading(layer: ColumnPivotedLinear) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zssvd_lightning.layers.base import carry_hooks
+from zssvd_lightning.layers.base import take_over
 
 DOWN = "down_proj"
 """Name of the stack of matrices that write the output."""
@@ -126,13 +126,6 @@ class ExpertList(nn.Module):
         inner: Tensor = origin._apply_gate(self, wide) if self.has_gate else own.act_fn(wide)  # noqa: SLF001
         return inner
 
-    def own_memory(self) -> None:
-        """Copy the values of the linear layers, so that they do not keep the stacks of all experts in memory."""
-        for parameter in self.parameters():
-            whole = type(parameter.data) is Tensor
-            if whole and (parameter.untyped_storage().nbytes() > parameter.nbytes or not parameter.is_contiguous()):
-                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-
     @torch.no_grad()
     def stacked(self, old: nn.Module | None = None) -> nn.Module:
         """Return a module of the original class with the present weights.
@@ -183,14 +176,10 @@ def expert_lists(model: nn.Module) -> Iterator[tuple[str, ExpertList]]:
 
 def _take_over(new: nn.Module, old: nn.Module, leave_out: Iterable[str] = ()) -> None:
     """Give a module the attributes, buffers, submodules other than experts, mode and hooks of another one."""
-    own = vars(nn.Module()).keys() | set(leave_out)
-    taken: dict[str, Any] = {name: value for name, value in vars(old).items() if name not in own}
-    new.__dict__.update(taken)
+    take_over(new, old, leave_out)
     new._buffers.update(old._buffers)  # noqa: SLF001
     new._non_persistent_buffers_set.update(old._non_persistent_buffers_set)  # noqa: SLF001
     new._modules.update({name: part for name, part in old._modules.items() if not isinstance(part, Expert)})  # noqa: SLF001
-    new.training = old.training
-    carry_hooks(new, old)
 
 
 def _layer_of(old: nn.Module, name: str, number: int) -> nn.Linear:

@@ -9,15 +9,15 @@ from torch import nn
 
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.layers.experts import is_stacked
+from zssvd_lightning.model.apart.attention import ATTENTION
 from zssvd_lightning.model.apart.convolutions import CONVOLUTION
 from zssvd_lightning.model.heads import LINEAR
-from zssvd_lightning.model.targets import CLASSIFICATION_HEAD, OUTPUT_EMBEDDING, Target, refusals
+from zssvd_lightning.model.targets import CLASSIFICATION_HEAD, INSIDE_ATTENTION, OUTPUT_EMBEDDING, Target, refusals
 
 KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (CompressedLinear, "layers that are compressed already"),
     (nn.Embedding, "embedding tables"),
     (CONVOLUTION, "convolutions"),
-    (nn.MultiheadAttention, "projections inside nn.MultiheadAttention"),
     (nn.RNNBase, "weights of recurrent layers"),
 )
 """Types of modules with weights that are not compressed, and what a report calls these weights."""
@@ -26,7 +26,7 @@ HEADS = {OUTPUT_EMBEDDING: "output embeddings", CLASSIFICATION_HEAD: "classifica
 """What a report calls layers that are left alone for these reasons."""
 
 BY_CHOICE = "linear layers excluded by include or ignore"
-"""Name in reports of layers that could be targets if the user had not chosen otherwise, and of experts like them."""
+"""Name in reports of what could be a target if the user had not chosen otherwise, experts and attentions included."""
 
 HALF = 0.5
 """Share of the model below which what can be compressed deserves a warning."""
@@ -67,8 +67,8 @@ class Coverage:
         Args:
             model: any module.
             targets: its layers to compress.
-            others: linear layers, convolutions and modules of stacked experts that are not compressed for another
-                reason than those of `find_targets`, by name.
+            others: linear layers, convolutions, attentions and modules of stacked experts that are not compressed for
+                another reason than those of `find_targets`, by name.
             present: number of parameters to count for the weight of a layer that is dense only for now, by name.
         """
         refused, sizes = refusals(model) | dict(others or {}), present or {}
@@ -148,10 +148,14 @@ def _kind(name: str, module: nn.Module, parameter: nn.Parameter, refused: Mappin
     stacked = is_stacked(module)
     if parameter.ndim < 2 + stacked:
         return "biases, norms and other vectors"
+    attention = isinstance(module, nn.MultiheadAttention)
+    if refused.get(name) == INSIDE_ATTENTION:
+        name, attention = name.rpartition(".")[0], True
     if name in refused:
         what = "stacked experts" if stacked else "convolutions" if isinstance(module, CONVOLUTION) else "linear layers"
+        what = ATTENTION.what if attention else what
         return HEADS.get(refused[name], f"{what}: {refused[name]}")
-    if stacked or isinstance(module, LINEAR):
+    if stacked or attention or isinstance(module, LINEAR):
         return BY_CHOICE
     for type_, what in KINDS:
         if isinstance(module, type_):

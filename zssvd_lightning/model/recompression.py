@@ -20,8 +20,8 @@ from zssvd_lightning.layers.base import CompressedLinear, Dense, carry_hooks
 from zssvd_lightning.layers.convolutions import KERNELS
 from zssvd_lightning.layers.registry import Factored, dense_like, layer_like
 from zssvd_lightning.layers.storage import Kept, Present
-from zssvd_lightning.model.apart.convolutions import UnfoldedConvolutions
-from zssvd_lightning.model.apart.experts import SeparateExperts
+from zssvd_lightning.model.apart.kinds import KINDS
+from zssvd_lightning.model.apart.taken import TakenApart
 from zssvd_lightning.model.peft_layers import wraps_by_peft
 from zssvd_lightning.model.replace import replace_module
 from zssvd_lightning.model.targets import Patterns, is_selected, refuse_adapted
@@ -65,8 +65,8 @@ class StandIns:
     """Linear layers that stand in for what else is selected in a model, with the same weights.
 
     Dense layers stand in for low-rank layers. They take the memory of the dense weights. The low-rank layers are kept
-    aside, with their factors as they are. Lists of linear layers stand in for stacked experts, and linear layers over
-    patches for convolutions, and share their memory.
+    aside, with their factors as they are. Linear layers stand in for the matrices of stacked experts, attentions and
+    convolutions, and share their memory.
 
     Args:
         model: any module.
@@ -77,8 +77,7 @@ class StandIns:
 
     Attributes:
         layers: the low-rank layers, by qualified name.
-        experts: the stacked experts.
-        convolutions: the convolutions.
+        apart: the modules of each kind that is taken apart.
 
     Raises:
         TargetError: see `low_rank_targets`.
@@ -93,12 +92,11 @@ class StandIns:
         *,
         convolutions: bool = False,
     ) -> None:
-        def selected(name: str) -> bool:
-            return is_selected(name, include, ignore)
-
         self.layers = low_rank_targets(model, include, ignore, convolutions=convolutions)
-        self.experts = SeparateExperts(model, selected, replace)
-        self.convolutions = UnfoldedConvolutions(model, lambda name: convolutions and selected(name), replace)
+        kinds = [kind for kind in KINDS if convolutions or not kind.opt_in]
+        self.apart = [
+            TakenApart(each, model, lambda name: is_selected(name, include, ignore), replace) for each in kinds
+        ]
         self._model, self._replace = model, replace
         self._dense: dict[str, Dense] = {}
 
@@ -110,8 +108,8 @@ class StandIns:
     def put_in(self) -> None:
         """Replace what is selected by its stand-ins. On an error, the model is as before."""
         try:
-            self.experts.put_in()
-            self.convolutions.put_in()
+            for taken in self.apart:
+                taken.put_in()
             for name, layer in self.layers.items():
                 self._dense[name] = _stand_in(layer)
                 self._replace(self._model, layer, self._dense[name])
@@ -132,8 +130,8 @@ class StandIns:
 
     def write_low_rank(self, weights: dict[str, Any]) -> None:
         """In a state dict of the model, replace the entries of stand-ins by those of what they stand for."""
-        self.experts.write_stacked(weights)
-        self.convolutions.write_folded(weights)
+        for taken in self.apart:
+            taken.write_whole(weights)
         names = {id(dense): name for name, dense in self._dense.items()}
         for place, module in self._model.named_modules(remove_duplicate=False):
             if id(module) in names:
@@ -143,9 +141,9 @@ class StandIns:
                 weights.update({f"{place}.{key}": value for key, value in low_rank.items()})
 
     def put_back(self, leave: Collection[str] = ()) -> None:
-        """Replace every stand-in that is in the model by what it stands for; see `SeparateExperts.put_back`."""
-        self.experts.put_back(leave)
-        self.convolutions.put_back(leave)
+        """Replace every stand-in that is in the model by what it stands for; see `TakenApart.put_back`."""
+        for taken in self.apart:
+            taken.put_back(leave)
         present = {id(module) for module in self._model.modules()} if self._dense else set()
         for name, dense in self._dense.items():
             if id(dense) in present:
@@ -169,8 +167,8 @@ class StandIns:
 
 
 def left_whole(stand_ins: StandIns | None) -> dict[str, str]:
-    """Return selected stacked experts and convolutions that cannot be taken apart, by name with the reason."""
-    return {} if stand_ins is None else stand_ins.experts.left | stand_ins.convolutions.left
+    """Return the selected modules that cannot be taken apart, by name with the reason."""
+    return {} if stand_ins is None else {name: why for taken in stand_ins.apart for name, why in taken.left.items()}
 
 
 def _why_not(layer: CompressedLinear, owners: Counter[int]) -> str | None:

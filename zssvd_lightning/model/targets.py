@@ -18,8 +18,9 @@ from zssvd_lightning.errors import TargetError
 from zssvd_lightning.layers.base import shape_of
 from zssvd_lightning.layers.convolutions import KERNELS
 from zssvd_lightning.layers.storage import break_even_rank
-from zssvd_lightning.model.apart.convolutions import CONVOLUTION, matrices_of_convolutions, why_whole
-from zssvd_lightning.model.apart.experts import stacked_matrices
+from zssvd_lightning.model.apart.convolutions import CONVOLUTION, CONVOLUTIONS
+from zssvd_lightning.model.apart.kind import why_whole
+from zssvd_lightning.model.apart.kinds import all_matrices, matrices_of
 from zssvd_lightning.model.heads import classification_heads, output_embeddings
 from zssvd_lightning.model.linear_subclasses import is_plain_linear
 from zssvd_lightning.model.peft_layers import MERGE_FIRST, linear_layers_in_peft
@@ -31,6 +32,9 @@ Patterns = Sequence[str] | str | None
 
 OUTPUT_EMBEDDING = "it is the output embedding, where every token's logit needs its own row at full rank"
 """Why an output embedding is no target."""
+
+INSIDE_ATTENTION = "it belongs to an nn.MultiheadAttention, which has not been taken apart"
+"""Why the output projection of an attention is no target."""
 
 CLASSIFICATION_HEAD = "its outputs are the model's logits; name it in include, without wildcards, to factorize it"
 """Why a classification head is no target."""
@@ -128,7 +132,7 @@ def find_targets(model: nn.Module, include: Patterns = None, ignore: Patterns = 
     """Return the layers of `model` to factorize, by qualified name in module order.
 
     `nn.Linear`, transformers' `Conv1D` and subclasses that compute the same are candidates; see `is_plain_linear`. So
-    are the matrices of convolutions that are unfolded.
+    are the matrices of convolutions that are unfolded, and the layers of experts and attentions in parts.
     Excluded are output embeddings, classification heads (unless `include` names one without wildcards), tied weights,
     other subclasses, weights that are not floating point, layers given to `fully_shard` on their own, factors of an
     earlier compression (see `recompression.StandIns`), and layers where even rank 1 saves no parameter.
@@ -148,7 +152,7 @@ def find_targets(model: nn.Module, include: Patterns = None, ignore: Patterns = 
     include = [include] if isinstance(include, str) else include
     ignore = [ignore] if isinstance(ignore, str) else ignore
     names = [name for name, _ in model.named_modules() if name]
-    names += [*stacked_matrices(model), *matrices_of_convolutions(model)]
+    names += all_matrices(model)
     for pattern in [*(include or ()), *(ignore or ())]:
         if not any(matches(name, pattern) for name in names):
             raise TargetError(f"pattern {pattern!r} matches no module{closest(pattern, names) if names else ''}")
@@ -223,6 +227,7 @@ def _refusals(model: nn.Module, named: Sequence[str]) -> Iterator[tuple[str, str
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     heads = _heads(model, named)
     no_targets = dict.fromkeys(inside_compressed(model), "it is a factor of a layer that is low-rank already")
+    no_targets |= {id(m.out_proj): INSIDE_ATTENTION for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     no_targets |= {id(layer): MERGE_FIRST for _, _, layer in linear_layers_in_peft(model)}
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)):
@@ -258,14 +263,14 @@ def _heads(model: nn.Module, named: Sequence[str]) -> dict[str, str]:
 
 def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refused: dict[str, str]) -> None:
     """Raise TargetError if `pattern` matches no allowed layer."""
-    modules = dict(model.named_modules()) | matrices_of_convolutions(model)
+    modules = dict(model.named_modules()) | matrices_of(CONVOLUTIONS, model)
     matched = [(n, m) for n, m in modules.items() if n and is_selected(n, [pattern], None)]
     if any(name in allowed for name, _ in matched):
         return
-    for name, module in stacked_matrices(model).items() if not matched else ():
-        if matches(name, pattern):
+    for name, module in all_matrices(model).items():
+        if matches(name, pattern) and not isinstance(module, CONVOLUTION):
             raise TargetError(
-                f"{name} is a part of the stacked parameters of {type(module).__name__}, and is only factorized where "
+                f"{name} is a part of the parameters of {type(module).__name__}, and is only factorized where "
                 "they can be taken apart (the log says why not); take it out of include"
             )
     for name, _ in matched:
@@ -277,7 +282,7 @@ def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refus
     if isinstance(module, nn.Embedding):
         kind = "an embedding is a table lookup, not a product with W"
     elif isinstance(module, CONVOLUTION):
-        kind = why_whole(model).get(name, "convolutions are targets only if convolutions is True")
+        kind = why_whole(CONVOLUTIONS, model).get(name, "convolutions are targets only if convolutions is True")
     raise TargetError(f"{name} ({type(module).__name__}) cannot be factorized: {kind}; take {pattern!r} out of include")
 
 

@@ -127,11 +127,10 @@ class Rebuilder(HfQuantizer):
 
         Another class than the saved one may lack some of them, which belong to a head.
         """
-        from zssvd_lightning.model.apart.convolutions import matrices_of_convolutions
-        from zssvd_lightning.model.apart.experts import stacked_matrices
+        from zssvd_lightning.model.apart.kinds import all_matrices
 
         names = {name for name, _ in model.named_modules()}
-        names |= stacked_matrices(model).keys() | matrices_of_convolutions(model).keys()
+        names |= all_matrices(model).keys()
         same = _is_of_saved_class(model)
         layers = {_name_in(model, name, names): spec for name, spec in self.quantization_config.layers.items()}
         return {name: spec for name, spec in layers.items() if same or name in names}

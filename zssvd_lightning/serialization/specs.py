@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.errors import SavedModelError
+from zssvd_lightning.layers.attention import project
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.layers.convolutions import unfold
 from zssvd_lightning.layers.experts import take_apart
@@ -30,7 +31,7 @@ def ranks_of(model: nn.Module) -> dict[str, int]:
 def rebuild(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
     """Replace the dense layers named in `specs` by uninitialized compressed layers, in place.
 
-    Stacked experts are taken apart, and convolutions unfolded, where `specs` name their matrices.
+    Stacked experts and attentions are taken apart, and convolutions unfolded, where `specs` name their matrices.
 
     Args:
         model: the dense model.
@@ -41,6 +42,7 @@ def rebuild(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
     """
     take_apart(model, specs)
     unfold(model, specs)
+    project(model, specs)
     modules = dict(model.named_modules())
     for name, spec in specs.items():
         old = modules.get(name)

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.layers.base import ADAPTER_NOTE, LOADING_NOTE, NOTE, CompressedLinear, Dense, shape_of
-from zssvd_lightning.layers.experts import expert_lists
+from zssvd_lightning.layers.base import ADAPTER_NOTE, LOADING_NOTE, NOTE, CompressedLinear, Dense, own_memory, shape_of
 from zssvd_lightning.layers.registry import KINDS, Factored, dense_like, layer_like
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.adapters import Adapter
-from zssvd_lightning.model.apart.convolutions import match_convolutions
-from zssvd_lightning.model.apart.experts import match_experts
+from zssvd_lightning.model.apart.kinds import KINDS as APART
+from zssvd_lightning.model.apart.taken import match_parts
 from zssvd_lightning.model.replace import inside_compressed, replace_module
 from zssvd_lightning.selection.storages import STORAGES
 from zssvd_lightning.serialization.specs import specs_of
@@ -38,8 +37,8 @@ def match_structure(
     """Replace layers of `model` in place, so that their form and rank match `weights`.
 
     Dense layers may become compressed, and compressed layers may change form or rank or become dense. Stacked experts
-    may become separate layers, convolutions unfolded ones, and the other way round. New layers have no values yet.
-    Nothing is changed if the weights would not load afterward.
+    and attentions may become separate layers, convolutions unfolded ones, and the other way round. New layers
+    have no values yet. Nothing is changed if the weights would not load afterward.
 
     Args:
         model: the module that will load the weights.
@@ -51,15 +50,17 @@ def match_structure(
         CheckpointError: the weights belong to another model; the message lists names and shapes that do not fit.
     """
     STORAGES.loaded()  # their layers are looked for too
-    undo = [match(model, weights, replace) for match in (match_experts, match_convolutions)]
+    undo = [match_parts(kind, model, weights, replace) for kind in APART]
     try:
         _match_layers(model, weights, strict, replace)
     except BaseException:
         for restore in undo:
             restore()
         raise
-    for _, experts in expert_lists(model):
-        experts.own_memory()
+    for kind in APART:
+        for part in model.modules() if kind.separates else ():
+            if isinstance(part, kind.form):
+                own_memory(part)
 
 
 def _match_layers(

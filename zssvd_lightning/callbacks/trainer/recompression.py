@@ -6,6 +6,7 @@ from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.errors import UnsupportedTrainingError
+from zssvd_lightning.model.apart.kind import SPREAD
 from zssvd_lightning.model.recompression import StandIns
 from zssvd_lightning.recovery.run import RecoveryRun
 from zssvd_lightning.serialization.specs import ranks_of
@@ -15,7 +16,7 @@ from zssvd_lightning.strategies import StrategyAdapter
 def stand_ins_in_training(
     model: nn.Module, config: CompressionConfig, adapter: StrategyAdapter, recovery: RecoveryRun | None
 ) -> StandIns:
-    """Return layers that can stand in for selected low-rank layers, experts and convolutions, not yet put in.
+    """Return what can stand in for the selected low-rank layers and modules that are taken apart, not yet put in.
 
     Args:
         model: the model in training.
@@ -39,20 +40,15 @@ def stand_ins_in_training(
             )
         if recovery is not None:
             recovery.settings.refuse_storage(layer.kind)
-    for name in [*stand_ins.experts.modules, *stand_ins.experts.left] if not adapter.compresses_again else ():
-        raise UnsupportedTrainingError(
-            f"{name} ({type(model.get_submodule(name)).__name__}) stacks experts, which are compressed as separate "
-            f"layers, and under {type(adapter.trainer.strategy).__name__} they cannot be taken apart during training; "
-            "train on one device or with strategy='ddp', call zssvd_lightning.compress on the model before the fit, or "
-            f"add {name}.* to ignore"
-        )
-    for name in stand_ins.convolutions.modules if not adapter.compresses_again else ():
-        raise UnsupportedTrainingError(
-            f"{name} ({type(model.get_submodule(name)).__name__}) is compressed as a linear layer over patches, and "
-            f"under {type(adapter.trainer.strategy).__name__} it cannot be replaced by one during training; train on "
-            "one device or with strategy='ddp', call zssvd_lightning.compress on the model before the fit, or set "
-            "convolutions to False"
-        )
+    for taken in stand_ins.apart if not adapter.compresses_again else ():
+        spread = [name for name, reason in taken.left.items() if reason == SPREAD]
+        for name in [*taken.modules, *spread]:
+            raise UnsupportedTrainingError(
+                f"{name} ({type(model.get_submodule(name)).__name__}) {taken.kind.told}, and under "
+                f"{type(adapter.trainer.strategy).__name__} it cannot be taken apart during training; train on one "
+                "device or with strategy='ddp', call zssvd_lightning.compress on the model before the fit, or "
+                f"{taken.kind.instead.format(name=name)}"
+            )
     return stand_ins
 
 
