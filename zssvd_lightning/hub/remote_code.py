@@ -19,10 +19,11 @@ from zssvd_lightning.layers import (
     pivoted_columns,
     pivots,
     registry,
+    removed,
 )
 from zssvd_lightning.serialization.quantizer import FORMAT_VERSION
 
-CARRIED = (base, convolutions, experts, low_rank, gradients, pivots, pivoted, pivoted_columns, int8, registry)
+CARRIED = (base, convolutions, experts, low_rank, gradients, pivots, pivoted, pivoted_columns, int8, removed, registry)
 """Modules that are copied into the folder, with `zssvd_` before their names."""
 
 
@@ -42,6 +43,7 @@ from .zssvd_gradients import permuted  # noqa: F401
 from .zssvd_int8 import EightBitLinear  # noqa: F401
 from .zssvd_low_rank import LowRankLinear  # noqa: F401
 from .zssvd_registry import layer_like
+from .zssvd_removed import forget_removed
 from .zssvd_pivoted import PivotedLinear  # noqa: F401
 from .zssvd_pivoted_columns import ColumnPivotedLinear  # noqa: F401
 from .zssvd_pivots import choose_pivots  # noqa: F401
@@ -81,6 +83,7 @@ class Compressed{model}({model}):
             owner = self.get_submodule(parent)
             old = getattr(owner, leaf)
             setattr(owner, leaf, layer_like(old, spec).to_empty(device=old.weight.device))
+        forget_removed(self)
         self.post_init()
 
     @classmethod

@@ -15,13 +15,15 @@ from zssvd_lightning.layers.int8 import Int8Linear, Int8LowRankLinear
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
 from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
+from zssvd_lightning.layers.removed import RemovedLinear
 
 Factored = LowRankLinear | PivotedLinear | ColumnPivotedLinear
 """Layers whose factors can be trained."""
 
 
 KINDS: dict[str, type[CompressedLinear]] = {
-    cls.kind: cls for cls in (LowRankLinear, PivotedLinear, ColumnPivotedLinear, Int8LowRankLinear, Int8Linear)
+    cls.kind: cls
+    for cls in (LowRankLinear, PivotedLinear, ColumnPivotedLinear, Int8LowRankLinear, Int8Linear, RemovedLinear)
 }
 """Layer classes by the name in saved configs."""
 

@@ -16,6 +16,7 @@ from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.layers.base import ADAPTER_NOTE, LOADING_NOTE, NOTE, CompressedLinear, Dense, shape_of
 from zssvd_lightning.layers.experts import expert_lists
 from zssvd_lightning.layers.registry import KINDS, Factored, dense_like, layer_like
+from zssvd_lightning.layers.removed import forget_removed
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.adapters import Adapter
 from zssvd_lightning.model.apart.convolutions import match_convolutions
@@ -58,6 +59,7 @@ def match_structure(
         for restore in undo:
             restore()
         raise
+    forget_removed(model)
     for _, experts in expert_lists(model):
         experts.own_memory()
 
