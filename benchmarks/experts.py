@@ -1,8 +1,8 @@
 """Removal of experts against low rank, on a small mixture of experts that is trained on bytes of text for the purpose.
 
 `python benchmarks/experts.py train small-mixture` trains 4 layers with 8 experts and saves them, in minutes on one
-core. `compare` instead of `train` prints the losses on the test text at a prune ratio of 0.4, and `brute` compares the
-estimates with the loss after removing each expert.
+core. `compare small-mixture 0.4` prints the losses on the test text at a prune ratio, and `brute small-mixture`
+compares the estimates with the loss after removing each expert.
 """
 
 import copy
@@ -24,8 +24,7 @@ from zssvd_lightning.sources.texts import load_text
 
 LENGTH, BATCH, STEPS, WARMUP = 128, 8, 250, 20
 CALIBRATION, TEST = 24, 32
-RATIO = 0.4
-SETTINGS: dict[str, Any] = {"preset": "best", "prune_ratio": RATIO, "progress": False}
+SETTINGS: dict[str, Any] = {"preset": "best", "progress": False}
 SHAPE: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 128,
@@ -104,7 +103,7 @@ def estimates(model: Any, batches: Batches) -> list[Removal]:
 
     vars(engine)["possible_removals"] = noted
     try:
-        compress(copy.deepcopy(model), batches, remove_experts=True, corrections=0, reestimate=False, **SETTINGS)
+        compress(copy.deepcopy(model), batches, remove_experts=True, prune_ratio=0.4, corrections=0, **SETTINGS)
     finally:
         vars(engine)["possible_removals"] = removals.possible_removals
     return found
@@ -140,42 +139,38 @@ def brute(folder: str) -> None:
         print(f"{what}: r {pearson:.3f}, of ranks {spearman:.3f}, sum {sum(predicted) / sum(true):.2f} of the true one")
 
 
-def compare(folder: str) -> None:
-    """Print the losses on the test text."""
+def compare(folder: str, ratio: float) -> None:
+    """Print the losses on the test text at a prune ratio."""
     calibration, test = batches_of("train", CALIBRATION), batches_of("test", TEST)
     model = loaded(folder)
     print(f"dense: {loss_of(model, test):.4f}", flush=True)
-    without(model, fewest(model, estimates(model, calibration)))
+    without(model, fewest(model, estimates(model, calibration), ratio))
     print(f"removal only: {loss_of(model, test):.4f}", flush=True)
-    rules: tuple[dict[str, Any], ...] = (
-        {},
-        {"remove_experts": True},
-        {"remove_experts": True, "selection": "curvature_first_order"},
-    )
-    for corrections in ({"corrections": 0}, {}):
-        for settings in rules:
+    for corrections in (0, 8):
+        for removes in (False, True):
             model = loaded(folder)
-            report = compress(model, calibration, **SETTINGS | settings | corrections)
-            print(
-                settings | corrections,
-                f"{loss_of(model, test):.4f}, {report.reached:.3f} removed, {len(report.removed_experts)} experts",
-                flush=True,
-            )
+            settings = {"prune_ratio": ratio, "remove_experts": removes, "corrections": corrections}
+            report = compress(model, calibration, **SETTINGS | settings)
+            found = f"{loss_of(model, test):.4f}, {len(report.removed_experts)} experts removed"
+            print(settings, found, flush=True)
 
 
-def fewest(model: Any, found: list[Removal]) -> list[Removal]:
-    """Return the experts of least predicted loss whose removal reaches the prune ratio of all target layers."""
+def fewest(model: Any, found: list[Removal], ratio: float) -> list[Removal]:
+    """Return the experts of least predicted loss that are a ratio of all target layers, or all that may go."""
     of_expert = 3 * SHAPE["hidden_size"] * SHAPE["moe_intermediate_size"]
     attention = 4 * SHAPE["hidden_size"] * SHAPE["num_attention_heads"] * SHAPE["head_dim"]
     total = SHAPE["num_hidden_layers"] * (SHAPE["num_experts"] * of_expert + attention)
     gone: list[Removal] = []
     for removal in sorted(found, key=lambda removal: removal.second_order):
         beside = sum(other.group == removal.group for other in gone)
-        if len(gone) * of_expert < RATIO * total and beside < removal.most:
+        if len(gone) * of_expert < ratio * total and beside < removal.most:
             gone.append(removal)
-    print(f"{len(gone)} of {len(found)} experts")
+    print(f"{len(gone)} of {len(found)} experts are {len(gone) * of_expert / total:.3f} of the target layers")
     return gone
 
 
 if __name__ == "__main__":
-    {"train": train, "compare": compare, "brute": brute}[sys.argv[1]](sys.argv[2])
+    if sys.argv[1] == "compare":
+        compare(sys.argv[2], float(sys.argv[3]))
+    else:
+        {"train": train, "brute": brute}[sys.argv[1]](sys.argv[2])

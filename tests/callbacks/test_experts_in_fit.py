@@ -143,7 +143,7 @@ def test_under_a_strategy_that_cannot_experts_are_refused_by_name_with_the_remed
 
 def test_the_same_in_bfloat16_and_with_accumulation():
     module = module_of()
-    run = callback(calibration_batches=4)
+    run = callback(calibration_batches=4, **REMOVES)
     trainer(run, max_epochs=2, accumulate_grad_batches=2, precision="bf16-mixed").fit(module, loader(token_batches(12)))
     assert run.report.reached >= 0.4
     assert any(".experts." in name for name in ranks_of(module))

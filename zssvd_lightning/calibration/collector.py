@@ -68,7 +68,7 @@ class StatisticsCollector:
         self.can_overflow, self.finds_widths, self.free_widths = False, False, FreeWidths()
         self.logits_model: Callable[[Any], nn.Module] = lambda model: model
         self.model, self.output_side, self.keeps = model, output_side, keep
-        self._targets, self.team, self._means = layers, layers.team, ExpertMeans(model, layers)
+        self._targets, self._team, self._means = layers, layers.team, ExpertMeans(model, layers)
         self.draw = None if output_side is None else OUTPUT_GRADIENTS[output_side]
         self._kept: Moments | None = None
         self.roots = KeptRoots(active=keep)
@@ -84,11 +84,11 @@ class StatisticsCollector:
             into.leaders |= self.moments.leaders
         outputs = into if inputs and self.output_side is not None else None
         with (
-            self.team.inputs(into, self._targets) if inputs else nullcontext(into) as seen,
+            self._team.inputs(into, self._targets) if inputs else nullcontext(into) as seen,
             observing(self.model, self._targets, seen, mask, inputs, outputs) as observation,
         ):
-            if self.team.whole_everywhere and not self.can_overflow:
-                observation.watch_gradients(self.moments, self.team.gradients_divided_by)
+            if self._team.whole_everywhere and not self.can_overflow:
+                observation.watch_gradients(self.moments, self._team.gradients_divided_by)
             observation.check_operands(self._batch + 1)
             if inputs and self.finds_widths:
                 observation.watch_widths(self.free_widths)
@@ -121,7 +121,7 @@ class StatisticsCollector:
             LogitsError: output gradients are drawn from logits on which the loss does not depend.
         """
         check_terms(terms)
-        self.team.inputs_seen()
+        self._team.inputs_seen()
         self._pending.append((checked_loss(loss).item(), terms))
         if self._observation is not None:
             self._observation.gradient_weight = gradient_weight
@@ -133,9 +133,9 @@ class StatisticsCollector:
         for loss, terms in self._pending:
             self.moments.add_loss(loss, terms)
         self._pending = []
-        collect_gradients(self._targets, self.moments, weight * self.team.gradients_divided_by)
+        collect_gradients(self._targets, self.moments, weight * self._team.gradients_divided_by)
         if self._observation is not None:
-            self._observation.refuse_unusable(self.moments, alone=self.team.size == 1)
+            self._observation.refuse_unusable(self.moments, alone=self._team.size == 1)
 
     def discard_gradients(self) -> None:
         """Discard the recorded losses, the gradients on the targets and, with `can_overflow`, the matching inputs."""
@@ -146,14 +146,14 @@ class StatisticsCollector:
     def start_afresh(self) -> None:
         """Reset the statistics for the next step. With `keeps`, second moments are stored for reuse."""
         if self.keeps and self.moments.input_sums:
-            self._kept = self.moments.second_moments(counted=self.team.rank == 0)
+            self._kept = self.moments.second_moments(counted=self._team.rank == 0)
         self.moments, self.calls, self._counts_shared = self._no_moments(), [], False
 
     def component_curvature(self, name: str) -> Tensor:
         """Return the curvature of the loss along each unit-size component (r,); after `complete`. Collective."""
         if self.spectra is None:
             raise RuntimeError("the curvature along components was not watched")
-        return self.team.over_batches(self._components(self.moments, name)) / self.moments.loss_terms
+        return self._team.over_batches(self._components(self.moments, name)) / self.moments.loss_terms
 
     def forget(self) -> None:
         """Discard all statistics, including reusable second moments."""
@@ -175,7 +175,7 @@ class StatisticsCollector:
             self.moments.reuse(self._kept.second_moments())
         self._counts_shared = True
         self._means.start_afresh()
-        self.moments.take_counts(self.team.gathered(self.moments.counts()))
+        self.moments.take_counts(self._team.gathered(self.moments.counts()))
 
     def layer_at(self, owner: int, name: str, *, inputs: bool) -> tuple[Tensor, Moments] | None:
         """Return a layer's whole weight and statistics on its owner, None elsewhere; after `complete`. Collective.
@@ -192,14 +192,14 @@ class StatisticsCollector:
         length, split = target.shape[target.split], target.split
         A = G = B = None
         if inputs and moments.tokens.get(leader):
-            A = self.team.sum_at(owner, self._inputs(moments, leader), target.shape[1], 0)
+            A = self._team.sum_at(owner, self._inputs(moments, leader), target.shape[1], 0)
             A = self._means.shrunk("inputs", leader, A, moments.tokens, partial(self._inputs, moments))
         if name in moments.with_gradient:
-            G = self.team.sum_at(owner, self._gradient(moments.gradient_sums, name), length, split)
+            G = self._team.sum_at(owner, self._gradient(moments.gradient_sums, name), length, split)
         if name in moments.with_outputs:
-            B = self.team.total_at(owner, self._output_sum(moments, name))
+            B = self._team.total_at(owner, self._output_sum(moments, name))
             B = self._means.shrunk("outputs", name, B, moments.tokens, partial(self._output_sum, moments))
-        weight = self.team.weight_at(owner, target.weight, length, split)
+        weight = self._team.weight_at(owner, target.weight, length, split)
         if weight is None:
             return None
         return weight, moments.with_sums_of(name, A, G, B)
@@ -213,7 +213,7 @@ class StatisticsCollector:
         """
         total = Moments({leader: leader}, tokens=self.moments.tokens)
         if self.moments.tokens.get(leader):
-            total.input_sums[leader] = self.team.over_batches(self._inputs(self.moments, leader))
+            total.input_sums[leader] = self._team.over_batches(self._inputs(self.moments, leader))
         return total.second_moment(leader)
 
     def mean_gradient(self, name: str) -> Tensor:
@@ -225,8 +225,8 @@ class StatisticsCollector:
         """
         total = Moments(loss_terms=self.moments.loss_terms)
         if name in self.moments.with_gradient:
-            total.gradient_sums[name] = self.team.over_batches(self._gradient(self.moments.gradient_sums, name))
-        return total.mean_gradient(name, self.team.over_rows)
+            total.gradient_sums[name] = self._team.over_batches(self._gradient(self.moments.gradient_sums, name))
+        return total.mean_gradient(name, self._team.over_rows)
 
     def state_dict(self, *, so_far: bool = True) -> dict[str, Any]:
         """Return plain types and tensors in the form the team saves. Collective.
@@ -234,23 +234,23 @@ class StatisticsCollector:
         Args:
             so_far: True to include the batches since the last step. False discards them, so that the step restarts.
         """
-        kept = None if self._kept is None else self._of_all(self._kept, self.team.gathered(self._kept.counts()))
+        kept = None if self._kept is None else self._of_all(self._kept, self._team.gathered(self._kept.counts()))
         if not so_far:
             empty = Moments().state_dict()
             return {"moments": empty, "window": empty, "kept": kept, "pending": [], "gradients": {}, "calls": []}
-        counts = self.team.gathered(self.moments.counts() | {"window": self._window.counts()})
-        pending = self.team.gathered(self._pending)
+        counts = self._team.gathered(self.moments.counts() | {"window": self._window.counts()})
+        pending = self._team.gathered(self._pending)
         losses = [mean_loss(entries) for entries in zip(*pending, strict=True)]
         weights = {name: target.gradient for name, target in self._targets.items()} if losses else {}
         open_gradients = {name: gradient for name, gradient in weights.items() if gradient is not None}
-        has_open = set().union(*self.team.gathered(set(open_gradients)))
+        has_open = set().union(*self._team.gathered(set(open_gradients)))
         return {
             "moments": self._of_all(self.moments, counts),
             "window": self._of_all(self._window, [each["window"] for each in counts]),
             "kept": kept,
             "pending": [list(entry) for entry in losses],
             "gradients": self._gradients_to_save(open_gradients, has_open),
-            "calls": [call.to("cpu") for calls in self.team.gathered(self.calls) for call in calls],
+            "calls": [call.to("cpu") for calls in self._team.gathered(self.calls) for call in calls],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -258,10 +258,10 @@ class StatisticsCollector:
         self.moments = self._own(state["moments"])
         self._window = self._own(state["window"])
         self._kept = None if state.get("kept") is None else self._own(state["kept"])
-        self.calls = own_calls(state["calls"], self.team, self._device)
-        self._pending = [(loss, terms) if self.team.rank == 0 else (0.0, 0.0) for loss, terms in state["pending"]]
+        self.calls = own_calls(state["calls"], self._team, self._device)
+        self._pending = [(loss, terms) if self._team.rank == 0 else (0.0, 0.0) for loss, terms in state["pending"]]
         for name, gradient in state["gradients"].items():
-            if (part := self.team.share_of_sum(gradient, self._targets[name].split)) is not None:
+            if (part := self._team.share_of_sum(gradient, self._targets[name].split)) is not None:
                 self._targets[name].leave_gradient(part)
 
     @property
@@ -270,7 +270,7 @@ class StatisticsCollector:
 
     def generator(self) -> torch.Generator:
         """Return a generator seeded by batch and process; draws are the same after a restart and on every device."""
-        return torch.Generator().manual_seed(self._batch * self.team.size + self.team.rank)
+        return torch.Generator().manual_seed(self._batch * self._team.size + self._team.rank)
 
     def _no_moments(self) -> Moments:
         return Moments(input_sums=self._sums(), gradient_sums=self._sums(), output_sums=self._sums())
@@ -308,16 +308,16 @@ class StatisticsCollector:
         total.take_counts(counts)
         for leader in [name for name in self._targets if name in total.tokens]:
             inputs = self._inputs(moments, leader)
-            if (A := self.team.sum_to_save(inputs, self._targets[leader].shape[1])) is not None:
+            if (A := self._team.sum_to_save(inputs, self._targets[leader].shape[1])) is not None:
                 total.input_sums[leader] = A
         total.gradient_sums = self._gradients_to_save(moments.gradient_sums, total.with_gradient)
         for name in [name for name in self._targets if name in total.with_outputs]:
-            if (B := self.team.total_to_save(self._output_sum(moments, name))) is not None:
+            if (B := self._team.total_to_save(self._output_sum(moments, name))) is not None:
                 total.output_sums[name] = B
         for name in self.spectra or ():
-            if (squares := self.team.total_to_save(self._components(moments, name))) is not None:
+            if (squares := self._team.total_to_save(self._components(moments, name))) is not None:
                 total.component_sums[name] = squares
-        total.removal_sums = removals_to_save(self.routed, moments, self.team, self._device)
+        total.removal_sums = removals_to_save(self.routed, moments, self._team, self._device)
         return total.state_dict()
 
     def _gradients_to_save(self, gradients: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
@@ -325,7 +325,7 @@ class StatisticsCollector:
         for name, target in self._targets.items():
             if name in names:
                 gradient = self._gradient(gradients, name)
-                G = self.team.sum_to_save(gradient, target.shape[target.split], target.split)
+                G = self._team.sum_to_save(gradient, target.shape[target.split], target.split)
                 if G is not None:
                     to_save[name] = G
         return to_save
@@ -334,17 +334,17 @@ class StatisticsCollector:
         """Return this process's part of saved statistics. Only the first process gets the counts."""
         empty = {kind: self._sums() for kind in ("input_sums", "gradient_sums", "output_sums")}
         moments = Moments(**{**state, **empty, "component_sums": {}})
-        if self.team.rank != 0:
+        if self._team.rank != 0:
             moments.tokens = dict.fromkeys(state["tokens"], 0)
             moments.loss_sum = moments.loss_terms = moments.output_terms = 0.0
         for kind, sums in (("input_sums", moments.input_sums), ("gradient_sums", moments.gradient_sums)):
             for name, whole in state[kind].items():
                 split = self._targets[name].split if kind == "gradient_sums" else 0
-                if (part := self.team.share_of_sum(whole, split)) is not None:
+                if (part := self._team.share_of_sum(whole, split)) is not None:
                     sums[name] = part.to(self._targets[name].weight.device, copy=True)
         for kind, sums in (("output_sums", moments.output_sums), ("component_sums", moments.component_sums)):
             for name, saved in state[kind].items():
-                if (own := self.team.own_total(saved)) is not None:
+                if (own := self._team.own_total(saved)) is not None:
                     sums[name] = own.to(self._targets[name].weight.device, copy=True)
-        moments.removal_sums = own_removals(state, self.team, self._device)
+        moments.removal_sums = own_removals(state, self._team, self._device)
         return moments

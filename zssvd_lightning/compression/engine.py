@@ -345,6 +345,6 @@ class Compression:
         with self.stopwatch("select"):
             rule = self.config.rule if self.followed_plan is None else self.followed_plan.rule
             rest = reach.budget_of_rest(budget, self.selection, self.passed_over)
-            experts = possible_removals(self.gathering, found.components)
+            experts = possible_removals(self.gathering, found.components, self.team)
             selection = self.team.decide_on_first(lambda: rule(found.components, rest, experts))
             return found, reach.with_fixed(selection, self.selection, self.passed_over)

@@ -92,7 +92,7 @@ def changes_of_loss(
         D: gradient (N, n) of the loss by the output.
     """
     count, gone = len(experts.experts), forgotten_by(router)
-    asked = asked.reshape(-1, asked.shape[-1])
+    asked, x = asked.reshape(-1, asked.shape[-1]).to(_dtype(router)), x.to(_dtype(experts))
     present = _by_expert(chosen, shares, count)
     needed, without = present != 0, dict[int, tuple[Tensor, Tensor]]()
     for number in numbers:
@@ -112,12 +112,13 @@ def changes_of_loss(
     return changes
 
 
-def possible_removals(gathering: "StatisticsCollector", layers: Mapping[str, Any]) -> list[Removal]:
+def possible_removals(gathering: "StatisticsCollector", layers: Mapping[str, Any], team: Team) -> list[Removal]:
     """Return the experts that may be removed, with the estimates of the statistics; after `complete`. Collective.
 
     Args:
         gathering: the statistics.
         layers: layers that selection decides on. An expert is a candidate if all of its layers are among them.
+        team: processes that gathered the statistics.
 
     Raises:
         CalibrationError: the statistics have no estimates.
@@ -127,11 +128,12 @@ def possible_removals(gathering: "StatisticsCollector", layers: Mapping[str, Any
         experts = each.experts_in(gathering.model)
         gone = {*removed_from(experts), *forgotten_by(each.router_in(gathering.model))}
         own = _sums(each, gathering.moments, next(experts.parameters()).device)
-        first, squares = gathering.team.over_batches(own).double().cpu()
+        first, squares = team.over_batches(own).double().cpu()
         may_go = each.may_go(gone)
         if may_go and not squares.any():
             raise CalibrationError(
-                f"the statistics tell nothing of removing experts of {each.name}; calibrate with remove_experts=True"
+                f"the statistics tell nothing of removing experts of {each.name}: they are of a calibration without "
+                "remove_experts, or the loss does not depend on these experts; calibrate with remove_experts=True"
             )
         terms = gathering.moments.loss_terms
         for number, most in may_go.items():
@@ -159,6 +161,11 @@ def _sums(routed: Routed, moments: Moments, device: torch.device) -> Tensor:
     """Return the sums (2, E) over the batches of this process."""
     own = moments.removal_sums.get(routed.name)
     return torch.zeros(2, len(routed.layers), device=device) if own is None else own
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """Return the type of the weights of a module, which autocast may have given inputs of another."""
+    return next(module.parameters()).dtype
 
 
 def _by_expert(chosen: Tensor, shares: Tensor, count: int) -> Tensor:
