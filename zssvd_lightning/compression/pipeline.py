@@ -326,8 +326,7 @@ def _fitting(compression: Compression, statistics: Moments) -> Moments:
                 f"by which metric {compression.config.metric!r} goes; calibrate with a config of that metric and "
                 "output_side"
             )
-    device = next(compression.model.parameters()).device
-    return Moments(**move_data_to_device(statistics.state_dict(), device))
+    return Moments(**move_data_to_device(statistics.state_dict(), next(compression.model.parameters()).device))
 
 
 @contextmanager
