@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy, pad, unfold
 
 from zssvd_lightning import compress
 from zssvd_lightning.compression.pipeline import calibrate
-from zssvd_lightning.layers import convolutions
+from zssvd_lightning.layers.apart import convolutions
 
 NAME = "0.kernel_matrix"
 TWO_SIDED = {"metric": "two_sided", "selection": "curvature", "corrections": 0, "storage": "factors"}

@@ -13,7 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from zssvd_lightning import LoRARecovery, load_from_checkpoint
 from zssvd_lightning.errors import UnsupportedTrainingError
-from zssvd_lightning.layers.attention import projected
+from zssvd_lightning.layers.apart.attention import projected
 from zssvd_lightning.serialization.specs import ranks_of
 from zssvd_lightning.strategies import SingleDeviceAdapter
 

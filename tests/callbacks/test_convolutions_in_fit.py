@@ -13,7 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from zssvd_lightning import LoRARecovery, Phase, load_from_checkpoint
 from zssvd_lightning.errors import UnsupportedTrainingError
-from zssvd_lightning.layers.convolutions import UnfoldedConvolution, unfolded
+from zssvd_lightning.layers.apart.convolutions import UnfoldedConvolution, unfolded
 from zssvd_lightning.serialization.specs import ranks_of
 from zssvd_lightning.strategies import SingleDeviceAdapter
 

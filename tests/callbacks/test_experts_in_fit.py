@@ -7,13 +7,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.callbacks import short
-from support.experts import experts_in, tiny_experts
+from support.experts import experts_in, lopsided_experts, tiny_experts
 from support.models import CausalLM, assert_same_state, loader, padded_batches, state_of, token_batches, trainer
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from zssvd_lightning import FactorRecovery, LowRankCheckpointMixin, Phase, load_from_checkpoint
 from zssvd_lightning.errors import UnfinishedError, UnsupportedTrainingError
-from zssvd_lightning.layers.experts import ExpertList, is_stacked
+from zssvd_lightning.layers.apart.experts import ExpertList, is_stacked
+from zssvd_lightning.layers.apart.removed import RemovedLinear
 from zssvd_lightning.serialization.specs import ranks_of
 from zssvd_lightning.strategies import SingleDeviceAdapter
 
@@ -25,9 +26,18 @@ def callback(**settings):
     return short(**(defaults | settings))
 
 
+REMOVES = {
+    "metric": "two_sided",
+    "selection": "curvature",
+    "correction_step": "natural",
+    "prune_ratio": 0.6,
+    "remove_experts": True,
+}
+
+
 def module_of(family="mixtral"):
     torch.manual_seed(0)
-    return CausalLM(tiny_experts(family))
+    return CausalLM(lopsided_experts(family))
 
 
 class OfExperts(LowRankCheckpointMixin, CausalLM):
@@ -43,12 +53,13 @@ def fit(module, *callbacks, ckpt_path=None, **settings):
     trainer(*callbacks, **given).fit(module, batches, ckpt_path=ckpt_path)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_a_fit_resumes_to_the_same_weights_from_checkpoints_of_any_step(family, tmp_path):
+@pytest.mark.parametrize(("family", "settings"), [("mixtral", REMOVES), ("gpt_oss", {})])
+def test_a_fit_resumes_to_the_same_weights_from_checkpoints_of_any_step(family, settings, tmp_path):
     whole = module_of(family)
     start = copy.deepcopy(whole)
-    fit(whole, callback(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    fit(whole, callback(**settings), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
     assert any(".experts." in name for name in ranks_of(whole))
+    assert any(isinstance(layer, RemovedLinear) for layer in whole.modules()) == bool(settings)
     phases = {}
     for step in (1, 4, 7, 10, 12, 18):
         path = tmp_path / f"step={step}.ckpt"
@@ -57,11 +68,12 @@ def test_a_fit_resumes_to_the_same_weights_from_checkpoints_of_any_step(family, 
         stacked = any(name.endswith(".experts.down_proj") for name in saved["state_dict"])
         phases[state["phase"]] = stacked
         resumed = copy.deepcopy(start)
-        fit(resumed, callback(), ckpt_path=path)
+        fit(resumed, callback(**settings), ckpt_path=path)
         assert whole.state_dict().keys() == resumed.state_dict().keys()
         for name, value in whole.state_dict().items():
             assert torch.equal(resumed.state_dict()[name], value), (step, name)
-    assert phases == {"wait": True, "calibrate": True, "correct": True, "recover": False}
+    gradients_alone = {} if settings else {"correct": True}
+    assert phases == {"wait": True, "calibrate": True, "recover": False} | gradients_alone
 
 
 def test_experts_are_stacked_until_the_compression_starts_and_their_factors_train():
@@ -131,7 +143,7 @@ def test_under_a_strategy_that_cannot_experts_are_refused_by_name_with_the_remed
 
 def test_the_same_in_bfloat16_and_with_accumulation():
     module = module_of()
-    run = callback(calibration_batches=4)
+    run = callback(calibration_batches=4, **REMOVES)
     trainer(run, max_epochs=2, accumulate_grad_batches=2, precision="bf16-mixed").fit(module, loader(token_batches(12)))
     assert run.report.reached >= 0.4
     assert any(".experts." in name for name in ranks_of(module))

@@ -11,7 +11,7 @@ from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 
 from zssvd_lightning import compress, from_pretrained, load_state_dict, merge, save_pretrained
 from zssvd_lightning.errors import BudgetError, TargetError
-from zssvd_lightning.layers.attention import ProjectedAttention, projected
+from zssvd_lightning.layers.apart.attention import ProjectedAttention, projected
 from zssvd_lightning.model.apart.attention import ATTENTION
 from zssvd_lightning.model.coverage import BY_CHOICE
 from zssvd_lightning.model.recompression import StandIns

@@ -13,7 +13,7 @@ from zssvd_lightning import CompressionConfig, compress, from_pretrained, load_s
 from zssvd_lightning.compression.pipeline import coverage_of, plan
 from zssvd_lightning.correction.batch_norms import SumsBehind, set_statistics
 from zssvd_lightning.errors import BudgetError, ContradictionError, TargetError
-from zssvd_lightning.layers.convolutions import UnfoldedConvolution, unfolded
+from zssvd_lightning.layers.apart.convolutions import UnfoldedConvolution, unfolded
 from zssvd_lightning.serialization.specs import ranks_of
 
 QUICK = {"preset": "zs-svd", "prune_ratio": 0.5, "progress": False, "corrections": 0, "convolutions": True}

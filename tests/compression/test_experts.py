@@ -18,7 +18,7 @@ from zssvd_lightning import (
 )
 from zssvd_lightning.compression.pipeline import calibrate, coverage_of, plan
 from zssvd_lightning.errors import BudgetError, LeftDenseWarning, TargetError
-from zssvd_lightning.layers.experts import ExpertList, is_stacked
+from zssvd_lightning.layers.apart.experts import ExpertList, is_stacked
 from zssvd_lightning.layers.int8 import EightBitLinear
 from zssvd_lightning.model.apart.experts import EXPERTS
 from zssvd_lightning.model.coverage import BY_CHOICE

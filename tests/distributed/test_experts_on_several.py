@@ -2,7 +2,7 @@
 
 import torch
 from support import processes
-from support.experts import tiny_experts
+from support.experts import lopsided_experts, tiny_experts
 from support.models import CausalLM
 from support.parallel import Run, Sharded, alone, fit, killed, multiplied_out, run
 
@@ -12,7 +12,7 @@ class Mixture(CausalLM):
 
     def __init__(self, family):
         torch.manual_seed(0)
-        super().__init__(tiny_experts())
+        super().__init__(lopsided_experts())
         self.model.set_experts_implementation("eager")
 
 
@@ -24,7 +24,13 @@ class ShardedMixture(Sharded):
         CausalLM.__init__(self, tiny_experts())
 
 
-COMPRESSION = {"prune_ratio": 0.4, "metric": "two_sided", "selection": "curvature", "storage": "factors"}
+COMPRESSION = {
+    "prune_ratio": 0.6,
+    "metric": "two_sided",
+    "selection": "curvature",
+    "storage": "factors",
+    "remove_experts": True,
+}
 
 
 def test_two_processes_give_what_one_makes_of_their_batches_also_after_a_kill(tmp_path):
@@ -37,6 +43,7 @@ def test_two_processes_give_what_one_makes_of_their_batches_also_after_a_kill(tm
     )
     assert found[0]["ranks"] == found[1]["ranks"] == expected["ranks"]
     assert any(".experts." in name and rank is not None for name, rank in found[0]["ranks"].items())
+    assert any(rank == 0 for rank in found[0]["ranks"].values())
     torch.testing.assert_close(found[0]["losses"], expected["losses"], rtol=1e-9, atol=0)
     products = [multiplied_out(each["at_factorization"]) for each in (found[0], expected)]
     torch.testing.assert_close(*products, rtol=1e-5, atol=1e-7)

@@ -12,7 +12,7 @@ from support.many_classes import CLASSES, built, factored
 from support.models import tiny_llama, tiny_tokenizer, token_batches
 
 from zssvd_lightning import compress, save_pretrained
-from zssvd_lightning.layers.experts import is_stacked
+from zssvd_lightning.layers.apart.experts import is_stacked
 
 OF_PROCESSES = {"LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 """Environment variables that a Trainer of another test leaves, and that make a process one of several."""

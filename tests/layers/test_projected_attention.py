@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from zssvd_lightning.layers.attention import ProjectedAttention, fault_of, project, projected
+from zssvd_lightning.layers.apart.attention import ProjectedAttention, fault_of, project, projected
 from zssvd_lightning.layers.low_rank import LowRankLinear
 
 B, L, S, E, H = 3, 4, 5, 8, 2

@@ -9,8 +9,8 @@ from support.experts import FAMILIES, experts_in, tiny_experts
 from support.many_classes import factored
 from support.models import tiny_llama, token_batches
 
+from zssvd_lightning.layers.apart.experts import ExpertList, is_stacked, matrices_of
 from zssvd_lightning.layers.base import own_memory
-from zssvd_lightning.layers.experts import ExpertList, is_stacked, matrices_of
 
 TOKENS, TOP = 40, 2
 

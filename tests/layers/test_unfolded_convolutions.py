@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from zssvd_lightning.layers import convolutions
-from zssvd_lightning.layers.convolutions import UnfoldedConvolution, fault_of, unfold, unfolded
+from zssvd_lightning.layers.apart import convolutions
+from zssvd_lightning.layers.apart.convolutions import UnfoldedConvolution, fault_of, unfold, unfolded
 from zssvd_lightning.layers.int8 import Int8LowRankLinear
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear

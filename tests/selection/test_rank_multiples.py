@@ -68,8 +68,9 @@ def test_allowed_ranks_are_the_multiples_that_save(storage, unit, m, n, multiple
     assert bool(saving) == bool(every)
     assert budget.floor("a") == min(budget.ranks("a"), default=1)
     costs = budget.costs("a")
-    for k in range(min(m, n) + 1):
-        raised = next((rank for rank in [0, *saving] if rank >= k), None)
+    assert budget.kept_of("a", 0) == budget.rounded_up("a", 0) == 0  # which stands for a removal
+    for k in range(1, min(m, n) + 1):
+        raised = next((rank for rank in saving if rank >= k), None)
         assert costs[k] == budget.kept_of("a", raised)
         assert budget.rounded_up("a", k) == (k if raised is None else raised)
     above = range(max(budget.ranks("a"), default=0) + 1, min(m, n) + 1)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from support.models import VOCABULARY
+from zssvd_lightning.layers.apart.removed import router_beside
 
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -75,3 +76,19 @@ def tiny_experts(family: str = "mixtral", **changes: Any) -> PreTrainedModel:
 def experts_in(model: nn.Module) -> list[nn.Module]:
     """The modules that hold experts, stacked or separate."""
     return [module for name, module in model.named_modules() if name.endswith(".experts")]
+
+
+def lopsided_experts(family: str = "mixtral", **changes: Any) -> PreTrainedModel:
+    """A `tiny_experts` whose experts get different numbers of tokens, so that removing some costs little.
+
+    DeepSeek-V3 has groups of four, of which two may go.
+    """
+    model = tiny_experts(family, **({"n_routed_experts": 8} if family == "deepseek_v3" else {}) | changes)
+    generator = torch.Generator().manual_seed(0)
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            router = router_beside(model, name, len(module.down_proj))
+            rows = router.weight.data
+            rows.copy_(torch.randn(rows.shape, generator=generator) * 0.3)
+            rows[1] = -0.5 * (rows[0] + rows[2] + rows[3])
+    return model

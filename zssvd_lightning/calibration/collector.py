@@ -18,7 +18,9 @@ from zssvd_lightning.calibration.hooks import Observation, observing
 from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.calibration.recorded_calls import Call, own_calls
 from zssvd_lightning.calibration.routing.means import ExpertMeans
+from zssvd_lightning.calibration.routing.removals import own_removals, removals_to_save
 from zssvd_lightning.distributed import LayerSet
+from zssvd_lightning.model.apart.routers import Routed
 from zssvd_lightning.whitening.kept_roots import KeptRoots
 from zssvd_lightning.whitening.moments import Moments
 from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
@@ -42,6 +44,7 @@ class StatisticsCollector:
         moments: statistics of the batches whose gradients are collected.
         calls_to_record: number of batches per step whose forward passes are recorded, to be run again.
         calls: the recorded forward passes.
+        routed: lists of experts of which removals are weighed.
         spectra: spectra along whose components the curvature is measured; None if it is not.
         can_overflow: True if gradients may be discarded, which takes memory for a second set of second moments.
         free_widths: hidden widths that batches have reached; they are tried only with `finds_widths`.
@@ -59,16 +62,14 @@ class StatisticsCollector:
     ) -> None:
         self._sums = sums
         self.moments, self._window, self._counts_shared = self._no_moments(), self._no_moments(), False
-        self.calls_to_record = 0
-        self.calls: list[Call] = []
+        self.calls_to_record, self.calls = 0, list[Call]()
+        self.routed: Collection[Routed] = ()
         self.spectra: Mapping[str, Spectrum] | None = None
         self.can_overflow, self.finds_widths, self.free_widths = False, False, FreeWidths()
         self.logits_model: Callable[[Any], nn.Module] = lambda model: model
-        self.model = model
+        self.model, self.output_side, self.keeps = model, output_side, keep
         self._targets, self._team, self._means = layers, layers.team, ExpertMeans(model, layers)
-        self.output_side = output_side
         self.draw = None if output_side is None else OUTPUT_GRADIENTS[output_side]
-        self.keeps = keep
         self._kept: Moments | None = None
         self.roots = KeptRoots(active=keep)
         self._pending: list[tuple[float, float]] = []
@@ -93,6 +94,7 @@ class StatisticsCollector:
                 observation.watch_widths(self.free_widths)
             if self.spectra is not None:
                 observation.watch_components(self.spectra, into)
+            observation.watch_removals(self.routed, into)
             if outputs is not None and self.draw is not None:
                 observation.watch_logits(self.logits_model(self.model), self.draw, self.generator())
             if self._batch < self.calls_to_record:
@@ -121,10 +123,9 @@ class StatisticsCollector:
         check_terms(terms)
         self._team.inputs_seen()
         self._pending.append((checked_loss(loss).item(), terms))
-        if self._observation is None:
-            return
-        self._observation.gradient_weight = gradient_weight
-        self._observation.send_back(loss)
+        if self._observation is not None:
+            self._observation.gradient_weight = gradient_weight
+            self._observation.send_back(loss)
 
     def collect_gradients(self, weight: float) -> None:
         """Add the recorded losses and `weight` times the gradients on the targets to the statistics, and clear both."""
@@ -138,8 +139,7 @@ class StatisticsCollector:
 
     def discard_gradients(self) -> None:
         """Discard the recorded losses, the gradients on the targets and, with `can_overflow`, the matching inputs."""
-        self._pending = []
-        self._window = self._no_moments()
+        self._pending, self._window = [], self._no_moments()
         for target in self._targets.values():
             target.module.weight.grad = None
 
@@ -290,7 +290,7 @@ class StatisticsCollector:
         """Return `D^T D` over the batches of this process."""
         m, W = self._targets[name].shape[0], self._targets[name].weight
         own = moments.output_sums.get(name)
-        return torch.zeros(m, m, dtype=accumulated(W.dtype), device=W.device) if own is None else own
+        return W.new_zeros(m, m, dtype=accumulated(W.dtype)) if own is None else own
 
     def _components(self, moments: Moments, name: str) -> Tensor:
         """Return the summed squared derivatives by component (r,), over the batches of this process."""
@@ -317,6 +317,7 @@ class StatisticsCollector:
         for name in self.spectra or ():
             if (squares := self._team.total_to_save(self._components(moments, name))) is not None:
                 total.component_sums[name] = squares
+        total.removal_sums = removals_to_save(self.routed, moments, self._team, self._device)
         return total.state_dict()
 
     def _gradients_to_save(self, gradients: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
@@ -345,4 +346,5 @@ class StatisticsCollector:
             for name, saved in state[kind].items():
                 if (own := self._team.own_total(saved)) is not None:
                     sums[name] = own.to(self._targets[name].weight.device, copy=True)
+        moments.removal_sums = own_removals(state, self._team, self._device)
         return moments

@@ -1,5 +1,6 @@
 """Temporary changes to a model during calibration batches."""
 
+import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 from torchmetrics import Metric
 
 from zssvd_lightning._contexts import evaluation_mode, no_cache, uncompiled
@@ -129,3 +131,13 @@ def unchanged_sampler(loader: Any) -> Iterator[None]:
             sampler.epoch = epoch  # type: ignore[union-attr]
         for generator, state in states:
             generator.set_state(state)
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Return whether the caller runs in the forward pass of `torch.utils.checkpoint` with `use_reentrant=True`."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False

@@ -1,25 +1,29 @@
 """Observation of a model during a batch, through hooks that are removed on any exit."""
 
-import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction
 
 from zssvd_lightning._contexts import evaluation_mode, no_cache, uncompiled
 from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.calibration.batches import input_of, rows_that_count
-from zssvd_lightning.calibration.contexts import gradients_from_embeddings_on, gradients_only_at
+from zssvd_lightning.calibration.contexts import (
+    gradients_from_embeddings_on,
+    gradients_only_at,
+    in_reentrant_checkpoint,
+)
 from zssvd_lightning.calibration.free_widths import FreeWidths, hooked_modules
 from zssvd_lightning.calibration.gradients import collect_at_once, refuse_no_gradient, send_back_drawn
 from zssvd_lightning.calibration.masks import Masks, TokenMask
 from zssvd_lightning.calibration.operands import CheckedOperands
 from zssvd_lightning.calibration.recorded_calls import Call
+from zssvd_lightning.calibration.routing.removals import watch_removals
 from zssvd_lightning.errors import CalibrationError, LogitsError, ZeroGradientError
+from zssvd_lightning.model.apart.routers import Routed
 from zssvd_lightning.model.logits import logits_of
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.whitening.moments import Moments
@@ -117,6 +121,15 @@ class Observation:
             handle = target.module.register_forward_hook(self._component_hook(name, spectra, into), with_kwargs=True)
             self._output_hooks.callback(handle.remove)
 
+    def watch_removals(self, routed: Collection[Routed], into: Moments) -> None:
+        """Add the changes of the loss by removing each expert to `into`, until `close`."""
+        watch_removals(self._model, routed, self._weights, into, self._output_hooks)
+
+    def _weights(self) -> tuple[float, float]:
+        """Return by what gradients of the loss, and output gradients for the metric, are multiplied now."""
+        weight = self.gradient_weight if self._loss_known else 0.0
+        return weight * (self._drawn is None or not self._taking_outputs), weight * self._taking_outputs
+
     def note_calls(self, model: nn.Module, calls: list[Call], mask: TokenMask) -> None:
         """Append the forward passes of `model` to `calls`, with the mask of the batch, until `forward_done`."""
 
@@ -157,8 +170,7 @@ class Observation:
         self._loss_known = True
         if self._drawn is None:
             return
-        (draw, generator), logits, found = self._drawn, self._logits, None
-        self._logits = None
+        (draw, generator), logits, found, self._logits = self._drawn, self._logits, None, None
         if logits is not None and logits.requires_grad:
             (found,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
         if found is None or logits is None:
@@ -254,7 +266,7 @@ class Observation:
     def _hook(self, name: str) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._see(name, input_of(args, kwargs))
-            if not torch.is_grad_enabled() and _in_reentrant_checkpoint():
+            if not torch.is_grad_enabled() and in_reentrant_checkpoint():
                 self._checkpointed.add(name)
 
         return see
@@ -272,16 +284,6 @@ class Observation:
                 f"{name} read the same input as {leader} in the first batch, but another one now; "
                 f"compress them in separate runs, or add {name} to ignore"
             )
-
-
-def _in_reentrant_checkpoint() -> bool:
-    """Return whether the caller runs in the forward pass of `torch.utils.checkpoint` with `use_reentrant=True`."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            return True
-        frame = frame.f_back
-    return False
 
 
 @contextmanager

@@ -24,8 +24,8 @@ from zssvd_lightning.correction.steps import (
 from zssvd_lightning.decomposition.decompose import gradient_squares
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import ConfigError, NonFiniteError
+from zssvd_lightning.layers.apart.convolutions import unfolded
 from zssvd_lightning.layers.base import CompressedLinear
-from zssvd_lightning.layers.convolutions import unfolded
 from zssvd_lightning.whitening.spectrum import Step
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from torch import nn
 from zssvd_lightning._resources import Stopwatch
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.reach import Unreached
+from zssvd_lightning.calibration.routing.removals import possible_removals
 from zssvd_lightning.compression import reach
 from zssvd_lightning.compression.corrections import STEPS, CorrectionStep, carry_out, step_name
 from zssvd_lightning.compression.course import Act, Stage
@@ -29,6 +30,7 @@ from zssvd_lightning.decomposition.trace import Trace
 from zssvd_lightning.distributed import LayerSet, Team
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.layers.registry import Factored
+from zssvd_lightning.model.apart.routers import removable_experts
 from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
 from zssvd_lightning.model.recompression import StandIns, left_whole
@@ -88,10 +90,8 @@ class Compression:
         stand_ins: StandIns | None = None,
     ) -> None:
         refuse_unready(model)
-        self.model = model
-        self.team = team or Team()
+        self.model, self.config, self.team = model, config, team or Team()
         self._replace = replace
-        self.config = config
         self.targets = LayerSet(find_targets(model, config.include, config.ignore), self.team)
         self.stand_ins = stand_ins
         self.metric = config.metric_used
@@ -111,6 +111,7 @@ class Compression:
         )
         self.gathering.finds_widths = config.form.has_pivots
         self.gathering.roots.active &= config.place == "none"  # they lie in memory
+        self.gathering.routed = removable_experts(model, self.targets) if config.remove_experts else ()
         self.originals = Originals(self.targets, self.store.tensors())
         self.stopwatch, self.trace, self.choice_of_memory = Stopwatch(), Trace(), ""
         self.progress = progress and self.team.rank == 0
@@ -121,8 +122,7 @@ class Compression:
         self.decomposition: Decomposition | None = None
         self.parts: DecompositionInParts | None = None
         self.selection: Selection | None = None
-        self.truncated = self._no_factors()
-        self.may_truncate = True
+        self.truncated, self.may_truncate = self._no_factors(), True
         self._installed: dict[str, nn.Module] = {}
         self.importances: dict[str, Importance] | None = None
         self.safeguard: Safeguard | None = None
@@ -212,6 +212,7 @@ class Compression:
                     self.truncated.take(decomposition, name, components)
                 target.assign(self.truncated.truncated(name))
         self.selection, self.decomposition, self.gathering.spectra = selection, None, None
+        reach.forget_removed(self)
         self.truncations += 1
         if steps is None and self.metric.measures_loss:
             found = decomposition.components
@@ -253,8 +254,7 @@ class Compression:
             CalibrationError: see `truncate`.
         """
         reach.review(self)
-        _, selection = self._select(self.budget)
-        return Plan.of(selection, self.budget, self.shapes, self.present)
+        return Plan.of(self._select(self.budget)[1], self.budget, self.shapes, self.present)
 
     def factorize(self, dress: Callable[[str, Factored], Factored] | None = None) -> None:
         """Replace every truncated layer by a low-rank layer of the chosen storage.
@@ -268,7 +268,7 @@ class Compression:
             self.safeguard.settle(self)
         with self.stopwatch("factorize"):
             for name, layer in self._new_layers(copies=dress is not None):
-                self._installed[name] = layer if dress is None else dress(name, layer)
+                self._installed[name] = dress(name, layer) if dress and isinstance(layer, Factored) else layer
                 self._replace(self.model, self.targets[name].module, self._installed[name])
                 if self.team.whole_everywhere:  # `restore` needs the original alone
                     self.targets[name].release()
@@ -290,11 +290,11 @@ class Compression:
         for name, module in self._installed.items():
             self._replace(self.model, module, self.targets[name].module)
         self.originals.put_back()
+        self.decomposition, self.parts, self.selection, self._installed = None, None, None, {}
+        reach.forget_removed(self)
         self._put_back_low_rank()
         mark(self.model)
-        self.decomposition, self.parts, self.selection, self._installed = None, None, None, {}
-        self.truncations = 0
-        self.truncation_loss, self.first_steps, self.trace = 0.0, None, Trace()
+        self.truncations, self.truncation_loss, self.first_steps, self.trace = 0, 0.0, None, Trace()
         self.truncated = self._no_factors()
         self.gathering.forget()
 
@@ -302,7 +302,7 @@ class Compression:
         """Return the report of the compression so far."""
         return Report.of(self)
 
-    def _new_layers(self, *, copies: bool) -> Iterator[tuple[str, Factored]]:
+    def _new_layers(self, *, copies: bool) -> Iterator[tuple[str, nn.Module]]:
         """Yield the name and new layer of each truncated layer, and copies of layers that stay low-rank if asked."""
         yield from self.truncated.layers(self.gathering.free_widths)
         if copies and self.stand_ins is not None:
@@ -311,9 +311,8 @@ class Compression:
 
     def _in_8_bits(self) -> list[str]:
         """Return the names of the layers that `quantize` converts."""
-        if not self.config.form.rounds:
-            return []
-        return [name for name, layer in self.report().layers.items() if layer.in_8_bits]
+        layers = self.report().layers if self.config.form.rounds else {}
+        return [name for name, layer in layers.items() if layer.in_8_bits]
 
     def _put_back_low_rank(self, leave: Collection[str] = ()) -> None:
         """Put back the low-rank layers, and the stacked experts without `leave`, whose stand-ins are in the model."""
@@ -346,5 +345,6 @@ class Compression:
         with self.stopwatch("select"):
             rule = self.config.rule if self.followed_plan is None else self.followed_plan.rule
             rest = reach.budget_of_rest(budget, self.selection, self.passed_over)
-            selection = self.team.decide_on_first(lambda: rule(found.components, rest))
+            experts = possible_removals(self.gathering, found.components, self.team)
+            selection = self.team.decide_on_first(lambda: rule(found.components, rest, experts))
             return found, reach.with_fixed(selection, self.selection, self.passed_over)

@@ -40,6 +40,7 @@ from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.distributed import LayerSet, Team
 from zssvd_lightning.errors import CalibrationError, ContradictionError
+from zssvd_lightning.model.apart.routers import removable_experts
 from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
 from zssvd_lightning.model.recompression import StandIns
@@ -180,6 +181,7 @@ def calibrate(
         layers = LayerSet(find_targets(model, config.include, config.ignore))
         statistics = StatisticsCollector(model, layers, config.watches_outputs)
         statistics.finds_widths = config.form.has_pivots
+        statistics.routed = removable_experts(model, layers) if config.remove_experts else ()
         every = checked(batches, Span(0, 0, so_many(batches, calibration_batches)), Phase.CALIBRATE, progress=progress)
         guard = safeguard_of(model, reading)
         observe(model, statistics, kept_back(every, guard), Phase.CALIBRATE, reading)
@@ -205,6 +207,7 @@ def plan(
     Arguments and errors are those of `compress`.
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
+    config.refuse_plan()
     with gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
         build = partial(Compression, model, progress=progress, stand_ins=stand_ins)
         run = within_limits(build, config, partial(extent_by_first, batches, calibration_batches, reading))
@@ -304,14 +307,13 @@ def _fitting(compression: Compression, statistics: Moments) -> Moments:
             f"the statistics are of other layers: they leave out {', '.join(others[:3])} ({len(others)} layers); "
             "calibrate with the same include and ignore"
         )
-    widths = {leader: A.shape[0] for leader, A in statistics.input_sums.items()}
     for name, leader in statistics.leaders.items():
-        target = compression.targets.get(name)
-        if target is None or widths[leader] != target.shape[1]:
+        target, width = compression.targets.get(name), len(statistics.input_sums[leader])
+        if target is None or width != target.shape[1]:
             found = "no layer to compress" if target is None else f"a layer {target.shape}"
             raise CalibrationError(
-                f"the statistics are of another model or other layers: {name} of width {widths[leader]} is {found} "
-                "here; calibrate this one"
+                f"the statistics are of another model or other layers: {name} of width {width} is {found} here; "
+                "calibrate this one"
             )
     side = compression.config.watches_outputs
     for name in statistics.leaders if side is not None else ():
@@ -324,8 +326,7 @@ def _fitting(compression: Compression, statistics: Moments) -> Moments:
                 f"by which metric {compression.config.metric!r} goes; calibrate with a config of that metric and "
                 "output_side"
             )
-    device = next(compression.model.parameters()).device
-    return Moments(**move_data_to_device(statistics.state_dict(), device))
+    return Moments(**move_data_to_device(statistics.state_dict(), next(compression.model.parameters()).device))
 
 
 @contextmanager

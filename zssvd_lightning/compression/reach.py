@@ -17,6 +17,7 @@ from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.decomposition.decompose import Decomposition
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import BudgetError, CalibrationError, LeftDenseWarning
+from zssvd_lightning.model.apart.routers import forget_in
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Selection
 
@@ -106,12 +107,17 @@ def warn_of_unreached_in(statistics: StatisticsCollector, layers: LayerSet, conf
 
 
 def _passed_over(compression: "Compression", stage: Stage) -> dict[str, Unreached]:
-    """Return the layers that stay as they are in a later stage, which has no statistics of them, and warn."""
+    """Return the layers that stay as they are in a later stage, which has no statistics of them, and warn.
+
+    Those of removed experts are among them, without a warning.
+    """
     run = compression
     if stage.acts == (Act.SHORTEN_STEP,):  # which needs nothing but the loss
         return {}
     run.gathering.complete()
+    removed = [] if run.selection is None else run.selection.removed
     reasons = _unreached(run, inputs=stage.truncates, outputs=stage.truncates)
+    reasons = {name: reason for name, reason in reasons.items() if name not in removed}
     if len(reasons) == len(run.targets):
         raise CalibrationError(
             f"the {stage.gathers} batches have reached none of the {len(run.targets)} layers. {named(reasons)}"
@@ -125,7 +131,7 @@ def _passed_over(compression: "Compression", stage: Stage) -> dict[str, Unreache
             stage.gathers,
             named(reasons),
         )
-    return reasons
+    return reasons | dict.fromkeys(removed, Unreached.NEVER_RAN)
 
 
 def _unreached(compression: "Compression", *, inputs: bool, outputs: bool) -> dict[str, Unreached]:
@@ -134,6 +140,12 @@ def _unreached(compression: "Compression", *, inputs: bool, outputs: bool) -> di
     if run.parts is not None:
         return run.parts.of_all(moments)
     return unreached(run.targets, moments, inputs=inputs, outputs=outputs and run.config.watches_outputs is not None)
+
+
+def forget_removed(compression: "Compression") -> None:
+    """Keep the routers from choosing the experts that the present selection removes, and from no others."""
+    selection = compression.selection
+    forget_in(compression.model, compression.gathering.routed, [] if selection is None else selection.removed)
 
 
 def with_curvature(compression: "Compression") -> Decomposition:

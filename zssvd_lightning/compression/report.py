@@ -4,7 +4,7 @@ import json
 import math
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from io import StringIO
@@ -33,7 +33,7 @@ NUMBERS = re.compile(r'\[\n[^][{}"]*\]')
 
 OPTIONAL = (
     *("kept_back", "held_out", "perplexity", "perplexity_second"),
-    *("file_bytes", "left_dense", "trace", "continuations", "tokens_per_second"),
+    *("file_bytes", "left_dense", "removed_experts", "freed_beside", "trace", "continuations", "tokens_per_second"),
 )
 """Fields of a report whose keys `report.json` has only if there is something in them."""
 
@@ -45,7 +45,8 @@ class LayerReport(NamedTuple):
     """Report on one target layer after compression."""
 
     rank: int | None
-    """Number of remaining components; None if the layer stays dense. A layer that stays low-rank has its rank."""
+    """Number of remaining components; None if the layer stays dense. A layer that stays low-rank has its rank. 0 if it
+    is removed with its expert."""
     shape: tuple[int, int]
     """Shape (m, n) of the dense weight."""
     kept: int
@@ -121,6 +122,10 @@ class Report:
     left_dense: Mapping[str, str] = field(default_factory=dict)
     """Layer -> reason, for target layers that calibration has not reached. They stay dense, and count neither in
     `layers` nor in the parameters of the target layers."""
+    removed_experts: Sequence[str] = ()
+    """Names of the experts that were removed."""
+    freed_beside: int = 0
+    """Parameters that went with them beside their weights: biases."""
     trace: Mapping[str, Any] | None = None
     """Spectra, sensitivities, selection and states: a `Trace.to_dict`. None in reports of earlier releases."""
     continuations: Mapping[str, str] | None = None
@@ -151,7 +156,9 @@ class Report:
                 counted.present[name].rank if counted.stays_low_rank(name, rank) else rank,
                 run.budget.shapes[name],
                 counted.kept_of(name, rank, eight_bit=name in selection.eight_bit),
-                not counted.stays_low_rank(name, rank) and (name in selection.eight_bit or config.form.rounds_at(rank)),
+                rank != 0
+                and not counted.stays_low_rank(name, rank)
+                and (name in selection.eight_bit or config.form.rounds_at(rank)),
                 run.budget.highest_rank(name, eight_bit=name in selection.eight_bit),
                 flops.kept_of(name, rank, eight_bit=name in selection.eight_bit),
             )
@@ -176,6 +183,10 @@ class Report:
             seconds=dict(run.stopwatch.seconds),
             kept_back=None if run.safeguard is None else run.safeguard.report(),
             left_dense=dict(run.left_dense),
+            removed_experts=list(dict.fromkeys(name.rpartition(".")[0] for name in selection.removed)),
+            freed_beside=sum(
+                run.budget.shapes[name][0] for name in selection.removed if run.targets[name].module.bias is not None
+            ),
             trace=run.trace.to_dict(),
         )
 
@@ -197,7 +208,7 @@ class Report:
     @property
     def model_parameters_after(self) -> int:
         """Parameters of the whole model after compression."""
-        return self.model_parameters_before - self.parameters_before + self.parameters_after
+        return self.model_parameters_before - self.parameters_before + self.parameters_after - self.freed_beside
 
     @property
     def perplexities(self) -> tuple[float, float] | None:
@@ -214,6 +225,7 @@ class Report:
             self,
             layers={name.removeprefix(start): layer for name, layer in self.layers.items()},
             left_dense={n.removeprefix(start): why for n, why in self.left_dense.items() if n.startswith(start)},
+            removed_experts=[name.removeprefix(start) for name in self.removed_experts],
             trace=self.trace
             and {
                 **self.trace,

@@ -87,7 +87,9 @@ def _add_sizes(report: "Report", table: Table) -> None:
     )
     if report.file_bytes:
         table.add_row("file size", *(f"{report.file_bytes[k] / 1e6:.1f} MB" for k in ("dense", "compressed")))
-    ranks = [layer.rank for layer in report.layers.values() if layer.rank is not None]
+    if report.removed_experts:
+        table.add_row("experts removed", "", f"{len(report.removed_experts)}")
+    ranks = [layer.rank for layer in report.layers.values() if layer.rank]
     table.add_row("low-rank layers", "" if report.compresses_again else "0", f"{len(ranks)} of {len(report.layers)}")
     if ranks and report.rank_multiple > 1:
         multiples = sum(rank % report.rank_multiple == 0 for rank in ranks)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zssvd_lightning.calibration.terms import check_terms
+from zssvd_lightning.compression import reach
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
 from zssvd_lightning.errors import DivergedError
 from zssvd_lightning.model.heads import chance_loss
@@ -66,6 +67,7 @@ class State(NamedTuple):
             held = name in self.factors
             target.assign(compression.truncated.truncated(name) if held else compression.originals[name])
         compression.selection = self.selection
+        reach.forget_removed(compression)
         compression.importances = None if self.importances is None else dict(self.importances)
 
 

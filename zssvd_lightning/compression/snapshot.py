@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from zssvd_lightning.calibration.free_widths import FreeWidths
+from zssvd_lightning.compression import reach
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.config.compression import CompressionConfig, settings_of_saved
 from zssvd_lightning.config.placement import PLACES
@@ -79,6 +80,7 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
     for name, W in state.get("stand_ins", {}).items():
         run.targets[name].assign(W)
     run.selection = None if state["selection"] is None else Selection.of_state(state["selection"])
+    reach.forget_removed(run)
     if (found := state.get("importances")) is not None:
         run.importances = {name: Importance(*pair) for name, pair in found.items()}
     run.last_step = None if state["step"] is None else (state["step"][0], state["step"][1])

@@ -6,7 +6,7 @@ from typing import Any, Self, Unpack
 
 from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import require, require_count, require_one_of
-from zssvd_lightning.config.contradictions import refuse_not_for_convolutions
+from zssvd_lightning.config.contradictions import refuse_contradictions, refuse_not_for_convolutions, refuse_removals
 from zssvd_lightning.config.corrections import CORRECTIONS, Correction
 from zssvd_lightning.config.placement import AUTO, bytes_of, refuse_places
 from zssvd_lightning.config.presets import DEFAULT, PRESETS, TRAINED, explaining_default, settings_of, trained_by
@@ -117,6 +117,10 @@ class CompressionConfig:
     convolutions: bool = False
     """Compress `nn.Conv1d` and `nn.Conv2d` too, except those with groups. A convolution at rank k is one to k channels
     and one of size 1 back. `include` and `ignore` take its name."""
+    remove_experts: bool = False
+    """Also remove whole experts of mixtures of experts, where that costs less of the loss than lower ranks: all
+    matrices of such an expert go, and the router sends its tokens to the next best. Needs stacked experts, metric
+    `two_sided` and selection `curvature` or `curvature_first_order`."""
     plan: str | None = None
     """YAML file with the rank of every layer, as written by a dry run. It replaces `prune_ratio` and `selection`."""
     memory: str = "auto"
@@ -163,29 +167,15 @@ class CompressionConfig:
             raise ContradictionError(
                 f"correction_step {self.correction_step!r} needs metric {measures}, but metric is {self.metric!r}"
             )
-        if self.budget_of == "model" and self.budget_in == "flops":
-            raise ContradictionError(
-                "budget_of 'model' needs budget_in 'parameters' or 'bytes', because the FLOPs of other layers than "
-                "targets are not known"
-            )
-        if self.truncations > 1 and self.plan is not None:
-            raise ContradictionError(f"a plan is reached by one truncation, and truncations is {self.truncations}")
         if self.reestimate and not (metric.measures_loss and rule.uses_curvature):
             raise ContradictionError(
                 f"reestimate needs metric {measures} and selection "
                 f"{_either(RULES.those(lambda rule: rule.uses_curvature))}, but metric is {self.metric!r} and "
                 f"selection is {self.selection!r}"
             )
-        if self.truncations > 1 and self.corrections and self.refits:
-            raise ContradictionError(
-                f"a refit keeps the ranks of the first truncation, but truncations is {self.truncations}; set it to 1"
-            )
+        refuse_contradictions(self)
         refuse_not_for_convolutions(self)
-        if self.budget_in == "bytes" and self.weighs_rows:
-            raise ContradictionError(
-                "rows_in_16_bits 'loss_aware' also stores the order of the rows, which a budget in bytes does not "
-                "count; keep the 'last' rows, or set budget_in to 'parameters'"
-            )
+        refuse_removals(self, measures, _either(RULES.those(lambda rule: rule.removes)))
         if form.in_8_bits is not None and not rule.chooses_bits and self.plan is None:
             raise ContradictionError(
                 f"storage {self.storage!r} needs selection {_either(RULES.those(lambda rule: rule.chooses_bits))}, "
@@ -244,6 +234,11 @@ class CompressionConfig:
             given = ", ".join([*(["preset"] if preset is not None else []), *settings])
             raise ConfigError(f"config has all settings, so {given} cannot be given too; give one or the other")
         return config
+
+    def refuse_plan(self) -> None:
+        """Raise ContradictionError if a plan of these settings would have to say which experts are removed."""
+        if self.remove_experts:
+            raise ContradictionError("a plan has ranks of at least 1, so leave remove_experts out to write one")
 
     def budget_over(self, shapes: Mapping[str, Shape], present: Mapping[str, Present], others: int) -> Budget:
         """Return the budget over the target layers.

@@ -1,4 +1,4 @@
-"""Checks of a `CompressionConfig` for settings that exclude `convolutions`."""
+"""Checks of a `CompressionConfig` for settings that exclude each other."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,55 @@ from zssvd_lightning.errors import ContradictionError
 
 if TYPE_CHECKING:
     from zssvd_lightning.config.compression import CompressionConfig
+
+
+def refuse_contradictions(config: "CompressionConfig") -> None:
+    """Raise ContradictionError if settings of budget, plan, correction or storage exclude each other."""
+    if config.budget_of == "model" and config.budget_in == "flops":
+        raise ContradictionError(
+            "budget_of 'model' needs budget_in 'parameters' or 'bytes', because the FLOPs of other layers than "
+            "targets are not known"
+        )
+    if config.truncations > 1 and config.plan is not None:
+        raise ContradictionError(f"a plan is reached by one truncation, and truncations is {config.truncations}")
+    if config.truncations > 1 and config.corrections and config.refits:
+        raise ContradictionError(
+            f"a refit keeps the ranks of the first truncation, but truncations is {config.truncations}; set it to 1"
+        )
+    if config.budget_in == "bytes" and config.weighs_rows:
+        raise ContradictionError(
+            "rows_in_16_bits 'loss_aware' also stores the order of the rows, which a budget in bytes does not "
+            "count; keep the 'last' rows, or set budget_in to 'parameters'"
+        )
+
+
+def refuse_removals(config: "CompressionConfig", metrics: str, rules: str) -> None:
+    """Raise ContradictionError if `remove_experts` is set, and another setting does not go with it.
+
+    Args:
+        config: the settings.
+        metrics: names of the metrics that measure the loss.
+        rules: names of the rules that can weigh removals.
+    """
+    if not config.remove_experts:
+        return
+    if not (config.metric_used.measures_loss and config.rule.removes):
+        raise ContradictionError(
+            f"remove_experts compares losses, and needs metric {metrics} and selection {rules}, but metric is "
+            f"{config.metric!r} and selection is {config.selection!r}"
+        )
+    if config.plan is not None:
+        raise ContradictionError("a plan has ranks of at least 1, which leaves nothing for remove_experts to choose")
+    if config.by_blocks:
+        raise ContradictionError(
+            "memory 'blocks' gathers no estimates of removing experts; set memory to 'whole', or leave "
+            "remove_experts out"
+        )
+    if config.corrections and config.refits:
+        raise ContradictionError(
+            f"correction_step {config.correction_step!r} needs inputs of every layer, which removed experts do not "
+            "get; take another one, or leave remove_experts out"
+        )
 
 
 def refuse_not_for_convolutions(config: "CompressionConfig") -> None:

@@ -30,6 +30,7 @@ class CompressionSettings(TypedDict):
         include: name patterns of the layers to compress; all linear layers when None.
         ignore: name patterns of layers to leave alone.
         convolutions: compress convolutions without groups too.
+        remove_experts: also remove whole experts, where that costs less of the loss than lower ranks.
         plan: YAML file with the rank of every layer, which replaces `prune_ratio` and `selection`.
         memory: statistics in memory: of the `whole` model, or (not in a fit) of one of its `blocks` at a time.
         offload: what a compression holds beside the model: where the model is (`none`), in host memory (`cpu`), or in
@@ -59,6 +60,7 @@ class CompressionSettings(TypedDict):
     include: NotRequired[list[str] | str | None]
     ignore: NotRequired[list[str] | str | None]
     convolutions: NotRequired[bool | None]
+    remove_experts: NotRequired[bool | None]
     plan: NotRequired[str | Path | None]
     memory: NotRequired[str | None]
     offload: NotRequired[str | None]

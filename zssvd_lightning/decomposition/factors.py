@@ -16,6 +16,7 @@ from zssvd_lightning.decomposition.common_orders import Orders, Side, common_ord
 from zssvd_lightning.decomposition.decompose import Decomposition
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import NonFiniteError
+from zssvd_lightning.layers.apart.removed import RemovedLinear
 from zssvd_lightning.layers.base import Dense, carry_hooks
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear, PivotForm
@@ -111,6 +112,9 @@ class TruncatedWeights:
     def put(self, name: str, owner: int, k: int, factors: tuple[Tensor, Tensor] | None) -> None:
         """Store factors of rank k, which only process `owner` passes; the others pass None. Collective."""
         like, (m, n), (up, down) = self._like(name), self._targets[name].shape, factors or (None, None)
+        if k == 0:  # removed with its expert
+            self.held[name] = Factors(like.new_empty(m, 0), like.new_empty(0, n))
+            return
         self.held[name] = Factors(
             self._team.from_owner(owner, up, (m, k), like),
             self._team.from_owner(owner, down, (k, n), like),
@@ -124,8 +128,8 @@ class TruncatedWeights:
             W = truncated_weight(self._whole(name)).to(target.weight.dtype)
         return self._team.part(W, target.split)
 
-    def layers(self, widths: FreeWidths) -> Iterator[tuple[str, Factored]]:
-        """Yield the name and the low-rank layer of each truncated layer. Collective.
+    def layers(self, widths: FreeWidths) -> Iterator[tuple[str, Factored | RemovedLinear]]:
+        """Yield the name and the low-rank layer of each truncated layer, and what is left of removed ones. Collective.
 
         Layers that meet in a hidden width whose order is free get a common order there, which begins with pivots of
         each. They need no reordering, and the function of the model stays the same. A layer that stays dense keeps the
@@ -141,11 +145,15 @@ class TruncatedWeights:
             return
         self.refuse_non_finite()
         free = FreeWidths.of_all(self._team.gathered(widths.state_dict())).free
+        of_some_rank = [name for name, factors in self.held.items() if len(factors.down)]
         orders = (
-            common_orders(free, self.held, self._basis, self._team) if self._kind == PivotedLinear.kind else Orders()
+            common_orders(free, of_some_rank, self._basis, self._team) if self._kind == PivotedLinear.kind else Orders()
         )
-        for name in self:
-            yield name, self.layer(name, orders.rows.get(name), orders.columns.get(name))
+        for name, factors in self.held.items():
+            if len(factors.down):
+                yield name, self.layer(name, orders.rows.get(name), orders.columns.get(name))
+            else:
+                yield name, _removed_layer(self._targets[name].module)
 
     def layer(self, name: str, rows: Tensor | None = None, columns: Tensor | None = None) -> Factored:
         """Return the whole low-rank layer that replaces a truncated layer. Collective.
@@ -235,6 +243,14 @@ class TruncatedWeights:
                     "calibrate on more tokens, or add it to ignore"
                 )
         self._known_finite = True
+
+
+def _removed_layer(old: Dense) -> RemovedLinear:
+    """Return what is left of a layer whose expert is removed."""
+    new = RemovedLinear.like(old).to_empty(device=old.weight.device)
+    new.removed.fill_(1)
+    carry_hooks(new, old)
+    return new
 
 
 @contextmanager

@@ -14,10 +14,18 @@ from zssvd_lightning._contexts import evaluation_mode
 from zssvd_lightning._files import replacing_folder
 from zssvd_lightning.errors import ExportError, SavedModelError
 from zssvd_lightning.hub.saving import SHARD, write_model
-from zssvd_lightning.layers.attention import projected, settle_encoders
+from zssvd_lightning.layers.apart.attention import projected, settle_encoders
+from zssvd_lightning.layers.apart.convolutions import unfolded
+from zssvd_lightning.layers.apart.experts import expert_lists
+from zssvd_lightning.layers.apart.removed import (
+    forget,
+    forgotten_by,
+    has_bias,
+    lower_biases,
+    removed_from,
+    router_beside,
+)
 from zssvd_lightning.layers.base import CompressedLinear, type_of
-from zssvd_lightning.layers.convolutions import unfolded
-from zssvd_lightning.layers.experts import expert_lists
 from zssvd_lightning.layers.registry import dense_like
 from zssvd_lightning.model.adapters import merge_adapters
 from zssvd_lightning.model.peft_layers import wraps_by_peft
@@ -35,19 +43,21 @@ def merge(model: nn.Module) -> None:
     modules of their original classes.
 
     The result is an ordinary model with the size and speed it had before compression. Products are computed in float32
-    or wider and rounded once.
+    or wider and rounded once. The matrices of removed experts are zero, and the bias of their router keeps it from
+    choosing them.
 
     Args:
         model: any module.
 
     Raises:
         ExportError: layers are offloaded, so that their values are not in memory, or have an adapter of PEFT that no
-            recovery put there.
+            recovery put there, or experts were removed whose router has no bias.
     """
     common = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     compressed = (module for module in model.modules() if isinstance(module, CompressedLinear))
     if any(value.is_meta for layer in compressed for value in layer.state_dict().values()):
         raise ExportError("layers are offloaded, and not there to be merged; load the model without device_map")
+    _refuse_no_bias(model)
     merge_adapters(model)
     for name, layer in model.named_modules():
         if isinstance(layer, CompressedLinear) and any(wraps_by_peft(part) for part in layer.modules()):
@@ -69,9 +79,27 @@ def merge(model: nn.Module) -> None:
     mark(model)
 
 
+def _refuse_no_bias(model: nn.Module) -> None:
+    """Raise ExportError if a router of dense experts could not be kept from choosing those that were removed."""
+    for name, experts in expert_lists(model):
+        router, removed = router_beside(model, name, len(experts.experts)), removed_from(experts)
+        if removed and (router is None or not has_bias(router, len(experts.experts))):
+            raise ExportError(
+                f"{len(removed)} experts of {name} were removed, and an ordinary model would route tokens to them, "
+                f"because {type(router).__name__} has no bias to keep it from that; save the compressed model with "
+                "save_pretrained, or compress without remove_experts"
+            )
+
+
 def _stack_experts(model: nn.Module) -> None:
     """Put the stacked parameters of the original classes in place of lists of experts."""
     found = [experts for _, experts in expert_lists(model)]
+    for name, experts in expert_lists(model):
+        count = len(experts.experts)
+        router = router_beside(model, name, count)
+        if router is not None and (removed := forgotten_by(router)):
+            lower_biases(router, removed, count)
+            forget(router, (), count)
     for experts in found:
         replace_module(model, experts, experts.stacked())
     for part in model.modules() if found else ():

@@ -23,6 +23,7 @@ WORDS = {
     "pivoted_columns": "pivot columns and the coefficients of the others, floating point",
     "int8_low_rank": "two factors, 8 bits",
     "int8": "dense, 8 bits",
+    "removed": "matrix of a removed expert",
 }
 
 GENERATION = "text-generation"

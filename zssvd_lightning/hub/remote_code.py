@@ -8,19 +8,8 @@ from transformers import PreTrainedModel
 
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.hub.model_classes import automatic_for, saved_class
-from zssvd_lightning.layers import (
-    attention,
-    base,
-    convolutions,
-    experts,
-    gradients,
-    int8,
-    low_rank,
-    pivoted,
-    pivoted_columns,
-    pivots,
-    registry,
-)
+from zssvd_lightning.layers import base, gradients, int8, low_rank, pivoted, pivoted_columns, pivots, registry
+from zssvd_lightning.layers.apart import attention, convolutions, experts, removed
 from zssvd_lightning.serialization.quantizer import FORMAT_VERSION
 
 CARRIED = (
@@ -34,6 +23,7 @@ CARRIED = (
     pivoted,
     pivoted_columns,
     int8,
+    removed,
     registry,
 )
 """Modules that are copied into the folder, with `zssvd_` before their names."""
@@ -56,6 +46,7 @@ from .zssvd_gradients import permuted  # noqa: F401
 from .zssvd_int8 import EightBitLinear  # noqa: F401
 from .zssvd_low_rank import LowRankLinear  # noqa: F401
 from .zssvd_registry import layer_like
+from .zssvd_removed import forget_removed
 from .zssvd_pivoted import PivotedLinear  # noqa: F401
 from .zssvd_pivoted_columns import ColumnPivotedLinear  # noqa: F401
 from .zssvd_pivots import choose_pivots  # noqa: F401
@@ -96,6 +87,7 @@ class Compressed{model}({model}):
             owner = self.get_submodule(parent)
             old = getattr(owner, leaf)
             setattr(owner, leaf, layer_like(old, spec).to_empty(device=old.weight.device))
+        forget_removed(self)
         self.post_init()
 
     @classmethod
@@ -140,7 +132,10 @@ def carry_code(model: PreTrainedModel, folder: Path) -> dict[str, str]:
     for module in CARRIED:
         path = Path(str(module.__file__))
         text = re.sub(
-            r"^from zssvd_lightning\.layers\.", "from .zssvd_", path.read_text(encoding="utf-8"), flags=re.MULTILINE
+            r"^from zssvd_lightning\.layers\.(apart\.)?",
+            "from .zssvd_",
+            path.read_text(encoding="utf-8"),
+            flags=re.MULTILINE,
         )
         (folder / f"zssvd_{path.name}").write_text(text, encoding="utf-8")
     code = CODE.format(

@@ -15,7 +15,7 @@ from zssvd_lightning.errors import OutputError, SavedModelError
 from zssvd_lightning.hub.model_card import write_card
 from zssvd_lightning.hub.model_classes import saved_class
 from zssvd_lightning.hub.remote_code import carry_code
-from zssvd_lightning.layers.experts import expert_lists
+from zssvd_lightning.layers.apart.experts import expert_lists
 from zssvd_lightning.model import adapters
 from zssvd_lightning.model.peft_layers import wraps_by_peft
 from zssvd_lightning.serialization.integrity import digest

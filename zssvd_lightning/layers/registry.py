@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from zssvd_lightning.layers.apart.removed import RemovedLinear
 from zssvd_lightning.layers.base import CompressedLinear, Dense, shape_of, take_after, type_of
 from zssvd_lightning.layers.int8 import Int8Linear, Int8LowRankLinear
 from zssvd_lightning.layers.low_rank import LowRankLinear
@@ -21,7 +22,8 @@ Factored = LowRankLinear | PivotedLinear | ColumnPivotedLinear
 
 
 KINDS: dict[str, type[CompressedLinear]] = {
-    cls.kind: cls for cls in (LowRankLinear, PivotedLinear, ColumnPivotedLinear, Int8LowRankLinear, Int8Linear)
+    cls.kind: cls
+    for cls in (LowRankLinear, PivotedLinear, ColumnPivotedLinear, Int8LowRankLinear, Int8Linear, RemovedLinear)
 }
 """Layer classes by the name in saved configs."""
 

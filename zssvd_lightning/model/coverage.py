@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Self
 from rich.table import Table
 from torch import nn
 
+from zssvd_lightning.layers.apart.experts import is_stacked
 from zssvd_lightning.layers.base import CompressedLinear
-from zssvd_lightning.layers.experts import is_stacked
 from zssvd_lightning.model.apart.attention import ATTENTION
 from zssvd_lightning.model.apart.convolutions import CONVOLUTION
 from zssvd_lightning.model.heads import LINEAR

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning._validation import closest
 from zssvd_lightning.errors import TargetError
+from zssvd_lightning.layers.apart.convolutions import KERNELS
 from zssvd_lightning.layers.base import shape_of
-from zssvd_lightning.layers.convolutions import KERNELS
 from zssvd_lightning.layers.storage import break_even_rank
 from zssvd_lightning.model.apart.convolutions import CONVOLUTION, CONVOLUTIONS
 from zssvd_lightning.model.apart.kind import why_whole

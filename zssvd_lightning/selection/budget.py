@@ -190,10 +190,12 @@ class Budget:
         return self.costs(name)[rank] / rank
 
     def kept_of(self, name: str, rank: int | None, *, eight_bit: bool = False) -> int:
-        """Return the cost of `name` at `rank`, where None means as it is."""
+        """Return the cost of `name` at `rank`, where None means as it is, and 0 that it is removed."""
         storage, shape = self._storage(eight_bit), self.shapes[name]
         if rank is None:
             return storage.stay_cost(*shape, self.unit, self.present.get(name))
+        if rank == 0:
+            return 0
         return storage.low_rank_cost(*shape, rank, self.unit)
 
     def is_low_rank(self, name: str, rank: int, *, eight_bit: bool = False) -> bool:

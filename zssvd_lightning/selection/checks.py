@@ -1,6 +1,6 @@
 """Checks of what a selection rule returns."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -9,9 +9,16 @@ from torch import Tensor
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Components, Selection
+from zssvd_lightning.selection.removals import Removal, removed_in
 
 
-def checked(selection: Any, matrices: Mapping[str, Components], budget: Budget, rule: str) -> Selection:
+def checked(
+    selection: Any,
+    matrices: Mapping[str, Components],
+    budget: Budget,
+    rule: str,
+    removals: Collection[Removal] = (),
+) -> Selection:
     """Return the selection of a rule.
 
     Args:
@@ -19,6 +26,7 @@ def checked(selection: Any, matrices: Mapping[str, Components], budget: Budget, 
         matrices: components that the rule chose from, by layer name.
         budget: budget that the rule had to meet.
         rule: name of the rule, for error messages.
+        removals: experts that the rule could remove.
 
     Raises:
         ConfigError: it is no `Selection` of these matrices, or it exceeds the budget. The message names the rule.
@@ -30,8 +38,9 @@ def checked(selection: Any, matrices: Mapping[str, Components], budget: Budget, 
             raise ConfigError(f"{part} of selection {rule!r} must name all layers and no other; see {differing[:3]}")
     if selection.eight_bit and not (budget.chooses_bits and selection.eight_bit <= matrices.keys()):
         raise ConfigError(f"selection {rule!r} chose bits, but storage {budget.storage!r} leaves no such choice")
+    removed = removed_in({name: selection.rank(name) for name in matrices}, removals)
     for name, kept in selection.kept.items():
-        if kept is not None:
+        if kept is not None and name not in removed:
             wrong = _wrong(name, kept, len(matrices[name].sigma), budget, eight_bit=name in selection.eight_bit)
             if wrong is not None:
                 raise ConfigError(f"selection {rule!r} returned {_shown(kept)} for {name}, but {wrong}")

@@ -37,11 +37,14 @@ class Selection:
     """Components that remain in each matrix."""
 
     kept: Mapping[str, Tensor | None]
-    """Name -> ascending indices (k,) of the remaining components. None if the matrix stays as it is."""
+    """Name -> ascending indices (k,) of the remaining components. None if the matrix stays as it is. No index if it is
+    removed with its expert."""
     drifts: Mapping[str, float]
-    """Name -> sum of delta over the dropped components."""
+    """Name -> sum of delta over the dropped components. Those of a removed expert have equal parts of its change."""
     eight_bit: frozenset[str] = frozenset()
     """Names of the matrices to store in 8 bits, if selection chooses the bits."""
+    removal_loss: float = field(default=0.0, compare=False)
+    """Second-order change of the loss from removing the experts whose matrices have rank 0; it is not saved."""
     walk: Walk | None = field(default=None, compare=False)
     """Running sum over the removals, for a rule that drops one component after another; it is not saved."""
 
@@ -50,20 +53,25 @@ class Selection:
         """Sum of delta over all dropped components."""
         return sum(self.drifts.values())
 
+    @property
+    def removed(self) -> list[str]:
+        """Names of the matrices of removed experts."""
+        return [name for name, kept in self.kept.items() if kept is not None and not len(kept)]
+
     def rank(self, name: str) -> int | None:
         """Return the number of remaining components of `name`, or None if it stays as it is."""
         kept = self.kept[name]
         return None if kept is None else len(kept)
 
     def dropped_second_order(self, matrices: Mapping[str, Components]) -> float:
-        """Return the second-order change of the loss from all dropped components of `matrices`."""
+        """Return the second-order change of the loss from all dropped components of `matrices` and removed experts."""
         losses = {name: components.second_order for name, components in matrices.items()}
         dropped = {
             name: losses[name].sum() - losses[name][kept].sum()
             for name, kept in self.kept.items()
-            if kept is not None and name in losses
+            if kept is not None and len(kept) and name in losses
         }
-        return max(0.0, float(sum(dropped.values())))
+        return max(0.0, float(sum(dropped.values())) + self.removal_loss)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the selection as plain types, for `of_state`."""
@@ -76,5 +84,7 @@ class Selection:
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> Self:
         """Restore a selection from its `state_dict`."""
-        kept = {name: None if kept is None else torch.tensor(kept) for name, kept in state["kept"].items()}
+        kept = {
+            name: None if kept is None else torch.tensor(kept, dtype=torch.long) for name, kept in state["kept"].items()
+        }
         return cls(kept, dict(state["drifts"]), frozenset(state["eight_bit"]))

@@ -27,10 +27,11 @@ from zssvd_lightning.selection.components import Components, Selection
 from zssvd_lightning.selection.knapsack import least_loss
 from zssvd_lightning.selection.proportional import effective_rank_of, proportional_ranks
 from zssvd_lightning.selection.queues import Candidate, Queue, SmallestFirst, ZeroSum
+from zssvd_lightning.selection.removals import LossOfRemoval, Removal, rows_of, taken_of, with_removals
 from zssvd_lightning.selection.walk import Walk
 
-Select = Callable[[Mapping[str, Components], Budget], Selection]
-"""Function that selects the remaining components of all matrices within a budget."""
+Select = Callable[..., Selection]
+"""Function that selects the remaining components of all matrices (`Mapping[str, Components]`) within a `Budget`."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,13 @@ class Rule:
     """True if what remains of a matrix is always its largest singular values, so that no other factors need to be
     stored."""
 
-    def __call__(self, matrices: Mapping[str, Components], budget: Budget) -> Selection:
-        """Select the remaining components of all matrices within the budget."""
+    removes: bool = False
+    """True if the function takes experts that may be removed (`Removal`) as a third argument."""
+
+    def __call__(
+        self, matrices: Mapping[str, Components], budget: Budget, removals: Collection[Removal] = ()
+    ) -> Selection:
+        """Select the remaining components of all matrices within the budget, and experts to remove."""
         registered = RULES.those(lambda rule: rule is self)
         name = registered[0] if registered else getattr(self.select, "__name__", repr(self.select))
         if budget.chooses_bits and not self.chooses_bits:
@@ -61,7 +67,8 @@ class Rule:
                 f"selection {name!r} cannot choose between 8 and 16 bits, as storage {budget.storage!r} asks "
                 f"of it; use selection {' or '.join(RULES.those(lambda rule: rule.chooses_bits))}"
             )
-        return checked(self.select(matrices, budget), matrices, budget, name)
+        selection = self.select(matrices, budget, removals) if removals else self.select(matrices, budget)
+        return checked(selection, matrices, budget, name, removals)
 
 
 def zero_sum(matrices: Mapping[str, Components], budget: Budget) -> Selection:
@@ -151,21 +158,36 @@ def effective_rank(matrices: Mapping[str, Components], budget: Budget) -> Select
     return of_ranks(matrices, budget, dict(zip(names, ranks, strict=True)))
 
 
-def curvature(matrices: Mapping[str, Components], budget: Budget) -> Selection:
+def curvature(matrices: Mapping[str, Components], budget: Budget, removals: Collection[Removal] = ()) -> Selection:
     """Choose the ranks, dense layers and bits with the least total loss, counting `1/2 sigma^2` per dropped component.
 
     In the two-sided metric this is the second-order loss, layer by layer, with the curvature estimated by K-FAC
     (arXiv 1503.05671). It is multiplied by the curvature of the component, if estimated. See `knapsack.least_loss`.
+    Removing an expert counts its second-order change of the loss.
     """
-    return _of_least_loss(matrices, budget, lambda components: components.second_order)
+    return _of_least_loss(
+        matrices,
+        budget,
+        lambda components: components.second_order,
+        removals,
+        lambda removal: removal.second_order,
+    )
 
 
-def curvature_first_order(matrices: Mapping[str, Components], budget: Budget) -> Selection:
-    """Apply `curvature` with `1/2 sigma^2 + delta` per dropped component.
+def curvature_first_order(
+    matrices: Mapping[str, Components], budget: Budget, removals: Collection[Removal] = ()
+) -> Selection:
+    """Apply `curvature` with `1/2 sigma^2 + delta` per dropped component, and both changes per removed expert.
 
     A drop may then be predicted to lower the loss, so the result may remove more than the budget requires.
     """
-    return _of_least_loss(matrices, budget, lambda components: components.second_order + components.delta.double())
+    return _of_least_loss(
+        matrices,
+        budget,
+        lambda components: components.second_order + components.delta.double(),
+        removals,
+        lambda removal: removal.second_order + removal.first_order,
+    )
 
 
 def of_ranks(
@@ -194,9 +216,9 @@ RULES: Registry[Rule] = Registry(
         "sigma": Rule(sigma, keeps_largest=True),
         "uniform": Rule(uniform, keeps_largest=True),
         "effective_rank": Rule(effective_rank, keeps_largest=True),
-        "curvature": Rule(curvature, chooses_bits=True, uses_curvature=True, keeps_largest=True),
+        "curvature": Rule(curvature, chooses_bits=True, uses_curvature=True, keeps_largest=True, removes=True),
         "curvature_first_order": Rule(
-            curvature_first_order, chooses_bits=True, uses_curvature=True, keeps_largest=True
+            curvature_first_order, chooses_bits=True, uses_curvature=True, keeps_largest=True, removes=True
         ),
     },
     instance_of(Rule, "select"),
@@ -269,9 +291,21 @@ def _drop_until_met(
 
 
 def _of_least_loss(
-    matrices: Mapping[str, Components], budget: Budget, loss_of: Callable[[Components], Tensor]
+    matrices: Mapping[str, Components],
+    budget: Budget,
+    loss_of: Callable[[Components], Tensor],
+    removals: Collection[Removal],
+    loss_of_removal: LossOfRemoval,
 ) -> Selection:
-    """Select the options with the least total loss, where `loss_of` gives the loss of each dropped component (r,)."""
+    """Select the options with the least total loss.
+
+    Args:
+        matrices: components of each matrix.
+        budget: budget to meet.
+        loss_of: function that gives the loss of each dropped component (r,).
+        removals: experts that may be removed.
+        loss_of_removal: function that gives the loss of removing one.
+    """
     options = {
         name: Options.of(
             name,
@@ -281,12 +315,13 @@ def _of_least_loss(
         )
         for name, components in matrices.items()
     }
-    costs = pad_sequence([option.costs for option in options.values()], batch_first=True)
-    losses = pad_sequence([option.losses for option in options.values()], batch_first=True, padding_value=torch.inf)
-    taken = dict(zip(options, least_loss(costs, losses, budget.allowed).tolist(), strict=True))
-    ranks = {name: option.ranks[taken[name]] for name, option in options.items()}
-    eight_bit = [name for name, option in options.items() if option.eight_bit[taken[name]]]
-    return of_ranks(matrices, budget, ranks, eight_bit)
+    rows = rows_of(options, removals, loss_of_removal)
+    costs = pad_sequence([row.costs for row in rows], batch_first=True)
+    losses = pad_sequence([row.losses for row in rows], batch_first=True, padding_value=torch.inf)
+    taken = taken_of(rows, least_loss(costs, losses, budget.allowed).tolist())
+    ranks = {name: option.ranks[taken[name]] if name in taken else 0 for name, option in options.items()}
+    eight_bit = [name for name, option in options.items() if name in taken and option.eight_bit[taken[name]]]
+    return with_removals(of_ranks(matrices, budget, ranks, eight_bit), removals)
 
 
 def _rounding(name: str, components: Components) -> Tensor:

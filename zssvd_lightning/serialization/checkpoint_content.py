@@ -109,6 +109,8 @@ _REPORT = entries(
         "peak_rss_bytes": whole,
         "left_dense": mapped(text),
         "rank_multiple": whole,
+        "removed_experts": listed(text),
+        "freed_beside": whole,
         "trace": TRACE,
         "continuations": optional(mapped(text)),
         "tokens_per_second": optional(mapped(number)),
@@ -126,6 +128,8 @@ _REPORT = entries(
         "file_bytes",
         "left_dense",
         "rank_multiple",
+        "removed_experts",
+        "freed_beside",
         "trace",
         "continuations",
         "tokens_per_second",
@@ -189,7 +193,9 @@ def _moments(sums: Check) -> Check:
             "with_outputs": listed(text),
             "component_sums": mapped(sums),
             "output_side": optional(text),
-        }
+            "removal_sums": mapped(sums),
+        },
+        ("removal_sums",),
     )
 
 

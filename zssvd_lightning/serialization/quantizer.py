@@ -107,7 +107,7 @@ class Rebuilder(HfQuantizer):
         """
         from transformers.core_model_loading import WeightConverter
 
-        from zssvd_lightning.layers.experts import expert_lists
+        from zssvd_lightning.layers.apart.experts import expert_lists
 
         updated: list[Any] = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
         if next(expert_lists(model), None) is None:

@@ -7,10 +7,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.errors import SavedModelError
-from zssvd_lightning.layers.attention import project
+from zssvd_lightning.layers.apart.attention import project
+from zssvd_lightning.layers.apart.convolutions import unfold
+from zssvd_lightning.layers.apart.experts import take_apart
+from zssvd_lightning.layers.apart.removed import forget_removed
 from zssvd_lightning.layers.base import CompressedLinear
-from zssvd_lightning.layers.convolutions import unfold
-from zssvd_lightning.layers.experts import take_apart
 from zssvd_lightning.layers.int8 import Int8LowRankLinear
 from zssvd_lightning.layers.registry import KINDS, Factored, layer_like
 from zssvd_lightning.model.replace import replace_module
@@ -38,7 +39,8 @@ def rebuild(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
         specs: kind and sizes of each compressed layer, by qualified name.
 
     Raises:
-        SavedModelError: a name is not a linear layer of the model, or the kind or the sizes of a layer are invalid.
+        SavedModelError: a name is not a linear layer of the model, the kind or the sizes of a layer are invalid, or an
+            expert is removed whose router is not found.
     """
     take_apart(model, specs)
     unfold(model, specs)
@@ -61,3 +63,7 @@ def rebuild(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
         except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise SavedModelError(f"the config has {name} as {dict(spec)}, which is no such layer: {error}") from error
         replace_module(model, old, new.to_empty(device=old.weight.device))
+    try:
+        forget_removed(model)
+    except ValueError as error:
+        raise SavedModelError(f"the config does not fit the model: {error}") from error

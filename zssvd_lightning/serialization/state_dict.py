@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.errors import CheckpointError
+from zssvd_lightning.layers.apart.removed import forget_removed
 from zssvd_lightning.layers.base import ADAPTER_NOTE, LOADING_NOTE, NOTE, CompressedLinear, Dense, own_memory, shape_of
 from zssvd_lightning.layers.registry import KINDS, Factored, dense_like, layer_like
 from zssvd_lightning.model import adapters
@@ -57,6 +58,7 @@ def match_structure(
         for restore in undo:
             restore()
         raise
+    forget_removed(model)
     for kind in APART:
         for part in model.modules() if kind.separates else ():
             if isinstance(part, kind.form):

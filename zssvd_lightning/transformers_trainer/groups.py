@@ -62,7 +62,7 @@ class OpenGroups:
             if not isinstance(layer, CompressedLinear):
                 continue
             own = dict(layer.named_parameters())
-            if all(id(parameter) in known for parameter in own.values()):
+            if own and all(id(parameter) in known for parameter in own.values()):
                 continue
             before = [name for name in self._named if name.startswith(f"{place}.")]
             biases = [name for name in before if _is_bias(name)]

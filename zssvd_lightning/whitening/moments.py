@@ -59,6 +59,9 @@ class Moments:
     """Layers with an output gradient on at least one process. Filled by `take_counts`."""
     component_sums: dict[str, Tensor] = field(default_factory=dict)
     """Layer -> sum over tokens of the squared derivative of the loss by each component (r,), if collected."""
+    removal_sums: dict[str, Tensor] = field(default_factory=dict)
+    """List of experts -> sums over tokens of the change of the loss by removing each expert, and of its square (2, E),
+    if collected."""
     output_side: str | None = None
     """Source of the output gradients: a key of `output_gradients.OUTPUT_GRADIENTS`, or None if unknown."""
     widths: list[Any] = field(default_factory=list)
@@ -94,6 +97,11 @@ class Moments:
         self.component_sums[name] = self.component_sums[name] + squares if name in self.component_sums else squares
 
     @torch.no_grad()
+    def add_removals(self, name: str, sums: Tensor) -> None:
+        """Add changes of the loss, and their squares (2, E), from removing each expert of a list."""
+        self.removal_sums[name] = self.removal_sums[name] + sums if name in self.removal_sums else sums
+
+    @torch.no_grad()
     def add_gradient(self, name: str, gradient: Tensor, weight: float = 1.0) -> None:
         """Add `weight` times the gradient (m, n) of a mean over `weight` loss terms."""
         if name not in self.gradient_sums:
@@ -120,8 +128,10 @@ class Moments:
             self.output_sums[name] = self.output_sums[name] + sums if name in self.output_sums else sums
         for name, squares in window.component_sums.items():
             self.add_components(name, squares)
+        for name, sums in window.removal_sums.items():
+            self.add_removals(name, sums)
         self.output_terms += window.output_terms
-        for sums_of_window in (window.input_sums, window.output_sums, window.component_sums):
+        for sums_of_window in (window.input_sums, window.output_sums, window.component_sums, window.removal_sums):
             sums_of_window.clear()
         window.tokens = {}
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from zssvd_lightning.distributed import LayerSet
-from zssvd_lightning.layers.experts import expert_lists
+from zssvd_lightning.layers.apart.experts import expert_lists
 from zssvd_lightning.whitening.shrinkage import shrunk_sum
 
 

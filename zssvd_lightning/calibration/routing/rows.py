@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from zssvd_lightning.calibration.batches import input_of
-from zssvd_lightning.layers.convolutions import UnfoldedConvolution
-from zssvd_lightning.layers.experts import Expert, ExpertList
+from zssvd_lightning.layers.apart.convolutions import UnfoldedConvolution
+from zssvd_lightning.layers.apart.experts import Expert, ExpertList
 
 
 class RoutedRows:

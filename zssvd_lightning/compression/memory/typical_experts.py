@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning.calibration.routing.means import experts_beside
-from zssvd_lightning.layers.experts import Expert, ExpertList, expert_lists
+from zssvd_lightning.layers.apart.experts import Expert, ExpertList, expert_lists
 
 
 def let_one_stand_for_all(model: nn.Module) -> None:

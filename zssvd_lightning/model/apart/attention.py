@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zssvd_lightning.layers.attention import (
+from zssvd_lightning.layers.apart.attention import (
     BIASES,
     PACKED,
     READING,

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from zssvd_lightning.layers.convolutions import KERNELS, UnfoldedConvolution, fault_of
+from zssvd_lightning.layers.apart.convolutions import KERNELS, UnfoldedConvolution, fault_of
 from zssvd_lightning.model.apart.kind import Kind
 
 CONVOLUTION = nn.modules.conv._ConvNd  # noqa: SLF001  the base class of all

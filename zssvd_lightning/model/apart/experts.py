@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from zssvd_lightning.layers.experts import DOWN, ExpertList, is_stacked, matrices_of
+from zssvd_lightning.layers.apart.experts import DOWN, ExpertList, is_stacked, matrices_of
 from zssvd_lightning.model.apart.kind import Kind, difference_in
 
 SEED = 0

@@ -113,14 +113,15 @@ class ExpertList(nn.Module):
             if number not in reached and not all_in_graph:
                 continue
             place, token = torch.where(top_k_index.T.eq(number))
-            found = expert(hidden_states[token], token, self._activation)
+            found = expert(hidden_states[token], token, self.activation)
             if self.has_post_expert_norm:
                 found = self.post_expert_norm(found)
             found = found * top_k_weights[token, place, None]
             output.index_add_(0, token, found.to(output.dtype))
         return output
 
-    def _activation(self, wide: Tensor) -> Tensor:
+    def activation(self, wide: Tensor) -> Tensor:
+        """Return what comes between the matrices of an expert (t, h), given the output of the first."""
         origin: Any = self.origin
         own: Any = self
         inner: Tensor = origin._apply_gate(self, wide) if self.has_gate else own.act_fn(wide)  # noqa: SLF001

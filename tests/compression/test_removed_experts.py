@@ -1,0 +1,250 @@
+"""Removal of whole experts: estimates, selection, and what is left of them."""
+
+import copy
+
+import pytest
+import torch
+from support.experts import FAMILIES, lopsided_experts, tiny_experts
+from support.models import assert_same_state, state_of, token_batches
+
+from zssvd_lightning import (
+    CompressionConfig,
+    ZSSVDCallback,
+    compress,
+    from_pretrained,
+    load_state_dict,
+    merge,
+    save_pretrained,
+)
+from zssvd_lightning.calibration.routing.removals import changes_of_loss
+from zssvd_lightning.compression.pipeline import calibrate, plan
+from zssvd_lightning.errors import CalibrationError, ContradictionError, ExportError, TargetError
+from zssvd_lightning.layers.apart.experts import ExpertList
+from zssvd_lightning.layers.apart.removed import RemovedLinear, forget, forgotten_by, router_beside, run_without
+from zssvd_lightning.model.apart.routers import removable_experts
+
+QUICK = {"preset": "zs-svd", "metric": "two_sided", "selection": "curvature", "corrections": 0, "progress": False}
+REMOVES = QUICK | {"prune_ratio": 0.7, "remove_experts": True}
+WITH_BIAS = ("gpt_oss", "deepseek_v3")
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def routers_of(model):
+    """The router of every layer of experts, by the name of the experts, with their number."""
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            count = len(module.experts if isinstance(module, ExpertList) else module.down_proj)
+            yield name, router_beside(model, name, count), count
+
+
+def removed_numbers(report):
+    """The numbers of the removed experts by the name of their list."""
+    found = {}
+    for expert in report.removed_experts:
+        name, _, number = expert.rpartition(".")
+        found.setdefault(name, []).append(int(number))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_removed_saved_loaded_generated_and_merged(family, tmp_path):
+    torch.manual_seed(0)
+    model, batches = lopsided_experts(family), token_batches(2)
+    untouched = copy.deepcopy(model)
+    report = compress(model, batches, **REMOVES)
+    removed = removed_numbers(report)
+    assert removed
+    assert report.reached >= 0.7
+    for name, router, count in routers_of(model):
+        gone = removed.get(name, [])
+        assert forgotten_by(router) == sorted(gone)
+        x = torch.randn(200, 32)
+        assert not set(router(x)[2].flatten().tolist()) & set(gone)
+        before = untouched.get_submodule(name.rpartition(".")[0])
+        old = dict(before.named_children())["gate" if hasattr(before, "gate") else "router"]
+        logits_before, logits_now = old(x)[0], router(x)[0]
+        kept = [number for number in range(count) if number not in gone]
+        torch.testing.assert_close(logits_now[:, kept], logits_before[:, kept])
+        for number in gone:
+            layers = model.get_submodule(f"{name}.{number}").children()
+            assert all(isinstance(layer, RemovedLinear) and not list(layer.parameters()) for layer in layers)
+            assert report.layers[f"{name}.{number}.down_proj"][:3:2] == (0, 0)
+    assert report.model_parameters_after == sum(p.numel() for p in model.parameters())
+    assert "experts removed" in str(report)
+
+    if family in ("olmoe", "qwen3_moe", "granitemoe"):  # which are as Mixtral from here on
+        return
+    expected = logits(model, batches[0])
+    save_pretrained(model, tmp_path / "saved", report=report)
+    loaded = from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(loaded, batches[0]), expected)
+    prompt = batches[0]["input_ids"][:, :5]
+    generated = loaded.generate(prompt, max_new_tokens=3, do_sample=False)
+    assert torch.equal(generated, model.generate(prompt, max_new_tokens=3, do_sample=False))
+    if family not in WITH_BIAS:
+        before = state_of(loaded)
+        with pytest.raises(ExportError, match=r"experts of model.* were removed, and an ordinary model would route"):
+            merge(loaded)
+        assert_same_state(before, state_of(loaded))
+        return
+    merge(loaded)
+    torch.testing.assert_close(logits(loaded, batches[0]), expected, rtol=1e-3, atol=1e-5)
+    loaded.save_pretrained(tmp_path / "dense")
+    dense = type(loaded).from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits(dense, batches[0]), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_estimates_are_the_change_of_the_loss_without_an_expert(family):
+    """For a loss that is linear in the output of the experts, the first-order change is the change itself."""
+    torch.manual_seed(0)
+    model = lopsided_experts(family).double()
+    for name, router, count in list(routers_of(model)):
+        experts = ExpertList(model.get_submodule(name))
+        x, D = torch.randn(50, 32, dtype=torch.float64), torch.randn(50, 32, dtype=torch.float64)
+        with torch.no_grad():
+            _, shares, chosen = router(x)
+            found = changes_of_loss(experts, router, range(count), x, x, chosen, shares, D)
+            for number in range(count):
+                _, others, instead = run_without(router, [number], count, x)
+                assert not (instead == number).any()
+                change = experts(x, instead, others) - experts(x, chosen, shares)
+                at_its_tokens = (chosen == number).any(1)
+                torch.testing.assert_close(
+                    found[at_its_tokens, number].double(), (change * D).sum(1)[at_its_tokens], rtol=1e-4, atol=1e-5
+                )
+                assert not found[~at_its_tokens, number].any()
+
+
+def test_the_router_forgets_and_remembers():
+    torch.manual_seed(0)
+    for family in FAMILIES:
+        model = lopsided_experts(family)
+        before = state_of(model)
+        _, router, count = next(iter(routers_of(model)))
+        x = torch.randn(60, 32, requires_grad=True)
+        expected = router(x)
+        forget(router, [1], count)
+        forget(router, [0], count)
+        copied = copy.deepcopy(router)
+        assert forgotten_by(copied) == [0]
+        for each in (router, copied):
+            scores, weights, chosen = each(x)
+            assert not (chosen == 0).any()
+            assert scores.shape == expected[0].shape
+            assert (scores[:, 0] < -1e30).all() or family == "deepseek_v3"
+        weights.sum().backward()
+        assert x.grad.isfinite().all()
+        with pytest.raises(RuntimeError):
+            router(torch.randn(60, 31))
+        forget(router, [], count)
+        assert all(torch.equal(a, b) for a, b in zip(router(x), expected, strict=True))
+        assert_same_state(before, state_of(model))
+
+
+def test_the_losses_of_routers_see_all_experts():
+    torch.manual_seed(0)
+    model, batches = lopsided_experts(), token_batches(2)
+    compress(model, batches, **REMOVES)
+    with torch.no_grad():
+        output = model.eval()(**batches[0], output_router_logits=True)
+    assert all(each.shape[-1] == 4 for each in output.router_logits)
+    assert output.aux_loss.isfinite()
+
+
+def test_least_experts_remain():
+    torch.manual_seed(0)
+    model, batches = lopsided_experts("deepseek_v3"), token_batches(2)
+    report = compress(model, batches, **REMOVES | {"prune_ratio": 0.9, "rank_multiple": 1})
+    for numbers in removed_numbers(report).values():
+        groups = [number // 4 for number in numbers]
+        assert max(groups.count(group) for group in groups) <= 2
+
+
+@pytest.mark.parametrize(("storage", "ratio"), [("pivoted", 0.75), ("hq", 0.88)])
+def test_corrections_and_storages(storage, ratio, tmp_path):
+    """Experts that are gone stay so through natural steps, and the loss stays that of the best state."""
+    torch.manual_seed(0)
+    model, batches = lopsided_experts("gpt_oss"), token_batches(3)
+    settings = {
+        "prune_ratio": ratio,
+        "storage": storage,
+        "corrections": 1 + (storage == "pivoted"),
+        "correction_batches": 1,
+    }
+    report = compress(model, batches, **REMOVES | settings | {"correction_step": "natural", "rank_multiple": 1})
+    assert report.removed_experts
+    assert report.reached >= ratio
+    for name, router, _ in routers_of(model):
+        assert forgotten_by(router) == sorted(removed_numbers(report).get(name, []))
+    save_pretrained(model, tmp_path / "saved")
+    assert torch.equal(logits(from_pretrained(tmp_path / "saved"), batches[0]), logits(model, batches[0]))
+
+
+def test_weights_load_into_other_forms_and_a_second_compression_leaves_removed_experts():
+    torch.manual_seed(0)
+    model, batches = lopsided_experts("gpt_oss"), token_batches(2)
+    dense = copy.deepcopy(model)
+    first = compress(model, batches, **REMOVES)
+    fresh, expected = lopsided_experts("gpt_oss"), logits(model, batches[0])
+    load_state_dict(fresh, model.state_dict())
+    assert torch.equal(logits(fresh, batches[0]), expected)
+    load_state_dict(fresh, dense.state_dict())
+    assert torch.equal(logits(fresh, batches[0]), logits(dense, batches[0]))
+    second = compress(model, batches, **REMOVES | {"prune_ratio": 0.4, "ratio_of": "present"})
+    assert not set(first.removed_experts) & set(second.removed_experts)
+    assert not any(name.startswith(tuple(first.removed_experts)) for name in second.layers)
+    for name, router, _ in routers_of(model):
+        gone = removed_numbers(first).get(name, []) + removed_numbers(second).get(name, [])
+        assert forgotten_by(router) == sorted(gone)
+
+
+def test_refusals_name_the_setting_and_leave_the_model(monkeypatch):
+    model, batches = lopsided_experts(), token_batches(2)
+    before, modules = state_of(model), dict(model.named_modules())
+    for settings, message in (
+        ({"selection": "zero_sum"}, "selection is 'zero_sum'"),
+        ({"metric": "input"}, "metric is 'input'"),
+        ({"memory": "blocks"}, "memory 'blocks'"),
+        ({"corrections": 1, "correction_step": "refit"}, "correction_step 'refit'"),
+        ({"plan": "plan.yaml"}, "a plan has ranks of at least 1"),
+    ):
+        with pytest.raises(ContradictionError, match=message):
+            CompressionConfig.of(**{k: v for k, v in (REMOVES | settings).items() if k != "progress"})
+    with pytest.raises(ContradictionError, match="leave remove_experts out to write one"):
+        plan(model, batches, **REMOVES)
+    with pytest.raises(ContradictionError, match="leave remove_experts out to write one"):
+        ZSSVDCallback(dry_run="plan.yaml", **{k: v for k, v in REMOVES.items() if k != "progress"})
+    with pytest.raises(TargetError, match="no stacked experts with all matrices"):
+        compress(model, batches, include="experts.*.down_proj", **REMOVES)
+    with pytest.raises(CalibrationError, match=r"tell nothing of removing experts of model\.layers\.0"):
+        compress(model, batches, statistics=calibrate(model, batches, **REMOVES | {"remove_experts": False}), **REMOVES)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zssvd_lightning.compression.engine.Compression.quantize", fail)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, batches, **REMOVES)
+    assert dict(model.named_modules()) == modules
+    assert_same_state(before, state_of(model))
+    assert not any(forgotten_by(router) for _, router, _ in routers_of(model))
+
+
+def test_a_router_that_cannot_do_without_an_expert_is_named(caplog):
+    model = tiny_experts()
+    for name, module in list(model.named_modules()):
+        if name.endswith(".experts"):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, ExpertList(module))
+    names = [name for name, _ in model.named_modules()]
+    model.model.layers[0].mlp.gate.num_group = 2
+    assert [routed.name for routed in removable_experts(model, names)] == ["model.layers.1.mlp.experts"]
+    assert "no expert of model.layers.0.mlp.experts can be removed: their router chooses from groups" in caplog.text
+    model.model.layers[1].mlp.gate.register_parameter("bias", torch.nn.Parameter(torch.zeros(4)))  # which is not used
+    with pytest.raises(TargetError, match=r"layers\.1\.mlp\.experts: .* still chooses expert"):
+        removable_experts(model, names)

@@ -1,0 +1,136 @@
+"""Removal of whole experts as an option of selection, beside lower ranks of their matrices.
+
+The matrices of an expert that may be removed share one row of the knapsack. Its options are combinations of theirs, and
+one of cost 0, in which all go to rank 0 together.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zssvd_lightning.selection.candidates import Options
+from zssvd_lightning.selection.components import Selection
+
+
+class Removal(NamedTuple):
+    """Expert that may be removed."""
+
+    layers: tuple[str, ...]
+    """Names of its matrices."""
+    first_order: float
+    """Predicted first-order change of the loss (nats)."""
+    second_order: float
+    """Predicted second-order change of the loss (nats)."""
+    group: Hashable
+    """Experts of which only `most` may go."""
+    most: int
+    """Number of experts of the group that may go."""
+
+
+LossOfRemoval = Callable[[Removal], float]
+"""Function that gives the loss of a removal, in the terms in which a rule gives that of dropping components."""
+
+
+class Row(NamedTuple):
+    """Options of one matrix, or of all matrices of an expert, by ascending cost."""
+
+    names: tuple[str, ...]
+    """Names of the matrices."""
+    costs: Tensor
+    """Cost of each option, float64 (O,)."""
+    losses: Tensor
+    """Predicted loss increase of each option, float64 (O,)."""
+    taken: Sequence[tuple[int, ...] | None]
+    """Option of each matrix in each option of the row; None for the removal."""
+
+
+def rows_of(options: Mapping[str, Options], removals: Collection[Removal], loss_of: LossOfRemoval) -> list[Row]:
+    """Return the rows of the knapsack, in the order of their first matrices.
+
+    In each group, only the removals of least loss are options, as many as may go.
+    """
+    together = {name: removal for removal in _allowed(removals, loss_of) for name in removal.layers}
+    rows: list[Row] = []
+    for name, own in options.items():
+        removal = together.get(name)
+        if removal is None:
+            rows.append(Row((name,), own.costs, own.losses, [(number,) for number in range(len(own.costs))]))
+        elif name == removal.layers[0]:
+            rows.append(_joined(removal, [options[member] for member in removal.layers], loss_of(removal)))
+    return rows
+
+
+def taken_of(rows: Sequence[Row], options: Sequence[int]) -> dict[str, int]:
+    """Return the option of each matrix that is not removed, given that of each row."""
+    chosen = ((row.names, row.taken[option]) for row, option in zip(rows, options, strict=True))
+    return {n: own for names, taken in chosen if taken is not None for n, own in zip(names, taken, strict=True)}
+
+
+def with_removals(selection: Selection, removals: Collection[Removal]) -> Selection:
+    """Return a selection that counts the changes of the loss by the experts whose matrices it has at rank 0."""
+    removed = removed_in({name: selection.rank(name) for name in selection.kept}, removals)
+    drifts = {name: removal.first_order / len(removal.layers) for name, removal in removed.items()}
+    loss = sum(removal.second_order for removal in set(removed.values()))
+    return replace(selection, drifts={**selection.drifts, **drifts}, removal_loss=loss)
+
+
+def removed_in(ranks: Mapping[str, int | None], removals: Collection[Removal]) -> dict[str, Removal]:
+    """Return the removals of which all matrices have rank 0, by the name of each matrix."""
+    gone = {name for name, rank in ranks.items() if rank == 0}
+    return {name: removal for removal in removals if gone.issuperset(removal.layers) for name in removal.layers}
+
+
+def _allowed(removals: Collection[Removal], loss_of: LossOfRemoval) -> list[Removal]:
+    groups: dict[Hashable, list[Removal]] = defaultdict(list)
+    for removal in removals:
+        groups[removal.group].append(removal)
+    return [removal for group in groups.values() for removal in sorted(group, key=loss_of)[: group[0].most]]
+
+
+def _joined(removal: Removal, parts: Sequence[Options], loss: float) -> Row:
+    """Return the removal, and the combinations of options of all matrices that are best at some price.
+
+    These are the sums of the lower convex hulls of loss over cost: from the cheapest options, the change that lowers
+    the loss most per unit of cost comes first.
+    """
+    hulls = [_hull(part) for part in parts]
+    places = [0] * len(parts)
+    taken: list[tuple[int, ...]] = [tuple(hull[0] for hull in hulls)]
+    while any(place + 1 < len(hull) for place, hull in zip(places, hulls, strict=True)):
+        slopes = [
+            _slope(part, hull[place], hull[place + 1]) if place + 1 < len(hull) else 0.0
+            for part, hull, place in zip(parts, hulls, places, strict=True)
+        ]
+        places[min(range(len(parts)), key=slopes.__getitem__)] += 1
+        taken.append(tuple(hull[place] for hull, place in zip(hulls, places, strict=True)))
+
+    def total(every: Sequence[Tensor]) -> Tensor:
+        picked = [values[[option[part] for option in taken]] for part, values in enumerate(every)]
+        return torch.stack(picked).sum(0)
+
+    costs, losses = total([part.costs for part in parts]), total([part.losses for part in parts])
+    zero = costs.new_zeros(1)
+    return Row(removal.layers, torch.cat([zero, costs]), torch.cat([zero + loss, losses]), [None, *taken])
+
+
+def _slope(part: Options, low: int, high: int) -> float:
+    """Return the change of the loss per unit of cost between two options."""
+    return float((part.losses[high] - part.losses[low]) / (part.costs[high] - part.costs[low]))
+
+
+def _hull(part: Options) -> list[int]:
+    """Return the options on the lower convex hull of loss over cost, from the cheapest to that of least loss."""
+    hull: list[int] = []
+    for option, (cost, loss) in enumerate(zip(part.costs.tolist(), part.losses.tolist(), strict=True)):
+        if hull and loss >= part.losses[hull[-1]]:
+            continue
+        if hull and cost == part.costs[hull[-1]]:
+            hull.pop()
+        while len(hull) > 1 and _slope(part, hull[-2], hull[-1]) >= _slope(part, hull[-1], option):
+            hull.pop()
+        hull.append(option)
+    return hull
