@@ -2,10 +2,10 @@
 
 import json
 import logging
-import subprocess
 import sys
 
 import pytest
+from support import fresh
 from support.models import saved_tiny_llama
 
 from zssvd_lightning._files import json_of
@@ -54,8 +54,8 @@ def test_errors_of_this_package_are_one_line_and_others_pass(capsys):
 @pytest.mark.parametrize("recipe", ["compare", "compress", "compress_then_finetune"])
 def test_recipes_print_usage_and_one_line_errors(recipe, tmp_path):
     def run(*arguments):
-        command = [sys.executable, "-m", f"recipes.{recipe}", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        code = f"import runpy; runpy.run_module('recipes.{recipe}', run_name='__main__', alter_sys=True)"
+        return fresh.run(code, *arguments, check=False, loaded=fresh.PACKAGE)
 
     done = run("--help")
     assert done.returncode == 0

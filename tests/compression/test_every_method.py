@@ -1,4 +1,4 @@
-"""Properties of a compression, over every metric, selection rule, storage and correction there is."""
+"""Properties of a compression, over every pair of a metric, a selection rule, a storage and a correction there is."""
 
 import copy
 import itertools
@@ -23,6 +23,25 @@ EVERY = list(itertools.product(METRICS, RULES, STORAGES))
 ALLOWED = [names for names in EVERY if STORAGES[names[2]].in_8_bits is None or RULES[names[1]].chooses_bits]
 
 
+def covering():
+    """Few of those that are allowed, with all pairs in them: each metric and rule once, the storages in turn."""
+    for (i, metric), (j, rule) in itertools.product(enumerate(METRICS), enumerate(RULES)):
+        storages = [names[2] for names in ALLOWED if names[:2] == (metric, rule)]
+        yield metric, rule, storages[(i + j) % len(storages)]
+
+
+COVERING = list(covering())
+IN_TURN = list(zip(itertools.cycle(METRICS), RULES, strict=False))
+EACH = [names for names in COVERING if names[:2] in IN_TURN]
+"""Each rule once, with the metrics in turn."""
+
+
+@pytest.mark.parametrize("parts", itertools.combinations(range(3), 2))
+def test_all_pairs_are_among_the_few(parts):
+    few, every = ({tuple(names[part] for part in parts) for names in found} for found in (COVERING, ALLOWED))
+    assert few == every
+
+
 @cache
 def dense():
     torch.manual_seed(0)
@@ -38,7 +57,7 @@ def compressed(metric, selection, storage, correction=None):
     return model, compress(model, token_batches(), config, progress=False)
 
 
-@pytest.mark.parametrize("names", ALLOWED, ids="-".join)
+@pytest.mark.parametrize("names", COVERING, ids="-".join)
 def test_the_budget_is_met_and_the_layers_are_those_of_the_report(names):
     model, report = compressed(*names)
     assert report.reached >= report.asked
@@ -61,12 +80,12 @@ def test_rules_that_choose_no_bits_are_refused_by_storages_that_leave_the_choice
         CompressionConfig(metric=metric, selection=selection, storage=storage)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("rule", RULES)
-def test_a_compression_gives_the_same_again(metric, rule):
-    model, report = compressed(metric, rule, "factors")
+@pytest.mark.parametrize("names", EACH, ids="-".join)
+def test_a_compression_gives_the_same_again(names):
+    model, report = compressed(*names)
     again = copy.deepcopy(dense())
-    config = CompressionConfig(0.4, metric=metric, selection=rule, corrections=0)
+    metric, rule, storage = names
+    config = CompressionConfig(RATIO.get(storage, 0.4), metric=metric, selection=rule, storage=storage, corrections=0)
     repeated = compress(again, token_batches(), config, progress=False)
     assert {n: x.rank for n, x in repeated.layers.items()} == {n: x.rank for n, x in report.layers.items()}
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
@@ -75,7 +94,7 @@ def test_a_compression_gives_the_same_again(metric, rule):
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_storage_is_in_layers_of_its_kinds(storage):
     kinds = set()
-    for model, _ in (compressed(*names) for names in ALLOWED if names[2] == storage):
+    for model, _ in (compressed(*names) for names in COVERING if names[2] == storage):
         kinds |= {module.kind for module in model.modules() if isinstance(module, CompressedLinear)}
     form = STORAGES[storage]
     expected = {form.layer} | ({"pivoted_columns"} if form.layer == "pivoted" else set())

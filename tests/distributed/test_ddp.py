@@ -1,5 +1,6 @@
 """DDP with real processes: the result of one process over all batches, and replicas that stay equal."""
 
+import functools
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,16 +160,23 @@ def test_a_killed_recompression_goes_on_to_the_same_result(tmp_path, phase, batc
     )
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs that nothing interrupts; each is made once."""
+    return functools.cache(lambda accumulate: run(tmp_path_factory.mktemp("whole"), 2, gone_on_with(accumulate)))
+
+
+def gone_on_with(accumulate):
+    settings = FLOAT64 | {"enable_checkpointing": True, "accumulate_grad_batches": accumulate}
+    return Run(count=2 * (NEEDED + 8), trainer=settings, module=Momentum)
+
+
 @pytest.mark.parametrize(("phase", "batch"), [("calibrate", 3), ("correct", 2), ("recover", 4)])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_killed_run_goes_on_to_the_same_result(tmp_path, phase, batch, accumulate):
-    whole, folder = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir(), folder.mkdir()
-    settings = FLOAT64 | {"enable_checkpointing": True, "accumulate_grad_batches": accumulate}
-    described = Run(count=2 * (NEEDED + 8), trainer=settings, module=Momentum)
-    expected = run(whole, 2, described)
-    described.ckpt_path = str(killed(folder, 2, described, phase, batch))
-    found = run(folder, 2, described)
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path, whole, phase, batch, accumulate):
+    described, expected = gone_on_with(accumulate), whole(accumulate)
+    described.ckpt_path = str(killed(tmp_path, 2, described, phase, batch))
+    found = run(tmp_path, 2, described)
     assert_replicas_equal(found)
     assert found[0]["ranks"] == expected[0]["ranks"]
     torch.testing.assert_close(found[0]["losses"], expected[0]["losses"], rtol=1e-9, atol=0)

@@ -44,9 +44,24 @@ from zssvd_lightning.strategies import FSDP2Adapter
 from zssvd_lightning.strategies.sharded_checkpoints import PARTS
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs in double precision that nothing interrupts, with steps after the compression; each is made once."""
+
+    @functools.cache
+    def whole(strategy, accumulate):
+        module = {"ddp": ReplicatedInDouble, "fsdp2": InDouble}[strategy]
+        settings = {"accumulate_grad_batches": accumulate}
+        described = Run(strategy, module=module, count=2 * (NEEDED + 8), trainer=settings)
+        return run(tmp_path_factory.mktemp("whole"), 2, described)
+
+    return whole
+
+
 @pytest.mark.parametrize(("size", "family"), [(2, "llama"), (3, "gpt2"), (2, "t5")])
-def test_sharded_parameters_give_what_one_process_makes_of_the_same_batches(tmp_path, size, family):
-    ranks = run(tmp_path, size, Run(strategy="fsdp2", family=family, module=InDouble))
+def test_sharded_parameters_give_what_one_process_makes_of_the_same_batches(tmp_path, whole, size, family):
+    described = Run(strategy="fsdp2", family=family, module=InDouble)
+    ranks = whole("fsdp2", 1) if family == "llama" else run(tmp_path, size, described)
     expected = alone(Run(family=family, module=ReplicatedInDouble), size)
     assert all(other["ranks"] == ranks[0]["ranks"] == expected["ranks"] for other in ranks)
     torch.testing.assert_close(ranks[0]["losses"], expected["losses"], rtol=1e-9, atol=0)
@@ -56,30 +71,30 @@ def test_sharded_parameters_give_what_one_process_makes_of_the_same_batches(tmp_
     assert min(r["svds"] for r in ranks) > 0
 
 
-def test_training_goes_on_with_the_factors_in_rows_as_ddp_does(tmp_path):
-    (tmp_path / "ddp").mkdir(), (tmp_path / "fsdp2").mkdir()
-    count = 2 * (NEEDED + 20)
-    sharded = run(tmp_path / "fsdp2", 2, Run(strategy="fsdp2", module=InDouble, count=count))
-    replicated = run(tmp_path / "ddp", 2, Run(module=ReplicatedInDouble, count=count))
+def test_training_goes_on_with_the_factors_in_rows_as_ddp_does(whole):
+    sharded, replicated = whole("fsdp2", 1), whole("ddp", 1)
+    assert len(sharded[0]["seen"]) == NEEDED + 8
     assert sharded[0]["ranks"] == replicated[0]["ranks"]
     torch.testing.assert_close(sharded[0]["seen"], replicated[0]["seen"], rtol=1e-6, atol=0)
     found, wanted = (multiplied_out(r[0]["weights"]) for r in (sharded, replicated))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 
+@pytest.fixture(scope="module")
+def natural(tmp_path_factory):
+    """What DDP makes of natural steps."""
+    return run(tmp_path_factory.mktemp("natural"), 2, Run(module=ReplicatedInDouble, compression=NATURAL))
+
+
 @pytest.mark.parametrize("distributed", [True, False])
-def test_natural_steps_are_those_of_ddp_and_gone_on_with(tmp_path, distributed):
-    folders = {name: tmp_path / name for name in ("ddp", "killed")}
-    for folder in folders.values():
-        folder.mkdir()
+def test_natural_steps_are_those_of_ddp_and_gone_on_with(tmp_path, natural, distributed):
     said = {"compression": NATURAL, "trainer": {"enable_checkpointing": True}}
-    whole = run(folders["ddp"], 2, Run(module=ReplicatedInDouble, **said))
     sharded = Run(strategy="fsdp2", module=InDouble, settings={"save_distributed_checkpoint": distributed}, **said)
-    sharded.ckpt_path = str(killed(folders["killed"], 2, sharded, "correct", 2))
-    rows = run(folders["killed"], 2, sharded)
-    assert rows[0]["ranks"] == whole[0]["ranks"]
-    torch.testing.assert_close(rows[0]["losses"], whole[0]["losses"], rtol=1e-9, atol=0)
-    found, wanted = (multiplied_out(r[0]["at_factorization"]) for r in (rows, whole))
+    sharded.ckpt_path = str(killed(tmp_path, 2, sharded, "correct", 2))
+    rows = run(tmp_path, 2, sharded)
+    assert rows[0]["ranks"] == natural[0]["ranks"]
+    torch.testing.assert_close(rows[0]["losses"], natural[0]["losses"], rtol=1e-9, atol=0)
+    found, wanted = (multiplied_out(r[0]["at_factorization"]) for r in (rows, natural))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 
@@ -124,13 +139,18 @@ class InDouble(ReplicatedInDouble, Sharded):
     pass
 
 
-@pytest.mark.parametrize("distributed", [True, False])
 @pytest.mark.parametrize(
-    ("phase", "batch", "accumulate"), [("calibrate", 3, 1), ("calibrate", 3, 2), ("correct", 2, 1), ("recover", 4, 1)]
+    ("phase", "batch", "accumulate", "distributed"),
+    [
+        ("calibrate", 3, 1, True),
+        ("calibrate", 3, 1, False),
+        ("calibrate", 3, 2, True),
+        ("correct", 2, 1, False),
+        ("recover", 4, 1, True),
+        ("recover", 4, 1, False),
+    ],
 )
-def test_a_killed_run_goes_on_to_the_same_result(tmp_path, phase, batch, accumulate, distributed):
-    whole, folder = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir(), folder.mkdir()
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path, whole, phase, batch, accumulate, distributed):
     described = Run(
         strategy="fsdp2",
         count=2 * (NEEDED + 8),
@@ -138,9 +158,9 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, phase, batch, accumul
         module=InDouble,
         settings={"save_distributed_checkpoint": distributed},
     )
-    expected = run(whole, 2, described)
-    described.ckpt_path = str(killed(folder, 2, described, phase, batch))
-    found = run(folder, 2, described)
+    expected = whole("fsdp2", accumulate)
+    described.ckpt_path = str(killed(tmp_path, 2, described, phase, batch))
+    found = run(tmp_path, 2, described)
     assert found[0]["ranks"] == expected[0]["ranks"]
     torch.testing.assert_close(found[0]["losses"], expected[0]["losses"], rtol=1e-9, atol=0)
     left = len(found[0]["seen"])
@@ -150,55 +170,52 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, phase, batch, accumul
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 
-def evaluate(rank: int, size: int, folder: Path, path: Path) -> None:
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The folders of runs of two processes, with `0.pt` and the last checkpoint, in parts (True) or in one file."""
+
+    @functools.cache
+    def checkpoints(distributed):
+        folder = tmp_path_factory.mktemp("saved")
+        described = Run(
+            strategy="fsdp2",
+            module=InDouble,
+            callbacks=(functools.partial(KeepsLast, folder),),
+            trainer={"enable_checkpointing": True},
+            settings={"save_distributed_checkpoint": distributed},
+            count=2 * (NEEDED + 8),
+        )
+        run(folder, 2, described)
+        return folder
+
+    return checkpoints
+
+
+def evaluate(rank: int, size: int, folder: Path, saved: Path) -> None:
     """Validates a checkpoint with a module and a callback that know nothing of it."""
     described = Run(strategy="fsdp2")
     module, settings = InDouble(), {"devices": size, "strategy": described.strategy_for(size)}
     evaluated = trainer(ZSSVDCallback(), use_distributed_sampler=False, **settings)
-    evaluated.validate(module, loader(token_batches()), ckpt_path=str(path), verbose=False)
+    evaluated.validate(module, loader(token_batches()), ckpt_path=str(KeepsLast.newest(saved)), verbose=False)
     weights = whole_weights(module)
     assert ranks_of(module)
-    assert all(torch.equal(weights[n], t) for n, t in torch.load(folder / "0.pt")["weights"].items())
+    assert all(torch.equal(weights[n], t) for n, t in torch.load(saved / "0.pt")["weights"].items())
 
 
 @pytest.mark.parametrize("distributed", [True, False])
 @pytest.mark.parametrize("size", [2, 3])
-def test_any_number_of_processes_validates_a_checkpoint(tmp_path, size, distributed):
-    described = Run(
-        strategy="fsdp2",
-        module=InDouble,
-        callbacks=(functools.partial(KeepsLast, tmp_path),),
-        trainer={"enable_checkpointing": True},
-        settings={"save_distributed_checkpoint": distributed},
-        count=2 * (NEEDED + 1),
-    )
-    run(tmp_path, 2, described)
-    processes.check(tmp_path, processes.start(tmp_path, size, evaluate, KeepsLast.newest(tmp_path)))
+def test_any_number_of_processes_validates_a_checkpoint(tmp_path, checkpoints, size, distributed):
+    processes.check(tmp_path, processes.start(tmp_path, size, evaluate, checkpoints(distributed)))
 
 
 class Loads(LowRankCheckpointMixin, Replicated):
     """On one process, without a Trainer."""
 
 
-@pytest.fixture(scope="module")
-def replicated(tmp_path_factory):
-    """What DDP ends with."""
-    described = Run(count=2 * (NEEDED + 4), module=ReplicatedInDouble)
-    return run(tmp_path_factory.mktemp("ddp"), 2, described)[0]["weights"]
-
-
 @pytest.mark.parametrize("distributed", [True, False])
-def test_the_consolidated_checkpoint_is_what_ddp_ends_with(tmp_path, replicated, distributed):
-    described = Run(
-        strategy="fsdp2",
-        count=2 * (NEEDED + 4),
-        trainer={"enable_checkpointing": True},
-        settings={"save_distributed_checkpoint": distributed},
-        callbacks=(functools.partial(KeepsLast, tmp_path),),
-        module=InDouble,
-    )
-    sharded = run(tmp_path, 2, described)[0]["weights"]
-    path = KeepsLast.newest(tmp_path)
+def test_the_consolidated_checkpoint_is_what_ddp_ends_with(tmp_path, whole, checkpoints, distributed):
+    sharded = torch.load(checkpoints(distributed) / "0.pt")["weights"]
+    path = KeepsLast.newest(checkpoints(distributed))
     assert path.is_dir() == distributed
     if distributed:
         dcp_to_torch_save(path, tmp_path / "whole.ckpt")
@@ -207,7 +224,7 @@ def test_the_consolidated_checkpoint_is_what_ddp_ends_with(tmp_path, replicated,
     module.load_state_dict(torch.load(path)["state_dict"])
     loaded = whole_weights(module)
     assert all(torch.equal(loaded[name], t.to(loaded[name])) for name, t in sharded.items())
-    found, wanted = multiplied_out(sharded), multiplied_out(replicated)
+    found, wanted = multiplied_out(sharded), multiplied_out(whole("ddp", 1)[0]["weights"])
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 

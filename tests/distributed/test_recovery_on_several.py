@@ -1,5 +1,7 @@
 """Recovery on several processes: DDP and FSDP2 train the same weights, and go on from a kill."""
 
+import functools
+
 import lightning as L
 import pytest
 import torch
@@ -44,12 +46,28 @@ def described(strategy, way, **settings):
     return Run(strategy, module=module, count=COUNT, compression=compression, trainer=trainer, settings=settings)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs that nothing interrupts; each is made once."""
+
+    @functools.cache
+    def whole(strategy, way, extend):
+        return run(tmp_path_factory.mktemp("whole"), 2, extended(described(strategy, way), extend))
+
+    return whole
+
+
+def extended(asked, extend):
+    if extend:
+        asked.compression["extend_training"], asked.trainer["max_steps"] = True, 8
+    return asked
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_factors_in_rows_recover_as_whole_ones_do(tmp_path, way):
+def test_factors_in_rows_recover_as_whole_ones_do(whole, way):
     found = {}
     for strategy in ("ddp", "fsdp2"):
-        (tmp_path / strategy).mkdir()
-        both = run(tmp_path / strategy, 2, described(strategy, way))
+        both = whole(strategy, way, False)
         assert all(torch.equal(both[0]["weights"][name], value) for name, value in both[1]["weights"].items())
         found[strategy] = both[0]
     ddp, fsdp2 = found["ddp"], found["fsdp2"]
@@ -74,16 +92,12 @@ def test_factors_in_rows_recover_as_whole_ones_do(tmp_path, way):
         ("fsdp2", True, False, "lora on pivots"),
     ],
 )
-def test_a_recovery_that_is_killed_goes_on_to_the_same_result(tmp_path, strategy, distributed, extend, way):
-    whole, folder = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir(), folder.mkdir()
+def test_a_recovery_that_is_killed_goes_on_to_the_same_result(tmp_path, whole, strategy, distributed, extend, way):
     settings = {} if distributed is None else {"save_distributed_checkpoint": distributed}
-    asked = described(strategy, way, **settings)
-    if extend:
-        asked.compression["extend_training"], asked.trainer["max_steps"] = True, 8
-    expected = run(whole, 2, asked)
-    asked.ckpt_path = str(killed(folder, 2, asked, "recover", 6))
-    found = run(folder, 2, asked)
+    asked = extended(described(strategy, way, **settings), extend)
+    expected = whole(strategy, way, extend)
+    asked.ckpt_path = str(killed(tmp_path, 2, asked, "recover", 6))
+    found = run(tmp_path, 2, asked)
     assert found[0]["ranks"] == expected[0]["ranks"]
     left = len(found[0]["seen"])
     assert 0 < left < 8

@@ -1,9 +1,9 @@
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
+from support import fresh
 from support.models import VOCABULARY, tiny_gpt2, tiny_llama, tiny_tokenizer, token_batches
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, pipeline
@@ -154,8 +154,8 @@ def test_exports_load_where_the_package_is_not_imported(tmp_path, monkeypatch, f
     assert run(monkeypatch, "export", tmp_path / "m", tmp_path / "out", f"format={form}") == 0
     ids = token_batches(1)[0]["input_ids"]
     torch.save(ids, tmp_path / "ids.pt")
-    command = [sys.executable, "-c", PLAIN, *map(str, (tmp_path / "out", tmp_path / "ids.pt", tmp_path / "out.pt"))]
-    subprocess.run(command + ["trust"] * (form == "self_contained"), check=True)
+    trusted = ["trust"] * (form == "self_contained")
+    fresh.run(PLAIN, tmp_path / "out", tmp_path / "ids.pt", tmp_path / "out.pt", *trusted)
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), logits(model, input_ids=ids), atol=1e-5, rtol=1e-4)
 
 

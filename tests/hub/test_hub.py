@@ -2,12 +2,11 @@ import contextlib
 import copy
 import json
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import fresh
 from support.models import (
     FAMILIES,
     VOCABULARY,
@@ -240,8 +239,7 @@ def test_a_fresh_process_with_and_without_the_package(tmp_path, stored):
     model = compressed(config=STORED[stored])
     save_pretrained(model, tmp_path / "m", self_contained=True)
     torch.save(token_batches(1)[0]["input_ids"], tmp_path / "ids.pt")
-    command = [sys.executable, "-c", FRESH, str(tmp_path / "ids.pt"), str(tmp_path / "m"), str(tmp_path)]
-    subprocess.run(command, check=True)
+    fresh.run(FRESH, tmp_path / "ids.pt", tmp_path / "m", tmp_path)
     result = torch.load(tmp_path / "result.pt")
     assert "trust_remote_code" in result.pop("plain")
     for how, found in result.items():
@@ -253,7 +251,7 @@ def test_a_folder_without_code_names_its_model_type_to_those_without_the_package
     save_pretrained(compressed(), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "zssvd"
     code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
-    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, capture_output=True, text=True)
+    found = fresh.run(code, tmp_path, check=False)
     assert found.returncode != 0
     assert "model type `zssvd`" in found.stderr
 

@@ -1,11 +1,10 @@
 """Saves that are killed, or for which the disk is too small, in processes of their own."""
 
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
+from support import fresh
 from support.models import logits, tiny_llama, token_batches
 
 from zssvd_lightning import CompressionConfig, compress, from_pretrained, save_pretrained
@@ -68,7 +67,7 @@ def model():
 def test_the_folder_is_whole_whenever_a_save_ends(tmp_path, model, how):
     folder = tmp_path / "m"
     save_pretrained(model, folder)
-    ended = subprocess.run([sys.executable, "-c", SAVE, str(folder), how], check=False, capture_output=True, text=True)
+    ended = fresh.run(SAVE, folder, how, check=False)
     found = logits(from_pretrained(folder))
     if how.startswith("full disk"):
         assert ended.returncode == 1

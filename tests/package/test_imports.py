@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from support import fresh
 from support.models import tiny_llama
 
 import zssvd_lightning
@@ -17,7 +18,8 @@ HEAVY = ("datasets", "pandas", "pyarrow", "peft", "scipy", "matplotlib", "typer"
 
 
 def in_fresh_python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    """What a script prints where nothing but torch, which all packages begin with, has been imported."""
+    return fresh.run(code, loaded=("torch",)).stdout
 
 
 def test_the_package_itself_loads_nothing_heavy():

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 240
+LOADED = ["support.killed_run", "support.parallel", "peft"]
+"""What processes need, the last only for some recoveries, for which it would take seconds in each of them."""
 
 
 def context() -> ForkServerContext:
     """Whose processes start at once, since their server has imported everything; it takes its paths from here."""
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["support.killed_run", "support.parallel"])
+    server.set_forkserver_preload(LOADED)
     return server
 
 

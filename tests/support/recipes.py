@@ -7,12 +7,16 @@ from zssvd_lightning.sources.models import load_model
 from zssvd_lightning.sources.texts import load_text
 
 
+def beginning(source: str, file: Path, characters: int) -> str:
+    """Write the beginning of a text, which takes less time to tokenize; return the file as a source."""
+    file.write_text(load_text(source)[:characters])
+    return str(file)
+
+
 def shorten_texts(settings: dict[str, Any], folder: Path, characters: int) -> None:
-    """Has a recipe read the beginnings of its texts, from files in `folder`: less to tokenize."""
+    """Has a recipe read the beginnings of its texts, from files in `folder`."""
     for name in ("train", "validation"):
-        text = folder / f"{name}.txt"
-        text.write_text(load_text(settings["data"][name])[:characters])
-        settings["data"][name] = str(text)
+        settings["data"][name] = beginning(settings["data"][name], folder / f"{name}.txt", characters)
 
 
 def save_first_blocks(source: str, folder: Path, count: int) -> str:
