@@ -213,7 +213,7 @@ def test_a_run_is_judged_on_tasks_and_three_texts(workshop, zssvd, tmp_path):
         assert again[name] == pytest.approx(report[name]["compressed"], rel=1e-6)
     for text, found in report["word_perplexity"].items():
         assert again["word_perplexity"][text] == pytest.approx(found["compressed"], rel=1e-6)
-    assert again["tasks"]["rows"] == pytest.approx(task)
+    assert again["tasks"]["rows"] == task
 
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0] | {"gold": 2}))
     done = zssvd("compress", workshop / "config.yaml", *given, f"output={tmp_path}/none")

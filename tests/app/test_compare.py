@@ -417,7 +417,7 @@ def test_accuracy_on_tasks(run, monkeypatch):
     asked = ["evaluation.text=null", "evaluation.second=null", "tasks=[piqa,sums]", "data=rows", "limit=6"]
     results = run("zero-sum", "prune_ratios=[0.4]", "seeds=[0,1]", *asked)
     assert loaded == [(["piqa", "sums"], "rows", None)] * 4
-    assert list(results.rows()[0].measures)[:2] == ["accuracy/piqa", "accuracy/sums"]
+    assert list(results.rows()[0].measures)[:3] == ["accuracy/piqa", "accuracy/piqa_stderr", "accuracy/sums"]
     assert "| preset | pruned | piqa | sums | reached |" in results.markdown()
     assert "| zero-sum | 0.4 | 0.500 ± 0.000 (0.100) | 0.250 ± 0.000 |" in results.markdown()
 

@@ -86,7 +86,7 @@ def test_it_needs_a_recovery_that_can_follow(tmp_path, recipe):
         recipe["main"](str(CONFIG), *settings(tmp_path), "recovery=null")
     for wrong, message in (
         ("recovery.lr=null", "recovery.lr is null"),
-        ("evaluation.text=null", "evaluation.text is null"),
+        ("evaluation={text: null, second: null}", "evaluation.text is null"),
         ("recovery={method: lora, merge: false}", "recovery.merge"),
     ):
         with pytest.raises(ConfigError, match=message):
