@@ -29,7 +29,8 @@ def plain_seconds(model: nn.Module, batches: list[dict[str, Tensor]], loss: Loss
 
 def main(path: str, *overrides: str) -> None:
     """Print the ratio, the seconds of every step and the peak memory as JSON."""
-    run = Run(load_config(RunConfig, path, [*overrides, "evaluation.text=null", "evaluation.second=null"]))
+    unmeasured = "evaluation={text: null, second: null, third: null, tasks: []}"
+    run = Run(load_config(RunConfig, path, [*overrides, unmeasured]))
     batches, calibration = list(run.calibration_loader()), run.config.calibration
     half, loss = calibration.batches // 2, loss_in(calibration.precision_on(run.model.device))
     plain_seconds(run.model, batches[:1], loss)

@@ -45,8 +45,8 @@ def checked(path: str, *overrides: str) -> tuple[RunConfig, Recovery]:
         raise ConfigError(f"{path} has no recovery; set recovery.method, or run recipes/compress.py")
     if recovery.lr is None:
         raise ConfigError("recovery.lr is null, but there is no other optimizer in this recipe; set it")
-    if config.evaluation.text is None:
-        raise ConfigError("evaluation.text is null, so nothing would be measured; name a text")
+    if not config.evaluation.texts and not config.evaluation.tasks:
+        raise ConfigError("evaluation.text is null, so nothing would be measured; name a text, or tasks")
     return config, recovery
 
 

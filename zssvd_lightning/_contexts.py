@@ -1,10 +1,12 @@
 """Context managers that change the state of an object and restore it on exit."""
 
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -66,6 +68,22 @@ def gradients_set_aside(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in before.items():
             parameter.grad = gradient
+
+
+@contextmanager
+def same_random_numbers(seed: int = 0) -> Iterator[None]:
+    """Seed all random number generators, and restore their states on any exit."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  the generator that user code has
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextmanager

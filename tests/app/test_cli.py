@@ -187,6 +187,41 @@ def test_evaluate_on_tasks(workshop, zssvd, tmp_path):
         assert not done.out
 
 
+def test_a_run_is_judged_on_tasks_and_three_texts(workshop, zssvd, tmp_path):
+    rows = [{"question": "a", "choices": [f"b{i}", "c" * i], "gold": i % 2} for i in range(1, 7)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = workshop / "judged"
+    asked = [f"third={workshop}/third.txt", "word_perplexity=true", f"tasks=[{tmp_path}/rows.jsonl]", "limit=5"]
+    (workshop / "third.txt").write_text((workshop / "text.txt").read_text()[::-1])
+    given = ["compression.corrections=0", f"output={out}", *(f"evaluation.{entry}" for entry in asked)]
+    done = zssvd("compress", workshop / "config.yaml", *given)
+    assert "rows, acc_norm, 5 rows" in done.out
+    report = json.loads((out / "report.json").read_text())
+    models = {"dense", "compressed"}
+    assert report["perplexity_third"].keys() == models
+    evaluation = report["config"]["evaluation"]
+    assert list(report["word_perplexity"]) == [evaluation[key] for key in ("text", "second", "third")]
+    assert all(found.keys() == models for found in report["word_perplexity"].values())
+    task = report["accuracy"]["rows"]
+    assert task["rows"] == 5
+    error, card = f"{task['acc']['compressed']:.4f} ± {task['acc_stderr']['compressed']:.4f}", (out / "README.md")
+    assert error in card.read_text()
+    assert error in (out / "report.html").read_text()
+
+    again = json.loads(zssvd("evaluate", out, "--quiet").out)
+    for name in ("perplexity", "perplexity_second", "perplexity_third"):
+        assert again[name] == pytest.approx(report[name]["compressed"], rel=1e-6)
+    for text, found in report["word_perplexity"].items():
+        assert again["word_perplexity"][text] == pytest.approx(found["compressed"], rel=1e-6)
+    assert again["tasks"]["rows"] == task
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0] | {"gold": 2}))
+    done = zssvd("compress", workshop / "config.yaml", *given, f"output={tmp_path}/none")
+    assert done.code == 1
+    assert "rows.jsonl, line 1: gold 2" in done.err
+    assert "perplexity, dense" not in done.err
+
+
 def test_whole_text_and_no_text(workshop, zssvd):
     zssvd(
         "compress",

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -413,12 +413,13 @@ def test_accuracy_on_tasks(run, monkeypatch):
     scores = {"piqa": {"rows": 6, "acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.7}, "sums": {"rows": 1, "exact": 0.25}}
     monkeypatch.setattr("zssvd_lightning.evaluation.zero_shot.load_tasks", lambda *told: loaded.append(told) or {})
     monkeypatch.setattr("zssvd_lightning.evaluation.zero_shot.accuracy", lambda *told: scores)
+    monkeypatch.setattr("zssvd_lightning.evaluation.zero_shot.check_tokenizer", lambda tokenizer: None)
     asked = ["evaluation.text=null", "evaluation.second=null", "tasks=[piqa,sums]", "data=rows", "limit=6"]
     results = run("zero-sum", "prune_ratios=[0.4]", "seeds=[0,1]", *asked)
     assert loaded == [(["piqa", "sums"], "rows", None)] * 4
-    assert list(results.rows()[0].measures)[:2] == ["accuracy/piqa", "accuracy/sums"]
+    assert list(results.rows()[0].measures)[:3] == ["accuracy/piqa", "accuracy/piqa_stderr", "accuracy/sums"]
     assert "| preset | pruned | piqa | sums | reached |" in results.markdown()
-    assert "| zero-sum | 0.4 | 0.500 ± 0.000 | 0.250 ± 0.000 |" in results.markdown()
+    assert "| zero-sum | 0.4 | 0.500 ± 0.000 (0.100) | 0.250 ± 0.000 |" in results.markdown()
 
     def unknown(*told):
         raise TaskError("unknown task")
@@ -430,13 +431,37 @@ def test_accuracy_on_tasks(run, monkeypatch):
     assert not here.jobs
 
 
+def test_tasks_of_the_files_hold_unless_others_are_given(workshop, tmp_path):
+    text = (
+        (workshop / "zero-sum.yaml")
+        .read_text()
+        .replace("windows: 2", "third: c.txt, word_perplexity: true, tasks: [a.jsonl], limit: 5, windows: 2")
+    )
+    (tmp_path / "judged.yaml").write_text(text)
+    asked = [str(tmp_path / "judged.yaml"), "output=out"]
+    found = read_arguments(asked).dense.evaluation
+    assert (found.third, found.tasks, found.limit) == ("c.txt", ["a.jsonl"], 5)
+    found = read_arguments([*asked, "tasks=[piqa]", "limit=3"]).dense.evaluation
+    assert (found.third, found.tasks, found.limit) == ("c.txt", ["piqa"], 3)
+    told = {"perplexity": 1.0, "perplexity_third": 2.0, "word_perplexity": {"c.txt": 3.0}}
+    comparison = replace(results_by_hand().comparison, dense=Settings(evaluation=found))
+    lines = Results(comparison, told, {}).markdown().splitlines()
+    assert lines[0].startswith("| preset | pruned | perplexity | perplexity, third text | word perplexity, c.txt |")
+    assert lines[2].startswith("| dense | 0 | 1.00 | 2.00 | 3.00 |")
+    assert "`c.txt`" in lines[-1]
+    (tmp_path / "a.jsonl").write_text("{}")
+    with_file = Settings(evaluation=EvaluateConfig(third="c.txt", tasks=["a.jsonl", "piqa"], data=str(tmp_path)))
+    assert sources(with_file)[str(tmp_path / "a.jsonl")] is not None
+    assert "c.txt" in sources(with_file)
+
+
 def measured(perplexity, seconds, peak):
     told = {"perplexity": perplexity, "accuracy": {"piqa": {"rows": 2, "acc": perplexity / 100, "acc_stderr": 0.1}}}
     return {**told, "reached": 0.4, "seconds": {"calibrate": seconds, "select": 1.0}, "peak_rss_bytes": peak}
 
 
 def results_by_hand():
-    evaluation = EvaluateConfig(text="test.txt", windows=0, length=64)
+    evaluation = EvaluateConfig(text="test.txt", windows=0, length=64, tasks=["piqa"], limit=2)
     cells = {
         Cell("a", 0.4, 0): measured(20.0, 3.0, 1_000_000_000),
         Cell("a", 0.4, 1): measured(22.0, 4.0, 1_200_000_000),
@@ -444,7 +469,7 @@ def results_by_hand():
         Cell("b|c", 0.4, 1): {"error": "BudgetError: no"},
     }
     comparison = Comparison(
-        CompareConfig("out", prune_ratios=[0.4], seeds=[0, 1], tasks=["piqa"], limit=2),
+        CompareConfig("out", prune_ratios=[0.4], seeds=[0, 1]),
         Settings(ModelConfig("model"), evaluation=evaluation),
         dict.fromkeys(cells, Settings()),
     )
@@ -454,8 +479,8 @@ def results_by_hand():
 MARKDOWN = r"""| preset | pruned | perplexity | piqa | reached | seconds | peak RSS (GB) |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 | dense | 0 | 10.00 | 0.750 |  |  |  |
-| a | 0.4 | 21.00 ± 1.41 | 0.210 ± 0.014 | 0.400 | 4 | 1.20 |
-| b\|c | 0.4 | 50.00 | 0.500 | 0.400 | 3 | 0.90 |
+| a | 0.4 | 21.00 ± 1.41 | 0.210 ± 0.014 (0.100) | 0.400 | 4 | 1.20 |
+| b\|c | 0.4 | 50.00 | 0.500 (0.100) | 0.400 | 3 | 0.90 |
 | b\|c | 0.4, seed 1 | BudgetError: no |  |  |  |  |
 
 Mean ± sample standard deviation over calibration seeds 0, 1. Perplexity on `test.txt`, all windows of 64 tokens. """
@@ -463,7 +488,7 @@ Mean ± sample standard deviation over calibration seeds 0, 1. Perplexity on `te
 
 def test_markdown():
     assert results_by_hand().markdown() == MARKDOWN + (
-        "Accuracy on the first 2 rows of each task. "
+        "Accuracy on the first 2 rows of each task, with the standard error over rows in parentheses. "
         "Seconds and peak RSS are of calibration and compression, without evaluation.\n"
     )
 
@@ -723,6 +748,8 @@ def test_results_from_before_rank_multiples_are_those_of_any_rank(run, multiple,
         write_result(job, sources(job.settings), found)
         told = json.loads(Path(job.result).read_text())
         (told["settings"]["compression"] or {}).pop("rank_multiple", None)
+        for key in ("third", "word_perplexity"):
+            (told["settings"]["evaluation"] or {}).pop(key, None)
         Path(job.result).write_text(json.dumps(told))
         return 0
 

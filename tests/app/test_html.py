@@ -199,10 +199,31 @@ def test_steps_taken_back_and_predictions_are_marked(page):
     assert "1: truncation 3.000 2.250 2.750 2: step 9.000 taken back 3: step 2.250" in read.text
 
 
+def judge(report):
+    """Add a third text and a task."""
+    models = ("dense", "truncated", "recovered", "dense_finetuned")
+    report["perplexity_third"] = dict(zip(models, (20.5, 60.5, 44.5, 19.5), strict=True))
+    scores = {"rows": 64, "acc": (0.75, 0.25, 0.5, 0.875), "acc_stderr": (0.05, 0.06, 0.0625, 0.04)}
+    report["accuracy"] = {
+        "piqa": {k: dict(zip(models, v, strict=True)) if isinstance(v, tuple) else v for k, v in scores.items()}
+    }
+
+
+def test_tasks_and_a_third_text_are_shown_of_every_model(page):
+    text = page(judge).text
+    for words in (
+        "20.50 60.50 44.50 dense model, fine-tuned as long 19.50",
+        "piqa, acc, 64 rows 0.7500 ± 0.0500 0.2500 ± 0.0600 0.5000 ± 0.0625 dense model, fine-tuned as long 0.8750",
+        "Accuracies stand beside their standard errors",
+    ):
+        assert words in text
+
+
 def test_several_runs_are_compared(page, tmp_path):
     def other(report):
-        report["config"]["evaluation"] |= {"text": "novels"}
+        report["config"]["evaluation"] |= {"text": "novels", "third": "poems"}
         report["perplexity"]["compressed"] = 21.0
+        judge(report)
 
     page(folder="one")
     page(other, "two")
@@ -210,6 +231,9 @@ def test_several_runs_are_compared(page, tmp_path):
     out = write_page([tmp_path / "one", tmp_path / "two", tmp_path / "three"], tmp_path / "all.html")
     read = Read(out.read_text(encoding="utf-8"))
     assert "3 compressed models" in read.text
+    assert "third text piqa, acc loss (nats)" in read.text
+    for words in ("44.50 0.5000 ± 0.0625", "not measured not measured", "different third texts: none, poems"):
+        assert words in read.text
     for words in ("A one", "B two", "C three", "different evaluation texts: articles, novels", "not measured: C"):
         assert words in read.text
     links = {value for tag, key, value in read.attributes if tag == "a"}

@@ -17,6 +17,19 @@ LAYERS = {
 }
 
 
+JUDGED = {
+    "perplexity_third": {"dense": 6.0, "truncated": 9.0, "recovered": 8.0, "dense_finetuned": 5.5},
+    "word_perplexity": {"c.txt": {"dense": 60.0, "truncated": 90.0, "recovered": 80.0, "dense_finetuned": 55.0}},
+    "accuracy": {
+        "piqa_val": {
+            "rows": 9,
+            "acc": {"dense": 0.75, "truncated": 0.5, "recovered": 0.625, "dense_finetuned": 0.875},
+            "acc_stderr": {"dense": 0.11, "truncated": 0.12, "recovered": 0.13, "dense_finetuned": 0.14},
+        }
+    },
+}
+
+
 def report(**changes):
     return Report(
         **(
@@ -52,6 +65,7 @@ def test_a_report_comes_back_from_its_json():
     for one in (
         report(),
         report(perplexity={"dense": 5.0, "compressed": 7.0}, seed=3, config={"a": {"b": 1}}),
+        report(**JUDGED),
         report(coverage=Coverage(4, 10_000, 15_000, (LeftAlone("convolutions", 2, 5_000),)), budget_of="model"),
     ):
         assert Report.from_dict(json.loads(json.dumps(one.to_dict()))) == one
@@ -132,6 +146,21 @@ def test_table_shows_what_there_is():
         "1.5",
     ):
         assert piece in text
+
+
+def test_table_shows_tasks_and_every_text():
+    console = Console(record=True, width=120)
+    console.print(report(**JUDGED).table())
+    lines = [" ".join(line.replace("│", " ").split()) for line in console.export_text().splitlines()]
+    for line in (
+        "perplexity, third text 6.00 9.00",
+        "perplexity, third text, trained 5.50 8.00",
+        "word perplexity of c.txt 60.00 90.00",
+        "word perplexity of c.txt, trained 55.00 80.00",
+        "piqa_val, acc, 9 rows 0.7500 ± 0.1100 0.5000 ± 0.1200",
+        "piqa_val, acc, 9 rows, trained 0.8750 ± 0.1400 0.6250 ± 0.1300",
+    ):
+        assert line in lines
 
 
 def test_picture_is_a_png_of_any_layer_names(tmp_path):

@@ -4,8 +4,14 @@ import pytest
 import torch
 from support.models import VOCABULARY, tiny_llama, tiny_tokenizer
 
-from zssvd_lightning.errors import NonFiniteError
-from zssvd_lightning.evaluation.perplexity import continuation, perplexity
+from zssvd_lightning.errors import NonFiniteError, TextError
+from zssvd_lightning.evaluation.perplexity import (
+    RollingText,
+    continuation,
+    perplexity,
+    rolling_windows,
+    word_perplexity,
+)
 
 
 def test_perplexity_is_the_exponential_of_the_mean_over_all_predictions():
@@ -43,6 +49,45 @@ def test_nan_is_an_error():
     model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="NaN"):
         perplexity(model, torch.randint(0, VOCABULARY, (2, 9)), progress=False)
+    with pytest.raises(NonFiniteError, match="NaN"):
+        word_perplexity(model, RollingText(torch.arange(9), 0, 3), 8, progress=False)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 20])
+def test_rolling_windows_are_those_of_the_harness(length):
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    for size in range(14):
+        ids = torch.randint(0, VOCABULARY, (size,))
+        found = [(window.tolist(), predicted) for window, predicted in rolling_windows(ids, 99, length)]
+        theirs = map(make_disjoint_window, get_rolling_token_windows(ids.tolist(), 99, length, 1))
+        assert found == [(context + predicted, len(predicted)) for context, predicted in theirs]
+        assert sum(predicted for _, predicted in found) == size
+
+
+TEXT = " To be,  or\nnot to be: that is the question. "
+
+
+@pytest.mark.parametrize(("length", "most"), [(16, 0), (16, 32), (64, 0), (16, 1000)])
+@torch.no_grad()
+def test_word_perplexity_is_that_of_the_harness(length, most):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = tiny_llama().train(), tiny_tokenizer()
+    with pytest.raises(TextError, match="neither"):
+        RollingText.of(TEXT, tokenizer)
+    tokenizer.eos_token = "<unk>"
+    rolling = RollingText.of(TEXT, tokenizer, most)
+    read = TEXT[:most] if most else TEXT
+    assert rolling.words == (10 if most == 32 else 12)
+    result = word_perplexity(model, rolling, length, progress=False)
+    assert model.training
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=2)
+    (log_likelihood,) = harness.loglikelihood_rolling(
+        [Instance("loglikelihood_rolling", {}, (read,), 0)], disable_tqdm=True
+    )
+    assert result == pytest.approx(math.exp(-log_likelihood / rolling.words), rel=1e-5)
 
 
 def test_continuation_is_greedy():

@@ -12,7 +12,9 @@ from support.models import tiny_llama, tiny_tokenizer, token_batches
 
 from zssvd_lightning import CompressionConfig, compress
 from zssvd_lightning.errors import NonFiniteError, TaskError
-from zssvd_lightning.evaluation.zero_shot import LOCAL, accuracy, load_tasks, side_by_side, table
+from zssvd_lightning.evaluation import zero_shot
+from zssvd_lightning.evaluation.rows import LOCAL
+from zssvd_lightning.evaluation.zero_shot import accuracy, load_tasks, side_by_side, table
 
 ROWS = {
     "piqa": [
@@ -88,14 +90,17 @@ def log_likelihood(model, tokenizer, context, continuation):
     return sum(log_p[t - 1, ids[0, t]].item() for t in range(len(tokenizer(context).input_ids), ids.shape[1]))
 
 
-def right(name, row, model, tokenizer):
-    """Whether the likeliest choice is right: plainly, and by character."""
+def asked(name, row):
+    """The context and the continuation of each choice."""
     if name == "winogrande":
         before, after = row["sentence"].split("_", 1)
-        asked = [(before + choice, " " + after.strip()) for choice in row["choices"]]
-    else:
-        asked = [(f"Question: {row[LOCAL[name].field]}\nAnswer:", " " + choice) for choice in row["choices"]]
-    scores = [log_likelihood(model, tokenizer, *pair) for pair in asked]
+        return [(before + choice, " " + after.strip()) for choice in row["choices"]]
+    return [(f"Question: {row[LOCAL[name].field]}\nAnswer:", " " + choice) for choice in row["choices"]]
+
+
+def right(name, row, model, tokenizer):
+    """Whether the likeliest choice is right: plainly, and by character."""
+    scores = [log_likelihood(model, tokenizer, *pair) for pair in asked(name, row)]
     by_character = [score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)]
     return {
         "acc": scores.index(max(scores)) == row["gold"],
@@ -125,6 +130,53 @@ def test_accuracy_is_that_of_log_likelihoods_taken_by_hand(data, kind, monkeypat
             p = sum(right(name, row, model, tokenizer)[metric] for row in rows) / n
             expected |= {metric: p, f"{metric}_stderr": math.sqrt(p * (1 - p) / (n - 1))}
         assert scores[name] == pytest.approx(expected)
+
+
+@torch.no_grad()
+def test_likelihoods_in_padded_batches_are_those_of_single_rows(data, monkeypatch):
+    model, tokenizer, results = model_of().double(), tokenizer_with_end(), []
+    *harness, evaluate = zero_shot._harness()
+
+    def keeping(*told, **named):
+        results.append(evaluate(*told, **named))
+        return results[-1]
+
+    monkeypatch.setattr(zero_shot, "_harness", lambda: (*harness, keeping))
+    state = torch.get_rng_state()
+    accuracy(model, tokenizer, load_tasks(ROWS, data), batch_size=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, rows in ROWS.items():
+        samples = sorted(results[0]["samples"][name], key=lambda sample: sample["doc_id"])
+        for row, sample in zip(rows, samples, strict=True):
+            found = [response[0] for response in sample["filtered_resps"]]
+            expected = [log_likelihood(model, tokenizer, *pair) for pair in asked(name, row)]
+            assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_files_are_tasks_of_their_own(data, tmp_path):
+    (data / "my rows.jsonl").write_text((data / "arc_easy_test.jsonl").read_text())
+    (data / "piqa_val.jsonl").rename(data / "line\u2028.jsonl")
+    model, tokenizer = model_of(), tokenizer_with_end()
+    files = ["my rows.jsonl", "line\u2028.jsonl", str(data / "winogrande_val.jsonl")]
+    scores = accuracy(model, tokenizer, load_tasks([*files, "arc_easy"], data))
+    assert list(scores) == ["my rows", "line\u2028", "winogrande_val", "arc_easy"]
+    assert scores["my rows"] == scores["arc_easy"]
+    assert "acc_norm" not in scores["winogrande_val"]
+    assert scores["line\u2028"]["rows"] == len(ROWS["piqa"])
+    for names in (["arc_easy", "arc_easy"], ["my rows.jsonl", str(data / "my rows.jsonl")]):
+        with pytest.raises(TaskError, match="two tasks have the name"):
+            load_tasks(names, data)
+    (data / "arc_easy_test.jsonl").write_text(json.dumps(ROWS["piqa"][0]))
+    with pytest.raises(TaskError, match="line 1: no text 'question'"):
+        load_tasks(["arc_easy"], data)
+    for first in ('{"prompt": "a", "choices": ["b", "c"], "gold": 0}', '{"goal": "a", "question": "a"}', "[1]"):
+        (data / "my rows.jsonl").write_text("\n" + first)
+        with pytest.raises(TaskError, match="line 2: rows have one of the fields 'goal', 'question', 'sentence'"):
+            load_tasks(["my rows.jsonl"], data)
+    with pytest.raises(TaskError, match="cannot read the rows"):
+        load_tasks([str(tmp_path / "nowhere.jsonl")])
+    with pytest.raises(TaskError, match="NUL"):
+        load_tasks(["a\0.jsonl"])
 
 
 def test_plain_and_normalized_accuracy_differ_by_the_length_of_choices(tmp_path):
@@ -227,6 +279,10 @@ def test_nan_is_an_error_and_no_accuracy(data):
         ('{"goal": "a", "choices": ["b"], "gold": 0}', "not two texts or more"),
         ('{"goal": "a", "choices": ["b", ""], "gold": 0}', "not two texts or more"),
         ('{"question": "a", "choices": ["b", "c"], "gold": 0}', "no text 'goal'; rows are {goal, choices, gold}"),
+        ('{"goal": "a", "choices": ["b", " "], "gold": 0}', "line 2: choices"),
+        ('{"goal": " ", "choices": ["b", "c"], "gold": 0}', "line 2: no text 'goal'"),
+        ('{"goal": "a", "choices": ["b", "\\ud800"], "gold": 0}', "line 2: half of a character"),
+        ("[" * 100_000, "line 2 is not JSON"),
         ('["a"]', "no text 'goal'"),
         ("{", "line 2 is not JSON"),
     ],

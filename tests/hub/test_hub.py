@@ -406,6 +406,9 @@ def test_a_model_card_tells_what_was_done(tmp_path):
         "evaluation": {"text": "held.txt", "windows": 2, "length": 24},
     }
     report.perplexity = {"dense": 20.0, "compressed": 25.125}
+    report.word_perplexity = {"held.txt": {"dense": 90.0, "compressed": 99.0}}
+    scores = {"acc": {"dense": 0.75, "compressed": 0.5}, "acc_stderr": {"dense": 0.125, "compressed": 0.0625}}
+    report.accuracy = {"piqa": {"rows": 9, **scores}}
     save_pretrained(model, tmp_path / "mine", report=report)
     card = (tmp_path / "mine" / "README.md").read_text()
     for told in (
@@ -415,6 +418,9 @@ def test_a_model_card_tells_what_was_done(tmp_path):
         "20.00",
         "4 windows and 2 for corrections of 24 tokens of `package:speeches`",
         "held.txt",
+        "| word perplexity of held.txt | 90.00 | 99.00 |",
+        "| piqa, acc, 9 rows | 0.7500 ± 0.1250 | 0.5000 ± 0.0625 |",
+        "value: 0.5\n",
         "as two factors",
     ):
         assert told in card, told

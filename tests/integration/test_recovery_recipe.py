@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.models import saved_tiny_llama
+from support.models import saved_tiny_llama, tiny_tokenizer
 
 from zssvd_lightning import LowRankLinear, from_pretrained
 from zssvd_lightning.errors import ConfigError
@@ -46,6 +46,16 @@ def settings(folder):
     ]
 
 
+def judging(folder):
+    """Settings of a task and a third text, for a model whose tokenizer then has the token that a task needs."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<unk>"
+    tokenizer.save_pretrained(folder / "tiny")
+    rows = [{"goal": "a", "choices": [f"b{i}", "c" * i], "gold": i % 2} for i in range(1, 5)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [f"evaluation.tasks=[{folder / 'rows.jsonl'}]", f"evaluation.third={folder / 'text.txt'}"]
+
+
 @pytest.fixture
 def recipe():
     return vars(importlib.import_module("recipes.compress_then_finetune"))
@@ -53,13 +63,17 @@ def recipe():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_report_tells_recovery_from_adaptation(tmp_path, recipe, way):
-    recipe["main"](str(CONFIG), *settings(tmp_path), *WAYS[way])
+    given = settings(tmp_path)
+    judged = judging(tmp_path) if way == "its own" else []
+    recipe["main"](str(CONFIG), *given, *WAYS[way], *judged)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     expected = {"dense", "dense_finetuned", "truncated", "recovered"} | ({"reloaded"} if way == "in 8 bits" else set())
     for text in ("perplexity", "perplexity_second"):
         assert report[text].keys() == expected
         assert report[text]["recovered"] < report[text]["truncated"]
         assert report[text]["dense_finetuned"] < report[text]["dense"]
+    if judged:
+        assert report["perplexity_third"].keys() == report["accuracy"]["rows"]["acc"].keys() == expected
     assert {"recover", "finetune_dense"} <= report["seconds"].keys()
     assert (tmp_path / "out" / "report.png").exists()
     model = from_pretrained(tmp_path / "out")
@@ -72,7 +86,7 @@ def test_it_needs_a_recovery_that_can_follow(tmp_path, recipe):
         recipe["main"](str(CONFIG), *settings(tmp_path), "recovery=null")
     for wrong, message in (
         ("recovery.lr=null", "recovery.lr is null"),
-        ("evaluation.text=null", "evaluation.text is null"),
+        ("evaluation={text: null, second: null}", "evaluation.text is null"),
         ("recovery={method: lora, merge: false}", "recovery.merge"),
     ):
         with pytest.raises(ConfigError, match=message):

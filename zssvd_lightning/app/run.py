@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ from zssvd_lightning._resources import Stopwatch, peak_rss_bytes
 from zssvd_lightning.app.html.page import write_page
 from zssvd_lightning.app.pictures import draw
 from zssvd_lightning.app.run_config import EvaluateConfig, RunConfig
-from zssvd_lightning.app.workspace import HeldOut, calibration_windows, training_windows
+from zssvd_lightning.app.workspace import HeldOut, Measurements, by_measure, calibration_windows, training_windows
 from zssvd_lightning.compression.pipeline import coverage_of
 from zssvd_lightning.compression.report import REPORT, Report, write_report
 from zssvd_lightning.errors import ConfigError, ModelSourceError
-from zssvd_lightning.evaluation import perplexity as evaluation
 from zssvd_lightning.evaluation import zero_shot
 from zssvd_lightning.hub.loading import from_pretrained
 from zssvd_lightning.hub.model_card import write_card
@@ -52,6 +51,7 @@ class Run:
         ConfigError: the device is not available, or windows are longer than the inputs of the model.
         ModelSourceError: the model cannot be loaded.
         TextError: a text cannot be read or is too short.
+        TaskError: a task is unknown or does not load, or a row of it is malformed.
         OutputError: the output folder holds something else, or cannot be written.
         TargetError: a pattern matches no layer, or the layers cannot be compressed.
         BudgetError: the prune ratio cannot be reached with these layers and this storage.
@@ -71,16 +71,16 @@ class Run:
         lengths = {"calibration_length": config.calibration.length}
         if config.recovery is not None:
             lengths["training_length"] = config.training.length
-        if self._evaluation_texts():
+        if config.evaluation.texts:
             lengths["evaluation_length"] = config.evaluation.length
         refuse_long_windows(self.model, **lengths)
         _place(self.model, self.device)
         self._held_out = None if config.recovery is None else HeldOut(self._sources(), config.training, self._tokens)
         tokens_of = self._tokens if self._held_out is None else self._held_out.tokens_of
         self.calibration = texts.TokenWindows(calibration_windows(config.calibration, tokens_of))
-        self._windows = {key: self._evaluation_windows(text) for key, text in self._evaluation_texts().items()}
-        self._perplexity: dict[str, dict[str, float]] = {key: {} for key in self._windows}
-        self._evaluate_seconds = 0.0
+        self._measurements = Measurements(config.evaluation, self.tokenizer, self._tokens)
+        self._measured: dict[str, dict[str, Any]] = {}
+        self._watch = Stopwatch()
 
     def calibration_loader(self) -> "DataLoader[dict[str, torch.Tensor]]":
         """Return the windows of calibration and corrections in batches, always in the same order."""
@@ -120,7 +120,7 @@ class Run:
         return [text for text in pair if text is not None]
 
     def evaluate(self, which: str, model: PreTrainedModel | None = None) -> None:
-        """Measure perplexity on every evaluation text.
+        """Measure perplexity on every evaluation text, and accuracy on every task.
 
         Args:
             which: key in the report, such as `dense` or `compressed`.
@@ -128,10 +128,9 @@ class Run:
         """
         model = model or self.model
         _place(model, self.device)
-        for key, windows in self._windows.items():
-            result = evaluation.perplexity(model, windows, desc=f"{key}, {which}", progress=self.progress)
-            self._perplexity[key][which] = result.perplexity
-            self._evaluate_seconds += result.seconds
+        if self._measurements:
+            with self._watch("evaluate"):
+                self._measured[which] = self._measurements.of(model, which, self.progress)
 
     def save(self, report: Report, picture: bool = False) -> None:
         """Complete `report` and write it, the model and the tokenizer to the output folder, all or nothing.
@@ -165,10 +164,9 @@ class Run:
                 with no_bar_of_weights():
                     reloaded = from_pretrained(folder, self.config.model.dtype)
                 self.evaluate("reloaded", reloaded)
-            report.perplexity = self._perplexity.get("perplexity")
-            report.perplexity_second = self._perplexity.get("perplexity_second")
-            if self._windows:
-                report.seconds["evaluate"] = self._evaluate_seconds
+            for name, value in by_measure(self._measured).items():
+                setattr(report, name, value)
+            report.seconds |= self._watch.seconds
             report.peak_rss_bytes = peak_rss_bytes()
             if picture:
                 draw(report, folder / "report.png")
@@ -181,16 +179,8 @@ class Run:
         others = report.model_parameters_before - report.parameters_before
         return others * size + report.parameters_after * (2 if self.config.compression.form.rounds else size)
 
-    def _evaluation_texts(self) -> dict[str, str]:
-        wanted = {"perplexity": self.config.evaluation.text, "perplexity_second": self.config.evaluation.second}
-        return {key: text for key, text in wanted.items() if text is not None}
-
     def _tokens(self, source: str) -> texts.Tokens:
-        return texts.tokenize(texts.load_text(source, self.tokenizer), self.tokenizer)
-
-    def _evaluation_windows(self, text: str) -> torch.Tensor:
-        settings = self.config.evaluation
-        return texts.windows(self._tokens(text), settings.length, settings.windows, text)
+        return _tokens_of(source, self.tokenizer)
 
 
 def checked_device(name: str | None) -> str | None:
@@ -209,6 +199,10 @@ def checked_device(name: str | None) -> str | None:
                 f"device {name!r} is not available here ({reason}); there are {', '.join(['cpu', *cuda])}"
             ) from error
     return name
+
+
+def _tokens_of(source: str, tokenizer: PreTrainedTokenizerBase) -> texts.Tokens:
+    return texts.tokenize(texts.load_text(source, tokenizer), tokenizer)
 
 
 def _place(model: PreTrainedModel, device: str | None) -> None:
@@ -247,7 +241,7 @@ def measure(
 
     Args:
         source: model source.
-        settings: text and tasks.
+        settings: texts and tasks.
         dtype: floating-point type of the weights.
         device: device, as for `Run`.
         progress: whether to draw progress bars.
@@ -258,7 +252,7 @@ def measure(
     Raises:
         ZSSVDError: a model, text, task or device is not available.
     """
-    if settings.text is None and not settings.tasks:
+    if not settings.texts and not settings.tasks:
         raise ConfigError(f"{source} records no evaluation text; give one as text=SOURCE, or tasks as tasks=[piqa]")
     device = checked_device(device)
     dense = settings.dense if settings.tasks else None
@@ -266,13 +260,15 @@ def measure(
     sources = {"model": source} if dense is None else {"dense": dense, "compressed": source}
     models = {which: _loaded(which, each, dtype) for which, each in sources.items()}
     measured: dict[str, Any] = {}
-    if settings.text is not None:
+    if settings.texts:
         model, tokenizer = next(reversed(models.values()))
         refuse_long_windows(model, length=settings.length)
         _place(model, device)
-        tokens = texts.tokenize(texts.load_text(settings.text, tokenizer), tokenizer)
-        windows = texts.windows(tokens, settings.length, settings.windows, settings.text)
-        measured |= evaluation.perplexity(model, windows, progress=progress)._asdict()
+        asked = Measurements(replace(settings, tasks=[]), tokenizer, lambda text: _tokens_of(text, tokenizer))
+        watch = Stopwatch()
+        with watch("seconds"):
+            measured |= asked.of(model, source, progress)
+        measured |= {"tokens": asked.predictions} | watch.seconds
     if tasks is None:
         return measured, None
     compared, seconds = _accuracy(models, tasks, settings, device)

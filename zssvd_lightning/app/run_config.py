@@ -11,6 +11,7 @@ import torch
 from zssvd_lightning._numerics import DTYPES, multiplies_bfloat16
 from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import require, require_count, require_one_of
+from zssvd_lightning.compression.report_table import PERPLEXITIES
 from zssvd_lightning.config.compression import CompressionConfig
 
 EXPORTS = ("dense", "self_contained", "onnx")
@@ -137,47 +138,53 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Texts on which perplexity is measured. Without a text, nothing is measured."""
+    """Texts on which perplexity is measured, and tasks. Without any, nothing is measured."""
 
     text: str | None = None
     """Text source, as in `calibration.text`; use one on which nothing was chosen."""
     second: str | None = None
     """Text source of another domain, reported beside the first."""
+    third: str | None = None
+    """Text source of a third domain, such as one that nothing was calibrated or trained on."""
     windows: int = 16
     """Number of windows from the start of the text; 0 for the whole text."""
     length: int = 1024
     """Tokens in a window; the first of each is not predicted."""
-
-    def __post_init__(self) -> None:
-        check_types(self, "evaluation.")
-        require_count("evaluation.windows", self.windows, 0)
-        require_count("evaluation.length", self.length, 2)
-
-
-@dataclass(frozen=True)
-class EvaluateConfig(EvaluationConfig):
-    """Measurements of `zssvd evaluate`: perplexity if there is a text, accuracy if there are tasks."""
-
+    word_perplexity: bool = False
+    """True to measure word perplexity too, as lm-evaluation-harness defines it, on as many tokens of each text."""
     tasks: list[str] = field(default_factory=list)
-    """Zero-shot tasks of EleutherAI's lm-evaluation-harness (`[piqa,arc_easy,winogrande]`), which reads their rows from
-    the hub."""
+    """Multiple-choice tasks: `.jsonl` files of rows like those of `data`, or tasks of EleutherAI's
+    lm-evaluation-harness by name (`[piqa,arc_easy,winogrande]`), which reads their rows from the hub."""
     data: str | None = None
     """Folder with `piqa_val.jsonl`, `arc_easy_test.jsonl` or `winogrande_val.jsonl`, with rows `{goal, choices, gold}`,
     `{question, choices, gold}` and `{sentence, choices, gold}`. Tasks are then read from it, none from the hub."""
     include: str | None = None
     """Folder with the harness's YAML files of more tasks."""
-    dense: str | None = None
-    """Source of a second model to measure tasks on; for the folder of a run the model that was compressed, unless this
-    is null."""
     limit: int | None = None
     """Number of rows of each task, counted from the first; every row when None."""
     batch_size: int = 8
     """Number of sequences of a task in a batch."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more")
-        require_count("batch_size", self.batch_size, 1)
+        check_types(self, "evaluation.")
+        require_count("evaluation.windows", self.windows, 0)
+        require_count("evaluation.length", self.length, 2)
+        require(self.limit is None or self.limit >= 1, "evaluation.limit", self.limit, "1 or more")
+        require_count("evaluation.batch_size", self.batch_size, 1)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Text sources by the name of their perplexity."""
+        return {name: text for name, key in PERPLEXITIES.items() if (text := getattr(self, key)) is not None}
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(EvaluationConfig):
+    """Measurements of `zssvd evaluate`: perplexity if there is a text, accuracy if there are tasks."""
+
+    dense: str | None = None
+    """Source of a second model to measure tasks on; for the folder of a run the model that was compressed, unless this
+    is null."""
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,17 @@
 """Temporary changes to a model during calibration batches."""
 
 import inspect
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 from torchmetrics import Metric
 
-from zssvd_lightning._contexts import evaluation_mode, no_cache, uncompiled
+from zssvd_lightning._contexts import evaluation_mode, no_cache, same_random_numbers, uncompiled
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.model.targets import Target
 
@@ -99,22 +97,6 @@ def _attributes_of(module: nn.Module) -> Callable[[], None]:
             container.extend(before) if isinstance(container, list) else container.update(before)
 
     return torch.no_grad()(restore)
-
-
-@contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Seed all random number generators, and restore their states on any exit."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  the generator that user code has
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)  # noqa: NPY002
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
+from zssvd_lightning._contexts import same_random_numbers
 from zssvd_lightning._types import check_types
 from zssvd_lightning.calibration.batches import (
     Span,
@@ -26,7 +27,7 @@ from zssvd_lightning.calibration.batches import (
     token_mask,
 )
 from zssvd_lightning.calibration.collector import StatisticsCollector
-from zssvd_lightning.calibration.contexts import measuring, same_random_numbers, unchanged_sampler
+from zssvd_lightning.calibration.contexts import measuring, unchanged_sampler
 from zssvd_lightning.calibration.masks import mask_of
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.memory.extent import Extent, extent_of, faked

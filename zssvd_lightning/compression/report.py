@@ -16,7 +16,7 @@ from rich.table import Table
 
 from zssvd_lightning._files import json_of
 from zssvd_lightning._state_checks import FaultError
-from zssvd_lightning.compression.report_table import table_of
+from zssvd_lightning.compression.report_table import PERPLEXITIES, table_of
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.serialization.checkpoint_content import REPORT as CONTENT
@@ -32,7 +32,7 @@ NUMBERS = re.compile(r'\[\n[^][{}"]*\]')
 """List without strings and other lists in indented JSON."""
 
 OPTIONAL = (
-    *("kept_back", "held_out", "perplexity", "perplexity_second"),
+    *("kept_back", "held_out", *PERPLEXITIES, "word_perplexity", "accuracy"),
     *("file_bytes", "left_dense", "removed_experts", "freed_beside", "trace", "continuations", "tokens_per_second"),
 )
 """Fields of a report whose keys `report.json` has only if there is something in them."""
@@ -102,6 +102,13 @@ class Report:
     For a run with recovery: `dense`, `dense_finetuned`, `truncated` and `recovered`."""
     perplexity_second: dict[str, float] | None = None
     """Perplexity on a text from another domain, with the same keys."""
+    perplexity_third: dict[str, float] | None = None
+    """Perplexity on a text from a third domain, with the same keys."""
+    word_perplexity: dict[str, dict[str, float]] | None = None
+    """Word perplexity by text, with the same keys."""
+    accuracy: Mapping[str, Mapping[str, Any]] | None = None
+    """By task, the number of `rows`, and each metric (`acc`, `acc_norm`) and its standard error (`acc_stderr`) with the
+    same keys: a `zero_shot.side_by_side`."""
     file_bytes: dict[str, int] | None = None
     """Bytes of the weights on disk: of the `compressed` model, `expected` for the numbers it stores, and of the
     `dense` model in the same type."""

@@ -1,12 +1,36 @@
 """Table of a report for the terminal."""
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from zssvd_lightning.evaluation.zero_shot import metrics_of
+
 if TYPE_CHECKING:
     from zssvd_lightning.compression.report import Report
+
+PERPLEXITIES = {"perplexity": "text", "perplexity_second": "second", "perplexity_third": "third"}
+"""Fields of a report with perplexities, and the key of the text of each in the settings of the evaluation."""
+
+
+def perplexity_title(name: str) -> str:
+    """Return the title of one of `PERPLEXITIES`."""
+    key = PERPLEXITIES[name]
+    return "perplexity" if key == "text" else f"perplexity, {key} text"
+
+
+def words_and_tasks(report: "Report") -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the title of each word perplexity and accuracy, and its value for every model, with its standard error."""
+    for text, found in (report.word_perplexity or {}).items():
+        yield f"word perplexity of {text}", _shown(found)
+    for metric in metrics_of(report.accuracy or {}):
+        yield metric.title, metric.shown()
+
+
+def _shown(found: Mapping[str, float]) -> dict[str, str]:
+    return {model: f"{value:.2f}" for model, value in found.items()}
 
 
 def table_of(report: "Report", details: bool) -> Table:
@@ -26,7 +50,7 @@ def table_of(report: "Report", details: bool) -> Table:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     _add_losses(report, table)
     _add_recovery(report, table)
-    _add_perplexities(report, table)
+    _add_quality(report, table)
     _add_sizes(report, table)
     table.add_section()
     seconds = report.seconds if details else {}
@@ -65,16 +89,16 @@ def _add_recovery(report: "Report", table: Table) -> None:
     table.add_row("  steps to the final state", "", kept)
 
 
-def _add_perplexities(report: "Report", table: Table) -> None:
-    for title, pair in (("perplexity", report.perplexity), ("perplexity, second text", report.perplexity_second)):
-        if pair:
-            compressed = pair.get("compressed", pair.get("truncated", math.nan))
-            table.add_row(title, f"{pair['dense']:.2f}", f"{compressed:.2f}")
-            if "recovered" in pair:
-                finetuned = pair.get("dense_finetuned", math.nan)
-                table.add_row(f"{title}, trained", f"{finetuned:.2f}", f"{pair['recovered']:.2f}")
-            if "reloaded" in pair:
-                table.add_row(f"{title}, as saved", "", f"{pair['reloaded']:.2f}")
+def _add_quality(report: "Report", table: Table) -> None:
+    """Add what was measured on texts and tasks."""
+    found = {perplexity_title(name): getattr(report, name) for name in PERPLEXITIES}
+    perplexities = [(title, _shown(values)) for title, values in found.items() if values]
+    for title, shown in [*perplexities, *words_and_tasks(report)]:
+        table.add_row(title, shown["dense"], shown.get("compressed", shown.get("truncated", "nan")))
+        if "recovered" in shown:
+            table.add_row(f"{title}, trained", shown.get("dense_finetuned", "nan"), shown["recovered"])
+        if "reloaded" in shown:
+            table.add_row(f"{title}, as saved", "", shown["reloaded"])
 
 
 def _add_sizes(report: "Report", table: Table) -> None:

@@ -1,6 +1,8 @@
 """Perplexity of a language model on held-out text, and a sample of generated text."""
 
+import re
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zssvd_lightning._contexts import evaluation_mode
 from zssvd_lightning._resources import counted
-from zssvd_lightning.errors import NonFiniteError
+from zssvd_lightning.errors import NonFiniteError, TextError
 
 
 class Perplexity(NamedTuple):
@@ -48,11 +50,97 @@ def perplexity(
             ids = batch.to(device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             mean = cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()).cpu()
-            if mean.isnan():
-                raise NonFiniteError("the logits are NaN on the evaluation text; evaluate in float32 or bfloat16")
+            _refuse_nan(mean)
             negative_log_likelihood.update(mean, weight=ids[:, 1:].numel())
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     return Perplexity(float(negative_log_likelihood.compute().exp()), tokens, time.perf_counter() - start)
+
+
+class RollingText(NamedTuple):
+    """Text in which every token is predicted, as `word_perplexity` takes it."""
+
+    ids: Tensor
+    """Token ids (T,), without special tokens."""
+    prefix: int
+    """Token from which the first one is predicted."""
+    words: int
+
+    @classmethod
+    def of(cls, text: str, tokenizer: PreTrainedTokenizerBase, most: int = 0) -> "RollingText":
+        """Tokenize a text, and count its words as the harness does: by the white space between them.
+
+        Args:
+            text: the text.
+            tokenizer: tokenizer of the model; its BOS token, or else its EOS token, is the prefix.
+            most: number of tokens after which the text is cut off, perhaps within a word; 0 for the whole text.
+
+        Raises:
+            TextError: the tokenizer has neither token, or does not say where in the text it must be cut off.
+        """
+        prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if prefix is None:
+            raise TextError("word perplexity begins with bos_token or eos_token, and the tokenizer has neither")
+        if most and not tokenizer.is_fast:
+            raise TextError("this tokenizer does not say where tokens end in a text; word perplexity needs windows: 0")
+        found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=most > 0)
+        ids = found["input_ids"]
+        if 0 < most < len(ids):
+            ids, text = ids[:most], text[: found["offset_mapping"][most - 1][1]]
+        return cls(torch.tensor(ids), int(prefix), len(re.split(r"\s+", text)))
+
+
+@torch.no_grad()
+def word_perplexity(
+    model: nn.Module, text: RollingText, length: int, desc: str = "word perplexity", progress: bool = True
+) -> float:
+    """Return `exp(-sum log p / words)` over all tokens of a text.
+
+    This is the metric of that name of EleutherAI's lm-evaluation-harness, for the text as one document, and with
+    `length` as the longest input.
+
+    Args:
+        model: causal language model that returns `logits` (B, T, V); they are scored in float32.
+        text: the text.
+        length: number of tokens in an input of the model.
+        desc: label of the progress bar.
+        progress: whether to draw a progress bar.
+
+    Raises:
+        NonFiniteError: the model's logits are NaN.
+    """
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.float64)
+    with evaluation_mode(model):
+        windows = list(rolling_windows(text.ids, text.prefix, length))
+        for window, predicted in counted(windows, desc, len(windows), "window", shown=progress):
+            ids = window.to(device)
+            logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0, -predicted:]
+            total += cross_entropy(logits.float(), ids[-predicted:], reduction="sum").cpu()
+            _refuse_nan(total)
+    return float((total / text.words).exp())
+
+
+def rolling_windows(ids: Tensor, prefix: int, length: int) -> Iterator[tuple[Tensor, int]]:
+    """Yield windows of which the last tokens are predicted, and how many those are; every token is predicted once.
+
+    A window has at most `length` + 1 tokens: an input of the model, shifted, and the last prediction. Each begins with
+    the last token of the one before, and the last window with as many as fit (`get_rolling_token_windows` of the
+    harness with `context_len=1`).
+
+    Args:
+        ids: token ids (T,).
+        prefix: token from which the first one is predicted.
+        length: number of tokens in an input of the model.
+    """
+    whole = torch.cat([ids.new_tensor([prefix]), ids])
+    for start in range(0, len(ids), length):
+        end = min(start + length, len(ids))
+        yield whole[max(0, end - length) : end + 1], end - start
+
+
+def _refuse_nan(negative_log_likelihood: Tensor) -> None:
+    if negative_log_likelihood.isnan():
+        raise NonFiniteError("the logits are NaN on the evaluation text; evaluate in float32 or bfloat16")
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Zero-shot accuracy by EleutherAI's lm-evaluation-harness, on its tasks, some with local rows, or on custom tasks."""
 
 import copy
-import json
 import logging
 import math
 import sys
@@ -11,15 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zssvd_lightning._contexts import evaluation_mode
+from zssvd_lightning._contexts import evaluation_mode, overridden, same_random_numbers
 from zssvd_lightning._validation import closest, needs_extra
 from zssvd_lightning.errors import NonFiniteError, TaskError
-
-BLANK = "_"
-"""Placeholder for the option in a WinoGrande sentence."""
-
+from zssvd_lightning.evaluation.rows import LOCAL, RowsFile, read_rows, rows_file
 
 STDERR = "_stderr"
 
@@ -36,73 +32,72 @@ Scores = dict[str, dict[str, float]]
 """Scores by task: `rows`, and each metric with its standard error, such as `acc` and `acc_stderr`."""
 
 
-class LocalTask(NamedTuple):
-    """Task with the exact prompts of the harness, on rows `{FIELD, choices, gold}` of a JSON lines file."""
-
-    file: str
-    field: str
-    """Name of the field with the text."""
-    prompts: Mapping[str, Any]
-    metrics: tuple[str, ...] = ("acc", "acc_norm")
+Compared = Mapping[str, Mapping[str, Any]]
+"""Result of `side_by_side`."""
 
 
-def with_options(row: Mapping[str, Any]) -> list[str]:
-    """Return the contexts that are compared: a WinoGrande sentence up to its blank, followed by each option."""
-    before, _, _ = row["sentence"].partition(BLANK)
-    return [before + option for option in row["choices"]]
+class Metric(NamedTuple):
+    """Metric of a task, of several models."""
 
+    task: str
+    name: str
+    rows: int | None
+    """Number of scored rows; None for a group of tasks."""
+    values: Mapping[str, float]
+    """Value by model."""
+    errors: Mapping[str, float]
+    """Standard error by model; empty for a single row."""
 
-def behind_blank(row: Mapping[str, Any]) -> str:
-    """Return the text that is scored: the rest of a WinoGrande sentence, which is the same after every option."""
-    return str(row["sentence"].partition(BLANK)[2].strip())
+    @property
+    def title(self) -> str:
+        """Task, metric and number of rows."""
+        return f"{self.task}, {self.name}" + ("" if self.rows is None else f", {self.rows} rows")
 
-
-ANSWERS = {"doc_to_choice": "choices", "doc_to_target": "gold"}
-
-
-LOCAL = {
-    "piqa": LocalTask("piqa_val.jsonl", "goal", {"doc_to_text": "Question: {{goal}}\nAnswer:", **ANSWERS}),
-    "arc_easy": LocalTask(
-        "arc_easy_test.jsonl", "question", {"doc_to_text": "Question: {{question}}\nAnswer:", **ANSWERS}
-    ),
-    "winogrande": LocalTask(
-        "winogrande_val.jsonl",
-        "sentence",
-        {"doc_to_text": "gold", "doc_to_choice": with_options, "doc_to_target": behind_blank},
-        ("acc",),
-    ),
-}
-"""Tasks that can read local rows, by name.
-
-WinoGrande has no `acc_norm`, because the scored text is the same for every option.
-"""
+    def shown(self) -> dict[str, str]:
+        """Return the value with its standard error, by model."""
+        errors = {model: f" ± {error:.4f}" for model, error in self.errors.items()}
+        return {model: f"{value:.4f}{errors.get(model, '')}" for model, value in self.values.items()}
 
 
 def load_tasks(names: Collection[str], data: str | Path | None = None, include: str | Path | None = None) -> Tasks:
     """Load tasks with their rows, for `accuracy`.
 
     Args:
-        names: names of tasks, groups or tags, from the harness or from `include`.
-        data: folder with the rows of the tasks in `LOCAL`. If given, these tasks read their rows from it, and the
-            other tasks of the harness, whose rows are on the hub, are unavailable.
+        names: names of tasks, groups or tags, from the harness or from `include`, or `.jsonl` files with rows like
+            those of a task in `LOCAL`, which the field of the text tells. The task of a file has the name of the file
+            without extension.
+        data: folder with such files, and with the rows of the tasks in `LOCAL`. If given, these tasks read their rows
+            from it, and the other tasks of the harness, whose rows are on the hub, are unavailable.
         include: folder with YAML files of more tasks.
 
     Raises:
         TaskError: lm-eval is not installed, a task is unknown (the message suggests the nearest name) or does not
-            load, the folder `include` or a file of rows is missing, or a row is malformed.
-        MissingExtraError: `data` needs the datasets library, which is not installed.
+            load, two have the same name, the folder `include` or a file of rows is missing, or a row is malformed (the
+            message names the line).
+        MissingExtraError: a file of rows needs the datasets library, which is not installed.
     """
     folder = None if include is None else Path(include).expanduser()
     if folder is not None and not folder.is_dir():
         raise TaskError(f"include folder {include} does not exist; name one with YAML files of tasks")
+    files = {name: file for name in names if (file := rows_file(name, data)) is not None}
+    titles = [files[name].title if name in files else name for name in names]
+    if twice := [title for title in titles if titles.count(title) > 1]:
+        raise TaskError(f"two tasks have the name {twice[0]!r}; leave one out, or give its file another name")
     task_manager, _, _ = _harness()
+    specs = {name: _config(file) for name, file in files.items()}
     with _logging(logging.ERROR):
-        manager = task_manager(include_path=folder, include_defaults=data is None)
+        manager = task_manager(include_path=folder, include_defaults=data is None and len(specs) < len(names))
         valid = [*(() if data is None else LOCAL), *manager.all_tasks]
-        if unknown := [name for name in names if name not in valid]:
+        if unknown := [name for name in names if name not in specs and name not in valid]:
             raise TaskError(f"unknown task {unknown[0]!r}{closest(unknown[0], valid)}")
-        loaded = [_load(manager, name, data) for name in names]
+        loaded = [_load(manager, name, specs.get(name, name)) for name in names]
     return {kind: {k: v for part in loaded for k, v in part.get(kind, {}).items()} for kind in ("tasks", "groups")}
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise TaskError if a tokenizer has neither a beginning-of-text token nor an end-of-text token."""
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise TaskError("the tokenizer has no bos_token and no eos_token; the harness needs one, for empty contexts")
 
 
 def accuracy(
@@ -114,7 +109,8 @@ def accuracy(
 ) -> Scores:
     """Return the harness's scores of a causal language model, without a chat template.
 
-    The model is evaluated on its current device and in its current type.
+    The model is evaluated on its current device and in its current type. Random numbers of the caller stay what they
+    are.
 
     Args:
         model: dense or compressed model.
@@ -127,14 +123,12 @@ def accuracy(
         TaskError: the tokenizer has neither a beginning-of-text token nor an end-of-text token.
         NonFiniteError: a log-likelihood is NaN.
     """
-    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise TaskError("the tokenizer has no bos_token and no eos_token; the harness needs one, for empty contexts")
+    check_tokenizer(tokenizer)
     _, wrapper, evaluate = _harness()
-    set_seed(SEED)
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(SEED)
-    with evaluation_mode(model), redirect_stdout(sys.stderr):
-        with _logging(logging.ERROR):
+    with same_random_numbers(SEED), evaluation_mode(model), redirect_stdout(sys.stderr):
+        with _logging(logging.ERROR), overridden(model, tie_weights=lambda *_, **__: None):
             wrapped = wrapper(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         with _logging(logging.WARNING):
             results = evaluate(wrapped, tasks, limit=limit)
@@ -160,18 +154,24 @@ def side_by_side(scores: Mapping[str, Scores]) -> dict[str, dict[str, Any]]:
     }
 
 
-def table(compared: Mapping[str, Mapping[str, Any]]) -> Table:
+def metrics_of(compared: Compared) -> list[Metric]:
+    """Return every metric of the result of `side_by_side`, each with its standard errors."""
+    return [
+        Metric(task, name, found.get("rows"), values, found.get(name + STDERR, {}))
+        for task, found in compared.items()
+        for name, values in found.items()
+        if isinstance(values, Mapping) and not name.endswith(STDERR)
+    ]
+
+
+def table(compared: Compared) -> Table:
     """Return the result of `side_by_side` as a table for a terminal."""
-    metrics = [(task, m, v) for task, values in compared.items() for m, v in values.items() if isinstance(v, dict)]
+    metrics = metrics_of(compared)
     table = Table("task", "metric", title="zero-shot, with standard errors")
-    for model in metrics[0][2]:
+    for model in metrics[0].values:
         table.add_column(model, justify="right")
-    for task, metric, values in metrics:
-        if not metric.endswith(STDERR):
-            errors = compared[task].get(metric + STDERR, {})
-            table.add_row(
-                task, metric, *(f"{v:.4f}" + (f" ± {errors[m]:.4f}" if m in errors else "") for m, v in values.items())
-            )
+    for metric in metrics:
+        table.add_row(metric.task, metric.name, *metric.shown().values())
     return table
 
 
@@ -186,8 +186,7 @@ def _harness() -> tuple[Any, Any, Any]:
     return TaskManager, HFLM, evaluate
 
 
-def _load(manager: Any, name: str, data: str | Path | None) -> Tasks:
-    spec = name if data is None or name not in LOCAL else _config(name, Path(data).expanduser())
+def _load(manager: Any, name: str, spec: str | dict[str, Any]) -> Tasks:
     try:
         loaded: Tasks = manager.load([spec])
     except Exception as error:
@@ -196,55 +195,20 @@ def _load(manager: Any, name: str, data: str | Path | None) -> Tasks:
     return loaded
 
 
-def _config(name: str, folder: Path) -> dict[str, Any]:
-    """Return a task of `LOCAL` as a config of the harness; its rows are in memory, so that no cache can be stale."""
-    task = LOCAL[name]
+def _config(file: RowsFile) -> dict[str, Any]:
+    """Return the task of a file as a config of the harness; its rows are in memory, so that no cache can be stale."""
     with needs_extra("data", "tasks on local rows"):
         from datasets import Dataset
-    rows = Dataset.from_list(_read(folder / task.file, task))
+    task, read = read_rows(file)
+    rows = Dataset.from_list(read)
     return {
-        "task": name,
+        "task": file.title,
         "output_type": "multiple_choice",
         "custom_dataset": lambda **_: {"rows": rows},
         "validation_split": "rows",
         **task.prompts,
         "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in task.metrics],
     }
-
-
-def _read(path: Path, task: LocalTask) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise TaskError(f"cannot read the rows {path}: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise TaskError(f"{path}, line {number} is not JSON: {error}") from error
-        if problem := _problem(row, task):
-            raise TaskError(f"{path}, line {number}: {problem}; rows are {{{task.field}, choices, gold}}")
-        rows.append({task.field: row[task.field], "choices": row["choices"], "gold": row["gold"]})
-    if not rows:
-        raise TaskError(f"{path} holds no rows")
-    return rows
-
-
-def _problem(row: Any, task: LocalTask) -> str:
-    """Return a description of the error in a row; empty if there is none."""
-    if not isinstance(row, dict) or not isinstance(text := row.get(task.field), str):
-        return f"no text {task.field!r}"
-    if task.field == "sentence" and BLANK not in text:
-        return f"no blank {BLANK!r} in the sentence"
-    choices, gold = row.get("choices"), row.get("gold")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-        return f"choices {choices!r} are not two texts or more"
-    if type(gold) is not int or gold not in range(len(choices)):
-        return f"gold {gold!r} is not the index of a choice"
-    return ""
 
 
 def _rows(results: Mapping[str, Any], task: str) -> dict[str, float]:

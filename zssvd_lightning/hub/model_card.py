@@ -13,6 +13,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 
 from zssvd_lightning.compression.report import Report
+from zssvd_lightning.compression.report_table import PERPLEXITIES, perplexity_title, words_and_tasks
+from zssvd_lightning.evaluation.zero_shot import metrics_of
 from zssvd_lightning.model.coverage import Coverage
 
 CARD = "README.md"
@@ -34,7 +36,7 @@ def write_card(folder: Path, name: str, specs: Mapping[str, Mapping[str, Any]], 
     """Write `README.md` into the folder of a compressed model; nothing is written for a dense model.
 
     The metadata for the hub has the base model, its license and the pipeline tag, as far as they are known, and the
-    measured perplexities.
+    measured perplexities and accuracies.
 
     Args:
         folder: folder of the model.
@@ -104,25 +106,25 @@ def _license(source: str) -> str | None:
 def _texts(report: Report) -> Iterator[tuple[str, str, dict[str, float]]]:
     """Yield the title, text source and perplexities of each measurement."""
     settings = report.config.get("evaluation", {})
-    for key, title, found in (
-        ("text", "perplexity", report.perplexity),
-        ("second", "perplexity, second text", report.perplexity_second),
-    ):
-        if found:
-            yield title, str(settings.get(key) or "held-out text"), found
+    for name, key in PERPLEXITIES.items():
+        if found := getattr(report, name):
+            yield perplexity_title(name), str(settings.get(key) or "held-out text"), found
 
 
 def _results(report: Report, task: str | None) -> Iterator[EvalResult]:
-    """Yield the perplexities of the final model, as the hub reads them."""
-    for _, text, found in _texts(report):
+    """Yield the perplexities and accuracies of the final model, as the hub reads them."""
+    measured = [(text, "perplexity", found) for _, text, found in _texts(report)]
+    measured += [(text, "word_perplexity", found) for text, found in (report.word_perplexity or {}).items()]
+    measured += [(metric.task, metric.name, dict(metric.values)) for metric in metrics_of(report.accuracy or {})]
+    for data, name, found in measured:
         value = next((found[key] for key in ("reloaded", "recovered", "compressed") if key in found), None)
         if value is not None:
             yield EvalResult(
                 task_type=task or GENERATION,
-                dataset_type=text,
-                dataset_name=text,
-                metric_type="perplexity",
-                metric_name="perplexity",
+                dataset_type=data,
+                dataset_name=data,
+                metric_type=name,
+                metric_name=name,
                 metric_value=round(value, 4),
             )
 
@@ -135,16 +137,18 @@ def _done(report: Report) -> dict[str, Any]:
         f"({report.asked:.1%}{of} asked for); the whole model went from {report.model_parameters_before:,} parameters "
         f"to {report.model_parameters_after:,}."
     )
-    texts = list(_texts(report))
-    columns = list(texts[0][2]) if texts else []
+    rows = [
+        (f"{title} (`{text}`)", {model: f"{value:.2f}" for model, value in found.items()})
+        for title, text, found in _texts(report)
+    ]
+    rows += words_and_tasks(report)
+    columns = list(rows[0][1]) if rows else []
     return {
         "size": size,
         "lines": list(_lines(report)),
         "left_alone": [] if report.coverage is None else _left_alone(report.coverage),
         "columns": columns,
-        "results": [
-            (f"{title} (`{text}`)", [f"{found[column]:.2f}" for column in columns]) for title, text, found in texts
-        ],
+        "results": [(title, [shown.get(column, "") for column in columns]) for title, shown in rows],
     }
 
 

@@ -67,6 +67,14 @@ TRACE = optional(
 """`Trace.to_dict`."""
 
 
+def _rows_or_metric(value: Any, key: str) -> None:
+    """Check an entry of a task in `Report.accuracy`: its number of rows, or a metric by model."""
+    if isinstance(value, Mapping):
+        mapped(number)(value, key)
+    else:
+        whole(value, key)
+
+
 _REPORT = entries(
     {
         "prune_ratio": entries(
@@ -105,6 +113,9 @@ _REPORT = entries(
         "held_out": optional(mapped(number)),
         "perplexity": optional(mapped(number)),
         "perplexity_second": optional(mapped(number)),
+        "perplexity_third": optional(mapped(number)),
+        "word_perplexity": optional(mapped(mapped(number))),
+        "accuracy": optional(mapped(mapped(_rows_or_metric))),
         "file_bytes": optional(mapped(number)),
         "peak_rss_bytes": whole,
         "left_dense": mapped(text),
@@ -125,6 +136,9 @@ _REPORT = entries(
         "held_out",
         "perplexity",
         "perplexity_second",
+        "perplexity_third",
+        "word_perplexity",
+        "accuracy",
         "file_bytes",
         "left_dense",
         "rank_multiple",
@@ -158,6 +172,9 @@ _MEASURED = (
     "held_out",
     "perplexity",
     "perplexity_second",
+    "perplexity_third",
+    "word_perplexity",
+    "accuracy",
 )
 """Entries of a report that can hold numbers that are not finite."""
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from zssvd_lightning.calibration.contexts import same_random_numbers, unchanged_sampler
+from zssvd_lightning._contexts import same_random_numbers
+from zssvd_lightning.calibration.contexts import unchanged_sampler
 from zssvd_lightning.errors import UnsupportedTrainingError
 
 

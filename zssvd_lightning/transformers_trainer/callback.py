@@ -15,10 +15,10 @@ from weakref import ref
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from zssvd_lightning._contexts import same_random_numbers
 from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require
 from zssvd_lightning.calibration.batches import length_of
-from zssvd_lightning.calibration.contexts import same_random_numbers
 from zssvd_lightning.compression.pipeline import Asked, compress, coverage_of
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig

@@ -26,6 +26,10 @@ OWN = ("seed", "correction_samples")
 """Calibration settings that may differ within a comparison: the seed and the number of windows for corrections."""
 
 
+OF_TASKS = ("tasks", "data", "include", "limit", "batch_size")
+"""Settings of a comparison that win over those of the same name in `evaluation` of its files."""
+
+
 WITHOUT_EFFECT = ("training", "model.saved_dtype")
 """Settings or groups of settings without effect, because a comparison trains and saves no model."""
 
@@ -48,7 +52,8 @@ class CompareConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds for drawing calibration windows."""
     tasks: list[str] = field(default_factory=list)
-    """Zero-shot tasks, as for `zssvd evaluate`."""
+    """Zero-shot tasks, as for `zssvd evaluate`. Where this setting, or one of the next four, has its default, that of
+    `evaluation` in the files holds."""
     data: str | None = None
     """Folder with rows of tasks, as for `zssvd evaluate`."""
     include: str | None = None
@@ -229,7 +234,7 @@ def _run(source: Source, overrides: Sequence[str], config: CompareConfig) -> Run
         raise ConfigError(f"{path}: cells share statistics in memory; set compression.offload to 'none'")
     if run.compression.limits:
         raise ConfigError(f"{path}: cells share statistics in memory; leave {' and '.join(run.compression.limits)} out")
-    if run.evaluation.text is None and run.evaluation.second is None and not config.tasks:
+    if not run.evaluation.texts and not _evaluation(run, config).tasks:
         raise ConfigError(f"{path}: nothing would be measured; give evaluation.text=SOURCE, or tasks as tasks=[piqa]")
     return run
 
@@ -268,13 +273,13 @@ def _same(run: RunConfig) -> dict[str, Any]:
     }
 
 
+def _evaluation(run: RunConfig, config: CompareConfig) -> EvaluateConfig:
+    """Return the evaluation of a file, with what the comparison says of tasks."""
+    default = EvaluateConfig()
+    given = {name: value for name in OF_TASKS if (value := getattr(config, name)) != getattr(default, name)}
+    return EvaluateConfig(**asdict(run.evaluation) | given)
+
+
 def _settings(run: RunConfig, config: CompareConfig) -> Settings:
-    evaluation = EvaluateConfig(
-        **asdict(run.evaluation),
-        tasks=config.tasks,
-        data=config.data,
-        include=config.include,
-        limit=config.limit,
-        batch_size=config.batch_size,
-    )
-    return Settings(replace(run.model, saved_dtype=None), run.calibration, run.compression, evaluation)
+    model = replace(run.model, saved_dtype=None)
+    return Settings(model, run.calibration, run.compression, _evaluation(run, config))

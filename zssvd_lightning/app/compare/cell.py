@@ -20,7 +20,7 @@ from zssvd_lightning._files import replacing_file
 from zssvd_lightning._resources import Stopwatch, peak_rss_bytes
 from zssvd_lightning.app.compare.arguments import Settings
 from zssvd_lightning.app.run_config import CalibrationConfig, EvaluateConfig, ModelConfig
-from zssvd_lightning.app.workspace import calibration_windows
+from zssvd_lightning.app.workspace import Measurements, calibration_windows
 from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.gathering import loss_in
 from zssvd_lightning.compression.pipeline import calibrate, compress, coverage_of
@@ -28,8 +28,7 @@ from zssvd_lightning.compression.report import VERSIONS
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.loading import load_config
 from zssvd_lightning.errors import NonFiniteError, SavedModelError, ZSSVDError
-from zssvd_lightning.evaluation import perplexity as evaluation
-from zssvd_lightning.evaluation import zero_shot
+from zssvd_lightning.evaluation.rows import ROWS, rows_file
 from zssvd_lightning.serialization.integrity import digest
 from zssvd_lightning.sources import texts
 from zssvd_lightning.sources.models import load_model, place, refuse_long_windows
@@ -110,11 +109,14 @@ def sources(settings: Settings) -> dict[str, str | None]:
     on the hub.
     """
     calibration, evaluation = settings.calibration, settings.evaluation
-    texts_read = [text for part in (calibration, evaluation) if part is not None for text in (part.text, part.second)]
+    read = [] if calibration is None else [text for text in (calibration.text, calibration.second) if text is not None]
     folders = [settings.model.source]
     if evaluation is not None:
+        read += evaluation.texts.values()
         folders += [folder for folder in (evaluation.data, evaluation.include) if folder is not None]
-    return {source: _state(source.partition("#")[0]) for source in texts_read if source is not None} | {
+        files = [rows_file(task, evaluation.data) for task in evaluation.tasks if task.endswith(ROWS)]
+        folders += [str(file.path) for file in files if file is not None]
+    return {source: _state(source.partition("#")[0]) for source in read} | {
         source: _state(source) for source in folders
     }
 
@@ -173,38 +175,28 @@ class Material:
         drawn = calibration_windows(config, self._tokenized)
         return DataLoader(texts.TokenWindows(drawn), batch_size=config.batch_size)
 
-    def windows(self, config: EvaluateConfig) -> dict[str, Tensor]:
-        """Return the windows (N, length) of each evaluation text, by the name of its perplexity.
+    def measurements(self, config: EvaluateConfig) -> Measurements:
+        """Return what to measure.
 
         Raises:
             TextError: a text cannot be read or is too short.
+            TaskError: a task is unknown or does not load.
         """
-        wanted = {"perplexity": config.text, "perplexity_second": config.second}
-        return {
-            key: texts.windows(self._tokenized(text), config.length, config.windows, text)
-            for key, text in wanted.items()
-            if text is not None
-        }
+        return Measurements(config, self.tokenizer, self._tokenized)
 
-    def measured(self, windows: Mapping[str, Tensor], config: EvaluateConfig) -> dict[str, Any]:
-        """Measure the current model: return its perplexity on the windows, accuracy on the tasks and the seconds taken.
+    def measured(self, asked: Measurements) -> dict[str, Any]:
+        """Measure the current model: return perplexities, accuracies and the seconds taken.
 
         Raises:
             NonFiniteError: a perplexity or a log-likelihood is not finite.
-            TaskError: a task is unknown or does not load.
         """
         watch = Stopwatch()
-        found: dict[str, Any] = {}
         place(self.model)
         with watch("evaluate"):
-            for key, ids in windows.items():
-                found[key] = evaluation.perplexity(self.model, ids, progress=False).perplexity
-                if not math.isfinite(found[key]):
-                    raise NonFiniteError(f"{key} is not finite ({found[key]}); prune less, or measure in float32")
-            if config.tasks:
-                tasks = zero_shot.load_tasks(config.tasks, config.data, config.include)
-                scores = zero_shot.accuracy(self.model, self.tokenizer, tasks, config.batch_size, config.limit)
-                found["accuracy"] = scores
+            found = asked.of(self.model, "", progress=False)
+        for key, value in (*found.items(), *found.get("word_perplexity", {}).items()):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise NonFiniteError(f"{key} is not finite ({value}); prune less, or measure in float32")
         return {**found, "evaluate_seconds": watch.seconds["evaluate"]}
 
     def _tokenized(self, source: str) -> texts.Tokens:
@@ -224,7 +216,7 @@ def _found(job: Job) -> dict[str, Any]:
             return _gathered(job, settings.calibration, settings.compression, job.statistics)
     elif settings.evaluation is not None:
         material = Material(settings.model)
-        return material.measured(material.windows(settings.evaluation), settings.evaluation)
+        return material.measured(material.measurements(settings.evaluation))
     raise ValueError(f"a job that evaluates nothing must calibrate into a file: {job}")
 
 
@@ -237,7 +229,7 @@ def _refused(job: Job) -> dict[str, str]:
         try:
             if settings.calibration is not None:
                 refuse_long_windows(model, calibration_length=settings.calibration.length)
-            if settings.evaluation is not None and settings.evaluation.text is not None:
+            if settings.evaluation is not None and settings.evaluation.texts:
                 refuse_long_windows(model, evaluation_length=settings.evaluation.length)
             if settings.compression is not None:
                 coverage_of(model, settings.compression)
@@ -274,7 +266,7 @@ def _compressed(
     """Compress the model, from shared statistics or newly gathered ones, and measure it."""
     torch.manual_seed(calibration.seed)
     material = Material(job.settings.model)
-    windows = material.windows(measure)
+    asked = material.measurements(measure)
     gathers_more = job.statistics is None or len(course(compression)) > 1
     report = compress(
         material.model,
@@ -295,7 +287,7 @@ def _compressed(
         "reached": report.reached,
         "seconds": seconds,
         "peak_rss_bytes": peak,
-        **material.measured(windows, measure),
+        **material.measured(asked),
     }
 
 

@@ -16,12 +16,13 @@ from zssvd_lightning._files import replacing_file
 from zssvd_lightning.app.compare.arguments import Cell, Comparison
 from zssvd_lightning.app.compare.cell import versions
 from zssvd_lightning.app.compare.picture import Curve, draw
+from zssvd_lightning.compression.report_table import PERPLEXITIES, perplexity_title
 from zssvd_lightning.evaluation.zero_shot import STDERR
 
 NAMES = JSON, MARKDOWN, PICTURE = "compare.json", "compare.md", "compare.png"
 
 
-TITLES = {"perplexity_second": "perplexity, second text", "peak_rss_bytes": "peak RSS (GB)"}
+TITLES = {name: perplexity_title(name) for name in PERPLEXITIES} | {"peak_rss_bytes": "peak RSS (GB)"}
 """Titles of the measures whose title differs from their name."""
 
 
@@ -35,6 +36,14 @@ LONGEST = 40
 
 TASK = "accuracy/"
 """Prefix of the name of a task's accuracy."""
+
+
+WORDS = "word perplexity, "
+"""Prefix of the name of the word perplexity on a text."""
+
+
+QUALITY = (TASK, WORDS, "perplexity")
+"""Prefixes of the names of measures of the quality of a model."""
 
 
 class Spread(NamedTuple):
@@ -128,7 +137,7 @@ class Results:
     def curves(self) -> dict[str, list[Curve]]:
         """Return, for each text, curves of perplexity against the fraction kept, one for each preset."""
         found: dict[str, list[Curve]] = {}
-        for name in ("perplexity", "perplexity_second"):
+        for name in PERPLEXITIES:
             rows = [row for row in self.rows() if name in row.measures]
             if rows:
                 dense = self.dense.get(name)
@@ -149,7 +158,7 @@ class Results:
         rows = {(row.preset, row.prune_ratio): row for row in self.rows()}
         dense = {name: Spread(value, None) for name, value in measures(self.dense).items()}
         every = [dense, *(row.measures for row in rows.values())]
-        texts_and_tasks = [n for found in every for n in found if n.startswith((TASK, "perplexity"))]
+        texts_and_tasks = [n for found in every for n in found if n.startswith(QUALITY) and not n.endswith(STDERR)]
         names = list(dict.fromkeys([*texts_and_tasks, "reached", "seconds", "peak_rss_bytes"]))
         yield ["preset", "pruned", *(TITLES.get(name, name.removeprefix(TASK)) for name in names)]
         error = self.dense.get("error")
@@ -166,13 +175,13 @@ class Results:
         seeds = ", ".join(map(str, config.seeds))
         several = len(config.seeds) > 1
         parts = [f"Mean ± sample standard deviation over calibration seeds {seeds}" if several else f"Seed {seeds}"]
-        if evaluation is not None and (evaluation.text or evaluation.second):
-            which = " and ".join(f"`{text}`" for text in (evaluation.text, evaluation.second) if text)
+        if evaluation is not None and evaluation.texts:
+            which = " and ".join(f"`{text}`" for text in evaluation.texts.values())
             count = f"{evaluation.windows} windows" if evaluation.windows else "all windows"
             parts.append(f"Perplexity on {which}, {count} of {evaluation.length} tokens")
-        if config.tasks:
-            which = "all rows" if config.limit is None else f"the first {config.limit} rows"
-            parts.append(f"Accuracy on {which} of each task")
+        if evaluation is not None and evaluation.tasks:
+            which = "all rows" if evaluation.limit is None else f"the first {evaluation.limit} rows"
+            parts.append(f"Accuracy on {which} of each task, with the standard error over rows in parentheses")
         parts.append("Seconds and peak RSS are of calibration and compression, without evaluation")
         return ". ".join(parts) + "."
 
@@ -180,12 +189,17 @@ class Results:
 def measures(result: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of one cell that the table shows, by name.
 
-    The accuracy of a task is its metric `acc`, or its first metric if it has no `acc`.
+    The accuracy of a task is its metric `acc`, or its first metric if it has no `acc`. Its standard error, if there is
+    one, has its name with `STDERR` at the end.
     """
-    found = {name: result[name] for name in ("perplexity", "perplexity_second") if name in result}
+    found = {name: result[name] for name in PERPLEXITIES if name in result}
+    found |= {WORDS + text: value for text, value in result.get("word_perplexity", {}).items()}
     for task, scores in result.get("accuracy", {}).items():
         metrics = [metric for metric in scores if metric != "rows" and not metric.endswith(STDERR)]
-        found[TASK + task] = scores["acc" if "acc" in metrics else metrics[0]]
+        metric = "acc" if "acc" in metrics else metrics[0]
+        found[TASK + task] = scores[metric]
+        if metric + STDERR in scores:
+            found[TASK + task + STDERR] = scores[metric + STDERR]
     if "seconds" in result:
         found["reached"] = result["reached"]
         found["seconds"] = sum(result["seconds"].values())
@@ -204,7 +218,7 @@ def write_results(folder: Path, results: Results) -> None:
     with replacing_file(folder / MARKDOWN) as file:
         file.write_text(results.markdown(), encoding="utf-8")
     model, evaluation = results.comparison.dense.model.source, results.comparison.dense.evaluation
-    texts = [] if evaluation is None else [text for text in (evaluation.text, evaluation.second) if text is not None]
+    texts = [] if evaluation is None else list(evaluation.texts.values())
     if not draw(results.curves(), folder / PICTURE, ": ".join([model, *([", ".join(texts)] if texts else [])])):
         (folder / PICTURE).unlink(missing_ok=True)  # from earlier results
 
@@ -215,13 +229,15 @@ def _over_seeds(name: str, found: Iterable[Mapping[str, float]]) -> Spread:
 
 
 def _entries(found: Mapping[str, Spread], names: Sequence[str]) -> list[str]:
-    return [_entry(name, found[name]) if name in found else "" for name in names]
+    return [_entry(name, found[name], found.get(name + STDERR)) if name in found else "" for name in names]
 
 
-def _entry(name: str, spread: Spread) -> str:
+def _entry(name: str, spread: Spread, error: Spread | None) -> str:
+    """Return a measure with its deviation over seeds and, in parentheses, the mean of its standard errors."""
     if name == "peak_rss_bytes":
         return f"{spread.mean / 1e9:.2f}"
-    digits = 0 if name == "seconds" else 2 if name.startswith("perplexity") else 3
+    digits = 0 if name == "seconds" else 2 if name.startswith((WORDS, "perplexity")) else 3
     form = f".{digits}{'e' if spread.mean >= LARGE else 'f'}"
-    shows_spread = spread.deviation is not None and name.startswith((TASK, "perplexity"))
-    return f"{spread.mean:{form}}" + (f" ± {spread.deviation:{form}}" if shows_spread else "")
+    shows_spread = spread.deviation is not None and name.startswith(QUALITY)
+    deviation = f" ± {spread.deviation:{form}}" if shows_spread else ""
+    return f"{spread.mean:{form}}{deviation}" + ("" if error is None else f" ({error.mean:{form}})")

@@ -27,6 +27,7 @@ from zssvd_lightning.app.compare.arguments import Cell, Comparison, Settings, re
 from zssvd_lightning.app.compare.cell import Job, gathering_result, read_result, sources, versions, write_result
 from zssvd_lightning.app.compare.folder import CALIBRATION, CELLS, alone_in, check_folder, clear_unfinished, is_own
 from zssvd_lightning.app.compare.results import Results, write_results
+from zssvd_lightning.app.run_config import EvaluateConfig
 from zssvd_lightning.config.compression import CompressionConfig, settings_of_saved
 from zssvd_lightning.config.placement import PLACES
 from zssvd_lightning.errors import ConfigError
@@ -80,8 +81,9 @@ def compare(arguments: Sequence[str], runner: Runner = in_a_process, progress: b
     comparison = read_arguments(arguments)
     config = comparison.config
     output = check_folder(config.output)
-    if config.tasks:
-        zero_shot.load_tasks(config.tasks, config.data, config.include)
+    asked = comparison.dense.evaluation
+    if asked is not None and asked.tasks:
+        zero_shot.load_tasks(asked.tasks, asked.data, asked.include)
     with alone_in(output), ended_by_exit():
         course = _Course(output, comparison, runner)
         dense, cells = course.run(progress)
@@ -252,9 +254,11 @@ def _plain(settings: Settings) -> Any:
 def _comparable(told: Any) -> Any:
     """Return the settings of a result on which it depends.
 
-    Those of the compression that did not exist when it was written are added, and those that only say where things are
-    in memory are left out.
+    Those of the compression and the evaluation that did not exist when it was written are added, and those that only
+    say where things are in memory are left out.
     """
+    if isinstance(told, dict) and isinstance(evaluation := told.get("evaluation"), dict):
+        told = told | {"evaluation": asdict(EvaluateConfig()) | evaluation}
     if not isinstance(told, dict) or not isinstance(told.get("compression"), dict):
         return told
     found = settings_of_saved(told["compression"])

@@ -54,6 +54,8 @@ def letter(index: int) -> str:
 
 def comparison(runs: Sequence[Facts], id_: str) -> Markup:
     """Return the section that compares the runs."""
+    third = any(run.perplexity("perplexity_third") for run in runs)
+    tasks = list(dict.fromkeys(name for run in runs for name in run.accuracies()))
     head = [
         "run",
         "model",
@@ -63,6 +65,8 @@ def comparison(runs: Sequence[Facts], id_: str) -> Markup:
         "decode, tokens/s",
         "perplexity",
         "second text",
+        *(["third text"] if third else []),
+        *tasks,
         "loss (nats)",
         "time",
         "peak memory",
@@ -76,7 +80,9 @@ def comparison(runs: Sequence[Facts], id_: str) -> Markup:
             with_unit(run.file_bytes[1], "B"),
             number(run.speed("decode")),
             number(run.final_perplexity()),
-            number(run.final_perplexity(second=True)),
+            number(run.final_perplexity("perplexity_second")),
+            *([number(run.final_perplexity("perplexity_third"))] if third else []),
+            *(run.accuracies().get(name, number(None)) for name in tasks),
             number((run.report.kept_back or {}).get("final")),
             duration(run.seconds),
             with_unit(run.report.peak_rss_bytes or None, "B"),
@@ -140,6 +146,8 @@ def _differences(runs: Sequence[Facts]) -> list[Markup]:
         ("models", "model.source"),
         ("evaluation texts", "evaluation.text"),
         ("second texts", "evaluation.second"),
+        ("third texts", "evaluation.third"),
+        ("numbers of rows of each task", "evaluation.limit"),
         ("numbers of windows", "evaluation.windows"),
         ("lengths of windows", "evaluation.length"),
         ("calibration texts, so that losses are of other batches", "calibration.text"),

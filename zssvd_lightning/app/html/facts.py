@@ -1,9 +1,9 @@
 """Content of a report in the words of the page: names of model, method and texts, and the headline numbers."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from zssvd_lightning.app.html.layers import total
 from zssvd_lightning.app.html.markup import (
@@ -21,7 +21,19 @@ from zssvd_lightning.app.html.markup import (
     with_unit,
 )
 from zssvd_lightning.compression.report import Report
-from zssvd_lightning.compression.report_table import exponential
+from zssvd_lightning.compression.report_table import PERPLEXITIES, exponential, words_and_tasks
+from zssvd_lightning.evaluation.zero_shot import metrics_of
+
+T = TypeVar("T")
+
+
+FINAL = ("reloaded", "recovered", "compressed", "truncated")
+"""Keys of measurements of the model as it is saved, of which the first that there is counts."""
+
+
+def final(found: Mapping[str, T]) -> T | None:
+    """Return the value of the model as it is saved, as far as it was measured."""
+    return next((found[key] for key in FINAL if key in found), None)
 
 
 @dataclass(frozen=True)
@@ -78,9 +90,9 @@ class Facts:
         """Return an entry of the measured speeds, such as `decode` (tokens per second); None if not measured."""
         return (self.report.tokens_per_second or {}).get(key)
 
-    def text(self, second: bool = False) -> str | None:
-        """Return the text on which perplexity was measured; None if there is none."""
-        text = self.setting("evaluation.second" if second else "evaluation.text")
+    def text(self, name: str = "perplexity") -> str | None:
+        """Return the text of one of `PERPLEXITIES`; None if there is none."""
+        text = self.setting(f"evaluation.{PERPLEXITIES[name]}")
         return None if text is None else str(text)
 
     @property
@@ -91,14 +103,19 @@ class Facts:
             return ""
         return f", {with_noun(windows, 'window') if windows else 'all windows'} of {with_noun(length, 'token')}"
 
-    def perplexity(self, second: bool = False) -> Mapping[str, float]:
-        """Return the perplexities by model."""
-        return (self.report.perplexity_second if second else self.report.perplexity) or {}
+    def perplexity(self, name: str = "perplexity") -> Mapping[str, float]:
+        """Return one of `PERPLEXITIES` by model."""
+        found: Mapping[str, float] | None = getattr(self.report, name)
+        return found or {}
 
-    def final_perplexity(self, second: bool = False) -> float | None:
-        """Return the perplexity of the model as it is saved, as far as it was measured."""
-        found = self.perplexity(second)
-        return next((found[key] for key in ("reloaded", "recovered", "compressed", "truncated") if key in found), None)
+    def final_perplexity(self, name: str = "perplexity") -> float | None:
+        """Return one of `PERPLEXITIES` of the model as it is saved, as far as it was measured."""
+        return final(self.perplexity(name))
+
+    def accuracies(self) -> dict[str, str]:
+        """Return each accuracy of the model as it is saved, with its standard error, by task and metric."""
+        metrics = metrics_of(self.report.accuracy or {})
+        return {f"{metric.task}, {metric.name}": final(metric.shown()) or number(None) for metric in metrics}
 
     @property
     def seconds(self) -> float | None:
@@ -115,7 +132,7 @@ def headline(facts: Facts, id_: str) -> Markup:
     """Return the section with the headline numbers."""
     report = facts.report
     dense_bytes, bytes_ = facts.file_bytes
-    perplexity, final = facts.perplexity(), facts.final_perplexity()
+    perplexity = facts.perplexity()
     losses = report.kept_back or {}
     before = "before" if report.compresses_again else "dense"
     tiles = [
@@ -128,7 +145,7 @@ def headline(facts: Facts, id_: str) -> Markup:
         tile("size on disk", with_unit(bytes_, "B"), f"{before} {with_unit(dense_bytes, 'B')}"),
         tile(
             f"perplexity on {facts.text()}" if facts.text() else "perplexity",
-            number(final),
+            number(facts.final_perplexity()),
             f"dense {number(perplexity.get('dense'))}",
         ),
         tile("loss on batches kept back (nats)", number(losses.get("final")), f"dense {number(losses.get('dense'))}"),
@@ -160,18 +177,25 @@ def _quality(facts: Facts) -> list[list[str]]:
     if (judged := facts.report.held_out) is not None:
         about = f"loss on {with_noun(int(judged['batches']), 'held-out batch')} (nats), trained {_trained(judged)}"
         rows.append([about, "", *(number(judged.get(key)) for key in ("truncated", "recovered"))])
-    for second in (False, True):
-        found, text = facts.perplexity(second), facts.text(second)
-        if second and not found:
-            continue
-        name = f"perplexity on {text}{facts.windows}" if text else "perplexity on a text"
-        final = found.get("recovered", found.get("compressed"))
-        rows.append([name, *map(number, (found.get("dense"), found.get("truncated"), final))])
-        if "dense_finetuned" in found:
-            rows.append(["  dense model, fine-tuned as long", number(found["dense_finetuned"]), "", ""])
-        if "reloaded" in found:
-            rows.append(["  as saved and loaded again", "", "", number(found["reloaded"])])
+    for name in PERPLEXITIES:
+        found, text = facts.perplexity(name), facts.text(name)
+        if found or name == "perplexity":
+            title = f"perplexity on {text}{facts.windows}" if text else "perplexity on a text"
+            rows += _of_models(title, {model: number(value) for model, value in found.items()})
+    for title, shown in words_and_tasks(facts.report):
+        rows += _of_models(title, shown)
     return rows
+
+
+def _of_models(title: str, shown: Mapping[str, str]) -> Iterator[list[str]]:
+    """Yield the rows of one measurement of all models."""
+    absent = number(None)
+    trained = shown.get("recovered", shown.get("compressed", absent))
+    yield [title, shown.get("dense", absent), shown.get("truncated", absent), trained]
+    if "dense_finetuned" in shown:
+        yield ["  dense model, fine-tuned as long", shown["dense_finetuned"], "", ""]
+    if "reloaded" in shown:
+        yield ["  as saved and loaded again", "", "", shown["reloaded"]]
 
 
 def _trained(judged: Mapping[str, float]) -> str:
@@ -210,4 +234,7 @@ def _notes(report: Report) -> list[Markup]:
         notes.append(missing(f"the loss on batches kept back ({NOT_MEASURED} in this run)"))
     if report.perplexity is None:
         notes.append(missing("perplexity, because the run had no evaluation text"))
+    if report.accuracy is not None:
+        about = "Accuracies stand beside their standard errors over the rows of the task."
+        notes.append(element("p", about, class_="about"))
     return notes
