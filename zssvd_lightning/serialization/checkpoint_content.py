@@ -25,7 +25,6 @@ from zssvd_lightning._state_checks import (
 
 SIZES = listed(whole, 2)
 
-
 IMPORTANCES = optional(mapped(listed(finite_tensor, 2)))
 """Importance of outputs and inputs of each layer."""
 
