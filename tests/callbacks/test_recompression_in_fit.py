@@ -15,7 +15,6 @@ from zssvd_lightning import (
     LoRARecovery,
     Phase,
     SingularValueRecovery,
-    ZSSVDCallback,
     compress,
     from_pretrained,
     save_pretrained,
@@ -218,17 +217,6 @@ def test_layers_that_stay_get_the_adapter_of_the_recovery_too():
 def test_a_recovery_that_cannot_train_the_form_of_a_layer_is_refused():
     with pytest.raises(ConfigError, match="recovery by 'singular_values'"):
         fitted(low_rank_module("pivoted"), again(recovery=SingularValueRecovery(lr=1e-3)))
-
-
-def test_two_compressing_callbacks_in_one_trainer_are_refused():
-    class Another(ZSSVDCallback):
-        """A class of its own, since Lightning refuses two of one class."""
-
-    module = low_rank_module()
-    before = state_of(module)
-    with pytest.raises(UnsupportedTrainingError, match=r"2 callbacks that compress.*in a second fit"):
-        fitted(module, again(), Another(prune_ratio=0.6))
-    assert_same_state(before, state_of(module))
 
 
 def test_under_a_strategy_that_cannot_a_low_rank_layer_is_refused_by_name_with_the_remedy(monkeypatch):

@@ -17,13 +17,16 @@ from zssvd_lightning.compression.report import Report
 from zssvd_lightning.serialization.checkpoint_mixin import LowRankCheckpointMixin
 
 
-def announce(trainer: L.Trainer, life: Lifecycle, schedule: Schedule, *, plans: bool = False) -> None:
+def announce(
+    trainer: L.Trainer, life: Lifecycle, schedule: Schedule, title: str = "compression", *, plans: bool = False
+) -> None:
     """Show which share of the model will be compressed, when, in how many steps without training, and in what memory.
 
     Args:
         trainer: the Trainer at the start of training.
         life: lifecycle of the compression that was attached to the model.
         schedule: start and length of the compression.
+        title: name of the compression.
         plans: whether only the ranks are written.
     """
     coverage, removed = life.compression.coverage, life.compression.budget.of_parameters
@@ -32,11 +35,20 @@ def announce(trainer: L.Trainer, life: Lifecycle, schedule: Schedule, *, plans: 
         rank_zero_warn(warning)
     if life.phase is Phase.WAIT:
         needed = life.batches_needed(trainer.num_training_batches, most_accumulated(trainer), first_only=plans)
-        rank_zero_info(course_of(trainer, life.config.corrections, schedule, needed, plans=plans))
+        corrections = life.config.corrections
+        rank_zero_info(course_of(trainer, corrections, schedule, needed, title, plans=plans))
         rank_zero_info(memory_of_statistics(life.compression))
 
 
-def course_of(trainer: L.Trainer, corrections: int, schedule: Schedule, needed: int, *, plans: bool = False) -> str:
+def course_of(
+    trainer: L.Trainer,
+    corrections: int,
+    schedule: Schedule,
+    needed: int,
+    title: str = "compression",
+    *,
+    plans: bool = False,
+) -> str:
     """Return a sentence on when the compression runs and what it costs; see `announce`."""
     steps = steps_in(needed, trainer.num_training_batches, most_accumulated(trainer))
     total = steps_left(trainer)
@@ -51,7 +63,7 @@ def course_of(trainer: L.Trainer, corrections: int, schedule: Schedule, needed: 
     else:
         end = "extend_training=True would add them to the fit; then the low-rank model is trained"
     return (
-        f"compression starts {_start(schedule)} and observes {needed:g} batches ({purpose}), in which {steps:g}{share} "
+        f"{title} starts {_start(schedule)} and observes {needed:g} batches ({purpose}), in which {steps:g}{share} "
         f"optimizer steps change no weight; {end}"
     )
 

@@ -75,7 +75,7 @@ class BatchObserver:
         if life.first_losses:
             losses = math.fsum(life.first_losses) / len(life.first_losses)
             everywhere = self._fit.adapter.team.gathered(losses)
-            telemetry.log(trainer, loss_after=math.fsum(everywhere) / len(everywhere))
+            telemetry.log(trainer, self._fit.turn.prefix, loss_after=math.fsum(everywhere) / len(everywhere))
             life.first_losses = None
         if life.batch is not None:
             self._collect(trainer, life, optimizer)

@@ -8,28 +8,24 @@ from typing import Any
 
 import lightning as L
 
-from zssvd_lightning.callbacks.announcements import announce, call_to_measure, conclude, progress_of
+from zssvd_lightning.callbacks.announcements import announce, call_to_measure, conclude
 from zssvd_lightning.callbacks.batch_meaning import BatchMeaning
 from zssvd_lightning.callbacks.callback_state import RUN, refuse_damaged, refuse_rounded
 from zssvd_lightning.callbacks.fit_context import FitContext
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
+from zssvd_lightning.callbacks.observed_batch import refuse_none
 from zssvd_lightning.callbacks.recovery import RecoveryHooks
 from zssvd_lightning.callbacks.schedule import Schedule
 from zssvd_lightning.callbacks.trainer import telemetry
 from zssvd_lightning.callbacks.trainer.bar import shown_on_bar
-from zssvd_lightning.callbacks.trainer.guards import (
-    most_accumulated,
-    refuse_fit,
-    refuse_stale_groups,
-    refuse_too_short,
-)
+from zssvd_lightning.callbacks.trainer.guards import most_accumulated, refuse_fit, refuse_stale_groups, refuse_too_short
 from zssvd_lightning.callbacks.trainer.limits import ExtendedLimits, stopping_now
 from zssvd_lightning.callbacks.trainer.other_callbacks import (
     expect_own_metrics,
     hold_early_stopping,
     start_ranking_afresh,
 )
-from zssvd_lightning.callbacks.trainer.precision import scales
+from zssvd_lightning.callbacks.trainer.precision import refuse_limits, scales
 from zssvd_lightning.callbacks.trainer.recompression import has_reported_ranks, is_outdated
 from zssvd_lightning.callbacks.trainer.replay import Replay
 from zssvd_lightning.callbacks.trainer.trial_runs import Asked, DryRun
@@ -38,7 +34,7 @@ from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.quantization import quantize_layers
 from zssvd_lightning.compression.safeguard import Safeguard
 from zssvd_lightning.config.compression import CompressionConfig
-from zssvd_lightning.errors import CalibrationError, ContradictionError, UnfinishedError
+from zssvd_lightning.errors import UnfinishedError
 from zssvd_lightning.layers.int8 import EightBitLinear
 from zssvd_lightning.offload.parking import Parking
 from zssvd_lightning.recovery.settings import Recovery
@@ -101,19 +97,19 @@ class CompressionRun:
         if self.life.phase is Phase.WAIT:
             self.life.follow(self._config, self._schedule.calibration_batches, self._schedule.calibration_epochs)
         elif self.life.phase in (Phase.RECOVER, Phase.DONE):
-            if not self._has_compressed(module):
+            self.recovers_from = 0
+            if not self._goes_on(module):
                 self._start_over()
-            else:
-                self.recovers_from = 0
         self._fit.on_close(self._parking.bring_back)
-        self._fit.borrow(shown_on_bar(trainer, lambda: progress_of(self.life, self._batches_per_epoch(trainer))))
+        if self._fit.turn.number == 1:
+            self._fit.borrow(shown_on_bar(trainer, lambda: self._fit.turn.shown(trainer, self.life)))
 
     def go_on_after(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
         """Return True if this module is already low-rank, so that its factors train on; otherwise start over."""
-        expect_own_metrics(trainer)
+        expect_own_metrics(trainer, self._fit.turn.prefix)
         if self.life.phase not in (Phase.RECOVER, Phase.DONE):
             return False
-        if self._has_compressed(module):
+        if self._goes_on(module):
             self._compressed = weakref.ref(module)
             return True
         self._start_over()
@@ -121,7 +117,7 @@ class CompressionRun:
 
     def begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Refuse unsupported runs before the first batch, then start or continue from a checkpoint."""
-        adapter, life = self._fit.adapter, self.life
+        adapter, life, turn = self._fit.adapter, self.life, self._fit.turn
         refuse_fit(trainer, module, adapter, self._config)
         plan_path = self._dry_run.locate(trainer)
         with adapter.team.together():
@@ -135,22 +131,23 @@ class CompressionRun:
                 refuse_too_short(trainer, self._schedule.start_epoch, self._schedule.start_step, needed)
             if self._config.asks_model:
                 self._meaning.student(module)
-            self._attach(trainer, module)
-            self._recovering.refuse(trainer, module, life)
-        announce(trainer, life, self._schedule, plans=bool(self._dry_run))
+            if tried := turn.can_be_tried or life.phase is not Phase.WAIT:
+                self._attach(trainer, module)
+                self._recovering.refuse(trainer, module, life)
+        self._recovering.watch(module, life)
+        if tried:
+            announce(trainer, life, self._schedule, turn.title, plans=bool(self._dry_run))
         self._asked.tell(trainer, life, first_only=bool(self._dry_run))
-        telemetry.log_phase(trainer, life.phase)
+        if turn.earlier and life.phase is Phase.WAIT:
+            life.release()  # the layers will be others when it starts
+        telemetry.log_phase(trainer, turn.prefix, life.phase)
         self.go_on_if_enough(trainer, module)
 
     def _attach(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the compression of the module, or continue it from a checkpoint."""
         adapter = self._fit.adapter
         replay = Replay(trainer, module, adapter, self._meaning)
-        if self.life.config.limits and scales(trainer):
-            raise ContradictionError(
-                f"with scaled gradients, statistics are held twice, which {' and '.join(self.life.config.limits)} does "
-                "not count; train in bf16-mixed, or leave the limit out and set offload"
-            )
+        refuse_limits(trainer, self.life.config.limits)
         later = self._schedule.start_epoch > 0 or self._schedule.start_step > 0
         state = adapter.state_bytes or (2 * adapter.trained_bytes if later else 0)
         self._parking.setting = adapter.parks(self._schedule.park_optimizer)
@@ -160,11 +157,13 @@ class CompressionRun:
 
     def start_batch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the compression at the first batch that meets both conditions of the schedule, and park the state."""
+        turn = self._fit.turn
         if self._is_due(trainer):
+            turn.take_over(trainer, module)
             self.life.start()
-            if is_outdated(self.life.compression):
+            if turn.earlier or is_outdated(self.life.compression):
                 self._attach(trainer, module)
-            telemetry.log_phase(trainer, self.life.phase)
+            telemetry.log_phase(trainer, turn.prefix, self.life.phase)
         if self.life.gathering and not self._parking.rests:
             with self._fit.adapter.team.together():
                 self._parking.park(trainer.optimizers, self.life.compression.config.place)
@@ -172,7 +171,7 @@ class CompressionRun:
     def _is_due(self, trainer: L.Trainer) -> bool:
         schedule = self._schedule
         started = trainer.current_epoch >= schedule.start_epoch and trainer.global_step >= schedule.start_step
-        return self.life.phase is Phase.WAIT and started and not self._dry_run.planned
+        return started and self.life.phase is Phase.WAIT and self._fit.turn.may_begin and not self._dry_run.planned
 
     def end_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """End the observation, and advance once there are enough batches and the accumulation window is closed.
@@ -183,12 +182,9 @@ class CompressionRun:
         life = self.life
         life.batches_into_epoch = batch_idx + 1
         if batch is None and (life.gathering or self._is_due(trainer)):
-            raise CalibrationError(
-                f"batch {batch_idx} of epoch {trainer.current_epoch} is None, which Lightning does not run, so that it "
-                "cannot be calibrated on; have the DataLoader leave such batches out"
-            )
+            refuse_none(batch_idx, trainer.current_epoch)
         if life.phase is Phase.WAIT:
-            hold_early_stopping(trainer, own_only=True)
+            hold_early_stopping(trainer, self._fit.turn.prefix)
         if (observed := life.batch) is None:
             return
         life.close()
@@ -196,7 +192,8 @@ class CompressionRun:
         hold_early_stopping(trainer)
         if self._schedule.extend_training:
             self._fit.limits.add(trainer, observed.stepped, self._batches_per_epoch(trainer))
-        telemetry.log_progress(trainer, life.batches, life.limit(life.phase, self._batches_per_epoch(trainer)))
+        needed = life.limit(life.phase, self._batches_per_epoch(trainer))
+        telemetry.log_progress(trainer, self._fit.turn.prefix, life.batches, needed)
         self.go_on_if_enough(trainer, module)
 
     def end_epoch(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -211,7 +208,7 @@ class CompressionRun:
         """Finish the compression. If it is incomplete, restore the model and raise UnfinishedError."""
         if self.life.phase is Phase.RECOVER:
             self.life.phase = Phase.DONE
-            telemetry.log_phase(trainer, self.life.phase)
+            telemetry.log_phase(trainer, self._fit.turn.prefix, self.life.phase)
         elif self.life.phase is not Phase.DONE and not self._dry_run.planned:
             self.give_up(module)
 
@@ -239,9 +236,9 @@ class CompressionRun:
         phase, seen = self.life.phase, self.life.batches
         self.abandon(module)
         raise UnfinishedError(
-            f"training ended in phase '{phase}' after {seen} of its batches, before the model was factorized, and "
-            "the model was put back; train longer, start earlier, or lower calibration_batches, truncations or "
-            "corrections"
+            f"training ended in phase '{phase}'{self._fit.turn.which} after {seen} of its batches, before the model "
+            "was factorized, and the model was put back; train longer, start earlier, or lower calibration_batches, "
+            "truncations or corrections"
         )
 
     def abandon(self, module: L.LightningModule) -> None:
@@ -279,6 +276,7 @@ class CompressionRun:
         """Raise CheckpointError if a fit cannot continue from a checkpoint. Nothing is loaded before."""
         if self._fit.fitting:
             refuse_rounded(checkpoint)
+            self._fit.turn.refuse_checkpoint(checkpoint.get("callbacks", {}))
             if state is not None:
                 self.refuse_state(state)
 
@@ -303,18 +301,18 @@ class CompressionRun:
             self.abandon(module)
             self._fit.borrow(stopping_now(trainer))
             return
-        was_dense = life.is_dense
+        was_dense, turn = life.is_dense, self._fit.turn
         if was_dense and life.stage.truncates:
             call_to_measure(self._meaning.on_before_truncation, trainer, module)
         with life.changing_weights():
-            telemetry.log_stage(trainer, life.advance(), life.compression)
+            telemetry.log_stage(trainer, turn.prefix, life.advance(), life.compression)
             if was_dense:
-                start_ranking_afresh(trainer, "dense")
+                start_ranking_afresh(trainer, "compressed" if turn.earlier else "dense", turn.prefix)
             if life.phase is Phase.FACTORIZE:
                 self._factorize(trainer, module)
         if life.phase is Phase.RECOVER:
             call_to_measure(self._meaning.on_compressed, trainer, module)
-        telemetry.log_phase(trainer, life.phase)
+        telemetry.log_phase(trainer, turn.prefix, life.phase)
 
     def _factorize(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         def set_up_optimizers() -> None:
@@ -327,21 +325,23 @@ class CompressionRun:
         self._parking.bring_back(trainer.optimizers)
         self._fit.adapter.discard_replaced()
         self._recovering.start(trainer, module, self.life)
-        start_ranking_afresh(trainer, "truncated")
+        start_ranking_afresh(trainer, "truncated", self._fit.turn.prefix)
         conclude(self.life.report, module)
         self._compressed = weakref.ref(module)
 
-    def _has_compressed(self, module: L.LightningModule) -> bool:
-        """Return True if this module is the reported one and still has the reported ranks, or a resumed fit runs."""
-        if self._fit.resumed:
-            return True
+    def _goes_on(self, module: L.LightningModule) -> bool:
+        """Return True if this compression of the module is over, even if a later one has changed the layers since."""
+        runs = [self, *(callback.run for callback in self._fit.turn.later)]
+        return self._fit.resumed or any(run.has_compressed(module) for run in runs)
+
+    def has_compressed(self, module: L.LightningModule) -> bool:
+        """Return True if this module is the reported one and still has the reported ranks."""
         if (report := self.life.report) is None or self._compressed is None or self._compressed() is not module:
             return False
         return has_reported_ranks(module, report)
 
     def _start_over(self) -> None:
-        self.life, self.recovers_from = self.fresh(), None
-        self._fit.limits = ExtendedLimits()
+        self.life, self.recovers_from, self._fit.limits = self.fresh(), None, ExtendedLimits()
 
     def _batches_per_epoch(self, trainer: L.Trainer) -> float:
         return min(trainer.num_training_batches, self.life.epoch_length)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import lightning as L
 
+from zssvd_lightning.callbacks.several.turn import Turn
 from zssvd_lightning.callbacks.trainer.checkpoint_hooks import borrowed_checkpoint_hooks
 from zssvd_lightning.callbacks.trainer.limits import ExtendedLimits, batch_is_over
 from zssvd_lightning.strategies import StrategyAdapter, adapter_for
@@ -20,11 +21,13 @@ class FitContext:
     Attributes:
         fitting: True if the run is a fit; False for validation, test or prediction.
         resumed: True if the state of a checkpoint was loaded in this run.
+        turn: place of the compression among those of its Trainer.
         limits: steps and epochs by which the Trainer's limits were raised.
     """
 
     def __init__(self) -> None:
         self.fitting, self.resumed = True, False
+        self.turn = Turn()
         self.limits = ExtendedLimits()
         self._borrowed = ExitStack()
         self._trainer: weakref.ref[L.Trainer] | None = None
@@ -52,9 +55,10 @@ class FitContext:
         """True if Lightning would not repeat the latest batch after a restart."""
         return self.trainer is None or batch_is_over(self.trainer)
 
-    def open(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+    def open(self, trainer: L.Trainer, module: L.LightningModule, stage: str, turn: Turn) -> None:
         """Enter a run, after undoing the overrides of an earlier run."""
         self.close()
+        self.turn = turn
         self._trainer, self.fitting, self.resumed = weakref.ref(trainer), stage == "fit", False
         self._adapter = adapter_for(trainer, module)
 
@@ -89,7 +93,9 @@ class FitContext:
         self._borrowed.callback(call)
 
     def close(self) -> None:
-        """Exit all contexts and call the registered functions."""
+        """Exit all contexts and call the registered functions, after those of later compressions of the same run."""
+        for callback in reversed(self.turn.later):
+            callback.fit.close()
         self._borrowed.close()
 
     def take_up_limits(self, trainer: L.Trainer, state: Mapping[str, Any]) -> None:
@@ -106,4 +112,9 @@ class FitContext:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and other processes, without the current run."""
-        return self.__dict__ | {"_trainer": None, "_adapter": None, "_borrowed": ExitStack()}
+        return self.__dict__ | {
+            "turn": Turn(self.turn.number),
+            "_trainer": None,
+            "_adapter": None,
+            "_borrowed": ExitStack(),
+        }

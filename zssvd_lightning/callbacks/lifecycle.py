@@ -169,6 +169,10 @@ class Lifecycle:
                 compression.safeguard = safeguard
         self._compression, self._restored = compression, None
 
+    def release(self) -> None:
+        """Let go of the model before the compression has started. It must then be attached again."""
+        self._compression = None
+
     def start(self) -> None:
         """Enter the first phase that gathers statistics."""
         self.phase = self._stages[0].gathers
@@ -339,10 +343,5 @@ class Lifecycle:
         self._restored = None if phase_is_after(state) else state
 
     def check(self, state: Mapping[str, Any]) -> None:
-        """Raise CheckpointError unless `load_state_dict` can load a state.
-
-        Raises:
-            CheckpointError: the state is none of this class, is damaged, has another version, or belongs to a
-                compression with other settings.
-        """
+        """Raise CheckpointError unless `load_state_dict` can load a state; see `callback_state.refuse_state`."""
         refuse_state(state, self, self._calibration)

@@ -1,7 +1,7 @@
 """Observation of one training batch."""
 
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from zssvd_lightning._contexts import uncompiled
 from zssvd_lightning.calibration.hooks import Observation
@@ -66,3 +66,11 @@ class ObservedBatch:
     def close(self) -> None:
         """Restore training mode, flags and cache setting, and remove the hooks."""
         self._stack.close()
+
+
+def refuse_none(index: int, epoch: int) -> NoReturn:
+    """Raise CalibrationError for a batch that is None."""
+    raise CalibrationError(
+        f"batch {index} of epoch {epoch} is None, which Lightning does not run, so that it cannot be calibrated on; "
+        "have the DataLoader leave such batches out"
+    )

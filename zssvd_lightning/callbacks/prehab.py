@@ -196,8 +196,7 @@ class LowRankPrehab(L.Callback):
                 logger.warning("fast_dev_run: LowRankPrehab has been set up but adds nothing, for lack of batches")
             return
         if (compression := _compression(trainer)) is not None:
-            start = compression.schedule.start_epoch, compression.schedule.start_step
-            refuse_early_compression(trainer, *start, self._begins_at(trainer), self.steps)
+            refuse_early_compression(trainer, compression.schedule, self._begins_at(trainer), self.steps)
         self._run.attach(pl_module, trained, adapter.team)
 
     def on_train_batch_start(
@@ -233,7 +232,7 @@ class LowRankPrehab(L.Callback):
         regularizer = REGULARIZERS[self.regularizer]
         value = run.add_gradients(regularizer, weight * (loss_scale(trainer) if divides else 1.0))
         if telemetry.is_due(trainer, trainer.global_step + 1):
-            telemetry.log(trainer, **{"prehab_weight": weight, regularizer.metric: value})
+            telemetry.log(trainer, telemetry.PREFIX, **{"prehab_weight": weight, regularizer.metric: value})
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int

@@ -59,6 +59,11 @@ class RecoveryHooks:
         self._dressed_by_load = False
         self._began: float | None = None
 
+    @property
+    def is_judged(self) -> bool:
+        """True if held-out batches judge the states of the recovery."""
+        return self._judging.is_asked
+
     def setup(self, trainer: L.Trainer, module: L.LightningModule, life: Callable[[], Lifecycle]) -> None:
         """Override optimizers and loss of the module, for the time when the recovery is active."""
         self._dressed_by_load = False
@@ -109,7 +114,7 @@ class RecoveryHooks:
             return
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if recovery.divergence is not None and telemetry.is_due(trainer, batches):
-            telemetry.log(trainer, distillation=float(recovery.divergence))
+            telemetry.log(trainer, self._fit.turn.prefix, distillation=float(recovery.divergence))
         self._judging.end_batch(trainer, module, recovery)
         if recovery.stage_is_over(trainer.global_step, _steps(recovery, trainer)):
             self._fit.adapter.unwrap_parameters()
@@ -122,7 +127,7 @@ class RecoveryHooks:
             recovery.rollback.keep(module)
             if recovery.judge is not None:
                 recovery.judge.go_on_from(module)
-            telemetry.log(trainer, recovery_stage=recovery.stage)
+            telemetry.log(trainer, self._fit.turn.prefix, recovery_stage=recovery.stage)
 
     def settle(self, trainer: L.Trainer, module: L.LightningModule, life: Lifecycle) -> None:
         """Return to the best state on the held-out batches, and report it. Do nothing without such batches."""
@@ -152,7 +157,6 @@ class RecoveryHooks:
             processes = self._fit.adapter.processes_of_a_copy
             forms = _possible_forms(classes, life.compression)
             refuse_recovery(recovery.settings, classes, forms, module, student, processes)
-            self._watch(module, life)
             self._judging.check(trainer, module, recovery)
 
     def start(self, trainer: L.Trainer, module: L.LightningModule, life: Lifecycle) -> None:
@@ -189,7 +193,7 @@ class RecoveryHooks:
         life.phase = Phase.RECOVER
         recovery.resume(self._fit.adapter, self._meaning.student(module) if recovery.settings.distills else None)
         recovery.rollback.keep(module)
-        self._watch(module, life)
+        self.watch(module, life)
         self._judging.start(trainer, module, recovery)
 
     def prepare(
@@ -227,7 +231,8 @@ class RecoveryHooks:
 
         trainer.strategy.__dict__["on_exception"] = leave
 
-    def _watch(self, module: L.LightningModule, life: Lifecycle) -> None:
+    def watch(self, module: L.LightningModule, life: Lifecycle) -> None:
+        """Record the forward passes of the model for a recovery that distills, until the end of the run."""
         if (recovery := life.recovery) is not None and recovery.settings.distills:
             self._fit.on_close(recovery.watch(self._meaning.student(module)))
 

@@ -26,7 +26,6 @@
 import functools
 import logging
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -46,8 +45,11 @@ from zssvd_lightning.callbacks.fit_context import FitContext
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.recovery import RecoveryHooks, refuse_contradictions
 from zssvd_lightning.callbacks.schedule import CallbackSettings, Schedule, schedule_of
+from zssvd_lightning.callbacks.several.order import refuse_several
+from zssvd_lightning.callbacks.several.turn import Turn
 from zssvd_lightning.callbacks.trainer.guards import refuse_other_package
 from zssvd_lightning.callbacks.trainer.judging import judged_by
+from zssvd_lightning.callbacks.trainer.trial_runs import dry_run_of
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.quantization import in_8_bits_already
 from zssvd_lightning.compression.report import Report
@@ -71,7 +73,7 @@ class ZSSVDCallback(L.Callback):
     as steps for `max_steps` and schedulers. `training_step` runs again on a few calibration batches, without traces, to
     take back corrections that raise their loss. After factorization, `configure_optimizers` runs again, or the
     optimizer of `recovery` is set up, so that the learning-rate schedule starts with the training of the factors.
-    Training can resume from a checkpoint of any phase.
+    Training can resume from a checkpoint of any phase. Several callbacks in one Trainer compress one after another.
 
     Args:
         prune_ratio: fraction of the target layers' parameters to remove, in (0, 1).
@@ -130,15 +132,7 @@ class ZSSVDCallback(L.Callback):
     ) -> None:
         settings: dict[str, Any] = dict(compression)
         self.schedule = schedule_of(schedule).with_flat(settings)
-        require(isinstance(dry_run, bool | str | Path), "dry_run", dry_run, "True, False or the path of a file")
-        self.dry_run: bool | Path = dry_run if isinstance(dry_run, bool) else Path(dry_run)
-        if dry_run is True and settings.get("plan") is not None:
-            self.dry_run = Path(settings.pop("plan"))
-            warnings.warn(
-                "dry_run=True with plan=FILE is now dry_run=FILE; plan is a file to follow",
-                DeprecationWarning,
-                stacklevel=2,
-            )
+        self.dry_run = dry_run_of(dry_run, settings)
         if preset in TRAINED:
             preset, told = trained_by(preset)
             if recovery is None:
@@ -227,6 +221,11 @@ class ZSSVDCallback(L.Callback):
         The module is in evaluation mode and gradients are off, in every process. `report` is complete.
         """
 
+    @property
+    def state_key(self) -> str:
+        """Key of the state in checkpoints. Later compressions of a Trainer add their number to it, from 2 on."""
+        return self.fit.turn.key(super().state_key)
+
     def batches_needed(self, batches_per_epoch: float = math.inf, accumulate: int = 1) -> int:
         """Return the number of training batches from the start of an epoch until the model is factorized."""
         return self.run.batches_needed(batches_per_epoch, accumulate)
@@ -234,7 +233,8 @@ class ZSSVDCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the module's structure follow the checkpoints it loads, and show the phase on the progress bar."""
         refuse_other_package(trainer)
-        self.fit.open(trainer, pl_module, stage)
+        everyone = [each for each in trainer.callbacks if isinstance(each, ZSSVDCallback)]  # type: ignore[attr-defined]
+        self.fit.open(trainer, pl_module, stage, Turn.of(self, everyone))
         self.run.setup(trainer, pl_module)
         prepared = functools.partial(self._prepared, pl_module)
         self.fit.follow_checkpoints(trainer, pl_module, self._check, prepared, self.state_key)
@@ -249,12 +249,14 @@ class ZSSVDCallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse unsupported runs before the first batch, or continue from a checkpoint."""
+        if self.fit.turn.number == 1:
+            refuse_several(trainer, self)
         if not self.run.go_on_after(trainer, pl_module):
             self.run.begin(trainer, pl_module)
-            return
-        if in_8_bits_already(pl_module):
-            logger.warning("the layers are in 8 bits already; only what is beside their codes will be trained")
-        self.recovering.resume(trainer, pl_module, self.run.life)
+        elif not self.fit.turn.is_over:
+            if in_8_bits_already(pl_module):
+                logger.warning("the layers are in 8 bits already; only what is beside their codes will be trained")
+            self.recovering.resume(trainer, pl_module, self.run.life)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

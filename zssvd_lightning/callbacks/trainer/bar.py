@@ -16,18 +16,18 @@ EVERY = 0.1
 
 
 @contextmanager
-def shown_on_bar(trainer: L.Trainer, text: Callable[[], str]) -> Iterator[None]:
-    """Show `compression: text()` on a progress bar of any kind within the context, and long steps in place of the text.
+def shown_on_bar(trainer: L.Trainer, entry: Callable[[], tuple[str, str]]) -> Iterator[None]:
+    """Show a title and text on a progress bar of any kind within the context, and long steps in place of the text.
 
     A Trainer without a progress bar shows no steps either, unless a display is set around the fit.
     """
     bar = trainer.progress_bar_callback
     with ExitStack() as stack:
         if bar is not None:
-            shown = _OnBar(trainer, bar, text)
+            shown = _OnBar(trainer, bar, entry)
             get_metrics = bar.get_metrics
             stack.enter_context(
-                overridden(bar, get_metrics=lambda *args, **kw: {**get_metrics(*args, **kw), "compression": shown.text})
+                overridden(bar, get_metrics=lambda *args, **kw: {**get_metrics(*args, **kw), **shown.entry})
             )
             stack.enter_context(shown_by(shown.step))
         elif current_display() is tqdm_bar:
@@ -41,18 +41,19 @@ class _OnBar:
     Args:
         trainer: the Trainer.
         bar: its progress bar.
-        text: function that returns what is shown while no step runs.
+        entry: function that returns the title, and the text that is shown while no step runs.
     """
 
-    def __init__(self, trainer: L.Trainer, bar: ProgressBar, text: Callable[[], str]) -> None:
-        self._trainer, self._bar, self._text = trainer, bar, text
+    def __init__(self, trainer: L.Trainer, bar: ProgressBar, entry: Callable[[], tuple[str, str]]) -> None:
+        self._trainer, self._bar, self._entry = trainer, bar, entry
         self._steps: list[str] = []
         self._drawn = -math.inf
 
     @property
-    def text(self) -> str:
-        """Progress of the innermost step that runs, or the text of the compression."""
-        return self._steps[-1] if self._steps else self._text()
+    def entry(self) -> dict[str, str]:
+        """Title of the compression, with the progress of the innermost step that runs, or its text."""
+        title, text = self._entry()
+        return {title: self._steps[-1] if self._steps else text}
 
     @contextmanager
     def step(self, title: str, total: int | None, unit: str) -> Iterator[Advance]:

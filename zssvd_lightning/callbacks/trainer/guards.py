@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
-from zssvd_lightning.callbacks.schedule import ScheduledCompression
+from zssvd_lightning.callbacks.schedule import Schedule
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.errors import UnsupportedTrainingError
 from zssvd_lightning.strategies import StrategyAdapter
@@ -65,13 +65,6 @@ def refuse_unsupported(trainer: L.Trainer, pl_module: L.LightningModule) -> None
         raise UnsupportedTrainingError(
             f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers, but calibration needs exactly one; "
             "return one from configure_optimizers, or call zssvd_lightning.compress on the model"
-        )
-    compressing = [c for c in trainer.callbacks if isinstance(c, ScheduledCompression)]  # type: ignore[attr-defined]
-    if len(compressing) > 1:
-        names = ", ".join(type(callback).__name__ for callback in compressing)
-        raise UnsupportedTrainingError(
-            f"the Trainer has {len(compressing)} callbacks that compress ({names}), which would disturb each other; "
-            "compress again in a second fit, with a callback of its own"
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
@@ -181,24 +174,27 @@ def refuse_too_short(trainer: L.Trainer, start_epoch: int, start_step: int, batc
         )
 
 
-def refuse_early_compression(
-    trainer: L.Trainer, start_epoch: int, start_step: int, begins_at: float, steps: int
-) -> None:
+def first_step(trainer: L.Trainer, schedule: Schedule) -> float:
+    """Return the global step before which a schedule does not start; infinite if the epochs have no known length."""
+    per_epoch = trainer.num_training_batches
+    if schedule.start_epoch == 0:
+        return schedule.start_step
+    return max(schedule.start_step, schedule.start_epoch * steps_in(per_epoch, per_epoch, most_accumulated(trainer)))
+
+
+def refuse_early_compression(trainer: L.Trainer, schedule: Schedule, begins_at: float, steps: int) -> None:
     """Raise UnsupportedTrainingError if a compression would start before the prehab has taken all its steps.
 
     Args:
         trainer: the Trainer at the start of training.
-        start_epoch: earliest epoch of the compression.
-        start_step: earliest global step of the compression.
+        schedule: schedule of the compression.
         begins_at: global step of the first gradient of the prehab.
         steps: number of optimizer steps of the prehab.
     """
-    accumulate, per_epoch = most_accumulated(trainer), trainer.num_training_batches
-    of_epochs = start_epoch * steps_in(per_epoch, per_epoch, accumulate) if start_epoch else 0
-    starts_at, ends_at = max(start_step, of_epochs), begins_at + steps
+    starts_at, ends_at = first_step(trainer, schedule), begins_at + steps
     if starts_at < ends_at:
         raise UnsupportedTrainingError(
-            f"ZSSVDCallback would begin at step {starts_at:g} (start_step={start_step}, start_epoch={start_epoch}), "
-            f"but prehab takes until step {ends_at:g} (second moments until {begins_at:g}, then steps={steps}); set "
-            f"start_step={ends_at:g}, or lower steps or moment_batches"
+            f"ZSSVDCallback would begin at step {starts_at:g} (start_step={schedule.start_step}, "
+            f"start_epoch={schedule.start_epoch}), but prehab takes until step {ends_at:g} (second moments until "
+            f"{begins_at:g}, then steps={steps}); set start_step={ends_at:g}, or lower steps or moment_batches"
         )

@@ -37,6 +37,11 @@ class Judging:
     def __init__(self, fit: FitContext, meaning: BatchMeaning, held_out: Sequence[Any] | None) -> None:
         self._fit, self._meaning, self._held_out = fit, meaning, held_out
 
+    @property
+    def is_asked(self) -> bool:
+        """True if there are held-out batches."""
+        return self._held_out is not None
+
     def check(self, trainer: L.Trainer, module: L.LightningModule, recovery: RecoveryRun) -> None:
         """Measure one held-out batch, so that batches that cannot be run fail before calibration."""
         if (judge := self._judge(trainer, module, recovery)) is not None:
@@ -63,7 +68,7 @@ class Judging:
             return
         self._fit.adapter.unwrap_parameters()
         goes_on = recovery.judge.consider(module, steps)
-        telemetry.log(trainer, held_out_loss=recovery.judge.latest)
+        telemetry.log(trainer, self._fit.turn.prefix, held_out_loss=recovery.judge.latest)
         if not goes_on:
             logger.info("training stops, because the loss on the held-out batches has not improved for a while")
             self.stop(trainer)

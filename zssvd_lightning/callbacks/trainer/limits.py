@@ -8,6 +8,9 @@ from typing import Any
 
 import lightning as L
 
+from zssvd_lightning.callbacks.schedule import ScheduledCompression
+from zssvd_lightning.callbacks.trainer.guards import first_step
+
 
 @dataclass
 class ExtendedLimits:
@@ -84,12 +87,17 @@ def scheduled_steps(trainer: L.Trainer) -> float:
     """Return the number of optimizer steps for a learning-rate schedule; call it in `configure_optimizers`.
 
     Before factorization this is the whole training. When `configure_optimizers` runs again after factorization, or in a
-    run resumed from there, it is the recovery. It is infinite if the limits of the Trainer do not determine it.
+    run resumed from there, it is the recovery, which ends where the next compression of the Trainer starts, if there is
+    one. It is infinite if the limits of the Trainer do not determine it.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     begun = [start for callback in callbacks if (start := getattr(callback, "recovers_from", None)) is not None]
     total = trainer.estimated_stepping_batches
-    return math.inf if total == -1 else total - max(begun, default=0)  # -1: only max_epochs, of unknown length
+    start, end = max(begun, default=0), math.inf if total == -1 else total  # -1: only max_epochs, of unknown length
+    for callback in callbacks:
+        if begun and isinstance(callback, ScheduledCompression) and getattr(callback, "recovers_from", None) is None:
+            end = min(end, max(first_step(trainer, callback.schedule), start + 1))
+    return end - start
 
 
 def end_is_unknown(trainer: L.Trainer) -> bool:

@@ -10,10 +10,8 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from zssvd_lightning.callbacks.trainer.telemetry import PREFIX
 
-
-def start_ranking_afresh(trainer: L.Trainer, so_far: str) -> None:
+def start_ranking_afresh(trainer: L.Trainer, so_far: str, prefix: str) -> None:
     """Reset the ranking of every `ModelCheckpoint` and `EarlyStopping`. Existing checkpoints stay on disk.
 
     Checkpoints that later ones would share a name with are renamed, such as `last.ckpt` to `last-dense.ckpt`. These are
@@ -23,6 +21,7 @@ def start_ranking_afresh(trainer: L.Trainer, so_far: str) -> None:
     Args:
         trainer: the Trainer with the callbacks.
         so_far: name of the model's state until now, which is added to renamed checkpoints.
+        prefix: start of the names of the metrics of this compression, which are up to date.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint):
@@ -30,36 +29,41 @@ def start_ranking_afresh(trainer: L.Trainer, so_far: str) -> None:
         if isinstance(callback, EarlyStopping):
             stop_waiting(callback)
         if isinstance(callback, (ModelCheckpoint, EarlyStopping)):
-            monitor = callback.monitor or PREFIX
-            if monitor in trainer.callback_metrics and not monitor.startswith(PREFIX):  # those of PREFIX are up to date
+            monitor = callback.monitor or prefix
+            if monitor in trainer.callback_metrics and not monitor.startswith(prefix):
                 _score_worst(callback, trainer)
 
 
-def expect_own_metrics(trainer: L.Trainer) -> None:
-    """Count metrics of the compression that other callbacks monitor as the worst until they are measured."""
-    for callback in _monitoring_own(trainer):
+def expect_own_metrics(trainer: L.Trainer, prefix: str) -> None:
+    """Count metrics of the compression that other callbacks monitor as the worst until they are measured.
+
+    Args:
+        trainer: the Trainer with the callbacks.
+        prefix: start of the names of these metrics.
+    """
+    for callback in _monitoring(trainer, prefix):
         if callback.monitor not in trainer.callback_metrics:
             _score_worst(callback, trainer)
 
 
-def hold_early_stopping(trainer: L.Trainer, *, own_only: bool = False) -> None:
+def hold_early_stopping(trainer: L.Trainer, prefix: str | None = None) -> None:
     """Keep `EarlyStopping` from counting scores that cannot improve while no weight changes.
 
     Args:
         trainer: the Trainer with the callbacks.
-        own_only: hold only those that monitor a metric of the compression, while it has not started.
+        prefix: hold only those that monitor a metric that begins so, of a compression that has not started.
     """
-    for callback in _monitoring_own(trainer) if own_only else trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in trainer.callbacks if prefix is None else _monitoring(trainer, prefix):  # type: ignore[attr-defined]
         if isinstance(callback, EarlyStopping):
             stop_waiting(callback)
 
 
-def _monitoring_own(trainer: L.Trainer) -> list[ModelCheckpoint | EarlyStopping]:
-    """Return the callbacks that monitor a metric of the compression."""
+def _monitoring(trainer: L.Trainer, prefix: str) -> list[ModelCheckpoint | EarlyStopping]:
+    """Return the callbacks that monitor a metric whose name begins so."""
     return [
         callback
         for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(callback, (ModelCheckpoint, EarlyStopping)) and (callback.monitor or "").startswith(PREFIX)
+        if isinstance(callback, (ModelCheckpoint, EarlyStopping)) and (callback.monitor or "").startswith(prefix)
     ]
 
 

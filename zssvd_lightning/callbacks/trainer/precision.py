@@ -1,6 +1,6 @@
 """Handling of the loss scale of float16 training, and of gradient clipping."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from zssvd_lightning._contexts import overridden
+from zssvd_lightning.errors import ContradictionError
 from zssvd_lightning.model.targets import Target
 
 
@@ -21,6 +22,15 @@ def scales(trainer: L.Trainer) -> bool:
     """Return True if the run scales its losses, so that gradients may overflow."""
     plugin = trainer.precision_plugin
     return isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+
+
+def refuse_limits(trainer: L.Trainer, limits: Collection[str]) -> None:
+    """Raise ContradictionError if a run with limits of memory, of these names, scales its losses."""
+    if limits and scales(trainer):
+        raise ContradictionError(
+            f"with scaled gradients, statistics are held twice, which {' and '.join(limits)} does not count; train in "
+            "bf16-mixed, or leave the limit out and set offload"
+        )
 
 
 def unscale(trainer: L.Trainer, optimizer: torch.optim.Optimizer | None, targets: Iterable[Target]) -> bool:

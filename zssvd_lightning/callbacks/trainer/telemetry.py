@@ -1,6 +1,7 @@
 """Metrics for loggers and other callbacks while a model is compressed inside a training run.
 
 They are in `trainer.callback_metrics` from then on, so that `ModelCheckpoint` and `EarlyStopping` can monitor them.
+Those of the second compression of a Trainer begin with `zssvd2/`, and so on.
 
 | metric                                | logged            | meaning                                                  |
 |---------------------------------------|-------------------|----------------------------------------------------------|
@@ -43,19 +44,25 @@ from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
 
 PREFIX = "zssvd/"
+"""Start of the names of the metrics of a first compression."""
 
 
-def log(trainer: L.Trainer, **metrics: float) -> None:
+def prefix_of(number: int) -> str:
+    """Return the start of the names of the metrics of a Trainer's compression, which are counted from 1 on."""
+    return PREFIX if number <= 1 else f"zssvd{number}/"
+
+
+def log(trainer: L.Trainer, prefix: str, **metrics: float) -> None:
     """Send metrics to every logger at the current step, and show them to other callbacks."""
-    named = {f"{PREFIX}{name}": float(value) for name, value in metrics.items()}
+    named = {f"{prefix}{name}": float(value) for name, value in metrics.items()}
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
     for logger in trainer.loggers:
         logger.log_metrics(named, trainer.global_step)
 
 
-def log_phase(trainer: L.Trainer, phase: Phase) -> None:
+def log_phase(trainer: L.Trainer, prefix: str, phase: Phase) -> None:
     """Log the index of a phase."""
-    log(trainer, phase=list(Phase).index(phase))
+    log(trainer, prefix, phase=list(Phase).index(phase))
 
 
 def is_due(trainer: L.Trainer, count: int) -> bool:
@@ -64,43 +71,45 @@ def is_due(trainer: L.Trainer, count: int) -> bool:
     return every > 0 and count % every == 0
 
 
-def log_progress(trainer: L.Trainer, gathered: int, to_gather: int) -> None:
+def log_progress(trainer: L.Trainer, prefix: str, gathered: int, to_gather: int) -> None:
     """Log the number of gathered batches, as often as Lightning logs and after the last batch."""
     if is_due(trainer, gathered) or gathered == to_gather:
-        log(trainer, gathered=gathered, to_gather=to_gather)
+        log(trainer, prefix, gathered=gathered, to_gather=to_gather)
 
 
-def log_stage(trainer: L.Trainer, stage: Stage, compression: Compression) -> None:
+def log_stage(trainer: L.Trainer, prefix: str, stage: Stage, compression: Compression) -> None:
     """Log the results of a stage of the compression."""
     if stage.corrects:
-        log(trainer, loss_after=compression.losses[-1])
+        log(trainer, prefix, loss_after=compression.losses[-1])
     if Act.SHORTEN_STEP in stage.acts or (Act.CORRECT in stage.acts and not compression.config.line_search):
-        log(trainer, step_fraction=compression.fractions[-1])
+        log(trainer, prefix, step_fraction=compression.fractions[-1])
     if stage.truncates:
-        _log_truncation(trainer, compression.report())
+        _log_truncation(trainer, prefix, compression.report())
 
 
-def _log_truncation(trainer: L.Trainer, report: Report) -> None:
+def _log_truncation(trainer: L.Trainer, prefix: str, report: Report) -> None:
     if report.kept_back is not None:
-        log(trainer, loss_kept_back_dense=report.kept_back["dense"], loss_kept_back=report.kept_back["final"])
+        kept_back = report.kept_back
+        log(trainer, prefix, loss_kept_back_dense=kept_back["dense"], loss_kept_back=kept_back["final"])
     log(
         trainer,
+        prefix,
         first_order_sum=report.first_order_sum,
         kept_parameters=report.parameters_after,
         pruned=report.reached,
         loss_before=report.losses[-1],
     )
-    log_pictures(trainer, report, PREFIX)
-    _log_ranks(trainer, [layer.rank for layer in report.layers.values() if layer.rank is not None])
+    log_pictures(trainer, report, prefix)
+    _log_ranks(trainer, prefix, [layer.rank for layer in report.layers.values() if layer.rank is not None])
 
 
-def _log_ranks(trainer: L.Trainer, ranks: Sequence[int]) -> None:
+def _log_ranks(trainer: L.Trainer, prefix: str, ranks: Sequence[int]) -> None:
     """Log the number of low-rank layers and a summary of their ranks, with a histogram where a logger takes one."""
-    log(trainer, low_rank_layers=len(ranks))
+    log(trainer, prefix, low_rank_layers=len(ranks))
     if not ranks:
         return
-    log(trainer, rank_lowest=min(ranks), rank_median=median(ranks), rank_highest=max(ranks))
+    log(trainer, prefix, rank_lowest=min(ranks), rank_median=median(ranks), rank_highest=max(ranks))
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             if callable(add_histogram := getattr(getattr(logger, "experiment", None), "add_histogram", None)):
-                add_histogram(f"{PREFIX}ranks", torch.tensor(ranks), trainer.global_step)
+                add_histogram(f"{prefix}ranks", torch.tensor(ranks), trainer.global_step)

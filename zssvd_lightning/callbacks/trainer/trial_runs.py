@@ -1,12 +1,14 @@
 """Fits that try a compression out: dry runs, which write a plan of ranks and stop, and `Trainer(fast_dev_run=...)`."""
 
 import logging
+import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 
+from zssvd_lightning._validation import require
 from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.schedule import Schedule
 from zssvd_lightning.callbacks.trainer.guards import most_accumulated
@@ -20,6 +22,23 @@ PLAN_FILE = "zssvd_plan.yaml"
 
 
 logger = logging.getLogger(__name__)
+
+
+def dry_run_of(given: bool | str | Path, settings: dict[str, Any]) -> bool | Path:
+    """Return whether to make a dry run, or the file of its plan; also in its old spelling, `dry_run=True, plan=FILE`.
+
+    Raises:
+        ConfigError: the value has another type.
+    """
+    require(isinstance(given, bool | str | Path), "dry_run", given, "True, False or the path of a file")
+    if given is True and settings.get("plan") is not None:
+        warnings.warn(
+            "dry_run=True with plan=FILE is now dry_run=FILE; plan is a file to follow",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        return Path(settings.pop("plan"))
+    return given if isinstance(given, bool) else Path(given)
 
 
 class DryRun:

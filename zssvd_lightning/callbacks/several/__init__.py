@@ -1,0 +1,1 @@
+"""Several compressions one after another in the same fit."""
