@@ -291,8 +291,16 @@ def _steps(recovery: RecoveryRun, trainer: L.Trainer) -> float:
     return recovery.horizon[0]
 
 
-def refuse_contradictions(config: CompressionConfig, recovery: Recovery | None) -> None:
-    """Raise ConfigError for settings that do not work in a fit, or a recovery that cannot train the new layers."""
+def refuse_contradictions(config: CompressionConfig, recovery: Recovery | None, *, plans: bool = False) -> None:
+    """Raise ConfigError for settings that do not work in a fit, or a recovery that cannot train the new layers.
+
+    Args:
+        config: settings of the compression.
+        recovery: training after it, if any.
+        plans: whether only the ranks are written.
+    """
+    if plans:
+        config.refuse_plan()
     if config.by_blocks:
         raise ConfigError(
             "memory 'blocks' runs the blocks of a model one by one, which a Trainer does not; set memory to 'whole', "

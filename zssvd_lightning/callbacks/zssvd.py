@@ -140,10 +140,8 @@ class ZSSVDCallback(L.Callback):
             elif isinstance(recovery, Mapping) and "method" not in recovery:
                 recovery = told | dict(recovery)
         self.config = CompressionConfig.asked(None, preset, cast("Settings", {"prune_ratio": prune_ratio} | settings))
-        if dry_run:
-            self.config.refuse_plan()
         self.recovery = recovery_of(recovery)
-        refuse_contradictions(self.config, self.recovery)
+        refuse_contradictions(self.config, self.recovery, plans=bool(dry_run))
         progress = of_type(bool, progress, "progress")
         super().__init__()
         self.fit = FitContext()
