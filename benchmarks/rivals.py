@@ -210,6 +210,7 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
         for row in rows:
             axes.plot(row["file_bytes"] / 1e6, row[key], "o")
             axes.annotate(row["model"], (row["file_bytes"] / 1e6, row[key]), textcoords="offset points", xytext=(4, 4))
+        axes.margins(x=0.2, y=0.1)  # room for the names
         axes.set(xlabel="MB of the file", ylabel="perplexity", yscale="log", title=f"SmolLM2-135M, {text} test")
     with replacing_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
