@@ -127,7 +127,7 @@ def test_no_more_calibration_batches_than_there_are(count):
             function(model, token_batches(4), calibration_batches=count, progress=False)
 
 
-@pytest.mark.parametrize(("metric", "selection"), zip(itertools.cycle(METRICS), RULES, strict=False))
+@pytest.mark.parametrize(("metric", "selection"), list(zip(itertools.cycle(METRICS), RULES, strict=False)))
 def test_metrics_and_selections_with_the_corrections_of_the_defaults(metric, selection):
     model = tiny_llama()
     report = run(model, metric=metric, selection=selection)

@@ -159,7 +159,7 @@ def test_the_blocks_of_little_memory_run(block):
 
 def test_blocks_of_scaling_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shard, convert, _, _, offloaded = blocks_of("scaling.md")
+    shard, convert, _, _, offloaded, parked = blocks_of("scaling.md")
     names = {"fully_shard": fully_shard}
     exec(shard, names)
     module = Sharded(tiny_llama())
@@ -175,6 +175,8 @@ def test_blocks_of_scaling_run(tmp_path, monkeypatch):
     names = {}
     exec(offloaded, names)
     assert names["callback"].config.offload == "cpu"
+    exec(parked, names)
+    assert names["callback"].schedule.park_optimizer is True
 
     compressed = Sharded(low_rank()["model"])
     checkpoint, again = tmp_path / "distributed", Sharded(tiny_llama())
