@@ -113,10 +113,16 @@ def test_calibration_reads_the_model_as_it_is(llama):
     own, mask = DynamicCache(config=llama.config), batch["attention_mask"].bool()
     with torch.no_grad():
         llama(**batch, past_key_values=own)
+        llama.set_attn_implementation("eager")
+        probabilities = llama(**batch, output_attentions=True).attentions
+        llama.set_attn_implementation("sdpa")
     for number, layer in enumerate(own.layers):
         for sums, held in ((moments[number].keys, layer.keys), (moments[number].values, layer.values)):
-            rows = held.transpose(1, 2)[mask].double()  # (N, H, d)
-            torch.testing.assert_close(sums.mean(), rows.mean(0), atol=1e-5, rtol=1e-5)
+            rows, p = held.transpose(1, 2)[mask].double(), probabilities[number].double()  # (N, H, d), (B, 4, T, T)
+            weights = p * (1 - p) if held is layer.keys else p
+            received = (weights * mask[:, None, :, None]).unflatten(1, (2, 2)).sum((2, 3)).transpose(1, 2)[mask]
+            expected = (received[..., None] * rows).sum(0) / received.sum(0)[:, None]
+            torch.testing.assert_close(sums.mean(), expected, atol=1e-5, rtol=1e-5)
             assert sums.count == mask.sum()
         W = llama.model.layers[number].self_attn.o_proj.weight.detach().double()  # (m, 4 heads of 8)
         for head in range(2):

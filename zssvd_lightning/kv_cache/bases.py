@@ -2,14 +2,15 @@
 
 A cached vector x (d,) of a head is kept as `c = down (x - mean)` (r,) and read as `up c + mean`. What reads it is
 described by a second moment S: keys are read by queries, `S = E[q q^T]`, and values by the output projection,
-`S = sum_h W_h W_h^T`. With `S = R R^T`, C the covariance of x, and the eigenvectors U of
+`S = sum_h W_h W_h^T`. With `S = R R^T`, C the second moment of `x - mean`, and the eigenvectors U of
 
     R^T C R = U diag(error) U^T,     error descending,
 
 `down = U_r^T R^T` and `up = R^-T U_r` are of least error among all affine maps of rank r, and the sum of the entries of
 `error` from r on is that error: `E[(q^T (x - x_r))^2]` for independent q and x, or `E[|| W^T (x - x_r) ||^2]`. This is
-KQ-SVD (arXiv 2512.05916) of deviations from the mean: the same key added to all keys changes no softmax, and the mean
-of the values passes through any attention unchanged.
+KQ-SVD (arXiv 2512.05916) with two changes. Keys are taken as deviations from their mean, since the same key added to
+all keys changes no softmax. Values are taken as they are, since those that receive most attention are near zero, far
+from the mean. And tokens count by the attention that they receive (`attention.py`).
 
 Shapes: H heads of width d, of ranks r_h with sum R.
 """
@@ -35,13 +36,13 @@ class HeadSpectrum:
     up: Tensor
     """`R^-T U` (d, d): the first r columns decode at rank r."""
     mean: Tensor
-    """Mean of the vectors (d,)."""
+    """Mean of the keys (d,); zeros for values."""
     errors: Tensor
     """What each component adds to the error when it is dropped (d,), descending."""
 
     @classmethod
     def of(cls, C: Tensor, S: Tensor, mean: Tensor, name: str, damping: float = DAMPING) -> "HeadSpectrum":
-        """Return the closed form for covariance C (d, d) and readers S (d, d), in float64.
+        """Return the closed form for the second moment C (d, d) of deviations, and readers S (d, d), in float64.
 
         A head that nothing reads (S of zeros) has errors of zero.
 
@@ -66,19 +67,19 @@ def key_spectra(moments: LayerMoments, layer: int) -> list[HeadSpectrum]:
 
 
 def value_spectra(moments: LayerMoments, layer: int) -> list[HeadSpectrum]:
-    """Return the spectrum of the values of each head. Errors are relative to the spread of the values as they are read.
+    """Return the spectrum of the values of each head. Errors are relative to the mean square of the values as read.
 
-    An error e of a logit moves the result of a head by about e times the spread of its values, so that errors of keys
-    and values can be compared, and added.
+    An error e of a logit moves the result of a head by about e times the size of its values, so that errors of keys and
+    values can be compared, and added.
     """
-    covariance, mean = moments.values.covariance(), moments.values.mean()
-    alike = torch.eye(covariance.shape[-1]).to(covariance).expand_as(covariance)
+    squares = moments.values.second_moment()
+    alike = torch.eye(squares.shape[-1]).to(squares).expand_as(squares)
     readers = alike if moments.output is None else moments.output
     found = []
-    for head, (C, S, center) in enumerate(zip(covariance, readers, mean, strict=True)):
-        spread = (S * C).sum()
-        scaled = S / spread if spread > 0 else torch.zeros_like(S)
-        found.append(HeadSpectrum.of(C, scaled, center, f"the values of layer {layer}, head {head}"))
+    for head, (C, S) in enumerate(zip(squares, readers, strict=True)):
+        size = (S * C).sum()
+        scaled = S / size if size > 0 else torch.zeros_like(S)
+        found.append(HeadSpectrum.of(C, scaled, torch.zeros_like(C[0]), f"the values of layer {layer}, head {head}"))
     return found
 
 
@@ -91,7 +92,7 @@ class Bases:
     up: Tensor
     """Rows that decode (R, d)."""
     mean: Tensor
-    """Means (H, d)."""
+    """Means of the keys (H, d); zeros for values."""
     ranks: tuple[int, ...]
     """Rank of each head."""
     _cast: dict[tuple[torch.device, torch.dtype], "Bases"] = field(default_factory=dict, repr=False, compare=False)

@@ -56,7 +56,8 @@ class LowRankCache(DynamicCache):
     ) -> "LowRankCache":
         """Return an empty cache with the bases of least error on calibration batches (KQ-SVD, arXiv 2512.05916).
 
-        Ranks are chosen for all layers and heads at once: the components of largest error are kept.
+        Ranks are chosen for all layers and heads at once: the components of largest error are kept. Tokens count by
+        the attention that they receive, from queries and keys alone, under a causal mask.
 
         Args:
             model: causal language model of transformers, or a module that holds one. It is not changed.
