@@ -13,6 +13,7 @@ The packages, in the order in which data flows through them; imports run up this
     calibration     batches to statistics: masks, hooks, collector
     strategies      one adapter for each Lightning strategy
     decomposition   statistics to spectra of all layers, truncated weights, originals
+    kv_cache        generation with keys and values in low-rank bases: calibration, ranks, the cache, its file
     sweep           the same statistics block by block, with the rest in scratch files
     correction      gradient steps and refits between truncations
     compression     the method: course, engine, report, `compress`
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from zssvd_lightning.hub.loading import from_pretrained
     from zssvd_lightning.hub.pushing import push_to_hub
     from zssvd_lightning.hub.saving import save_pretrained
+    from zssvd_lightning.kv_cache.low_rank_cache import LowRankCache
     from zssvd_lightning.layers.low_rank import LowRankLinear
     from zssvd_lightning.model.adapters import merge_adapters
     from zssvd_lightning.recovery.factors import FactorRecovery
@@ -75,6 +77,7 @@ __all__ = [
     "CompressionConfig",
     "FactorRecovery",
     "LoRARecovery",
+    "LowRankCache",
     "LowRankCheckpointMixin",
     "LowRankLinear",
     "LowRankPrehab",
@@ -109,6 +112,7 @@ _MODULES = {
     "CompressionConfig": "config.compression",
     "FactorRecovery": "recovery.factors",
     "LoRARecovery": "recovery.methods",
+    "LowRankCache": "kv_cache.low_rank_cache",
     "LowRankCheckpointMixin": "serialization.checkpoint_mixin",
     "LowRankLinear": "layers.low_rank",
     "LowRankPrehab": "callbacks.prehab",

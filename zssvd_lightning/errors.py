@@ -129,6 +129,10 @@ class UnsupportedServingError(ZSSVDError, RuntimeError):
     """Serving engine that uses a layer in a way its compressed form does not support."""
 
 
+class UnsupportedCacheError(ZSSVDError, ValueError):
+    """Model whose key-value cache cannot be kept in low-rank bases, or bases of another model."""
+
+
 class ExportError(ZSSVDError, RuntimeError):
     """Model that cannot be written in the requested format."""
 

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from zssvd_lightning.layers.base import CompressedLinear
 
 DOCS = Path(__file__).parents[2] / "docs"
-TESTED_ELSEWHERE = {"deployment.md", "lifecycle.md", "recovery.md", "scaling.md", "extending.md"}
+TESTED_ELSEWHERE = {"deployment.md", "lifecycle.md", "recovery.md", "scaling.md", "extending.md", "kv_cache.md"}
 """Pages whose blocks have tests of their own."""
 
 TEXT = "The sea is wide, and the ship is small. " * 8
