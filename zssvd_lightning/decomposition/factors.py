@@ -145,15 +145,17 @@ class TruncatedWeights:
             return
         self.refuse_non_finite()
         free = FreeWidths.of_all(self._team.gathered(widths.state_dict())).free
-        of_some_rank = [name for name, factors in self.held.items() if len(factors.down)]
+        # by `up`, which has all k columns on every process, while `down` may have no row on some
+        removed = {name for name, factors in self.held.items() if not factors.up.shape[1]}
+        low_rank = [name for name in self.held if name not in removed]
         orders = (
-            common_orders(free, of_some_rank, self._basis, self._team) if self._kind == PivotedLinear.kind else Orders()
+            common_orders(free, low_rank, self._basis, self._team) if self._kind == PivotedLinear.kind else Orders()
         )
-        for name, factors in self.held.items():
-            if len(factors.down):
-                yield name, self.layer(name, orders.rows.get(name), orders.columns.get(name))
-            else:
+        for name in self:
+            if name in removed:
                 yield name, _removed_layer(self._targets[name].module)
+            else:
+                yield name, self.layer(name, orders.rows.get(name), orders.columns.get(name))
 
     def layer(self, name: str, rows: Tensor | None = None, columns: Tensor | None = None) -> Factored:
         """Return the whole low-rank layer that replaces a truncated layer. Collective.
