@@ -89,7 +89,7 @@ def test_blocks_of_deployment_run(tmp_path, monkeypatch):
 
 
 def test_blocks_of_lifecycle_run():
-    batches, measured, block = blocks_of("lifecycle.md")
+    batches, measured, block, several = blocks_of("lifecycle.md")
     exec(batches, names := {})
     text = {"text": {"attention_mask": torch.tensor([[1, 1, 0]])}}
     documents = names["Documents"](0.4)
@@ -104,6 +104,8 @@ def test_blocks_of_lifecycle_run():
     exec(block, names)
     dense, low_rank = (sum(p.numel() for p in model.parameters()) for model in (tiny_llama(), names["model"]))
     assert low_rank < dense
+    exec(several, names := {})
+    assert [callback.schedule.start_epoch for callback in names["callbacks"]] == [1, 3]
 
 
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])

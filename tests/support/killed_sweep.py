@@ -1,6 +1,7 @@
 """Runs block by block, as processes of their own that end by a signal at a chosen moment, and go on."""
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -56,6 +57,7 @@ def start(folder: Path, work: Callable[..., None], *args: Any, end: End | None =
 
 def _run(folder: Path, work: Callable[..., None], args: Any, settings: dict[str, Any], end: End | None) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background of a shell
     tempfile.tempdir = str(folder / "scratch")
     if end is not None:
         owner, method, after = {

@@ -45,7 +45,7 @@ def _through_the_first(
     count, each = top_k_index.shape
     token = torch.arange(count, device=hidden_states.device).repeat(each)
     place = torch.arange(each, device=hidden_states.device).repeat_interleave(count)
-    found = experts.experts[0](hidden_states[token], token, experts._activation)  # noqa: SLF001
+    found = experts.experts[0](hidden_states[token], token, experts.activation)
     if experts.has_post_expert_norm:
         found = experts.post_expert_norm(found)
     found = found * top_k_weights[token, place, None]
