@@ -48,7 +48,7 @@ ROWS = {
             [
                 ("Ann met Bo, as _ was late.", ["Ann", "Bo"]),
                 ("_ is an owl, not a cat_.", ["Tim", "The other one"]),
-                ("The bed or the _  ", ["quilt", "mat"]),
+                ("The bed or the _ ?  ", ["quilt", "mat"]),
                 ("He put it in the _, it fit.", ["box", "large chest"]),
                 ("No, _'s 3.", ["it", "everybody"]),
             ]
@@ -296,9 +296,10 @@ def test_malformed_rows(data, line, message):
 
 
 def test_files_and_names_that_are_not_there(data, tmp_path):
-    sentence = {"sentence": "No blank.", "choices": ["a", "b"], "gold": 0}
-    with pytest.raises(TaskError, match="line 1: no blank '_'"):
-        load_tasks(["winogrande"], write(data, {"winogrande": [sentence]}))
+    for text in ("No blank.", "Nothing behind the _ "):
+        sentence = {"sentence": text, "choices": ["a", "b"], "gold": 0}
+        with pytest.raises(TaskError, match="line 1: no blank '_'"):
+            load_tasks(["winogrande"], write(data, {"winogrande": [sentence]}))
     (data / "piqa_val.jsonl").write_text("\n")
     with pytest.raises(TaskError, match="holds no rows"):
         load_tasks(["piqa"], data)
@@ -329,6 +330,12 @@ def test_a_tokenizer_without_an_end(data):
         accuracy(model_of(), tiny_tokenizer(), load_tasks(["piqa"], data))
 
 
+def test_a_choice_longer_than_the_model_takes_is_an_error_with_a_name(data):
+    row = {"goal": "a", "choices": ["b " * 500, "c"], "gold": 0}
+    with pytest.raises(TaskError, match="piqa has no tokens, or more than the model takes"):
+        accuracy(model_of(), tokenizer_with_end(), load_tasks(["piqa"], write(data, {"piqa": [row]})))
+
+
 def test_without_the_harness(data, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(TaskError, match=r"pip install 'zssvd-lightning\[zero-shot\]'"):
@@ -343,5 +350,5 @@ def test_models_side_by_side():
     compared = side_by_side(scores)
     assert compared["piqa"]["rows"] == 9
     assert compared["piqa"]["acc"] == {"dense": 0.75, "compressed": 0.5}
-    columns = [list(column.cells) for column in table(compared).columns]
+    columns = [[str(cell) for cell in column.cells] for column in table(compared).columns]
     assert columns == [["piqa"], ["acc"], ["0.7500 ± 0.1250"], ["0.5000 ± 0.2500"]]

@@ -259,6 +259,8 @@ def measure(
     tasks = zero_shot.load_tasks(settings.tasks, settings.data, settings.include) if settings.tasks else None
     sources = {"model": source} if dense is None else {"dense": dense, "compressed": source}
     models = {which: _loaded(which, each, dtype) for which, each in sources.items()}
+    for _, tokenizer in models.values() if settings.tasks else ():
+        zero_shot.check_tokenizer(tokenizer)
     measured: dict[str, Any] = {}
     if settings.texts:
         model, tokenizer = next(reversed(models.values()))

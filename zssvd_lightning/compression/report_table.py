@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.table import Table
 
 from zssvd_lightning.evaluation.zero_shot import metrics_of
@@ -93,7 +94,8 @@ def _add_quality(report: "Report", table: Table) -> None:
     """Add what was measured on texts and tasks."""
     found = {perplexity_title(name): getattr(report, name) for name in PERPLEXITIES}
     perplexities = [(title, _shown(values)) for title, values in found.items() if values]
-    for title, shown in [*perplexities, *words_and_tasks(report)]:
+    for plain, shown in [*perplexities, *words_and_tasks(report)]:
+        title = escape(plain)  # it can hold the name of a file, with brackets
         table.add_row(title, shown["dense"], shown.get("compressed", shown.get("truncated", "nan")))
         if "recovered" in shown:
             table.add_row(f"{title}, trained", shown.get("dense_finetuned", "nan"), shown["recovered"])

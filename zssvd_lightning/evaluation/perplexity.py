@@ -56,6 +56,10 @@ def perplexity(
     return Perplexity(float(negative_log_likelihood.compute().exp()), tokens, time.perf_counter() - start)
 
 
+MOST_TOKENS = 50
+"""Tokens of a word, on average, above which a text is not made of words, as in languages without white space."""
+
+
 class RollingText(NamedTuple):
     """Text in which every token is predicted, as `word_perplexity` takes it."""
 
@@ -75,7 +79,8 @@ class RollingText(NamedTuple):
             most: number of tokens after which the text is cut off, perhaps within a word; 0 for the whole text.
 
         Raises:
-            TextError: the tokenizer has neither token, or does not say where in the text it must be cut off.
+            TextError: the text is not made of words, or the tokenizer has neither token, or does not say where in the
+                text it must be cut off.
         """
         prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if prefix is None:
@@ -86,7 +91,13 @@ class RollingText(NamedTuple):
         ids = found["input_ids"]
         if 0 < most < len(ids):
             ids, text = ids[:most], text[: found["offset_mapping"][most - 1][1]]
-        return cls(torch.tensor(ids), int(prefix), len(re.split(r"\s+", text)))
+        words = len(re.split(r"\s+", text))
+        if len(ids) > MOST_TOKENS * words:
+            raise TextError(
+                f"the text has {len(ids)} tokens, but {words} words between white space, so that a perplexity of words "
+                "means nothing; leave word_perplexity out"
+            )
+        return cls(torch.tensor(ids), int(prefix), words)
 
 
 @torch.no_grad()

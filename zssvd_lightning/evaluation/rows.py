@@ -38,6 +38,11 @@ def behind_blank(row: Mapping[str, Any]) -> str:
 
 
 ANSWERS = {"doc_to_choice": "choices", "doc_to_target": "gold"}
+"""Prompts of the tasks whose choices are what is scored.
+
+In WinoGrande, choices are the contexts. There the harness takes the index of the right one from `doc_to_text`, and the
+text that is scored from `doc_to_target`.
+"""
 
 
 LOCAL = {
@@ -128,8 +133,8 @@ def _problem(row: Any, task: LocalTask) -> str:
     """Return a description of the error in a row; empty if there is none."""
     if not isinstance(row, dict) or not isinstance(text := row.get(task.field), str) or not text.strip():
         return f"no text {task.field!r}"
-    if task.field == "sentence" and BLANK not in text:
-        return f"no blank {BLANK!r} in the sentence"
+    if task.field == "sentence" and not behind_blank(row):
+        return f"no blank {BLANK!r} in the sentence, or no text after it"
     choices, gold = row.get("choices"), row.get("gold")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
         return f"choices {choices!r} are not two texts or more"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zssvd_lightning._contexts import evaluation_mode, overridden, same_random_numbers
@@ -120,7 +121,8 @@ def accuracy(
         limit: number of rows of each task, counted from the first; every row when None.
 
     Raises:
-        TaskError: the tokenizer has neither a beginning-of-text token nor an end-of-text token.
+        TaskError: the tokenizer has neither a beginning-of-text token nor an end-of-text token, or a choice has no
+            tokens, or more than the model takes.
         NonFiniteError: a log-likelihood is NaN.
     """
     check_tokenizer(tokenizer)
@@ -131,7 +133,13 @@ def accuracy(
         with _logging(logging.ERROR), overridden(model, tie_weights=lambda *_, **__: None):
             wrapped = wrapper(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         with _logging(logging.WARNING):
-            results = evaluate(wrapped, tasks, limit=limit)
+            try:
+                results = evaluate(wrapped, tasks, limit=limit)
+            except AssertionError as error:  # which is how the harness refuses a row
+                raise TaskError(
+                    f"a choice of {', '.join(tasks['tasks'])} has no tokens, or more than the model takes; leave such "
+                    "rows out"
+                ) from error
     for name, samples in results["samples"].items():
         if any(_is_nan(response) for sample in samples for response in sample["filtered_resps"]):
             raise NonFiniteError(f"log-likelihoods are NaN on {name}; evaluate in float32 or bfloat16")
@@ -171,7 +179,7 @@ def table(compared: Compared) -> Table:
     for model in metrics[0].values:
         table.add_column(model, justify="right")
     for metric in metrics:
-        table.add_row(metric.task, metric.name, *metric.shown().values())
+        table.add_row(Text(metric.task), metric.name, *metric.shown().values())
     return table
 
 
