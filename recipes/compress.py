@@ -5,11 +5,11 @@ measures the dense and the compressed model side by side.
 """
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle, islice
 
 import lightning as L
 import torch
@@ -29,6 +29,7 @@ from zssvd_lightning.app.bench.runner import measure
 from zssvd_lightning.app.bench.settings import BenchSettings
 from zssvd_lightning.app.command import start
 from zssvd_lightning.app.progress import WholeBar
+from zssvd_lightning.app.recovered import Batches, merged_recovery
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.evaluation.perplexity import continuation
 from zssvd_lightning.sources.models import longest_input
@@ -45,11 +46,11 @@ SHARES = {  # rough, for the time that is left
     "loading": 0.04,
     "perplexity, dense": 0.04,
     "perplexity_second, dense": 0.04,
-    "batches": 0.46,
-    "spectra": 0.09,  # once for every truncation
+    "batches": 0.5,
+    "spectra": 0.08,  # once for every truncation
     "perplexity, compressed": 0.04,
     "perplexity_second, compressed": 0.04,
-    "speed": 0.07,
+    "speed": 0.06,
 }
 
 
@@ -67,13 +68,17 @@ class CausalLM(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-5)
 
 
-class CalibrationText(L.LightningDataModule):
-    def __init__(self, run: Run) -> None:
+class Text(L.LightningDataModule):
+    """Batches of calibration and corrections, and then those to train on."""
+
+    def __init__(self, run: Run, calibration: int, training: int) -> None:
         super().__init__()
-        self.run = run
+        self.run, self.calibration, self.training = run, calibration, training
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        return self.run.calibration_loader()
+        calibration = list(islice(cycle(self.run.calibration_loader()), self.calibration))
+        training = self.run.training_loader(self.training) if self.training else ()
+        return DataLoader(Batches(calibration, training), batch_size=None)
 
 
 class Counted(L.Callback):
@@ -88,8 +93,9 @@ class Counted(L.Callback):
 
 def main(path: str, *overrides: str) -> None:
     config = load_config(RunConfig, path, overrides)
-    if config.recovery is not None:
-        raise ConfigError("this recipe trains nothing; with a recovery, run recipes.compress_then_finetune instead")
+    recovery = merged_recovery(config)
+    if recovery is not None and recovery.minutes is not None:
+        raise ConfigError("recovery.minutes is not for this recipe, whose bar counts steps; set training.steps instead")
     check_drawing()
     with quiet(), WholeBar(SHARES) as bar, shown_by(bar.step):
         with bar.step("loading", None, ""):
@@ -99,21 +105,26 @@ def main(path: str, *overrides: str) -> None:
         dense_text = written(run)
 
         callback = ZSSVDCallback.from_config(
-            run.config.compression, schedule=Schedule(calibration_batches=run.config.calibration.batches)
+            run.config.compression,
+            schedule=Schedule(calibration_batches=run.config.calibration.batches),
+            recovery=recovery,
+            held_out=None if recovery is None else run.held_out_loader(),
         )
-        batches = callback.batches_needed(len(run.calibration_loader()))
-        with bar.step("batches", batches, "batch") as advance:
+        needed = callback.batches_needed()
+        steps = 0 if recovery is None else run.config.training.steps
+        with bar.step("batches", needed + steps, "batch") as advance:
             trainer = L.Trainer(
-                max_epochs=math.ceil(batches / len(run.calibration_loader())),
-                max_steps=batches,
+                max_steps=needed + steps,
+                max_epochs=-1,
                 precision=run.config.calibration.precision_on(run.model.device),
+                gradient_clip_val=run.config.training.gradient_clip_val,
                 callbacks=[callback, Counted(advance)],
                 logger=False,
                 enable_checkpointing=False,
                 enable_model_summary=False,
                 enable_progress_bar=False,
             )
-            trainer.fit(CausalLM(run.model), CalibrationText(run))
+            trainer.fit(CausalLM(run.model), Text(run, needed, steps))
 
         run.evaluate("compressed")
         report = callback.report.within("model")

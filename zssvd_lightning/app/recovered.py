@@ -11,12 +11,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
 
 from zssvd_lightning.app.run import Run
+from zssvd_lightning.app.run_config import RunConfig
 from zssvd_lightning.callbacks.schedule import Schedule
 from zssvd_lightning.callbacks.zssvd import ZSSVDCallback
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.recovery.methods import recovery_of
+from zssvd_lightning.recovery.settings import Recovery
 
 UNLIMITED = 10**6
 """Limit of the steps of a training that is limited in time."""
@@ -100,6 +102,17 @@ def trainer(run: Run, steps: int, *callbacks: L.Callback) -> L.Trainer:
     )
 
 
+def merged_recovery(config: RunConfig) -> Recovery | None:
+    """Return the recovery of a run. Raises ConfigError if it leaves an adapter beside the weights that are saved."""
+    recovery = recovery_of(config.recovery)
+    if recovery is not None and not recovery.merges:
+        raise ConfigError(
+            "recovery.merge is false, but the folder of a run is loaded without its adapter, so that what is measured "
+            "as 'recovered' would not be what loads; leave recovery.merge out"
+        )
+    return recovery
+
+
 def compress_and_train(run: Run) -> tuple[Report, int]:
     """Compress the model of a run and train it, as `recovery` says. Held-out text chooses the final state.
 
@@ -112,14 +125,9 @@ def compress_and_train(run: Run) -> tuple[Report, int]:
         ZSSVDError: see `ZSSVDCallback`.
     """
     config = run.config
-    recovery = recovery_of(config.recovery)
+    recovery = merged_recovery(config)
     if recovery is None:
         raise ConfigError("there is no recovery; set recovery.method")
-    if not recovery.merges:
-        raise ConfigError(
-            "recovery.merge is false, but the folder of a run is loaded without its adapter, so that what is measured "
-            "as 'recovered' would not be what loads; leave recovery.merge out"
-        )
     callback = ZSSVDCallback.from_config(
         config.compression,
         schedule=Schedule(calibration_batches=config.calibration.batches),
