@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -218,7 +219,7 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 
 
 def lock(file: IO[Any], in_use: str) -> None:
-    """Lock an open file against other processes until it is closed, where the system supports locks.
+    """Lock an open file against other processes until it is closed; warn where the file system has no locks.
 
     Raises:
         OutputError: another process has locked it; the message is `in_use`.
@@ -228,8 +229,13 @@ def lock(file: IO[Any], in_use: str) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputError(in_use) from error
-        except OSError:  # a file system without locks
-            pass
+        except OSError:
+            _warn_of_no_locks(Path(file.name).parent)
+
+
+@cache
+def _warn_of_no_locks(folder: Path) -> None:
+    logger.warning("this file system has no locks; start only one process on %s", folder)
 
 
 def list_in_manifest(file: Path) -> None:

@@ -99,8 +99,8 @@ def compress(
         from zssvd_lightning.compression.pipeline import refuse_beforehand
         from zssvd_lightning.compression.report import REPORT
 
-        run = Run(settings, not quiet, device=device)
-        with command.going_on(run) as unfinished:
+        with command.going_on(settings) as unfinished:
+            run = Run(settings, not quiet, device=device)
             if settings.recovery is None:
                 command.calibrated(run, refuse_beforehand, shown=False, resume_in=unfinished)
             run.evaluate("dense")

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from zssvd_lightning._files import json_of
+from zssvd_lightning._files import check_output, json_of
 from zssvd_lightning.errors import ZSSVDError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from zssvd_lightning.app.run import Run
+    from zssvd_lightning.app.run_config import RunConfig
     from zssvd_lightning.serialization.unfinished import UnfinishedFolder
 
 T = TypeVar("T")
@@ -110,24 +111,29 @@ def streams(quiet: bool, as_json: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def going_on(run: "Run") -> Iterator["UnfinishedFolder | None"]:
+def going_on(config: "RunConfig") -> Iterator["UnfinishedFolder | None"]:
     """Yield the folder beside the output by which a run block by block goes on after an interruption; None for others.
 
     It is removed if the block succeeds. SIGTERM ends the block as Ctrl-C does.
 
     Raises:
-        OutputError: the folder cannot be used; see `UnfinishedFolder`.
+        OutputError: the output cannot be written, or the folder cannot be used; see `UnfinishedFolder`.
     """
     from zssvd_lightning.serialization.unfinished import UnfinishedFolder
 
-    config = run.config.compression
+    output = check_output(config.output, config.model.source)
+    folder = output.with_name(f"{_first_bytes(output.name)}.unfinished")
     with ExitStack() as stack:
         stack.enter_context(ended_by_exit())
-        blocks = run.config.recovery is None and (config.by_blocks or bool(config.limits))
-        folder = run.output.with_name(f"{run.output.name}.unfinished")
+        blocks = config.recovery is None and config.compression.may_be_by_blocks
         if not blocks and folder.exists():
-            logger.warning("%s is of an interrupted run block by block, and is not used; delete it", folder)
-        yield stack.enter_context(UnfinishedFolder(folder)) if blocks else None
+            logger.warning("what is finished in %s is not used; delete it", folder)
+        yield stack.enter_context(UnfinishedFolder(folder, "the folder")) if blocks else None
+
+
+def _first_bytes(name: str) -> str:
+    """Return at most 200 bytes of a name, to which file systems let something be added."""
+    return os.fsencode(name)[:200].decode(errors="ignore")
 
 
 def calibrated(run: "Run", function: Callable[..., T], *, shown: bool = True, **arguments: Any) -> T:

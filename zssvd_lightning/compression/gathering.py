@@ -40,6 +40,7 @@ from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.serialization.kept_batches import KEPT_BACK, number_to_keep_back
 from zssvd_lightning.sweep.records import Batch
 from zssvd_lightning.sweep.sweep import sweep
+from zssvd_lightning.whitening.moments import Moments
 from zssvd_lightning.whitening.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -280,6 +281,39 @@ def kept_back(batches: Iterable[Any], guard: Safeguard) -> Iterator[Any]:
                 guard.give_up(f"{type(error).__name__}: {error}")
         yield batch
     del guard.batches[number_to_keep_back(count) :]
+
+
+def fitting(compression: Compression, statistics: Moments) -> Moments:
+    """Return statistics of `calibrate` on the model's device, copied only if needed.
+
+    Raises:
+        CalibrationError: they are of another model or other layers, or lack what the metric goes by.
+    """
+    if statistics.watched and (others := [name for name in compression.targets if name not in statistics.watched]):
+        raise CalibrationError(
+            f"the statistics are of other layers: they leave out {', '.join(others[:3])} ({len(others)} layers); "
+            "calibrate with the same include and ignore"
+        )
+    for name, leader in statistics.leaders.items():
+        target, width = compression.targets.get(name), len(statistics.input_sums[leader])
+        if target is None or width != target.shape[1]:
+            found = "no layer to compress" if target is None else f"a layer {target.shape}"
+            raise CalibrationError(
+                f"the statistics are of another model or other layers: {name} of width {width} is {found} here; "
+                "calibrate this one"
+            )
+    side = compression.config.watches_outputs
+    for name in statistics.leaders if side is not None else ():
+        B = statistics.output_sums.get(name)
+        m, unknown = compression.targets[name].shape[0], statistics.output_side is None
+        wrong = unknown and name in statistics.gradient_sums if B is None else len(B) != m
+        if wrong or statistics.output_side not in (None, side):
+            raise CalibrationError(
+                f"the statistics have no {side} gradients at the output of {name} {compression.targets[name].shape}, "
+                f"by which metric {compression.config.metric!r} goes; calibrate with a config of that metric and "
+                "output_side"
+            )
+    return Moments(**move_data_to_device(statistics.state_dict(), next(compression.model.parameters()).device))
 
 
 def observe(

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Unpack, cast
 
-from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 
 from zssvd_lightning._contexts import gradients_set_aside
@@ -25,6 +24,7 @@ from zssvd_lightning.compression.gathering import (
     BatchReading,
     ReadingSettings,
     extent_by_first,
+    fitting,
     gather,
     kept_back,
     observe,
@@ -35,11 +35,11 @@ from zssvd_lightning.compression.memory.statements import memory_of_statistics, 
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.reach import warn_of_unreached_in
 from zssvd_lightning.compression.report import Report
-from zssvd_lightning.compression.resuming.resumption import resumable
+from zssvd_lightning.compression.resuming.resumption import checked_place, held_by, refuse_other_run, resumable
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.distributed import LayerSet, Team
-from zssvd_lightning.errors import CalibrationError, ContradictionError
+from zssvd_lightning.errors import ContradictionError
 from zssvd_lightning.model.apart.routers import removable_experts
 from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
@@ -114,6 +114,7 @@ def compress(
         True
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
+    resume_in = checked_place(resume_in, config)
     require(isinstance(statistics, Moments | None), "statistics", statistics, "a result of calibrate, or None")
     if statistics is not None:
         _refuse_blocks(config)
@@ -127,11 +128,11 @@ def compress(
             partial(Compression, model, progress=progress, stand_ins=stand_ins),
             config,
             partial(extent_by_first, batches, calibration_batches, reading),
-            blocks=statistics is None,
+            held=held_by(resume_in),
         )
         _announce(run)
         refuse_small_disk(run)
-        with _undone_on_error(run), resumable(run, resume_in, calibration_batches) as resumption:
+        with _undone_on_error(run), resumable(run, resume_in, calibration_batches, reading) as resumption:
             if statistics is None or config.corrections or config.convolutions:
                 run.safeguard = safeguard_of(model, reading)
             if statistics is not None and run.safeguard is not None:
@@ -144,7 +145,7 @@ def compress(
                 else:
                     run.gathering.free_widths.load_state_dict(statistics.widths)
                     # drop the reference, so that the truncation can free them
-                    run.gathering.moments, statistics = _fitting(run, statistics), None
+                    run.gathering.moments, statistics = fitting(run, statistics), None
                 run.take(stage)
                 if resumption is not None:
                     resumption.finish_stage()
@@ -240,11 +241,12 @@ def refuse_beforehand(
     """
     if config.limits or resume_in is not None:
         config, reading = _understood(model, batches, config, None, calibration_batches, progress, asked)
+        resume_in = checked_place(resume_in, config)
         with _low_rank_made_dense(model, config) as stand_ins:
             build = partial(Compression, model, progress=False, stand_ins=stand_ins)
-            run = within_limits(build, config, partial(extent_by_first, batches, calibration_batches, reading))
-            with resumable(run, resume_in, calibration_batches):
-                pass
+            extent = partial(extent_by_first, batches, calibration_batches, reading)
+            run = within_limits(build, config, extent, held=held_by(resume_in))
+            refuse_other_run(run, resume_in, calibration_batches)
 
 
 def coverage_of(model: nn.Module, config: CompressionConfig) -> Coverage:
@@ -298,35 +300,6 @@ def _understood(
     reading = {field.name: settings.pop(field.name) for field in fields(BatchReading) if field.name in settings}
     understood = CompressionConfig.asked(config, preset, cast("Settings", settings))
     return understood, BatchReading.of(model, batches, cast("ReadingSettings", reading))
-
-
-def _fitting(compression: Compression, statistics: Moments) -> Moments:
-    """Return the statistics on the model's device, copied only if needed. Raise CalibrationError if they do not fit."""
-    if statistics.watched and (others := [name for name in compression.targets if name not in statistics.watched]):
-        raise CalibrationError(
-            f"the statistics are of other layers: they leave out {', '.join(others[:3])} ({len(others)} layers); "
-            "calibrate with the same include and ignore"
-        )
-    for name, leader in statistics.leaders.items():
-        target, width = compression.targets.get(name), len(statistics.input_sums[leader])
-        if target is None or width != target.shape[1]:
-            found = "no layer to compress" if target is None else f"a layer {target.shape}"
-            raise CalibrationError(
-                f"the statistics are of another model or other layers: {name} of width {width} is {found} here; "
-                "calibrate this one"
-            )
-    side = compression.config.watches_outputs
-    for name in statistics.leaders if side is not None else ():
-        B = statistics.output_sums.get(name)
-        m, unknown = compression.targets[name].shape[0], statistics.output_side is None
-        wrong = unknown and name in statistics.gradient_sums if B is None else len(B) != m
-        if wrong or statistics.output_side not in (None, side):
-            raise CalibrationError(
-                f"the statistics have no {side} gradients at the output of {name} {compression.targets[name].shape}, "
-                f"by which metric {compression.config.metric!r} goes; calibrate with a config of that metric and "
-                "output_side"
-            )
-    return Moments(**move_data_to_device(statistics.state_dict(), next(compression.model.parameters()).device))
 
 
 @contextmanager

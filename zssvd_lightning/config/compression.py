@@ -316,6 +316,11 @@ class CompressionConfig:
         return self.memory == "blocks"
 
     @property
+    def may_be_by_blocks(self) -> bool:
+        """True if it is by blocks, or limits of memory may choose that."""
+        return self.by_blocks or (self.memory == AUTO and bool(self.limits))
+
+    @property
     def place(self) -> str:
         """Medium of what is not beside the model: `cpu` or `disk`; `none` if all is."""
         return "disk" if self.by_blocks else "none" if self.offload == AUTO else self.offload

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from zssvd_lightning.errors import SavedModelError
+from zssvd_lightning.errors import CalibrationError, SavedModelError
 from zssvd_lightning.layers.base import CompressedLinear, is_finite
 
 NAMED = 3
@@ -35,12 +35,26 @@ def digest(path: str | Path) -> str:
 
 
 def add_to_digest(into: "hashlib._Hash", tensor: Tensor) -> None:
-    """Add type, shape and content of a tensor to a digest."""
+    """Add type, shape and content of a tensor to a digest.
+
+    Raises:
+        CalibrationError: its layout is neither strided nor sparse COO, or it is nested or quantized.
+    """
+    tensor = tensor.detach()
+    if tensor.layout not in (torch.strided, torch.sparse_coo) or tensor.is_nested or tensor.is_quantized:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else f"of layout {tensor.layout}"
+        raise CalibrationError(
+            f"a tensor of type {tensor.dtype} is {kind}, so that it cannot be compared with that of an interrupted "
+            "run; give a dense one (tensor.to_dense()), or leave resume_in out"
+        )
     into.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    if tensor.layout is not torch.strided:
-        into.update(str(tensor.detach()).encode())
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        add_to_digest(into, tensor.indices())
+        add_to_digest(into, tensor.values())
     elif tensor.numel():
-        into.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        plain = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+        into.update(plain.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def refuse_changed(files: Iterable[str | Path], digests: Mapping[str, str]) -> None:

@@ -22,7 +22,7 @@ from zssvd_lightning.serialization.integrity import digest
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Number of the format. A folder of another one is begun afresh."""
+"""Number of the format. A folder of another one is refused."""
 
 LOCK, PROGRESS, NEW = "zssvd-lock", "zssvd-progress.json", ".new"
 """Names of the file that a running process locks, of the list of what is finished, and the ending of a file that is
@@ -46,10 +46,12 @@ class UnfinishedFolder:
 
     What is committed is either in the folder as a whole or not at all, even if the process is killed meanwhile: files
     are written under new names, and count once the list of files names them, which is replaced in one step. The folder
-    is removed if the block succeeds with the run that it holds, or if nothing was committed.
+    is removed if the block succeeds with the run that it holds, and, unless it was there before, if nothing was
+    committed. Until `begin`, nothing in it changes.
 
     Args:
         path: the folder, which is created if it is missing.
+        name: what messages call it.
 
     Attributes:
         path: absolute path.
@@ -58,21 +60,25 @@ class UnfinishedFolder:
         run: all that the results of the run in it depend on, by name; None if it is empty.
 
     Raises:
-        OutputError: the path is a file, or the folder has content of others, is in use by another process, or cannot
-            be written.
+        OutputError: the path is a file, or the folder has content of others, is in use by another process, cannot be
+            read or written, or is of another format.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = checked_path(path, OutputError, "resume_in").absolute()
+    def __init__(self, path: str | Path, name: str = "resume_in") -> None:
+        self.path, self._name = checked_path(path, OutputError, name).absolute(), name
         if self.path.exists() and not self.path.is_dir():
-            raise OutputError(f"resume_in {self.path} is a file; name a folder")
+            raise OutputError(f"{name} {self.path} is a file; name a folder")
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self._ours = bool(self._made) or (self.path / LOCK).exists()
         self._lock = self._locked()
         self.run: dict[str, str] | None = None
         self.facts: dict[str, Any] = {}
         self.entries: dict[str, list[str]] = {}
         self._files, self._asked = 0, dict[str, str]()
         try:
-            self._read()
+            if (content := self._listed()) is not None:
+                self.run, self.facts, self.entries = content["run"], content["facts"], content["entries"]
+                self._files = content["files"]
         except BaseException:
             self._lock.close()
             raise
@@ -81,14 +87,23 @@ class UnfinishedFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        with suppress(OSError, FaultError):  # Windows cannot remove a file that is open
-            if kind is None and self._asked:
+        succeeded = kind is None and bool(self._asked)
+        with suppress(OSError, OutputError):  # Windows cannot remove a file that is open
+            if succeeded:
                 (self.path / PROGRESS).unlink(missing_ok=True)
-            self._clear()
+            if self._asked:
+                self._clear()
             if not (self.path / PROGRESS).exists():
                 (self.path / LOCK).unlink()
-                self.path.rmdir()
+                if succeeded or self._ours:
+                    self._remove_folders()
         self._lock.close()
+
+    def _remove_folders(self) -> None:
+        """Remove the folder and those around it that were made for it, as far as they are empty."""
+        with suppress(OSError):
+            for folder in dict.fromkeys((self.path, *self._made)):
+                folder.rmdir()
 
     def refuse_other(self, run: Mapping[str, str]) -> None:
         """Raise OutputError if the folder holds another run.
@@ -107,7 +122,23 @@ class UnfinishedFolder:
                 f"{f', and {len(others) - 3} more' if len(others) > 3 else ''}); start that one again to go on with "
                 "it, delete the folder, or name another"
             )
+
+    def begin(self, run: Mapping[str, str]) -> None:
+        """Begin a run, or go on with it. If something of it is damaged, warn and begin it from the start.
+
+        Args:
+            run: as for `refuse_other`.
+
+        Raises:
+            OutputError: the folder holds another run, or cannot be read.
+        """
+        self.refuse_other(run)
+        if (damaged := self._damaged()) is not None:
+            logger.warning("%s is not as it was written, so the run begins again from the start", self.path / damaged)
+            (self.path / PROGRESS).unlink()
+            self.run, self.facts, self.entries = None, {}, {}
         self._asked = dict(run)
+        self._clear()
 
     def load(self, entry: str) -> Any:
         """Return the value of an entry, whose tensors are mapped from its file. Nothing in it is executed."""
@@ -116,7 +147,7 @@ class UnfinishedFolder:
     def commit(
         self, values: Mapping[str, Any], *, facts: Mapping[str, Any] | None = None, drop: Collection[str] = ()
     ) -> None:
-        """Store entries and plain values in one step. Call `refuse_other` before.
+        """Store entries and plain values in one step. Call `begin` before.
 
         Args:
             values: entries to add or replace: nested plain types and tensors.
@@ -186,6 +217,8 @@ class UnfinishedFolder:
         except OutputError:
             raise
         except OSError as error:
+            if self._made:
+                self._remove_folders()
             raise OutputError(f"cannot write to {self.path}: {error}; name another folder") from error
         try:
             lock(file, in_use)
@@ -196,11 +229,11 @@ class UnfinishedFolder:
         return file
 
     def _refuse_foreign(self) -> None:
-        foreign = sorted(entry.name for entry in self.path.iterdir() if not _OWN.fullmatch(entry.name))
-        if foreign:
+        names = (entry.name for entry in self.path.iterdir())
+        if foreign := sorted(name for name in names if not name.startswith(".") and not _OWN.fullmatch(name)):
             raise OutputError(
-                f"resume_in {self.path} holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}, which no "
-                "interrupted run has left; name an empty or new folder"
+                f"{self._name} {self.path} holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}, which "
+                "no interrupted run has left; name an empty or new folder"
             )
 
     def _refuse_removed(self, file: IO[str], in_use: str) -> None:
@@ -209,35 +242,36 @@ class UnfinishedFolder:
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise OutputError(in_use)
 
-    def _read(self) -> None:
-        """Read the list of what is finished. If anything is damaged, warn and begin afresh."""
-        try:
-            if (content := self._listed()) is not None:
-                self._refuse_changed(content["entries"])
-                self.run, self.facts, self.entries = content["run"], content["facts"], content["entries"]
-                self._files = content["files"]
-        except (FaultError, SavedModelError) as error:
-            logger.warning("%s is damaged (%s), so the run begins again from the start", self.path, error)
-            (self.path / PROGRESS).unlink()
-        self._clear()
+    def _damaged(self) -> str | None:
+        """Return the name of a file that is missing or not as it was written; None if there is none."""
+        for name, written in self.entries.values():
+            path = self.path / name
+            try:
+                if not path.exists() or digest(path) != written:
+                    return name
+            except (OSError, SavedModelError) as error:
+                raise self._unreadable(name, error) from error
+        return None
 
-    def _refuse_changed(self, listed_entries: Mapping[str, list[str]]) -> None:
-        for file, written in listed_entries.values():
-            if digest(self.path / file) != written:
-                raise FaultError(f"{file} is not as it was written")
+    def _unreadable(self, name: str, error: BaseException) -> OutputError:
+        return OutputError(
+            f"cannot read {name} in {self.path}: {error}; nothing was removed. Make it readable and start the run "
+            "again to go on, or name another folder"
+        )
 
     def _listed(self) -> dict[str, Any] | None:
-        """Return the content of the list on the disk; None without one. Raises FaultError if it is damaged."""
+        """Return the content of the list on the disk; None without one. Raises OutputError if it is not understood."""
         try:
-            content = json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))
+            return _understood(json.loads((self.path / PROGRESS).read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, RecursionError) as error:
-            raise FaultError(f"{PROGRESS} cannot be read: {error}") from error
-        _CONTENT(content, PROGRESS)
-        if content["format"] != FORMAT or not all(_OWN.fullmatch(file) for file, _ in content["entries"].values()):
-            raise FaultError(f"{PROGRESS} is not of format {FORMAT}")
-        return dict(content)
+        except OSError as error:
+            raise self._unreadable(PROGRESS, error) from error
+        except (ValueError, RecursionError, FaultError) as error:
+            raise OutputError(
+                f"{PROGRESS} in {self.path} is damaged, or of another release ({error}), so that it is not known which "
+                "run has finished what is there; nothing was removed. Delete the folder, or name another"
+            ) from error
 
     def _clear(self) -> None:
         """Remove the files that the list on the disk does not name."""
@@ -247,6 +281,16 @@ class UnfinishedFolder:
             if path.name not in named and _OWN.fullmatch(path.name):
                 with suppress(OSError):  # Windows cannot remove a file that is mapped
                     path.unlink()
+
+
+def _understood(content: Any) -> dict[str, Any]:
+    """Return the content of a list of what is finished. Raises FaultError if it is not as it was written."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise FaultError(f"it is not of format {FORMAT}")
+    _CONTENT(content, PROGRESS)
+    if not all(_OWN.fullmatch(file) for file, _ in content["entries"].values()):
+        raise FaultError("it names files of others")
+    return content
 
 
 def _save(value: Any, file: Any) -> None:

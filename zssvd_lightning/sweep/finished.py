@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from zssvd_lightning._contexts import random_states, set_random_states
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.serialization.integrity import add_to_digest
@@ -15,8 +16,9 @@ from zssvd_lightning.whitening.moments import Moments
 if TYPE_CHECKING:
     from zssvd_lightning.sweep.forward import SharedState
 
-GRADIENTS, PASSES = "gradients", "passes"
-"""Names in the folder: the gradients at the boundary that is reached, and the digest of the forward passes."""
+BEGIN, GRADIENTS, PASSES = "begin", "gradients", "passes"
+"""Names in the folder: the states of random number generators before the forward passes, the gradients at the boundary
+that is reached, and the digest of the forward passes."""
 
 
 class Findings(Protocol):
@@ -38,12 +40,23 @@ class FinishedParts:
 
     Attributes:
         count: number of parts that an interrupted run has finished.
+        begins: states of random number generators before the forward passes; empty before `begin`.
     """
 
     def __init__(self, folder: UnfinishedFolder, findings: Findings | None) -> None:
         self._folder, self._findings = folder, findings
         self.count = sum(entry.startswith("part ") for entry in folder.entries)
+        self.begins: dict[str, Any] = {}
         self._next, self._passes = 0, sha256()
+
+    def begin(self) -> None:
+        """Note the states of random number generators, or set them to those before the passes of the interrupted run.
+
+        Call it before the first batch is read.
+        """
+        if self.count:
+            set_random_states(self._folder.load(BEGIN))
+        self.begins = random_states()
 
     def note(self, *values: Tensor | str | None) -> None:
         """Add what backward passes depend on to the digest of the forward passes."""
@@ -75,6 +88,7 @@ class FinishedParts:
         of.absorb(Moments(**_on_devices(state["moments"], layers)))
         if self._next == self.count:
             of.gradients.load_state_dict(self._folder.load(GRADIENTS))
+            set_random_states(state["random"])
         return True
 
     def keep(self, of: "SharedState", layers: LayerSet, moments: Moments) -> None:
@@ -87,9 +101,11 @@ class FinishedParts:
             "findings": None if self._findings is None else self._findings.state_of(layers),
             "widths": of.statistics.free_widths.progress(),
             "moments": moments.state_dict() | {kind: dict(getattr(moments, kind)) for kind in _SUMS},
+            "random": random_states(),
         }
+        begin = {} if BEGIN in self._folder.entries else {BEGIN: self.begins}
         self._folder.commit(
-            {f"part {self._next}": state, GRADIENTS: of.gradients.state_dict()},
+            {f"part {self._next}": state, GRADIENTS: of.gradients.state_dict(), **begin},
             facts={PASSES: self._passes.hexdigest()},
         )
         self._next += 1

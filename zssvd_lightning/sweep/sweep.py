@@ -57,6 +57,8 @@ def sweep(
     moments.input_sums, moments.gradient_sums, moments.output_sums = store.tensors(), store.tensors(), store.tensors()
     with no_cache(statistics.model):
         forward = ForwardSweep(statistics, layers, store, inputs, use, finished)
+        if finished is not None:
+            finished.begin()
         for batch in batches:
             forward.run(batch)
             if after_first is not None and len(forward.batches) == 1:

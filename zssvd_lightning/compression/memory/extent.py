@@ -32,7 +32,7 @@ class Beside(NamedTuple):
     state: int = 0
     """Bytes of the state of optimizers."""
     parks: bool | str = False
-    """The setting `park_optimizer`: whether the state is elsewhere during the compression."""
+    """The setting `park_optimizer`, which says whether and where the state is parked during the compression."""
 
 
 @dataclass(frozen=True)

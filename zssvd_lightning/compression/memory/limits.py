@@ -51,13 +51,13 @@ class Limits:
     apart: bool = True
 
     @classmethod
-    def of(cls, config: CompressionConfig, device: torch.device) -> "Limits":
-        """Return the limits that settings ask for, for a model on a device."""
+    def of(cls, config: CompressionConfig, device: torch.device, held: int = 0) -> "Limits":
+        """Return the limits that settings ask for, for a model on a device. `held` bytes of the disk count as free."""
         sizes = {name: bytes_of(size, name) for name, size in config.limits.items()}
-        most, host = sizes.get("max_memory"), sizes.get("max_host_memory")
+        most, host, disk = sizes.get("max_memory"), sizes.get("max_host_memory"), free_disk() + held
         if device.type == "cpu":
-            return cls(min(sizes.values(), default=None), None, free_disk(), apart=False)
-        return cls(most, host, free_disk())
+            return cls(min(sizes.values(), default=None), None, disk, apart=False)
+        return cls(most, host, disk)
 
     def exceeded(self, needs: Needs) -> list[str]:
         """Return what of the needs is above the limits, in words."""
@@ -95,7 +95,13 @@ def ways(config: CompressionConfig, *, apart: bool = True, blocks: bool = True) 
 
 
 def choose(
-    config: CompressionConfig, extent: Extent, budget: Budget, device: torch.device, *, blocks: bool = True
+    config: CompressionConfig,
+    extent: Extent,
+    budget: Budget,
+    device: torch.device,
+    *,
+    blocks: bool = True,
+    held: int = 0,
 ) -> Choice:
     """Return the fastest way within the limits of memory.
 
@@ -105,11 +111,12 @@ def choose(
         budget: budget of the compression.
         device: device of the model.
         blocks: False where a model is not run block by block, as in a fit.
+        held: bytes on the disk of the scratch files that count as free, as those of an interrupted run.
 
     Raises:
         MemoryLimitError: no way is within the limits.
     """
-    limits = Limits.of(config, device)
+    limits = Limits.of(config, device, held)
     blocks = blocks and len(extent.blocks) > 1  # the last are the layers outside of all blocks
     passed: list[str] = []
     for way in ways(config, apart=limits.apart, blocks=blocks):
@@ -126,6 +133,7 @@ def within_limits(
     extent: Callable[[Compression], Extent],
     *,
     blocks: bool = True,
+    held: int = 0,
 ) -> Compression:
     """Return the compression with the way that the limits of memory choose, or as it is without limits.
 
@@ -134,6 +142,7 @@ def within_limits(
         config: settings.
         extent: function that measures its sizes; called only if there are limits.
         blocks: False where a model is not run block by block, as in a fit.
+        held: as for `choose`.
 
     Raises:
         MemoryLimitError: no way is within the limits.
@@ -147,7 +156,8 @@ def within_limits(
             f"the memory of a model whose weights several processes share is not known, so "
             f"{' and '.join(config.limits)} cannot be kept; leave them out, and set offload if it is needed"
         )
-    choice = choose(config, extent(run), run.budget, next(run.model.parameters()).device, blocks=blocks)
+    device = next(run.model.parameters()).device
+    choice = choose(config, extent(run), run.budget, device, blocks=blocks, held=held)
     run = build(choice.config)
     run.choice_of_memory, run.gathering.roots.most = choice.line, choice.room
     return run
