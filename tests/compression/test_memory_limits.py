@@ -170,11 +170,11 @@ def needs_of_ways(model):
     """Bytes of the ways for the model of `run`, as its refusal states them."""
     found = {}
 
-    def note(config, extent, budget, device, *, blocks=True):
+    def note(config, extent, budget, device, **more):
         for way in ways(config, apart=False):
             if way.place != "disk" or way.by_blocks:
                 found[way.memory] = Formulas(extent, way, budget).needs(roots=False).together
-        return choose(config, extent, budget, device, blocks=blocks)
+        return choose(config, extent, budget, device, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("zssvd_lightning.compression.memory.limits.choose", note)
