@@ -146,7 +146,7 @@ def test_inputs_are_summed_in_float32_under_autocast():
 
 
 @pytest.mark.parametrize(
-    ("shape", "rows"), [((2, 4, 3), 5), ((8, 3), 5), ((4, 2, 3), 8), ((2, 3), 2), ((2, 4, 2, 3), 16)]
+    ("shape", "rows"), [((2, 4, 3), 5), ((8, 3), 5), ((4, 2, 3), 5), ((2, 3), 2), ((2, 4, 2, 3), 16)]
 )
 def test_mask_applies_where_the_input_has_its_shape(shape, rows):
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()

@@ -9,8 +9,16 @@ from support.models import assert_same_state, state_of
 from torch import nn
 from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel
 
-from zssvd_lightning import compress, from_pretrained, load_state_dict, merge, save_pretrained
-from zssvd_lightning.errors import BudgetError, TargetError
+from zssvd_lightning import (
+    CompressionConfig,
+    compress,
+    from_pretrained,
+    load_state_dict,
+    merge,
+    save_pretrained,
+)
+from zssvd_lightning.compression.pipeline import calibrate
+from zssvd_lightning.errors import BudgetError, CalibrationError, TargetError
 from zssvd_lightning.layers.apart.attention import ProjectedAttention, projected
 from zssvd_lightning.model.apart.attention import ATTENTION
 from zssvd_lightning.model.coverage import BY_CHOICE
@@ -70,6 +78,60 @@ def test_both_layouts_give_the_same_and_other_attentions_stay_whole():
         assert whole == [*ALL[1:]]
         assert any(part.what == BY_CHOICE for part in report.coverage.left_alone)
     assert counted[True] == counted[False]
+
+
+def statistics_of(model, batches):
+    config = CompressionConfig(metric="two_sided", selection="curvature", corrections=0)
+    return calibrate(model, batches, config, loss=loss_of, progress=False)
+
+
+def test_padding_is_left_out_in_both_layouts():
+    """Padding is large, so that a second moment with some of it is another."""
+    batches = sequence_batches(2)
+    for batch in batches:
+        batch["x"][~batch["attention_mask"]] *= 20
+    one, other = (statistics_of(tiny(batch_first=batch_first), batches) for batch_first in (True, False))
+    assert one.tokens == other.tokens
+    assert one.tokens["encoder.layers.0.linear1"] == 2 * int(batches[0]["attention_mask"].sum())
+    for sums in ("input_sums", "output_sums"):
+        torch.testing.assert_close(dict(getattr(one, sums)), dict(getattr(other, sums)), rtol=1e-4, atol=1e-5)
+
+
+def test_batches_whose_layout_cannot_be_told_are_refused():
+    (batch,) = sequence_batches(1)
+    square = {name: value[:, :6] if value.dim() > 1 else value for name, value in batch.items()}
+    with pytest.raises(CalibrationError, match=r"batch 1 has padding and as many sequences as positions \(6\)"):
+        statistics_of(tiny(batch_first=False), [square])
+    whole = {**square, "attention_mask": torch.ones(6, 6, dtype=torch.bool)}
+    assert statistics_of(tiny(batch_first=False), [whole]).tokens["read"] == 36
+    assert statistics_of(tiny(), [square]).tokens["read"] == int(square["attention_mask"].sum())
+
+
+class Twice(nn.Module):
+    """One attention, first to the sequence itself, then from one half of it to the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, x, counts):
+        h = self.attention(x, x, x)[0]
+        return self.head(self.attention(h[:, :2], h, x)[0].mean(1))
+
+
+def test_an_attention_to_itself_and_to_others_has_a_second_moment_for_each_matrix():
+    torch.manual_seed(0)
+    model, batches = Twice(), [{**batch, "attention_mask": None} for batch in sequence_batches(2)]
+    expected = dict.fromkeys(PARTS[:3], 0)
+    for batch in batches:
+        x = batch["x"]
+        h = model.attention(x, x, x)[0].detach()
+        for part, second in zip(PARTS, (h[:, :2], h, x), strict=False):
+            expected[part] = expected[part] + sum(rows.flatten(0, 1).T @ rows.flatten(0, 1) for rows in (x, second))
+    found = statistics_of(model, batches)
+    for part, total in expected.items():
+        torch.testing.assert_close(found.input_sums[f"attention.{part}"], total, rtol=1e-4, atol=1e-4)
+    assert found.tokens["attention.q_proj"] == 2 * 6 * (7 + 2)
 
 
 def test_what_cannot_be_taken_apart_is_named(caplog):

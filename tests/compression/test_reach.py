@@ -345,10 +345,11 @@ def test_what_fixed_layers_keep_is_taken_from_the_budget_of_the_rest():
             Selection({"a": None, "b": None}, {"a": 0.0, "b": 0.0}),
             {"b": Reason.NEVER_RAN},
         )
-    chosen = Selection({"a": torch.arange(2), "c": None}, {"a": 1.0, "c": 0.0})
+    chosen = Selection({"a": torch.arange(2), "c": None}, {"a": 1.0, "c": 0.0}, removal_loss=0.5)
     merged = with_fixed(chosen, Selection({n: torch.arange(8) for n in "abc"}, dict.fromkeys("abc", 2.0)), {"b": 1})
     assert [merged.rank(name) for name in "abc"] == [2, 8, None]
     assert merged.drifts == {"a": 1.0, "b": 2.0, "c": 0.0}
+    assert merged.removal_loss == 0.5
 
 
 def test_what_later_batches_reach_keeps_the_ratio_of_the_present_layers():

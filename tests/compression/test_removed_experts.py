@@ -1,6 +1,7 @@
 """Removal of whole experts: estimates, selection, and what is left of them."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -18,7 +19,14 @@ from zssvd_lightning import (
 )
 from zssvd_lightning.calibration.routing.removals import changes_of_loss
 from zssvd_lightning.compression.pipeline import calibrate, plan
-from zssvd_lightning.errors import CalibrationError, ContradictionError, ExportError, TargetError
+from zssvd_lightning.errors import (
+    CalibrationError,
+    CheckpointError,
+    ContradictionError,
+    ExportError,
+    LeftDenseWarning,
+    TargetError,
+)
 from zssvd_lightning.layers.apart.experts import ExpertList
 from zssvd_lightning.layers.apart.removed import RemovedLinear, forget, forgotten_by, router_beside, run_without
 from zssvd_lightning.model.apart.routers import removable_experts
@@ -146,6 +154,65 @@ def test_the_router_forgets_and_remembers():
         assert_same_state(before, state_of(model))
 
 
+def test_a_router_that_forgets_is_never_changed(monkeypatch):
+    torch.manual_seed(0)
+    model = lopsided_experts()
+    _, router, count = next(iter(routers_of(model)))
+    forget(router, [1], count)
+    seen, x, weight = [], torch.randn(60, 32), router.weight
+    expected = router(x)
+    stored = io.BytesIO()
+    torch.save(router, stored)
+    stored.seek(0)
+    copies = copy.deepcopy(router), torch.load(stored, weights_only=False)
+    router.register_forward_hook(lambda module, args, output: seen.append(output[0].shape[-1]))
+    for again in copies:
+        again.weight.data.neg_()
+        assert forgotten_by(again) == [1]
+        assert not torch.equal(again(x)[0], expected[0])
+        assert all(torch.equal(one, other) for one, other in zip(router(x), expected, strict=True))
+    assert set(seen) == {count}
+
+    def interrupted(self, x):
+        assert len(self.weight) == count - 1
+        assert router.weight is weight
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(type(router), "forward", interrupted)
+        router(x)
+    assert router.weight is weight
+    assert torch.equal(router(x)[0], expected[0])
+
+
+def test_experts_that_are_not_reached_or_get_other_weights_are_not_removed(caplog):
+    """The second list gets weights that its router does not return. The first one is not reached."""
+    torch.manual_seed(0)
+    model, batches = lopsided_experts(num_hidden_layers=3), token_batches(2)
+    first, second = (model.model.layers[number].mlp for number in range(2))
+    first.register_forward_hook(lambda module, args, output: args[0])
+    second.experts.register_forward_pre_hook(lambda module, args: (*args[:2], args[2] * 2))
+    with pytest.warns(LeftDenseWarning):
+        report = compress(model, batches, **REMOVES | {"prune_ratio": 0.6})
+    assert {expert[:15] for expert in report.removed_experts} == {"model.layers.2."}
+    assert "no expert of model.layers.1.mlp.experts is removed: in a batch, they got other" in caplog.text
+    assert "layers.0.mlp.experts is removed" not in caplog.text
+
+
+def test_weights_without_experts_are_refused_by_a_model_without_their_router():
+    torch.manual_seed(0)
+    model = lopsided_experts("gpt_oss")
+    compress(model, token_batches(2), **REMOVES)
+    fresh = lopsided_experts("gpt_oss")
+    for layer in fresh.model.layers:
+        layer.mlp.twin = copy.deepcopy(layer.mlp.router)  # so that it is not known which one is theirs
+    before, modules = state_of(fresh), dict(fresh.named_modules())
+    with pytest.raises(CheckpointError, match="no router beside it has a row for each expert"):
+        load_state_dict(fresh, model.state_dict(), strict=False)
+    assert dict(fresh.named_modules()) == modules
+    assert_same_state(before, state_of(fresh))
+
+
 def test_the_losses_of_routers_see_all_experts():
     torch.manual_seed(0)
     model, batches = lopsided_experts(), token_batches(2)
@@ -242,9 +309,14 @@ def test_a_router_that_cannot_do_without_an_expert_is_named(caplog):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, ExpertList(module))
     names = [name for name, _ in model.named_modules()]
-    model.model.layers[0].mlp.gate.num_group = 2
+    first, second = (layer.mlp.gate for layer in model.model.layers)
+    second.forward = lambda x: type(second).forward(second, x)
+    assert [routed.name for routed in removable_experts(model, names)] == ["model.layers.0.mlp.experts"]
+    assert "the forward method of their router was replaced" in caplog.text
+    del second.forward
+    first.num_group = 2
     assert [routed.name for routed in removable_experts(model, names)] == ["model.layers.1.mlp.experts"]
     assert "no expert of model.layers.0.mlp.experts can be removed: their router chooses from groups" in caplog.text
-    model.model.layers[1].mlp.gate.register_parameter("bias", torch.nn.Parameter(torch.zeros(4)))  # which is not used
+    second.register_parameter("bias", torch.nn.Parameter(torch.zeros(4)))  # which is not used
     with pytest.raises(TargetError, match=r"layers\.1\.mlp\.experts: .* still chooses expert"):
         removable_experts(model, names)

@@ -179,3 +179,34 @@ def quantized():
 def test_attentions_that_are_not_torchs_are_named(build, reason):
     fault = fault_of(build())
     assert fault is None if reason is None else reason in fault
+
+
+def test_what_is_made_from_it_requires_the_same_gradients():
+    old = attention_of()
+    old.in_proj_weight.requires_grad_(requires_grad=False)
+    old.out_proj.bias.requires_grad_(requires_grad=False)
+    flags = {name: parameter.requires_grad for name, parameter in old.named_parameters()}
+    assert {
+        name: parameter.requires_grad for name, parameter in ProjectedAttention(old).packed().named_parameters()
+    } == flags
+
+
+def test_nested_sequences_run_hooks_once_and_weights_have_the_type_of_torch():
+    old = nn.MultiheadAttention(E, H, batch_first=True).eval()
+    new, calls = ProjectedAttention(old), []
+    new.register_forward_hook(lambda *_: calls.append(1))
+    new(*[torch.nested.as_nested_tensor([torch.randn(3, E), torch.randn(2, E)])] * 3)  # one tensor, three times
+    assert len(calls) == 1
+    x = torch.randn(B, L, E)
+    mask = torch.zeros(L, L).masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -torch.inf)
+    with torch.autocast("cpu", torch.bfloat16):
+        (expected, weights), (output, own) = old(x, x, x, attn_mask=mask), new(x, x, x, attn_mask=mask)
+    assert own.dtype == weights.dtype
+    assert output.dtype == expected.dtype
+    torch.testing.assert_close(own, weights, rtol=2e-2, atol=2e-2)
+
+
+def test_it_can_be_traced():
+    new, x = ProjectedAttention(attention_of(batch_first=True)).eval(), torch.randn(B, L, E).double()
+    traced = torch.jit.trace(new, (x, x, x))
+    torch.testing.assert_close(traced(x, x, x), new(x, x, x))

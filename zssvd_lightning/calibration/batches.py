@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from zssvd_lightning._resources import counted
 from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.layers.apart.attention import ProjectedAttention
 
 IGNORED_LABEL = -100
 
@@ -112,10 +113,27 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def rows_that_count(X: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the rows (N, n) of X, (B, T, n) or (B T, n), where `mask` (B, T) is True; every row for other shapes."""
+    """Return the rows (N, n) of X where `mask` (B, T) is True.
+
+    X is (B, T, n), (B T, n), or (T, B, n) for B != T. Every row of other shapes counts.
+    """
     if mask is not None and X.shape[:-1] in (mask.shape, (mask.numel(),)):
         return X[mask.reshape(X.shape[:-1])]
+    if mask is not None and X.shape[:-1] == mask.T.shape:
+        return X[mask.T]
     return X.reshape(-1, X.shape[-1])
+
+
+def refuse_square(model: nn.Module, mask: Any, number: int) -> None:
+    """Raise CalibrationError if it cannot be told whether layers read (B, T, n) or (T, B, n) of batch `number`."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != mask.shape[1] or bool(mask.all()):
+        return
+    attentions = (part for part in model.modules() if isinstance(part, nn.MultiheadAttention | ProjectedAttention))
+    if not all(attention.batch_first for attention in attentions):
+        raise CalibrationError(
+            f"batch {number} has padding and as many sequences as positions ({len(mask)}), so the layout (T, B, n) "
+            "cannot be told; use another batch size, or batch_first=True"
+        )
 
 
 class Span(NamedTuple):

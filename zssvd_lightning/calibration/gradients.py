@@ -7,9 +7,14 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from zssvd_lightning._numerics import accumulated
 from zssvd_lightning.errors import CalibrationError, NonFiniteError, ZeroGradientError
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.whitening.moments import Moments
+from zssvd_lightning.whitening.output_gradients import Draw
+
+POSITIONS = 256
+"""Number of positions whose logits are converted to float32 at a time."""
 
 
 def check_terms(terms: float) -> None:
@@ -81,6 +86,17 @@ def refuse_no_gradient(moments: Moments) -> None:
             f"the loss has no gradient at any layer, though {', '.join(ran[:3])} ({len(ran)} layers) ran: they run "
             "under torch.no_grad, or their outputs are detached; let the loss depend on them"
         )
+
+
+def drawn_in_place_of(found: Tensor, logits: Tensor, draw: Draw, generator: torch.Generator) -> Tensor:
+    """Overwrite the gradient of the loss by the logits with drawn ones, where it is not zero, and return it."""
+    drawn = found.flatten(0, -2)
+    counting = drawn.any(-1)
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        parts = (torch.split(each, POSITIONS) for each in (drawn, logits.flatten(0, -2), counting))
+        for rows, z, counts in zip(*parts, strict=True):
+            rows[counts] = draw(z[counts].to(accumulated(z.dtype)), generator).to(rows)
+    return drawn.view_as(logits)
 
 
 def send_back_drawn(outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

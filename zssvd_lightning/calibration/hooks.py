@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning._contexts import evaluation_mode, no_cache, uncompiled
-from zssvd_lightning._numerics import accumulated, exact_products
+from zssvd_lightning._numerics import exact_products
 from zssvd_lightning.calibration.batches import input_of, rows_that_count
 from zssvd_lightning.calibration.contexts import (
     gradients_from_embeddings_on,
@@ -17,7 +17,12 @@ from zssvd_lightning.calibration.contexts import (
     in_reentrant_checkpoint,
 )
 from zssvd_lightning.calibration.free_widths import FreeWidths, hooked_modules
-from zssvd_lightning.calibration.gradients import collect_at_once, refuse_no_gradient, send_back_drawn
+from zssvd_lightning.calibration.gradients import (
+    collect_at_once,
+    drawn_in_place_of,
+    refuse_no_gradient,
+    send_back_drawn,
+)
 from zssvd_lightning.calibration.masks import Masks, TokenMask
 from zssvd_lightning.calibration.operands import CheckedOperands
 from zssvd_lightning.calibration.recorded_calls import Call
@@ -29,9 +34,6 @@ from zssvd_lightning.model.targets import Target
 from zssvd_lightning.whitening.moments import Moments
 from zssvd_lightning.whitening.output_gradients import Draw
 from zssvd_lightning.whitening.spectrum import Spectrum
-
-POSITIONS = 256
-"""Number of positions whose logits are converted to float32 at a time."""
 
 
 class Observation:
@@ -63,6 +65,8 @@ class Observation:
         self._runs_again = isinstance(mask, Masks)
         self.leaves: Callable[[], list[Tensor]] = list
         self._latest: dict[str, weakref.ref[Tensor]] = {}
+        self._calls: dict[str, int] = {}
+        self._before: dict[str, tuple[Tensor, int]] = {}
         self._hooked = hooked_modules(model)
         self._hooks = ExitStack()
         self._output_hooks = ExitStack()
@@ -178,16 +182,11 @@ class Observation:
                 "the loss does not come from the logits that the model returned, so none can be drawn instead of it; "
                 "set output_side to 'empirical', or override ZSSVDCallback.student to name the model that returns them"
             )
-        drawn = found.flatten(0, -2)  # overwritten below
-        counting = drawn.any(-1)
-        with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-            parts = (torch.split(each, POSITIONS) for each in (drawn, logits.flatten(0, -2), counting))
-            for rows, z, counts in zip(*parts, strict=True):
-                rows[counts] = draw(z[counts].to(accumulated(z.dtype)), generator).to(rows)
+        drawn = drawn_in_place_of(found, logits, draw, generator)
         self._without_graph = [name for name, has_graph in self._has_graph.items() if not has_graph]
         weights = [target.module.weight for target in self._targets.values()] + self.leaves()
         before, self.gradient_weight, self._taking_outputs = self.gradient_weight, 1.0, True
-        send_back_drawn([logits], weights, [drawn.view_as(logits)])
+        send_back_drawn([logits], weights, [drawn])
         self.gradient_weight, self._taking_outputs = before, False
 
     def take_outputs(self, weight: float | None) -> None:
@@ -223,6 +222,7 @@ class Observation:
 
     def forward_done(self) -> None:
         """Stop watching inputs, so that forward passes that activation checkpointing repeats are not counted."""
+        self._before.clear()
         self._hooks.close()
 
     def close(self) -> None:
@@ -272,18 +272,30 @@ class Observation:
         return see
 
     def _see(self, name: str, X: Tensor) -> None:
-        leaders = self._moments.leaders
+        """Add an input to the second moment of a layer or, if another one has read it too, of that leader.
+
+        A layer that stops sharing in the batch in which it began, as where one attention is to itself and then to
+        others, goes on with a copy of the leader's second moment from before.
+        """
+        leaders, calls = self._moments.leaders, self._calls
         if name not in leaders:
             leaders[name] = next((leader for leader, seen in self._latest.items() if seen() is X), name)
+            calls[name] = 0
         leader = leaders[name]
-        if leader == name:
+        if leader != name and (leader not in self._latest or self._latest[leader]() is not X):
+            if leader not in self._before or calls.get(name) != calls[leader] - 1:
+                raise CalibrationError(
+                    f"{name} read the same input as {leader} in its first call, but another one in a later call; "
+                    f"compress them in separate runs, or add {name} to ignore"
+                )
+            self._moments.part(name, *self._before[leader])
+        if leaders[name] == name:
+            if calls.get(name) and any(leader == name != follower for follower, leader in leaders.items()):
+                self._before[name] = self._moments.input_sums[name].clone(), self._moments.tokens[name]
             self._latest[name] = weakref.ref(X)
             self._moments.add_inputs(name, rows_that_count(X, self.masks.of(name, X)))
-        elif leader not in self._latest or self._latest[leader]() is not X:
-            raise CalibrationError(
-                f"{name} read the same input as {leader} in the first batch, but another one now; "
-                f"compress them in separate runs, or add {name} to ignore"
-            )
+        if name in calls:
+            calls[name] += 1
 
 
 @contextmanager
@@ -324,27 +336,3 @@ def observing(
         if outputs is not None:
             observation.watch_outputs(outputs)
         yield observation
-
-
-@contextmanager
-def watching_inputs(
-    model: nn.Module, targets: Mapping[str, Target], moments: Moments, mask: TokenMask
-) -> Iterator[None]:
-    """Add the inputs of the layers to the second moments, in the current mode of the model; remove all hooks on exit.
-
-    Args:
-        model: the model that the batch runs through.
-        targets: the layers to watch, by name.
-        moments: receives the second moments.
-        mask: mask of the batch.
-
-    Raises:
-        CalibrationError: the batch is all padding, or layers stop sharing an input.
-    """
-    observation = Observation(model, targets, moments, mask)
-    with ExitStack() as stack:
-        stack.callback(observation.forward_done)
-        stack.enter_context(uncompiled())
-        observation.watch_masks()
-        observation.watch_inputs()
-        yield

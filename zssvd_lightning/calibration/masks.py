@@ -4,7 +4,7 @@ A stack is a part of a model that is called with one sequence and its mask: an e
 goes by the mask of its own call. Layers that read the output of another stack, such as the keys and values of
 cross-attention, go by the mask of that stack.
 
-Shapes: B sequences of T positions; a mask is (B, T), a layer's input X is (B, T, n) or (B T, n).
+Shapes: B sequences of T positions; a mask is (B, T); an input X is (B, T, n), (T, B, n) or (B T, n).
 """
 
 import functools
@@ -318,7 +318,7 @@ def _holds_positions(sequence: Tensor) -> bool:
 
 
 def _has_shape(X: Tensor, shape: tuple[int, ...]) -> bool:
-    return tuple(X.shape[:-1]) in (shape, (shape[0] * shape[1],))
+    return tuple(X.shape[:-1]) in (shape, shape[::-1], (shape[0] * shape[1],))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from zssvd_lightning.calibration.batches import refuse_malformed
+from zssvd_lightning.calibration.batches import refuse_malformed, refuse_square
 from zssvd_lightning.calibration.masks import mask_of
 from zssvd_lightning.callbacks.batch_meaning import BatchMeaning
 from zssvd_lightning.callbacks.fit_context import FitContext
@@ -35,9 +35,11 @@ class BatchObserver:
         """Start to observe the batch, if the current phase gathers statistics."""
         if life.gathering:
             refuse_malformed(batch, life.batches + 1)
+            mask = mask_of(batch, self._meaning.token_mask)
+            refuse_square(module, mask.positions, life.batches + 1)
             self._fit.adapter.unwrap_parameters()
             self._fit.adapter.before_batch()
-            observed = life.open(mask_of(batch, self._meaning.token_mask), self._meaning.loss_terms(batch))
+            observed = life.open(mask, self._meaning.loss_terms(batch))
             self._fit.adapter.sync_requires_grad()
             observed.during(nothing_to_clip(module))
             self._scaler = observed.during(ScalerAtRest(trainer).resting())

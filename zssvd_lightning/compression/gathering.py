@@ -23,6 +23,7 @@ from zssvd_lightning.calibration.batches import (
     number_of,
     predicts_first_label,
     refuse_malformed,
+    refuse_square,
     so_many,
     token_mask,
 )
@@ -139,6 +140,7 @@ class BatchReading:
         if isinstance(self.loss, ModelLoss):
             self.loss.refuse(model, batch, number)
         refuse_malformed(batch, number)
+        refuse_square(model, self.mask(batch), number)
 
     def __post_init__(self) -> None:
         check_types(self)

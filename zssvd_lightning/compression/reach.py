@@ -201,8 +201,9 @@ def with_fixed(selection: Selection, fixed: Selection | None, names: Mapping[str
     """Return a selection in which the layers `names` are as in `fixed`."""
     if fixed is None or not names:
         return selection
-    return Selection(
-        {name: (fixed if name in names else selection).kept[name] for name in fixed.kept},
-        {name: (fixed if name in names else selection).drifts[name] for name in fixed.drifts},
-        selection.eight_bit | (fixed.eight_bit & names.keys()),
+    return replace(
+        selection,
+        kept={name: (fixed if name in names else selection).kept[name] for name in fixed.kept},
+        drifts={name: (fixed if name in names else selection).drifts[name] for name in fixed.drifts},
+        eight_bit=selection.eight_bit | (fixed.eight_bit & names.keys()),
     )

@@ -5,17 +5,18 @@
 
 import math
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zssvd_lightning._contexts import uncompiled
 from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.calibration.collector import StatisticsCollector
-from zssvd_lightning.calibration.hooks import watching_inputs
+from zssvd_lightning.calibration.hooks import Observation
 from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.calibration.reach import Unreached, named
 from zssvd_lightning.distributed import LayerSet, Team
@@ -102,7 +103,7 @@ class PrehabRun:
         if self.gathering is None:
             raise RuntimeError("second moments are gathered once")
         self.window = Moments(leaders=self.gathering.moments.leaders)
-        return watching_inputs(self.gathering.model, self.targets, self.window, mask)
+        return _watching_inputs(self.gathering.model, self.targets, self.window, mask)
 
     def absorb(self) -> None:
         """Add the second moments of a finished batch to the statistics."""
@@ -235,3 +236,27 @@ class PrehabRun:
         self.begins_at, self.saved_gathering = state["begins_at"], state["gathering"]
         self.leaders, self.kept, self.vectors = (dict(state[name]) for name in ("leaders", "kept", "vectors"))
         self.left_out = list(state.get("left_out", ()))
+
+
+@contextmanager
+def _watching_inputs(
+    model: nn.Module, targets: Mapping[str, Target], moments: Moments, mask: TokenMask
+) -> Iterator[None]:
+    """Add the inputs of the layers to the second moments, in the current mode of the model; remove all hooks on exit.
+
+    Args:
+        model: the model that the batch runs through.
+        targets: the layers to watch, by name.
+        moments: receives the second moments.
+        mask: mask of the batch.
+
+    Raises:
+        CalibrationError: the batch is all padding, or layers stop sharing an input.
+    """
+    observation = Observation(model, targets, moments, mask)
+    with ExitStack() as stack:
+        stack.callback(observation.forward_done)
+        stack.enter_context(uncompiled())
+        observation.watch_masks()
+        observation.watch_inputs()
+        yield

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.layers.apart.removed import forget_removed
+from zssvd_lightning.layers.apart.experts import expert_lists
+from zssvd_lightning.layers.apart.removed import RemovedLinear, forget_removed, router_beside
 from zssvd_lightning.layers.base import ADAPTER_NOTE, LOADING_NOTE, NOTE, CompressedLinear, Dense, own_memory, shape_of
 from zssvd_lightning.layers.registry import KINDS, Factored, dense_like, layer_like
 from zssvd_lightning.model import adapters
@@ -53,6 +54,7 @@ def match_structure(
     STORAGES.loaded()  # their layers are looked for too
     undo = [match_parts(kind, model, weights, replace) for kind in APART]
     try:
+        _refuse_no_router(model, weights)
         _match_layers(model, weights, strict, replace)
     except BaseException:
         for restore in undo:
@@ -63,6 +65,18 @@ def match_structure(
         for part in model.modules() if kind.separates else ():
             if isinstance(part, kind.form):
                 own_memory(part)
+
+
+def _refuse_no_router(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if weights lack experts that no router of `model` could be kept from choosing."""
+    for name, experts in expert_lists(model):
+        layers = [key for key, part in experts.named_modules(prefix=name) if isinstance(part, Dense | CompressedLinear)]
+        removed = any(RemovedLinear.found_in(weights, layer) is not None for layer in layers)
+        if removed and router_beside(model, name, len(experts.experts)) is None:
+            raise CheckpointError(
+                f"experts of {name} are removed in the weights, but no router beside it has a row for each expert; "
+                "load them into the model they were saved from"
+            )
 
 
 def _match_layers(

@@ -81,6 +81,10 @@ class Moments:
         self.input_sums[leader] = total  # mappings elsewhere than in memory return copies
         self.tokens[leader] += X.shape[0]
 
+    def part(self, name: str, total: Tensor, tokens: int) -> None:
+        """Have a layer be its own leader from now on, with a copy of sums that were those of another leader so far."""
+        self.leaders[name], self.input_sums[name], self.tokens[name] = name, total.clone(), tokens
+
     @torch.no_grad()
     def add_outputs(self, name: str, D: Tensor, weight: float = 1.0) -> None:
         """Add the rows `weight * D` (T, m), without padding."""

@@ -9,6 +9,8 @@ both over the number of loss terms. The second is the Fisher estimate that metri
 weight, but without the assumption that inputs and gradients are independent.
 """
 
+import inspect
+import logging
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,8 @@ from zssvd_lightning.whitening.moments import Moments
 if TYPE_CHECKING:
     from zssvd_lightning.calibration.collector import StatisticsCollector
 
+logger = logging.getLogger(__name__)
+
 Weights = Callable[[], tuple[float, float]]
 """Function that returns the weights of a gradient in the first-order and in the second-order sum."""
 
@@ -44,18 +48,22 @@ def _watch(
     routed: Routed, experts: ExpertList, router: nn.Module, weights: Weights, into: Moments, hooks: ExitStack
 ) -> None:
     numbers = routed.may_go({*removed_from(experts), *forgotten_by(router)})
-    asked: list[Tensor] = []
+    count, arguments = len(routed.layers), inspect.signature(experts.forward)
+    asked: list[tuple[Tensor, Routing]] = []
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        asked[:] = [(*args, *kwargs.values())[0].detach()]
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        asked[:] = [((*args, *kwargs.values())[0].detach(), Routing(*output))]
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        x, chosen, shares = (*args, *kwargs.values())[:3]
-        tokens, x, shares = asked[0], x.detach(), shares.detach()
+        x, chosen, shares = (each.detach() for each in arguments.bind(*args, **kwargs).arguments.values())
+        other = not asked or not _agree(asked[0][1], chosen, shares, count)
+        tokens = x if other else asked[0][0]
 
         def see(gradient: Tensor) -> None:
             first, second = weights()
-            if first or second:
+            if other:
+                into.add_removals(routed.name, torch.full((2, count), torch.nan, device=x.device))
+            elif first or second:
                 with torch.no_grad(), torch.autocast(x.device.type, enabled=False), exact_products():
                     c = changes_of_loss(experts, router, numbers, tokens, x, chosen, shares, gradient)
                 into.add_removals(routed.name, torch.stack([first * c.sum(0), (second * c).square().sum(0)]))
@@ -63,7 +71,7 @@ def _watch(
         if output.requires_grad:
             output.register_hook(see)  # type: ignore[no-untyped-call]
 
-    hooks.callback(router.register_forward_pre_hook(note, with_kwargs=True).remove)
+    hooks.callback(router.register_forward_hook(note, prepend=True, with_kwargs=True).remove)
     hooks.callback(experts.register_forward_hook(watch, with_kwargs=True).remove)
 
 
@@ -115,6 +123,9 @@ def changes_of_loss(
 def possible_removals(gathering: "StatisticsCollector", layers: Mapping[str, Any], team: Team) -> list[Removal]:
     """Return the experts that may be removed, with the estimates of the statistics; after `complete`. Collective.
 
+    Lists that the batches have not reached have none, and neither have those whose experts do not get the weights that
+    the router returns, which the log names.
+
     Args:
         gathering: the statistics.
         layers: layers that selection decides on. An expert is a candidate if all of its layers are among them.
@@ -123,23 +134,32 @@ def possible_removals(gathering: "StatisticsCollector", layers: Mapping[str, Any
     Raises:
         CalibrationError: the statistics have no estimates.
     """
-    found: list[Removal] = []
+    found, terms = list[Removal](), gathering.moments.loss_terms
     for each in gathering.routed:
         experts = each.experts_in(gathering.model)
         gone = {*removed_from(experts), *forgotten_by(each.router_in(gathering.model))}
         own = _sums(each, gathering.moments, next(experts.parameters()).device)
         first, squares = team.over_batches(own).double().cpu()
-        may_go = each.may_go(gone)
-        if may_go and not squares.any():
-            raise CalibrationError(
-                f"the statistics tell nothing of removing experts of {each.name}: they are of a calibration without "
-                "remove_experts, or the loss does not depend on these experts; calibrate with remove_experts=True"
-            )
-        terms = gathering.moments.loss_terms
+        may_go = {number: most for number, most in each.may_go(gone).items() if layers.keys() >= {*each.layers[number]}}
+        if squares.isnan().any():
+            if team.rank == 0:
+                logger.warning(
+                    "no expert of %s is removed: in a batch, they got other experts or weights than their router "
+                    "returned, so that it is not known what they would get without one",
+                    each.name,
+                )
+            continue
+        if not squares.any():
+            if any(gathering.moments.tokens.get(name) for number in may_go for name in each.layers[number]):
+                raise CalibrationError(
+                    f"the statistics tell nothing of removing experts of {each.name}: they are of a calibration "
+                    "without remove_experts, or the loss does not depend on these experts, or this loss is flat at "
+                    "them; calibrate with remove_experts=True"
+                )
+            continue
         for number, most in may_go.items():
-            if all(name in layers for name in each.layers[number]):
-                losses = float(first[number]) / terms, float(squares[number]) / 2 / terms
-                found.append(Removal(each.layers[number], *losses, (each.name, each.group_of(number)), most))
+            losses = float(first[number]) / terms, float(squares[number]) / 2 / terms
+            found.append(Removal(each.layers[number], *losses, (each.name, each.group_of(number)), most))
     return found
 
 
@@ -166,6 +186,14 @@ def _sums(routed: Routed, moments: Moments, device: torch.device) -> Tensor:
 def _dtype(module: nn.Module) -> torch.dtype:
     """Return the type of the weights of a module, which autocast may have given inputs of another."""
     return next(module.parameters()).dtype
+
+
+def _agree(routing: Routing, chosen: Tensor, shares: Tensor, count: int) -> bool:
+    """Return whether experts and weights (N, K) are those that a router has returned, up to the precision of a type."""
+    if routing.chosen.shape != chosen.shape:
+        return False
+    found, expected = _by_expert(chosen, shares, count), _by_expert(routing.chosen, routing.weights.detach(), count)
+    return torch.allclose(found, expected, rtol=torch.finfo(shares.dtype).eps ** 0.5, atol=1e-6)
 
 
 def _by_expert(chosen: Tensor, shares: Tensor, count: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from zssvd_lightning.layers.base import take_over, type_of
+from zssvd_lightning.layers.base import take_after, take_over, type_of
 
 READING = ("q_proj", "k_proj", "v_proj")
 """Names of the linear layers that read queries, keys and values."""
@@ -163,7 +163,7 @@ class ProjectedAttention(nn.Module):
         dropout, weights = self.dropout if self.training else 0.0, None
         if need_weights:
             scores = (q * math.sqrt(1 / self.head_dim)) @ k.transpose(2, 3)
-            weights = functional.softmax(scores if mask is None else scores + mask, -1)
+            weights = functional.softmax(scores if mask is None else scores + mask.to(scores.dtype), -1)
             weights = functional.dropout(weights, dropout) if dropout else weights
             y = weights @ v
         else:
@@ -198,7 +198,7 @@ class ProjectedAttention(nn.Module):
         lengths = [len(part) for part in x.unbind()]
         padded = x.to_padded_tensor(0.0)
         padding = torch.arange(padded.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]
-        y, weights = self(padded, padded, padded, padding, need_weights, average_attn_weights=average)
+        y, weights = self.forward(padded, padded, padded, padding, need_weights, average_attn_weights=average)
         rows = [row[:length] for row, length in zip(y, lengths, strict=True)]
         return torch.nested.as_nested_tensor(rows, layout=x.layout), weights
 
@@ -223,16 +223,13 @@ class ProjectedAttention(nn.Module):
         biased = first.bias is not None
         new = nn.MultiheadAttention(self.embed_dim, self.num_heads, bias=biased, add_bias_kv=extra, **sizes)
         new.to_empty(device=next(first.parameters()).device)
+        take_after(new, first)
+        take_after(new.out_proj, last)
         take_over(new, self, leave_out=("_qkv_same_embed_dim",))
         for name in EXTRA:
             setattr(new, name, getattr(self, name))
         if last.bias is None:
             new.out_proj.register_parameter("bias", None)
-        for parameters, layer in ((new.parameters(recurse=False), first), (new.out_proj.parameters(), last)):
-            trained = next(layer.parameters()).requires_grad
-            for parameter in parameters:
-                if parameter is not self.bias_k and parameter is not self.bias_v:
-                    parameter.requires_grad_(trained)
         return new
 
     @property

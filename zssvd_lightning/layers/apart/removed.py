@@ -4,7 +4,9 @@ Shapes: E experts, n hidden features, N tokens, K experts for each token. Import
 saved folder can contain a copy of this file.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+import copy
+from collections.abc import Collection, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, Self
 
@@ -72,8 +74,8 @@ class RemovedLinear(CompressedLinear):
         """
         if x.numel():
             raise RuntimeError(
-                "the router has chosen an expert that was removed. If its logits are not NaN, its hooks were taken "
-                "off; call zssvd_lightning.layers.apart.removed.forget_removed(model)"
+                "the router has chosen an expert that was removed. NaN logits can cause this; otherwise the router was "
+                "replaced or its forward overridden: call zssvd_lightning.layers.apart.removed.forget_removed(model)"
             )
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
@@ -97,11 +99,11 @@ class Routing(NamedTuple):
 
 
 class Forgetting:
-    """Hooks of a router that keep it from choosing removed experts, so that tokens go to the next best ones.
+    """What runs in place of a router's `forward` so that it does not choose removed experts, but the next best ones.
 
     A router with a number for each expert that it adds before the choice (a bias) runs with the lowest number for those
-    removed. Any other runs with the rows of the remaining experts alone, and what it chooses is numbered as before. The
-    parameters themselves do not change.
+    removed. Any other runs with the rows of the remaining experts alone, and what it chooses is numbered as before. It
+    runs as a shallow copy with such tensors, so that the router itself never changes.
 
     Args:
         removed: numbers of the removed experts.
@@ -111,60 +113,42 @@ class Forgetting:
     def __init__(self, removed: Collection[int], count: int) -> None:
         self.removed, self.count = sorted(removed), count
         self._kept = torch.tensor([number for number in range(count) if number not in removed], device="cpu")
-        self._whole: dict[str, Tensor] = {}
 
-    def before(self, router: nn.Module, args: Any = None) -> None:
-        """Give the router the tensors with which it forgets, until `after`."""
-        self._whole = _of_each_expert(router, self.count)
-        biased = has_bias(router, self.count)
-        for name, value in self._whole.items():
-            self._kept = self._kept.to(value.device)
+    def __call__(self, router: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return the output (logits, weights and numbers) of a router for all experts."""
+        twin, biased = copy.copy(router), has_bias(router, self.count)
+        twin._parameters, twin._buffers = dict(router._parameters), dict(router._buffers)  # noqa: SLF001
+        for name, value in _of_each_expert(router, self.count).items():
             if not biased:
-                _put(router, name, value.index_select(0, self._kept))
+                _put(twin, name, value.index_select(0, self._kept.to(value.device)))
             elif value.ndim == 1:
-                _put(router, name, lowered(value, self.removed))
-
-    def after(self, router: nn.Module, args: Any, output: Any) -> Any:
-        """Put the tensors back, and return the output (logits, weights and numbers) for all experts."""
-        for name, value in self._whole.items():
-            _put(router, name, value)
-        self._whole = {}
-        if output is None or has_bias(router, self.count):
+                _put(twin, name, lowered(value, self.removed))
+        output = type(router).forward(twin, *args, **kwargs)
+        if biased:
             return output
         logits, weights, places = output
-        lowest = logits.new_full((*logits.shape[:-1], self.count), torch.finfo(logits.dtype).min)
-        return lowest.index_copy(-1, self._kept, logits), weights, self._kept[places]
+        lowest, kept = torch.finfo(logits.dtype).min, self._kept.to(logits.device)
+        every = logits.new_full((*logits.shape[:-1], self.count), lowest)
+        return every.index_copy(-1, kept, logits), weights, kept[places]
 
 
 def run_without(router: nn.Module, removed: Collection[int], count: int, x: Tensor) -> Any:
     """Return the output of a router for the tokens x (N, n) without the removed ones of E experts and without hooks."""
-    hooks = Forgetting(removed, count)
-    output = None
-    hooks.before(router)
-    try:
-        output = router.forward(x)
-    finally:
-        output = hooks.after(router, (x,), output)
-    return output
+    return Forgetting(removed, count)(router, x)
 
 
 def forgotten_by(router: nn.Module) -> list[int]:
-    """Return the numbers of the experts that the hooks of a router keep it from choosing."""
-    return next((hooks.removed for _, hooks in _forgettings(router)), [])
+    """Return the numbers of the experts that a router is kept from choosing."""
+    own = vars(router).get("forward")
+    return own.func.removed if isinstance(own, partial) and isinstance(own.func, Forgetting) else []
 
 
 def forget(router: nn.Module, removed: Collection[int], count: int) -> None:
     """Keep a router from choosing the removed ones of E experts, and let it choose all others again."""
-    for key, hooks in list(_forgettings(router)):
-        del router._forward_pre_hooks[key]  # noqa: SLF001
-        for after in [k for k, hook in router._forward_hooks.items() if getattr(hook, "__self__", None) is hooks]:  # noqa: SLF001
-            del router._forward_hooks[after]  # noqa: SLF001
-            router._forward_hooks_always_called.pop(after, None)  # noqa: SLF001
+    if forgotten_by(router):
+        del router.forward
     if removed:
-        hooks = Forgetting(removed, count)
-        router.register_forward_pre_hook(hooks.before)
-        # first, so that other hooks see the logits of all experts
-        router.register_forward_hook(hooks.after, prepend=True, always_call=True)
+        router.forward = partial(Forgetting(removed, count), router)
 
 
 def forget_removed(model: nn.Module) -> None:
@@ -173,18 +157,20 @@ def forget_removed(model: nn.Module) -> None:
     Routers beside stacked experts choose all.
 
     Raises:
-        ValueError: experts of a list are removed, but there is no router beside it.
+        ValueError: experts of a list are removed, but there is no router beside it. Nothing is changed.
     """
-    for module in model.modules():
-        if forgotten_by(module):
-            forget(module, (), 0)
+    found: list[tuple[nn.Module, list[int], int]] = []
     for name, experts in expert_lists(model):
         removed, count = removed_from(experts), len(experts.experts)
         router = router_beside(model, name, count)
         if router is not None:
-            forget(router, removed, count)
+            found.append((router, removed, count))
         elif removed:
             raise ValueError(f"experts of {name} are removed, but no router beside it has a row for each expert")
+    for module in model.modules():
+        forget(module, (), 0)
+    for router, removed, count in found:
+        forget(router, removed, count)
 
 
 def removed_from(experts: nn.Module) -> list[int]:
@@ -235,10 +221,3 @@ def _put(router: nn.Module, name: str, value: Tensor) -> None:
     """Put a tensor in place of a parameter or buffer."""
     own: dict[str, Any] = router._parameters if name in router._parameters else router._buffers  # noqa: SLF001
     own[name] = value
-
-
-def _forgettings(router: nn.Module) -> Iterator[tuple[int, Forgetting]]:
-    """Yield the hooks of a router that make it forget, with their key among the hooks before its forward pass."""
-    for key, hook in router._forward_pre_hooks.items():  # noqa: SLF001
-        if isinstance(hooks := getattr(hook, "__self__", None), Forgetting):
-            yield key, hooks

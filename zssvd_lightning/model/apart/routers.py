@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from zssvd_lightning._contexts import evaluation_mode
 from zssvd_lightning.errors import TargetError
 from zssvd_lightning.layers.apart.experts import ExpertList, expert_lists
-from zssvd_lightning.layers.apart.removed import Routing, forget, has_bias, removed_from, router_beside, run_without
+from zssvd_lightning.layers.apart.removed import (
+    Routing,
+    forget,
+    forgotten_by,
+    has_bias,
+    removed_from,
+    router_beside,
+    run_without,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +122,9 @@ def _tried(model: nn.Module, name: str, experts: ExpertList, names: tuple[tuple[
     router, count, gone = router_beside(model, name, len(names)), len(names), removed_from(experts)
     if router is None:
         return "no module beside them has a row for each expert"
+    own = vars(router).get("forward")
+    if own is not None and not forgotten_by(router) and getattr(own, "__func__", None) is not type(router).forward:
+        return "the forward method of their router was replaced"
     groups = next((int(number) for key in GROUPS if (number := getattr(router, key, None))), 1)
     if groups > 1 and not has_bias(router, count):
         return "their router chooses from groups of equal size, and has no bias by which an expert can be left out"
