@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from support.callbacks import Interrupt, short
 from support.models import CausalLM, assert_same_state, loader, state_of, tiny_llama, token_batches, trainer
+from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from zssvd_lightning import FactorRecovery, LoRARecovery, LowRankPrehab, Phase, ZSSVDCallback, scheduled_steps
@@ -47,10 +48,11 @@ class Sees(L.Callback):
     """Notes the phases of the compressions and what the progress bar shows, at every batch."""
 
     def __init__(self, callbacks):
-        self.callbacks, self.phases, self.bar = callbacks, [], []
+        self.callbacks, self.phases, self.bar, self.recovering = callbacks, [], [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.phases.append(tuple(callback.phase for callback in self.callbacks))
+        self.recovering.append([each.report and each.report.seconds.get("recover", 0.0) for each in self.callbacks])
         if trainer.progress_bar_callback is not None:
             self.bar.append(trainer.progress_bar_callback.get_metrics(trainer, pl_module))
 
@@ -77,6 +79,7 @@ def test_the_second_starts_after_the_first_has_ended_and_compresses_further(whol
     ended = seen.phases.index((Phase.RECOVER, Phase.WAIT))
     assert set(seen.phases[ended:8]) == {(Phase.RECOVER, Phase.WAIT)}
     assert seen.phases[8] == (Phase.DONE, Phase.CALIBRATE)
+    assert 0 < seen.recovering[6][0] < seen.recovering[7][0] == first.report.seconds["recover"]
     assert first.report.reached >= 0.2
     assert second.report.reached >= 0.4
     assert second.report.parameters_before == first.report.parameters_after
@@ -209,10 +212,44 @@ def test_schedules_of_the_first_recovery_end_where_the_second_compression_starts
     assert told == [(0, 16), (5, 3), (12, 4)]
 
 
-def test_fast_dev_run_goes_through_both():
-    callbacks = pair()
+def test_fast_dev_run_goes_through_both_and_says_that_the_first_recovery_trains_no_step(caplog):
+    callbacks = recovering()
     fitted(dense_module(), *callbacks, fast_dev_run=2)
     assert [callback.phase for callback in callbacks] == [Phase.DONE] * 2
+    assert caplog.text.count("the recovery of compression 1 has trained no step") == 1
+
+
+def test_windows_that_epochs_cut_off_count_as_whole_steps():
+    settings = {"limit_train_batches": 5, "accumulate_grad_batches": 4, "max_steps": 12}
+    with pytest.raises(UnsupportedTrainingError, match=r"step 6, but compression 1 takes from step 3 to step 7; "):
+        fitted(dense_module(), compressing(0.2, 3), compressing(0.4, 6), **settings)
+    callbacks = [compressing(0.2, 3), compressing(0.4, 7)]
+    fitted(dense_module(), *callbacks, **settings)
+    assert [callback.recovers_from for callback in callbacks] == [7, 11]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_first_recovery_whose_schedule_has_no_known_end_is_told(caplog, known):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(BATCHES)
+
+    callbacks = [compressing(0.2, 1, recovery=LORA), compressing(0.4, 0, start_epoch=1)]
+    run = trainer(*callbacks, Interrupt(1), max_steps=16, max_epochs=2, limit_train_batches=8 if known else None)
+    with pytest.raises(ConnectionError):
+        run.fit(dense_module(), DataLoader(Stream(), batch_size=None))
+    assert ("compression 2 starts at epoch 1, and the length of an epoch is not known" in caplog.text) != known
+
+
+def test_later_compressions_let_go_of_the_model_until_they_start():
+    class Asks(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            touched.append([callback.run.life.has_touched for callback in trainer.callbacks[1:3]])
+
+    touched = []
+    with pytest.raises(ConnectionError):
+        fitted(dense_module(), *pair(), compressing(0.6, 12), Asks(), Interrupt(1))
+    assert touched == [[False] * 2]
 
 
 class Constant(ZSSVDCallback):
@@ -231,6 +268,11 @@ REFUSED = {
         lambda: [compressing(0.2, 1), compressing(0.4, 4)],
         UnsupportedTrainingError,
         r"2 of the Trainer would start at step 4, but compression 1 takes from step 1 to step 5.*start_step=5\)",
+    ),
+    "no step to recover": (
+        lambda: [compressing(0.2, 1, recovery=LORA), compressing(0.4, 5)],
+        UnsupportedTrainingError,
+        r"from step 1 to step 6, with one step of its recovery.*start_step=6\)",
     ),
     "key": (
         lambda: [Constant(0.2), Constant(0.4)],
@@ -257,6 +299,16 @@ REFUSED = {
     ),
     "plan": (lambda: pair(None, {"plan": "plan.yaml"}), UnsupportedTrainingError, "2 of the Trainer has a plan"),
     "ratio": (lambda: [compressing(0.4, 1), compressing(0.4, 8)], BudgetError, "reached already; ask for more"),
+    "ratio of the model": (
+        lambda: [compressing(0.3, 1, budget_of="model"), compressing(0.3, 8)],
+        BudgetError,
+        r"prune_ratio 0\.3 of the targets \(0\.3 .*compression 1 with 0\.3 of the model .* reached already",
+    ),
+    "third ratio": (
+        lambda: [*pair(), compressing(0.4, 12)],
+        BudgetError,
+        "compression 3 of the Trainer .* which compression 2 with 0.4 .* reached already",
+    ),
     "form": (
         lambda: pair({"storage": "pivoted"}, {"recovery": {"method": "singular_values"}}),
         ConfigError,

@@ -18,8 +18,8 @@ class BatchMeaning(Protocol):
     def student(self, pl_module: L.LightningModule) -> nn.Module:
         """Return the model whose logits the loss uses."""
 
-    def batches_needed(self, batches_per_epoch: float = ..., accumulate: int = ...) -> int:
-        """Return the number of training batches from the start of an epoch until factorization."""
+    def batches_needed(self, batches_per_epoch: float = ..., accumulate: int = ..., start: int = ...) -> int:
+        """Return the number of training batches from batch `start` of the fit until factorization."""
 
     def on_before_truncation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the dense model right before its first truncation."""

@@ -16,6 +16,7 @@ from zssvd_lightning.callbacks.lifecycle import Lifecycle
 from zssvd_lightning.callbacks.observed_batch import refuse_none
 from zssvd_lightning.callbacks.recovery import RecoveryHooks
 from zssvd_lightning.callbacks.schedule import Schedule
+from zssvd_lightning.callbacks.several.ratios import compare_ratios
 from zssvd_lightning.callbacks.trainer import telemetry
 from zssvd_lightning.callbacks.trainer.bar import shown_on_bar
 from zssvd_lightning.callbacks.trainer.guards import most_accumulated, refuse_fit, refuse_stale_groups, refuse_too_short
@@ -84,9 +85,9 @@ class CompressionRun:
         config, schedule = asked or (self._config, self._schedule)
         return Lifecycle(config, schedule.calibration_batches, schedule.calibration_epochs, self._recovery)
 
-    def batches_needed(self, batches_per_epoch: float, accumulate: int) -> int:
-        """Return the number of training batches from the start of an epoch until factorization or the written plan."""
-        return self.fresh(self._asked).batches_needed(batches_per_epoch, accumulate, first_only=bool(self._dry_run))
+    def batches_needed(self, batches_per_epoch: float, accumulate: int, start: int = 0) -> int:
+        """Return the number of training batches from batch `start` until factorization or the written plan."""
+        return self.fresh(self._asked).batches_needed(batches_per_epoch, accumulate, bool(self._dry_run), start)
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Discard the compression of another module, and show the phase on the progress bar."""
@@ -126,7 +127,7 @@ class CompressionRun:
                 check_plan_output(plan_path)
             if life.phase is Phase.WAIT:
                 life.epoch_length = math.inf
-                needed = self._batches_until_factorized(trainer)
+                needed = self._meaning.batches_needed(trainer.num_training_batches, most_accumulated(trainer))
                 needed = 1 if self._schedule.extend_training else needed + (self._recovery is not None)
                 refuse_too_short(trainer, self._schedule.start_epoch, self._schedule.start_step, needed)
             if self._config.asks_model:
@@ -138,8 +139,8 @@ class CompressionRun:
         if tried:
             announce(trainer, life, self._schedule, turn.title, plans=bool(self._dry_run))
         self._asked.tell(trainer, life, first_only=bool(self._dry_run))
-        if turn.earlier and life.phase is Phase.WAIT:
-            life.release()  # the layers will be others when it starts
+        if turn.earlier and not turn.later and life.phase is Phase.WAIT:
+            compare_ratios(turn.earlier[0])
         telemetry.log_phase(trainer, turn.prefix, life.phase)
         self.go_on_if_enough(trainer, module)
 
@@ -345,6 +346,3 @@ class CompressionRun:
 
     def _batches_per_epoch(self, trainer: L.Trainer) -> float:
         return min(trainer.num_training_batches, self.life.epoch_length)
-
-    def _batches_until_factorized(self, trainer: L.Trainer) -> int:
-        return self._meaning.batches_needed(trainer.num_training_batches, most_accumulated(trainer))

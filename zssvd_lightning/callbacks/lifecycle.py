@@ -114,12 +114,14 @@ class Lifecycle:
         """Number of batches in the statistics of the current stage."""
         return self._compression.gathering.moments.batches if self._compression is not None else 0
 
-    def batches_needed(self, batches_per_epoch: float, accumulate: int, first_only: bool = False) -> int:
-        """Return the number of training batches from the start of an epoch until the last (or first) truncation."""
-        done = 0
+    def batches_needed(
+        self, batches_per_epoch: float, accumulate: int, first_only: bool = False, start: int = 0
+    ) -> int:
+        """Return the number of training batches from batch `start` of the fit until the last (or first) truncation."""
+        done = start
         for stage in to_first_truncation(self._stages) if first_only else self._stages:
             done = window_end(done + self.limit(stage.gathers, batches_per_epoch), batches_per_epoch, accumulate)
-        return done
+        return done - start
 
     def limit(self, phase: Phase, batches_per_epoch: float) -> int:
         """Return the number of batches that `phase` gathers statistics from."""

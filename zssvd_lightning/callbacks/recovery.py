@@ -139,6 +139,7 @@ class RecoveryHooks:
 
     def finish(self, module: L.LightningModule, life: Lifecycle) -> None:
         """End the recovery. The result is a plain low-rank model, unless the settings keep the adapters."""
+        self._began = None  # a batch at whose start a later compression takes over is no part of the recovery
         if (recovery := life.active_recovery) is not None:
             self._fit.adapter.unwrap_parameters()
             recovery.rollback.check_weights(module, self._fit.adapter.team)

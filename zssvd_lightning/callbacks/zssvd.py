@@ -224,9 +224,9 @@ class ZSSVDCallback(L.Callback):
         """Key of the state in checkpoints. Later compressions of a Trainer add their number to it, from 2 on."""
         return self.fit.turn.key(super().state_key)
 
-    def batches_needed(self, batches_per_epoch: float = math.inf, accumulate: int = 1) -> int:
-        """Return the number of training batches from the start of an epoch until the model is factorized."""
-        return self.run.batches_needed(batches_per_epoch, accumulate)
+    def batches_needed(self, batches_per_epoch: float = math.inf, accumulate: int = 1, start: int = 0) -> int:
+        """Return the number of training batches from batch `start` of the fit until the model is factorized."""
+        return self.run.batches_needed(batches_per_epoch, accumulate, start)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the module's structure follow the checkpoints it loads, and show the phase on the progress bar."""
@@ -251,7 +251,7 @@ class ZSSVDCallback(L.Callback):
             refuse_several(trainer, self)
         if not self.run.go_on_after(trainer, pl_module):
             self.run.begin(trainer, pl_module)
-        elif not self.fit.turn.is_over:
+        elif not self.fit.turn.later_has_started:
             if in_8_bits_already(pl_module):
                 logger.warning("the layers are in 8 bits already; only what is beside their codes will be trained")
             self.recovering.resume(trainer, pl_module, self.run.life)

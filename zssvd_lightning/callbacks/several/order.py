@@ -1,5 +1,7 @@
 """Checks that refuse compressions in one Trainer that cannot follow one another."""
 
+import logging
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -8,12 +10,14 @@ import lightning as L
 
 from zssvd_lightning.callbacks.prehab import LowRankPrehab
 from zssvd_lightning.callbacks.schedule import ScheduledCompression
-from zssvd_lightning.callbacks.trainer.guards import first_step, most_accumulated, steps_in
+from zssvd_lightning.callbacks.trainer.guards import batches_in, first_step, most_accumulated, steps_in
 from zssvd_lightning.compression.phase import Phase
-from zssvd_lightning.errors import BudgetError, UnsupportedTrainingError
+from zssvd_lightning.errors import UnsupportedTrainingError
 
 if TYPE_CHECKING:
     from zssvd_lightning.callbacks.zssvd import ZSSVDCallback
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_several(trainer: L.Trainer, first: "ZSSVDCallback") -> None:
@@ -25,7 +29,6 @@ def refuse_several(trainer: L.Trainer, first: "ZSSVDCallback") -> None:
 
     Raises:
         UnsupportedTrainingError: the Trainer, or one of its compressions, does not allow several.
-        BudgetError: a later compression asks for no more than an earlier one.
         ConfigError: a later recovery does not suit the layers that an earlier compression makes.
     """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -48,6 +51,8 @@ def refuse_several(trainer: L.Trainer, first: "ZSSVDCallback") -> None:
         for before, after in pairwise(compressions):
             if before.phase is Phase.WAIT and after.phase is Phase.WAIT:
                 _refuse_times(trainer, before, after)
+    for before, after in pairwise(compressions):
+        _warn_of_unknown_end(trainer, before, after)
 
 
 def _refuse_company(
@@ -102,21 +107,6 @@ def _refuse_settings(before: "ZSSVDCallback", after: "ZSSVDCallback") -> None:
         )
     if after.recovery is not None:
         after.recovery.refuse_storage(before.config.storage)
-    _refuse_ratio(before, after)
-
-
-def _refuse_ratio(before: "ZSSVDCallback", after: "ZSSVDCallback") -> None:
-    """Raise BudgetError if a compression asks for no more than an earlier one of the same layers removes."""
-    same = ("budget_in", "budget_of", "include", "ignore", "convolutions")
-    comparable = before.config.plan is None and all(
-        getattr(before.config, name) == getattr(after.config, name) for name in same
-    )
-    first, second, number = before.config.prune_ratio, after.config.prune_ratio, after.fit.turn.number
-    if comparable and after.config.ratio_of == "dense" and second <= first:
-        raise BudgetError(
-            f"compression {number} of the Trainer has prune_ratio {second}, which compression {number - 1} "
-            f"with {first} has reached already; ask for more, or set ratio_of to 'present'"
-        )
 
 
 def _refuse_times(trainer: L.Trainer, before: "ZSSVDCallback", after: "ZSSVDCallback") -> None:
@@ -129,9 +119,28 @@ def _refuse_times(trainer: L.Trainer, before: "ZSSVDCallback", after: "ZSSVDCall
             f"compression {number} of the Trainer would start at step {starts:g}, before compression {number - 1} at "
             f"step {begins:g}; list the ZSSVDCallbacks in the order in which they start"
         )
-    ends = begins + steps_in(before.batches_needed(per_epoch, accumulate), per_epoch, accumulate)
+    if math.isinf(begins):
+        return
+    start = int(batches_in(begins, per_epoch, accumulate))
+    factorizes = steps_in(start + before.batches_needed(per_epoch, accumulate, start), per_epoch, accumulate)
+    ends = factorizes + (before.recovery is not None)
+    which = ", with one step of its recovery" if before.recovery is not None else ""
     if starts < ends:
         raise UnsupportedTrainingError(
             f"compression {number} of the Trainer would start at step {starts:g}, but compression {number - 1} takes "
-            f"from step {begins:g} to step {ends:g}; start it later, as by schedule=Schedule(start_step={ends:g})"
+            f"from step {begins:g} to step {ends:g}{which}; start it later, as by "
+            f"schedule=Schedule(start_step={ends:g})"
+        )
+
+
+def _warn_of_unknown_end(trainer: L.Trainer, before: "ZSSVDCallback", after: "ZSSVDCallback") -> None:
+    """Warn if the schedule of a recovery cannot end where the next compression starts."""
+    recovers = before.recovery is not None and before.phase is not Phase.DONE and after.phase is Phase.WAIT
+    if recovers and trainer.is_global_zero and math.isinf(first_step(trainer, after.schedule)):
+        logger.warning(
+            "compression %d starts at epoch %d, and the length of an epoch is not known, so the learning-rate schedule "
+            "of the recovery before it runs to the end of the fit instead of to that start; give the start as "
+            "schedule=Schedule(start_step=...), or set limit_train_batches to a number",
+            after.fit.turn.number,
+            after.schedule.start_epoch,
         )

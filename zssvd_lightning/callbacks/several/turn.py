@@ -1,5 +1,6 @@
 """Turns of several compressions in one Trainer: their names, and the step from one to the next."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from zssvd_lightning.errors import CheckpointError
 if TYPE_CHECKING:
     from zssvd_lightning.callbacks.lifecycle import Lifecycle
     from zssvd_lightning.callbacks.zssvd import ZSSVDCallback
+
+logger = logging.getLogger(__name__)
 
 LATER_KEY = re.compile(r"\{'compression': \d+\}$")
 """End of the key of a later compression in checkpoints."""
@@ -78,7 +81,7 @@ class Turn:
         return all(callback.phase in (Phase.WAIT, Phase.DONE) for callback in self.earlier)
 
     @property
-    def is_over(self) -> bool:
+    def later_has_started(self) -> bool:
         """True if a later compression has started."""
         return any(callback.phase is not Phase.WAIT for callback in self.later)
 
@@ -118,6 +121,12 @@ def _end(before: "ZSSVDCallback", trainer: L.Trainer, module: L.LightningModule)
     """End a compression as the end of the fit would, and give the module the optimizers of `configure_optimizers`."""
     life = before.run.life
     recovery = life.active_recovery
+    if recovery is not None and trainer.global_step == recovery.first_step and trainer.is_global_zero:
+        logger.warning(
+            "the recovery of compression %d has trained no step, because the next compression starts at once; "
+            "start that one later, unless this is a fast_dev_run",
+            before.fit.turn.number,
+        )
     before.recovering.settle(trainer, module, life)
     before.run.end_training(trainer, module)
     before.recovering.finish(module, life)

@@ -26,7 +26,7 @@ def window_end(batches: int, batches_per_epoch: float, accumulate: int) -> int:
     return batches - into_epoch + int(min(whole, batches_per_epoch))
 
 
-def _batches(steps: float, batches_per_epoch: float, accumulate: int) -> float:
+def batches_in(steps: float, batches_per_epoch: float, accumulate: int) -> float:
     """Return the batches in `steps` optimizer steps from the start of an epoch, whose last step may have fewer."""
     if math.isinf(batches_per_epoch) or math.isinf(steps):
         return steps * accumulate
@@ -163,9 +163,9 @@ def refuse_too_short(trainer: L.Trainer, start_epoch: int, start_step: int, batc
     accumulate, per_epoch = most_accumulated(trainer), trainer.num_training_batches
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - trainer.current_epoch
     steps = math.inf if trainer.max_steps == -1 else trainer.max_steps - trainer.global_step
-    available = min(epochs * per_epoch, _batches(steps, per_epoch, accumulate))
+    available = min(epochs * per_epoch, batches_in(steps, per_epoch, accumulate))
     whole_epochs = 0 if math.isinf(per_epoch) else (start_epoch - trainer.current_epoch) * per_epoch
-    waiting = max(whole_epochs, _batches(start_step - trainer.global_step, per_epoch, accumulate), 0)
+    waiting = max(whole_epochs, batches_in(start_step - trainer.global_step, per_epoch, accumulate), 0)
     if waiting + batches_needed > available:
         raise UnsupportedTrainingError(
             f"compression needs {waiting + batches_needed:g} training batches ({waiting:g} until its start, then "
