@@ -96,9 +96,11 @@ def test_no_recipe_needs_what_another_left_on_the_path():
     assert "train" not in sys.modules
 
 
-def test_a_recovery_is_refused_where_nothing_is_trained(tmp_path):
-    with pytest.raises(ConfigError, match="compress_then_finetune"):
-        compressing(config(tmp_path, preset="best-trained"))
+@pytest.mark.parametrize(("setting", "message"), [("minutes", "training.steps"), ("merge", "recovery.merge is false")])
+def test_a_recovery_that_the_recipe_cannot_carry_out_is_refused(tmp_path, setting, message):
+    recovery = {"minutes": 1.0} if setting == "minutes" else {"method": "lora", "merge": False}
+    with pytest.raises(ConfigError, match=message):
+        compressing(config(tmp_path, preset="best-trained", recovery=recovery))
 
 
 @pytest.mark.parametrize(("most", "context"), [(512, 256), (272, 256), (64, 48), (45, None)])
