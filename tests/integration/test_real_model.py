@@ -27,7 +27,7 @@ SMALL = [
     "evaluation.length=256",
     "compression.include='*.layers.[0-2].*'",
 ]
-TRAINED = ["training.steps=1", "training.length=128", "training.held_out=2", "recovery.judge_every=1"]
+TRAINED = ["recovery.method=factors", "training.steps=1", "training.length=128", "training.held_out=2"]
 TARGETS = 106_168_320 // 10
 """Numbers in the targets of 3 of the 30 blocks."""
 
