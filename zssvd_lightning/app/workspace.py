@@ -122,7 +122,7 @@ class Measurements:
             self._tasks = zero_shot.load_tasks(config.tasks, config.data, config.include)
 
     def __bool__(self) -> bool:
-        """Whether there is anything to measure."""
+        """Return whether there is anything to measure."""
         return bool(self._windows or self._tasks)
 
     @property

@@ -38,7 +38,7 @@ class HeadSpectrum:
     mean: Tensor
     """Mean of the keys (d,); zeros for values."""
     errors: Tensor
-    """What each component adds to the error when it is dropped (d,), descending."""
+    """Error (d,) that each component adds when it is dropped, descending."""
 
     @classmethod
     def of(cls, C: Tensor, S: Tensor, mean: Tensor, name: str, damping: float = DAMPING) -> "HeadSpectrum":

@@ -63,7 +63,7 @@ class HeadSums:
 
 @dataclass
 class LayerMoments:
-    """What calibration has seen of one attention layer."""
+    """Sums over the queries, keys and values of one attention layer."""
 
     keys: HeadSums = field(default_factory=HeadSums)
     """Keys as they are cached, after the rotary embedding, with the weights of `TokenWeights`."""

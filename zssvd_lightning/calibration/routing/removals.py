@@ -1,4 +1,4 @@
-"""What the loss would change by if an expert were removed, estimated from the calibration batches.
+"""Estimated change of the loss if an expert were removed, from the calibration batches.
 
 Shapes: N tokens, n features, E experts, K experts for each token.
 

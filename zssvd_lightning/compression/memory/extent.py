@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Beside(NamedTuple):
-    """What else than a model and its compression is on the device."""
+    """Bytes on the device that belong to neither the model nor its compression."""
 
     state: int = 0
     """Bytes of the state of optimizers."""

@@ -1,4 +1,4 @@
-"""What the results of a run depend on, by which a run that goes on knows that it is the interrupted one."""
+"""Fingerprint of a run: all that its results depend on, to recognize the interrupted run."""
 
 import json
 from dataclasses import asdict
