@@ -64,7 +64,7 @@ def kinds_of_layers(config: PreTrainedConfig) -> str:
 
 
 class Seen(NamedTuple):
-    """What the cache has returned last."""
+    """Keys and values that the cache has returned last."""
 
     layer: int
     keys: Tensor

@@ -1,4 +1,4 @@
-"""What an attention layer's output gets of a value: the output projection, found by what it does.
+"""Output projection of an attention layer, through which values reach its output, found by what it does.
 
 The projection is the first linear module inside of the attention layer that is called with the attention's result. It
 is read by running it, so that its form (dense, low-rank, with an adapter, quantized) does not matter.

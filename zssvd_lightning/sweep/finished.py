@@ -22,7 +22,7 @@ that is reached, and the digest of the forward passes."""
 
 
 class Findings(Protocol):
-    """What the statistics of parts were used for."""
+    """Result of the statistics of parts."""
 
     def state_of(self, part: LayerSet) -> dict[str, Any]:
         """Return what was found of some layers, as plain types and tensors."""

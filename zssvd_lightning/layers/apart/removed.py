@@ -1,4 +1,4 @@
-"""What is left of experts that were removed: layers without numbers, and a router that does not choose them.
+"""Remains of removed experts: layers without numbers, and a router that does not choose them.
 
 Shapes: E experts, n hidden features, N tokens, K experts for each token. Imports only torch and transformers, so that a
 saved folder can contain a copy of this file.
@@ -99,7 +99,7 @@ class Routing(NamedTuple):
 
 
 class Forgetting:
-    """What runs in place of a router's `forward` so that it does not choose removed experts, but the next best ones.
+    """Replacement for a router's `forward` that does not choose removed experts, but the next best ones.
 
     A router with a number for each expert that it adds before the choice (a bias) runs with the lowest number for those
     removed. Any other runs with the rows of the remaining experts alone, and what it chooses is numbered as before. It
