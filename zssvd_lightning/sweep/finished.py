@@ -35,7 +35,7 @@ class FinishedParts:
     """Parts of one backward sweep, in the order in which they come.
 
     Args:
-        folder: folder that holds them, and those of nothing else.
+        folder: folder whose entries of parts are all of this sweep.
         findings: what the statistics of parts are used for; None if they are only gathered.
 
     Attributes:
