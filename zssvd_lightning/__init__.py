@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from zssvd_lightning.kv_cache.low_rank_cache import LowRankCache
     from zssvd_lightning.layers.low_rank import LowRankLinear
     from zssvd_lightning.model.adapters import merge_adapters
+    from zssvd_lightning.model.decode_layout import arrange_for_decoding
     from zssvd_lightning.recovery.factors import FactorRecovery
     from zssvd_lightning.recovery.methods import LoRARecovery, SingularValueRecovery
     from zssvd_lightning.recovery.teachers import save_predictions
@@ -90,6 +91,7 @@ __all__ = [
     "ZSSVDCallback",
     "ZSSVDTrainerCallback",
     "__version__",
+    "arrange_for_decoding",
     "compress",
     "errors",
     "export_onnx",
@@ -124,6 +126,7 @@ _MODULES = {
     "SingularValueRecovery": "recovery.methods",
     "ZSSVDCallback": "callbacks.zssvd",
     "ZSSVDTrainerCallback": "transformers_trainer.callback",
+    "arrange_for_decoding": "model.decode_layout",
     "compress": "compression.pipeline",
     "export_onnx": "hub.export",
     "from_pretrained": "hub.loading",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from zssvd_lightning.layers.base import HOOKS, FactoredLinear
+from zssvd_lightning.layers.base import FactoredLinear
 from zssvd_lightning.layers.gradients import is_eager, permuted, widened
 from zssvd_lightning.layers.pivots import choose_pivots, coefficients
 
@@ -221,10 +221,12 @@ class PivotedLinear(PivotForm):
 
 def is_plain(part: nn.Module) -> bool:
     """Return True if a thin layer does nothing but multiply by a parameter: no adapter, hook or sharded weight."""
+    own = part.__dict__
     return (
         type(part) is nn.Linear
-        and type(part.weight) is nn.Parameter
-        and "forward" not in vars(part)
-        and not any(vars(part)[kind] for kind in HOOKS)
-        and not (torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)  # noqa: SLF001
+        and type(own["_parameters"].get("weight")) is nn.Parameter
+        and "forward" not in own
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+        and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
+        and not torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]  # noqa: SLF001
     )
