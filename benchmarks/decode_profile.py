@@ -40,7 +40,7 @@ class Decoding:
     """Decode steps of one model from the same context each time."""
 
     def __init__(self, model: PreTrainedModel, context: int, tokens: int) -> None:
-        self.model, self.context = model.eval(), context
+        self.model, self.context = model, context  # `load_model` leaves it in evaluation mode
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(model.config.vocab_size, (1, context + tokens), generator=generator)
 
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=9)
     asked = parser.parse_args(arguments)
-    runs = {}
+    runs: dict[str, Decoding] = {}
     for name, source in (("dense", asked.dense), ("compressed", asked.folder)):
         model, _ = load_model(source)
         arranged = copy.deepcopy(model)
