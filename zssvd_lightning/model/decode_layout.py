@@ -23,7 +23,7 @@ def arrange_for_decoding(model: nn.Module) -> int:
     """Store the weights (m, n) with more outputs than inputs column by column, in place, to generate text on a CPU.
 
     The product with a single token reads short rows at little more than half of the speed of the memory, and long
-    columns at nearly all of it. Values, shapes and names of the weights stay the same, so that the model is saved, merged and
+    columns at nearly all of it. Values, shapes and names of the weights stay the same: the model is saved, merged and
     exported as before; outputs change by rounding. Only the layout in memory differs, and it is not saved: call this
     after each load. Call it after training, because optimizers and strategies may hold the memory of the weights
     (FSDP2 refuses this layout). Memory of one weight is needed on top. A second call changes nothing.
