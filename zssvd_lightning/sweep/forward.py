@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zssvd_lightning._resources import trim_heap
 from zssvd_lightning.calibration.batches import input_of
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.contexts import gradients_only_at
@@ -90,6 +91,7 @@ class SharedState:
         if self.finished is not None:
             self.finished.keep(self, layers, moments)
         self.absorb(moments)
+        trim_heap()
 
     def absorb(self, moments: Moments) -> None:
         """Move the statistics of some layers to the scratch files."""
