@@ -98,7 +98,10 @@ class RecoveryError(ZSSVDError, RuntimeError):
 
 
 class DivergedError(RecoveryError):
-    """Recovery loss or gradient that is NaN or infinite. The model has the last weights for which both were finite."""
+    """Loss that is not finite, or of a model that a compression destroyed. The model has its last good weights.
+
+    In the recovery, these are the last ones for which loss and gradients were finite; in `compress`, the dense ones.
+    """
 
 
 class LogitsError(ZSSVDError, RuntimeError):

@@ -3,6 +3,8 @@
 import copy
 import math
 import random
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -74,7 +76,14 @@ def test_best_improves_on_one_truncation_at_any_loss(until, ratio):
     for corrections in (0, 8):
         other = copy.deepcopy(model)
         given = {"preset": "best", "corrections": corrections, "progress": False}
-        report = compress(other, batches, prune_ratio=ratio, **{"preset": "zs-svd-line-search"} | given, **READING)
+        report = compress(
+            other,
+            batches,
+            prune_ratio=ratio,
+            refuse_diverged=False,
+            **{"preset": "zs-svd-line-search"} | given,
+            **READING,
+        )
         losses[corrections] = mean_loss(other, batches, READING["loss"]), mean_loss(other, held_out, READING["loss"])
         assert report.kept_back["final"] <= report.kept_back["truncated"]
     assert losses[8][0] <= 1.02 * losses[0][0] + 1e-5
@@ -114,7 +123,9 @@ def test_no_preset_ends_worse_than_its_first_truncation(preset):
     batches = clusters(1.5)
     model = trained(mlp(), batches, READING["loss"], 0.1)
     drawn = {"output_side": "empirical"}  # drawing needs a model of transformers
-    report = compress(model, batches, prune_ratio=0.7, preset=preset, progress=False, **drawn, **READING)
+    report = compress(
+        model, batches, prune_ratio=0.7, preset=preset, refuse_diverged=False, progress=False, **drawn, **READING
+    )
     assert report.kept_back["final"] <= report.kept_back["truncated"]
     measured = mean_loss(model, batches[:8], READING["loss"])
     if not any(layer.in_8_bits for layer in report.layers.values()):
@@ -162,6 +173,53 @@ def test_a_truncation_that_leaves_no_finite_loss_is_an_error_and_undone():
             **READING | {"loss": broken},
         )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def destroyed(**settings):
+    """The report of a compression that loses nearly all of a fitted model, and the model before and after."""
+    batches = clusters(0.1, count=8)
+    model = trained(mlp(), batches, READING["loss"], 0.02)
+    before = copy.deepcopy(model)
+    settings = {"prune_ratio": 0.95, "preset": "zs-svd", "progress": False, "metric": "none"} | READING | settings
+    return partial(compress, model, batches, **settings), before, model, batches
+
+
+def test_a_destroyed_model_is_an_error_and_undone():
+    run, before, model, _ = destroyed()
+    with pytest.raises(DivergedError, match=r"from \S+ to \S+ nats.*refuse_diverged=False"):
+        run()
+    assert [type(layer) for layer in model] == [type(layer) for layer in before]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before.state_dict()[name])
+
+
+def test_a_destroyed_model_is_warned_of_where_it_is_trained_afterward(caplog):
+    run, before, model, batches = destroyed(refuse_diverged=False)
+    report = run()
+    dense, after = (mean_loss(each, batches, READING["loss"]) for each in (before, model))
+    assert after > 10 * dense
+    assert report.kept_back["final"] > 10 * report.kept_back["dense"]
+    assert "or train the factors (recovery)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("dense", "after", "raises"),
+    [
+        (0.1, 1.0, True),
+        (0.1, 0.99, False),
+        (0.001, 0.4, False),
+        (0.0, 0.51, True),
+        (3.0, 8.0, False),
+        (-0.1, 2.0, False),
+    ],
+)
+def test_only_a_large_rise_to_ten_times_the_loss_is_an_error(dense, after, raises):
+    guard = Safeguard(lambda batch: (0.0, 1.0), refuses=True)
+    guard.dense, guard.best = dense, after
+    guard._losses = torch.tensor([[after, 1.0]], dtype=torch.float64)
+    guard._best = (None, guard._losses)
+    with pytest.raises(DivergedError) if raises else nullcontext():
+        guard.settle(None)
 
 
 def test_batches_that_cannot_run_twice_are_said_and_change_nothing(caplog):
@@ -235,7 +293,8 @@ def test_steps_that_raise_the_prune_ratio_are_not_taken_back_for_it(corrections,
     batches = clusters(1.0, count=16)
     model = trained(mlp(), batches, READING["loss"], 5e-3)
     settings = {"preset": "best", "corrections": corrections, "truncations": truncations, "progress": False}
-    report = compress(model, batches, prune_ratio=0.8, **{"preset": "zs-svd-line-search"} | settings, **READING)
+    settings = {"preset": "zs-svd-line-search", "refuse_diverged": False} | settings
+    report = compress(model, batches, prune_ratio=0.8, **settings, **READING)
     assert report.reached >= 0.8
 
 

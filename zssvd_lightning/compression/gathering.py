@@ -260,8 +260,8 @@ def extent_by_first(
     return extent_of(model, run.targets, count, None if first is None else forward)
 
 
-def safeguard_of(model: nn.Module, reading: BatchReading) -> Safeguard:
-    """Return a safeguard that measures batches as `reading` says, without batches yet."""
+def safeguard_of(model: nn.Module, reading: BatchReading, *, refuses: bool = False) -> Safeguard:
+    """Return a safeguard that measures batches as `reading` says, without batches yet; see `Safeguard`."""
 
     def measure(raw: Any) -> tuple[float, float]:
         batch = move_data_to_device(deepcopy(raw), next(model.parameters()).device)
@@ -269,7 +269,7 @@ def safeguard_of(model: nn.Module, reading: BatchReading) -> Safeguard:
         with measuring(model):
             return float(reading.loss(model, batch)), terms
 
-    return Safeguard(measure)
+    return Safeguard(measure, refuses=refuses)
 
 
 def kept_back(batches: Iterable[Any], guard: Safeguard) -> Iterator[Any]:

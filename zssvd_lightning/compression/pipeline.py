@@ -67,6 +67,7 @@ def compress(
     statistics: Moments | None = None,
     calibration_batches: int | None = None,
     resume_in: str | Path | UnfinishedFolder | None = None,
+    refuse_diverged: bool = True,
     progress: bool = True,
     **asked: Unpack[Asked],
 ) -> Report:
@@ -88,6 +89,9 @@ def compress(
         resume_in: folder for what a run with `memory="blocks"` has finished, block by block. If the run is interrupted,
             the same call goes on from there, and gives the same ranks and weights; see `docs/scaling.md`. It is removed
             at the end. None to keep nothing.
+        refuse_diverged: raise DivergedError, and leave the model as it was, if the loss on the batches kept back ends
+            at ten times that of the dense model or more and has risen by more than 0.5 nats. False warns instead, for
+            models that are trained afterward.
         progress: draw progress bars.
         asked: settings of `CompressionConfig`, such as `prune_ratio=0.3`, which override the preset, and `loss`,
             `mask` and `terms` of `BatchReading` for batches of other kinds than those of transformers.
@@ -96,6 +100,7 @@ def compress(
         The report: coverage, ranks, parameters, losses before and after, seconds per step.
 
     Raises:
+        DivergedError: the compression destroyed the model; see `refuse_diverged`.
         ZSSVDError: a subclass that depends on the error. The model, its hooks, its training mode, its gradients and its
             `requires_grad` flags are then restored.
 
@@ -114,6 +119,7 @@ def compress(
         True
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
+    of_type(bool, refuse_diverged, "refuse_diverged")
     resume_in = checked_place(resume_in, config)
     require(isinstance(statistics, Moments | None), "statistics", statistics, "a result of calibrate, or None")
     if statistics is not None:
@@ -134,7 +140,7 @@ def compress(
         refuse_small_disk(run)
         with _undone_on_error(run), resumable(run, resume_in, calibration_batches, reading) as resumption:
             if statistics is None or config.corrections or config.convolutions:
-                run.safeguard = safeguard_of(model, reading)
+                run.safeguard = safeguard_of(model, reading, refuses=refuse_diverged)
             if statistics is not None and run.safeguard is not None:
                 list(kept_back(islice(batches, calibration_batches or KEPT_BACK), run.safeguard))
             stages = course(config)

@@ -44,6 +44,13 @@ LARGE_PART = 0.1
 """Such a rise relative to the loss of the dense model, for losses of another scale. The larger of both counts."""
 
 
+DIVERGED = 10.0
+"""Ratio of the losses after and before from which a model that has also lost `LARGE_RISE` counts as destroyed."""
+
+
+_REMEDY = "lower prune_ratio, take preset 'best' if it was another, or train the factors"
+
+
 NEAR_CHANCE = 0.03
 """Distance of the dense loss from that of guessing, relative to it, at which a model seems untrained."""
 
@@ -78,6 +85,7 @@ class Safeguard:
 
     Args:
         measure: function that returns the mean loss of a batch and its number of terms at the present weights.
+        refuses: True to raise an error for a destroyed model; False to warn, where training follows.
 
     Attributes:
         measure: the function given.
@@ -90,7 +98,7 @@ class Safeguard:
         judged: number of truncations after which the present state was measured.
     """
 
-    def __init__(self, measure: Callable[[Any], tuple[float, float]]) -> None:
+    def __init__(self, measure: Callable[[Any], tuple[float, float]], *, refuses: bool = False) -> None:
         self.batches: list[Any] = []
         self.dense: float | None = None
         self.truncated: float | None = None
@@ -99,6 +107,7 @@ class Safeguard:
         self.trust = 1.0
         self.judged = 0
         self.measure = measure
+        self._refuses = refuses
         self._losses: Tensor | None = None
         self._best: tuple[State, Tensor | None] | None = None
         self._given_up = False
@@ -203,7 +212,11 @@ class Safeguard:
         self._consider(compression, losses)
 
     def settle(self, compression: "Compression") -> None:
-        """Return to the best state if the present one is another, and warn if the model has lost much."""
+        """Return to the best state if the present one is another, and warn if the model has lost much.
+
+        Raises:
+            DivergedError: the model is destroyed, and no training follows; see `DIVERGED`.
+        """
         if self._given_up or self._best is None or self._losses is None:
             return
         (state, best), present = self._best, self._losses
@@ -216,13 +229,12 @@ class Safeguard:
                     _mean(present),
                 )
             state.put_into(compression)
-        if self.dense is not None and self.best - self.dense > max(LARGE_RISE, LARGE_PART * abs(self.dense)):
-            logger.warning(
-                "compression raised the loss on the batches kept back from %.4g to %.4g nats; lower prune_ratio, take "
-                "preset 'best' if it was another, or train the factors (recovery)",
-                self.dense,
-                self.best,
-            )
+        if self.dense is None or self.best - self.dense <= max(LARGE_RISE, LARGE_PART * abs(self.dense)):
+            return
+        rise = f"compression raised the loss on the batches kept back from {self.dense:.4g} to {self.best:.4g} nats"
+        if self._refuses and self.dense >= 0 and self.best >= DIVERGED * self.dense:
+            raise DivergedError(f"{rise}, and the model is as it was; {_REMEDY} with refuse_diverged=False")
+        logger.warning("%s; %s (recovery)", rise, _REMEDY)
 
     def mean_loss(self, compression: "Compression", batches: list[Any] | None = None) -> float | None:
         """Return the mean loss of the model on `batches`, by default all; None after giving up. Collective."""

@@ -184,6 +184,7 @@ class ZSSVDTrainerCallback(TrainerCallback):
                 batches,
                 self.config,
                 calibration_batches=count,
+                refuse_diverged=False,
                 progress=self.progress,
                 **self._reading,
             )

@@ -274,6 +274,7 @@ def _compressed(
         compression,
         statistics=_statistics(job.statistics),
         calibration_batches=calibration.batches,
+        refuse_diverged=False,
         progress=False,
         loss=loss_in(calibration.precision_on(material.model.device)),
     )
