@@ -48,9 +48,6 @@ DIVERGED = 10.0
 """Ratio of the losses after and before from which a model that has also lost `LARGE_RISE` counts as destroyed."""
 
 
-_REMEDY = "lower prune_ratio, take preset 'best' if it was another, or train the factors"
-
-
 NEAR_CHANCE = 0.03
 """Distance of the dense loss from that of guessing, relative to it, at which a model seems untrained."""
 
@@ -232,9 +229,10 @@ class Safeguard:
         if self.dense is None or self.best - self.dense <= max(LARGE_RISE, LARGE_PART * abs(self.dense)):
             return
         rise = f"compression raised the loss on the batches kept back from {self.dense:.4g} to {self.best:.4g} nats"
+        remedy = "lower prune_ratio, take preset 'best' if it was another, or train the factors"
         if self._refuses and self.dense >= 0 and self.best >= DIVERGED * self.dense:
-            raise DivergedError(f"{rise}, and the model is as it was; {_REMEDY} with refuse_diverged=False")
-        logger.warning("%s; %s (recovery)", rise, _REMEDY)
+            raise DivergedError(f"{rise}, and the model is as it was; {remedy} with refuse_diverged=False")
+        logger.warning("%s; %s (recovery)", rise, remedy)
 
     def mean_loss(self, compression: "Compression", batches: list[Any] | None = None) -> float | None:
         """Return the mean loss of the model on `batches`, by default all; None after giving up. Collective."""
