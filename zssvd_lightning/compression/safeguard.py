@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
 STANDARD_ERRORS = 2.0
 """Rise of the mean loss, in standard errors of its paired differences, from which a step counts as harmful."""
 
