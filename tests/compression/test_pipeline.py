@@ -190,6 +190,7 @@ def test_any_module_with_a_loss_of_its_own():
         model,
         batches,
         CompressionConfig(prune_ratio=0.4),
+        refuse_diverged=False,
         progress=False,
         loss=lambda m, b: cross_entropy(m(b[0]), b[1]),
     )
