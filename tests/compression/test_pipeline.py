@@ -168,7 +168,7 @@ def test_correction_brings_the_truncated_loss_down_where_the_model_had_learned_s
 
     def truncated_loss(corrections):
         compressed = copy.deepcopy(model)
-        run(compressed, batches, prune_ratio=0.4, corrections=corrections)
+        run(compressed, batches, prune_ratio=0.4, corrections=corrections, refuse_diverged=False)
         with torch.no_grad():
             return sum(compressed(**b).loss.item() for b in batches)
 
@@ -190,7 +190,6 @@ def test_any_module_with_a_loss_of_its_own():
         model,
         batches,
         CompressionConfig(prune_ratio=0.4),
-        refuse_diverged=False,
         progress=False,
         loss=lambda m, b: cross_entropy(m(b[0]), b[1]),
     )
