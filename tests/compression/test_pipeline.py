@@ -34,9 +34,10 @@ from zssvd_lightning.selection.rules import RULES
 from zssvd_lightning.whitening.metrics import METRICS
 
 
-def run(model, batches=None, **settings):
+def run(model, batches=None, *, refuse_diverged=True, **settings):
     config = CompressionConfig(**({"prune_ratio": 0.3} | settings))
-    return compress(model, batches if batches is not None else token_batches(), config, progress=False)
+    batches = token_batches() if batches is None else batches
+    return compress(model, batches, config, refuse_diverged=refuse_diverged, progress=False)
 
 
 def low_rank(model):
