@@ -100,7 +100,8 @@ class RecoveryError(ZSSVDError, RuntimeError):
 class DivergedError(RecoveryError):
     """Loss that is not finite, or of a model that a compression destroyed. The model has its last good weights.
 
-    In the recovery, these are the last ones for which loss and gradients were finite; in `compress`, the dense ones.
+    In the recovery, these are the last ones for which loss and gradients were finite; otherwise those of before the
+    compression.
     """
 
 

@@ -17,6 +17,7 @@ from zssvd_lightning import ZSSVDCallback
 from zssvd_lightning.callbacks.trainer.replay import Replay, copied
 from zssvd_lightning.compression import corrections
 from zssvd_lightning.compression.safeguard import Safeguard
+from zssvd_lightning.errors import DivergedError
 from zssvd_lightning.strategies import SingleDeviceAdapter
 
 
@@ -37,6 +38,53 @@ def test_the_report_has_the_losses_that_the_model_has_on_the_batches_kept_back()
     after = [float(model.eval()(**batch).loss) for batch in batches[:2]]
     assert kept["final"] == pytest.approx(sum(after) / 2, rel=1e-5)
     assert kept["final"] <= kept["truncated"]
+
+
+class Fitted(L.LightningModule):
+    """A classifier that fits its points, trained no further."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        labels = torch.arange(40) % 10
+        centers = torch.randn(10, 32)
+        self.batches = [(centers[labels] + 0.1 * torch.randn(40, 32), labels) for _ in range(8)]
+        optimizer = torch.optim.Adam(self.parameters(), 3e-3)
+        for _ in range(30):
+            for batch in self.batches:
+                optimizer.zero_grad()
+                self.training_step(batch, 0).backward()
+                optimizer.step()
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def train_dataloader(self):
+        return DataLoader(self.batches, batch_size=None)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 1}, {"max_epochs": 5, "max_steps": 8}])
+def test_a_destroyed_model_is_an_error_where_the_fit_ends_with_the_truncation(limits):
+    module = Fitted()
+    before = copy.deepcopy(module.net)
+    callback = short(preset="zs-svd", metric="none", corrections=0, prune_ratio=0.95, calibration_batches=8)
+    with pytest.raises(DivergedError, match="the model is as it was"):
+        trainer(callback, **limits).fit(module)
+    assert [type(layer) for layer in module.net] == [type(layer) for layer in before]
+    for name, value in module.net.state_dict().items():
+        assert torch.equal(value, before.state_dict()[name])
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 9}])
+def test_a_destroyed_model_is_warned_of_where_training_goes_on(limits, caplog):
+    callback = short(preset="zs-svd", metric="none", corrections=0, prune_ratio=0.95, calibration_batches=8)
+    trainer(callback, **limits).fit(Fitted())
+    assert callback.report.kept_back["final"] > 10 * callback.report.kept_back["dense"]
+    assert "or train the factors (recovery)" in caplog.text
 
 
 class Traced(L.LightningModule):

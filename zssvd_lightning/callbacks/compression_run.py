@@ -20,7 +20,7 @@ from zssvd_lightning.callbacks.several.ratios import compare_ratios
 from zssvd_lightning.callbacks.trainer import telemetry
 from zssvd_lightning.callbacks.trainer.bar import shown_on_bar
 from zssvd_lightning.callbacks.trainer.guards import most_accumulated, refuse_fit, refuse_stale_groups, refuse_too_short
-from zssvd_lightning.callbacks.trainer.limits import ExtendedLimits, stopping_now
+from zssvd_lightning.callbacks.trainer.limits import ExtendedLimits, stopping_now, trains_on
 from zssvd_lightning.callbacks.trainer.other_callbacks import (
     expect_own_metrics,
     hold_early_stopping,
@@ -322,6 +322,8 @@ class CompressionRun:
 
         self.recovers_from = trainer.global_step
         self._recovering.take_teacher(module, self.life)
+        if (guard := self.life.compression.safeguard) is not None:
+            guard.refuses = not trains_on(trainer)
         self.life.factorize(trainer.global_step, set_up_optimizers)
         self._parking.bring_back(trainer.optimizers)
         self._fit.adapter.discard_replaced()

@@ -91,7 +91,7 @@ def compress(
             at the end. None to keep nothing.
         refuse_diverged: raise DivergedError, and leave the model as it was, if the loss on the batches kept back ends
             at ten times that of the dense model or more and has risen by more than 0.5 nats. False warns instead, for
-            models that are trained afterward.
+            models that are trained afterward. With `statistics` and without corrections, no loss is measured.
         progress: draw progress bars.
         asked: settings of `CompressionConfig`, such as `prune_ratio=0.3`, which override the preset, and `loss`,
             `mask` and `terms` of `BatchReading` for batches of other kinds than those of transformers.

@@ -84,7 +84,7 @@ class Safeguard:
         refuses: True to raise an error for a destroyed model; False to warn, where training follows.
 
     Attributes:
-        measure: the function given.
+        measure, refuses: the arguments given.
         batches: copies of the batches kept back in this process.
         dense: mean loss of the dense model (nats); None before it was measured.
         truncated: mean loss of the first state with the whole prune ratio.
@@ -103,7 +103,7 @@ class Safeguard:
         self.trust = 1.0
         self.judged = 0
         self.measure = measure
-        self._refuses = refuses
+        self.refuses = refuses
         self._losses: Tensor | None = None
         self._best: tuple[State, Tensor | None] | None = None
         self._given_up = False
@@ -228,10 +228,10 @@ class Safeguard:
         if self.dense is None or self.best - self.dense <= max(LARGE_RISE, LARGE_PART * abs(self.dense)):
             return
         rise = f"compression raised the loss on the batches kept back from {self.dense:.4g} to {self.best:.4g} nats"
-        remedy = "lower prune_ratio, take preset 'best' if it was another, or train the factors"
-        if self._refuses and self.dense >= 0 and self.best >= DIVERGED * self.dense:
-            raise DivergedError(f"{rise}, and the model is as it was; {remedy} with refuse_diverged=False")
-        logger.warning("%s; %s (recovery)", rise, remedy)
+        remedy = "lower prune_ratio, take preset 'best' if it was another, or train the factors (recovery)"
+        if self.refuses and self.dense >= 0 and self.best >= DIVERGED * self.dense:
+            raise DivergedError(f"{rise}; the model is as it was; {remedy}, in your own loop by refuse_diverged=False")
+        logger.warning("%s; %s", rise, remedy)
 
     def mean_loss(self, compression: "Compression", batches: list[Any] | None = None) -> float | None:
         """Return the mean loss of the model on `batches`, by default all; None after giving up. Collective."""

@@ -104,3 +104,11 @@ def end_is_unknown(trainer: L.Trainer) -> bool:
     """Return True if the limits do not determine the number of optimizer steps; call it once the data is loaded."""
     endless = trainer.max_epochs in (None, -1) or math.isinf(trainer.num_training_batches)
     return trainer.max_steps == -1 and endless
+
+
+def trains_on(trainer: L.Trainer) -> bool:
+    """Return True if training batches follow the present one in this fit, as far as its limits tell."""
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return False
+    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
+    return not (last_epoch and trainer.is_last_batch)
