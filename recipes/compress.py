@@ -27,7 +27,7 @@ from zssvd_lightning.app.bench.record import recorded
 from zssvd_lightning.app.bench.results import Results
 from zssvd_lightning.app.bench.runner import measure
 from zssvd_lightning.app.bench.settings import BenchSettings
-from zssvd_lightning.app.command import start
+from zssvd_lightning.app.command import print_table, start
 from zssvd_lightning.app.progress import WholeBar
 from zssvd_lightning.app.recovered import Batches, merged_recovery
 from zssvd_lightning.errors import ConfigError
@@ -137,9 +137,9 @@ def main(path: str, *overrides: str) -> None:
             results = Results(models, speed, *measure(models, speed, progress=False))
             recorded(results)
 
+    print_table(report.table())
+    print_table(speeds(results))
     console = Console()
-    console.print(report.table())
-    console.print(speeds(results))
     console.print(f"{run.config.model.source}: {report.coverage.summary(report.removed)}")
     console.print(f"[bold]{PROMPT}[/bold] ...\n  dense:      {dense_text!r}")
     console.print(f"  compressed: {text!r}")

@@ -6,13 +6,12 @@ The dense model is then trained for as many steps on the same text, so that the 
 import copy
 from dataclasses import replace
 
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from recipes.compress import CausalLM
 from zssvd_lightning import Run, RunConfig, load_config
 from zssvd_lightning._resources import Stopwatch
-from zssvd_lightning.app.command import start
+from zssvd_lightning.app.command import print_table, start
 from zssvd_lightning.app.recovered import compress_and_train, trainer
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.model.targets import find_targets, matches
@@ -63,7 +62,7 @@ def main(path: str, *overrides: str) -> None:
 
     report.seconds |= watch.seconds
     run.save(report, picture=True)
-    Console().print(report.table())
+    print_table(report.table())
     print(f"wrote the model, report.json, report.html and report.png to {run.output}")
 
 

@@ -2,15 +2,19 @@
 
 import json
 import logging
+import re
 import sys
 
 import pytest
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from support import fresh
 from support.models import saved_tiny_llama
 
 from zssvd_lightning._files import json_of
 from zssvd_lightning.app import cli
-from zssvd_lightning.app.command import errors_in_one_line, start
+from zssvd_lightning.app.command import errors_in_one_line, print_table, start
 from zssvd_lightning.app.run import Run, recorded_evaluation
 from zssvd_lightning.app.run_config import CalibrationConfig, ModelConfig, RunConfig
 from zssvd_lightning.app.settings import with_options
@@ -86,6 +90,44 @@ def test_the_result_of_a_command_is_json_even_if_it_is_not_finite(monkeypatch, c
     with pytest.raises(SystemExit):
         cli.main()
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"perplexity": None, "tokens": 3}
+
+
+def memory_table():
+    table = Table(title="what it takes", caption="GB, as it is")
+    for column in ("preset", "without a GPU", "TFLOP: passes", "decompositions", Text("[/hours]")):
+        table.add_column(column)
+    table.add_row("zs-svd-line-search", *("123,456,789",) * 3, Text("[/b]"))
+    table.add_row("model.layers.11.mlp.down_proj", "", "2", "3", "4")
+    return table
+
+
+def words_of(table):
+    console = Console()
+    cells = [column.header for column in table.columns] + [cell for column in table.columns for cell in column.cells]
+    shown = [cell.plain if isinstance(cell, Text) else console.render_str(cell).plain for cell in cells]
+    return [word for cell in shown for word in cell.split()]
+
+
+def test_a_table_in_a_pipe_is_as_wide_as_its_entries(capsys, monkeypatch):
+    for width in ("20", "80"):
+        monkeypatch.setenv("COLUMNS", width)
+        print_table(memory_table())
+        shown = capsys.readouterr().out
+        assert "…" not in shown
+        (row,) = (line for line in shown.splitlines() if "zs-svd-line-search" in line)
+        assert row.count("123,456,789") == 3
+        assert any("model.layers.11.mlp.down_proj" in line for line in shown.splitlines())
+
+
+@pytest.mark.parametrize("width", [35, 60, 80, 90, 100, 200])
+def test_a_terminal_of_any_width_shows_every_word_whole(capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(Console, "is_terminal", property(lambda console: True))
+    print_table(memory_table(), err=True)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err)
+    assert all(len(line) <= width for line in shown.splitlines())
+    assert all(word in shown for word in words_of(memory_table()))
+    assert "GB, as it is" in shown
 
 
 def test_a_short_form_may_not_contradict_an_argument():

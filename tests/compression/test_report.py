@@ -148,6 +148,14 @@ def test_table_shows_what_there_is():
         assert piece in text
 
 
+def test_the_text_of_a_report_cuts_no_entry():
+    name = "texts/" + "a-long-name/" * 9 + "c.txt"
+    text = str(report(word_perplexity={name: {"dense": 60.0, "compressed": 90.0}}))
+    (line,) = (line for line in text.splitlines() if name in line)
+    assert "60.00" in line
+    assert "…" not in text
+
+
 def test_table_shows_tasks_and_every_text():
     console = Console(record=True, width=120)
     console.print(report(**JUDGED).table())

@@ -16,7 +16,9 @@ from zssvd_lightning._files import check_output, json_of
 from zssvd_lightning.errors import ZSSVDError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     from zssvd_lightning.app.run import Run
     from zssvd_lightning.app.run_config import RunConfig
@@ -188,7 +190,7 @@ def show(
     line: str,
     quiet: bool,
     only_json: bool = False,
-    table: "RenderableType | None" = None,
+    table: "Table | None" = None,
 ) -> None:
     """Print the result as JSON, or a table and a line about it, or nothing."""
     if only_json:
@@ -199,8 +201,41 @@ def show(
         typer.echo(line)
 
 
-def print_table(table: "RenderableType", err: bool = False) -> None:
-    """Print a table to stdout, or with `err` to stderr."""
+def print_table(table: "Table", err: bool = False) -> None:
+    """Print a table to stdout, or with `err` to stderr, without cutting an entry.
+
+    Outside of a terminal, as in a pipe, the table is as wide as its entries. In a terminal that is too narrow for the
+    longest word of every column, each row is printed as lines `title: entry`.
+    """
     from rich.console import Console
 
-    Console(stderr=err).print(table)
+    from zssvd_lightning.compression.report_table import WIDEST
+
+    console = Console(stderr=err)
+    needs = console.measure(table, options=console.options.update(width=WIDEST))
+    if not console.is_terminal:
+        console.width = needs.maximum
+    if needs.minimum <= console.width:
+        console.print(table)
+    else:
+        for line in _lines_of(console, table):
+            console.print(line, overflow="fold")
+
+
+def _lines_of(console: "Console", table: "Table") -> "Iterator[Text]":
+    """Yield the title of a table, each of its rows as lines `title: entry` under its first entry, and the caption."""
+    from rich.text import Text
+
+    def plain(shown: Any) -> str:
+        return console.render_str(shown).plain if isinstance(shown, str) else str(shown)
+
+    first_title, *titles = [plain(column.header) for column in table.columns]
+    if table.title:
+        yield Text(plain(table.title), style="italic")
+    for first, *others in zip(*(column.cells for column in table.columns), strict=True):
+        yield Text(f"{first_title}: {plain(first)}" if first_title else plain(first), style="bold")
+        for title, entry in zip(titles, map(plain, others), strict=True):
+            if entry:
+                yield Text(f"  {title}: {entry}")
+    if table.caption:
+        yield Text(plain(table.caption), style="italic")

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from zssvd_lightning._files import json_of
 from zssvd_lightning._state_checks import FaultError
-from zssvd_lightning.compression.report_table import PERPLEXITIES, table_of
+from zssvd_lightning.compression.report_table import PERPLEXITIES, WIDEST, table_of
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.serialization.checkpoint_content import REPORT as CONTENT
@@ -303,10 +303,11 @@ class Report:
         )
 
     def __str__(self) -> str:
-        """Return the table without details, as text."""
-        console = Console(file=StringIO(), width=100, color_system=None)
+        """Return the table without details, as text as wide as its entries."""
+        console, table = Console(file=StringIO(), width=WIDEST, color_system=None), self.table(details=False)
+        console.width = console.measure(table).maximum
         with console.capture() as text:
-            console.print(self.table(details=False))
+            console.print(table)
         return text.get()
 
     def table(self, *, details: bool = True) -> Table:

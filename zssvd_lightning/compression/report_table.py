@@ -12,6 +12,9 @@ from zssvd_lightning.evaluation.zero_shot import metrics_of
 if TYPE_CHECKING:
     from zssvd_lightning.compression.report import Report
 
+WIDEST = 10_000
+"""Columns of a terminal that are enough for any table."""
+
 PERPLEXITIES = {"perplexity": "text", "perplexity_second": "second", "perplexity_third": "third"}
 """Fields of a report with perplexities, and the key of the text of each in the settings of the evaluation."""
 
