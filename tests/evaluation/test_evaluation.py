@@ -90,6 +90,18 @@ def test_word_perplexity_is_that_of_the_harness(length, most):
     assert result == pytest.approx(math.exp(-log_likelihood / rolling.words), rel=1e-5)
 
 
+def test_a_text_without_white_space_is_measured_with_a_warning(caplog):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<unk>"
+    RollingText.of("a" * 90 + " b", tokenizer)
+    assert not caplog.messages
+    rolling = RollingText.of("a" * 120 + " b", tokenizer)
+    (said,) = caplog.messages
+    assert said.startswith(f"the text has {len(rolling.ids)} tokens, but 2 words between white space")
+    assert rolling.words == 2
+    assert word_perplexity(tiny_llama(), rolling, 16, progress=False) > 1e50
+
+
 def test_continuation_is_greedy():
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     text = continuation(model, tokenizer, "abc", new_tokens=4)

@@ -1,5 +1,6 @@
 """Perplexity of a language model on held-out text, and a sample of generated text."""
 
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zssvd_lightning._contexts import evaluation_mode
 from zssvd_lightning._resources import counted
 from zssvd_lightning.errors import NonFiniteError, TextError
+
+logger = logging.getLogger(__name__)
 
 
 class Perplexity(NamedTuple):
@@ -57,7 +60,7 @@ def perplexity(
 
 
 MOST_TOKENS = 50
-"""Tokens of a word, on average, above which a text is not made of words, as in languages without white space."""
+"""Tokens of a word, on average, above which words are not what is between white space, as in Chinese."""
 
 
 class RollingText(NamedTuple):
@@ -73,14 +76,15 @@ class RollingText(NamedTuple):
     def of(cls, text: str, tokenizer: PreTrainedTokenizerBase, most: int = 0) -> "RollingText":
         """Tokenize a text, and count its words as the harness does: by the white space between them.
 
+        A text with little white space gives a warning, because its word perplexity says little.
+
         Args:
             text: the text.
             tokenizer: tokenizer of the model; its BOS token, or else its EOS token, is the prefix.
             most: number of tokens after which the text is cut off, perhaps within a word; 0 for the whole text.
 
         Raises:
-            TextError: the text is not made of words, or the tokenizer has neither token, or does not say where in the
-                text it must be cut off.
+            TextError: the tokenizer has neither token, or does not say where in the text it must be cut off.
         """
         prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if prefix is None:
@@ -93,9 +97,11 @@ class RollingText(NamedTuple):
             ids, text = ids[:most], text[: found["offset_mapping"][most - 1][1]]
         words = len(re.split(r"\s+", text))
         if len(ids) > MOST_TOKENS * words:
-            raise TextError(
-                f"the text has {len(ids)} tokens, but {words} words between white space, so that a perplexity of words "
-                "means nothing; leave word_perplexity out"
+            logger.warning(
+                "the text has %d tokens, but %d words between white space, so that its word perplexity is of whole "
+                "sentences or more, and may be infinite; compare models by the perplexity of tokens",
+                len(ids),
+                words,
             )
         return cls(torch.tensor(ids), int(prefix), words)
 
