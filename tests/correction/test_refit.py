@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.attention import Sequences, loss_of, sequence_batches
 from support.interruption import interrupted
 from support.models import image_batches, padded_batches, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit, token_batches
 from support.samplers import second_moment, weight
@@ -226,6 +227,44 @@ def test_rows_that_cannot_be_told_apart_are_refused_and_the_model_is_put_back():
     with pytest.raises(CalibrationError, match=r"expert reads \(128, 97\) of 16 sequences of 24.*add it to ignore"):
         compress(model, token_batches(3), CompressionConfig(0.4, **REFIT), progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_positions_first_gives_the_weights_of_rows_first():
+    models = []
+    for batch_first in (True, False):
+        torch.manual_seed(0)
+        models.append(Sequences(batch_first))
+        report = compress(models[-1], sequence_batches(), CompressionConfig(0.4, **REFIT), loss=loss_of, progress=False)
+        assert len(report.losses) == 2
+    for name, weight_ in models[0].state_dict().items():
+        torch.testing.assert_close(models[1].state_dict()[name], weight_, rtol=1e-3, atol=1e-5)
+
+
+class Flattens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(x.transpose(0, 1))[0].flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "masked", "message"),
+    [
+        (Sequences(batch_first=False), (3, 6), True, r"read reads|layers.0.* reads \(6, 6, 16\) of 6 sequences of 6"),
+        (Sequences(batch_first=False), (3, 5), False, r"Sequences read \(T, B, n\).*attention_mask"),
+        (Flattens(), (3, 5), True, r"head reads \(30, 8\) of 6 sequences of 5"),
+    ],
+)
+def test_layouts_that_cannot_be_told_apart_are_refused(model, rows, masked, message):
+    x, mask = torch.randn(*rows, 8), torch.ones(rows, dtype=torch.bool)
+    layers = find_targets(model)
+    originals = {name: target.weight.clone() for name, target in layers.items()}
+    args = (x, mask) if isinstance(model, Sequences) else (x,)
+    with pytest.raises(CalibrationError, match=message):
+        run_side_by_side(model, Call(args, {}, mask if masked else None), layers, originals, lambda *_: None)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 

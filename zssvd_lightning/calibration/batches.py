@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from zssvd_lightning._resources import counted
 from zssvd_lightning.errors import CalibrationError
-from zssvd_lightning.layers.apart.attention import ProjectedAttention
 
 IGNORED_LABEL = -100
 
@@ -128,12 +127,16 @@ def refuse_square(model: nn.Module, mask: Any, number: int) -> None:
     """Raise CalibrationError if it cannot be told whether layers read (B, T, n) or (T, B, n) of batch `number`."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != mask.shape[1] or bool(mask.all()):
         return
-    attentions = (part for part in model.modules() if isinstance(part, nn.MultiheadAttention | ProjectedAttention))
-    if not all(attention.batch_first for attention in attentions):
+    if has_positions_first(model):
         raise CalibrationError(
             f"batch {number} has padding and as many sequences as positions ({len(mask)}), so the layout (T, B, n) "
             "cannot be told; use another batch size, or batch_first=True"
         )
+
+
+def has_positions_first(model: nn.Module) -> bool:
+    """Return True if a module of a model, such as an attention or LSTM of torch, has `batch_first=False`: (T, B, n)."""
+    return any(getattr(part, "batch_first", True) is False for part in model.modules())
 
 
 class Span(NamedTuple):

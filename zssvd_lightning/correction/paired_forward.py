@@ -3,8 +3,8 @@
 When the pass reaches a layer, the inputs of that layer in both models are known. Its weight may still change, and the
 later layers then see the effect. Nothing of the pass is stored except the activations between two layers.
 
-Shapes: a call has B rows of T positions; X is (2 B, T, n) or (2 B T, n). The first half of it belongs to the dense
-model.
+Shapes: a call has B rows of T positions; X is (2 B, T, n), (2 B T, n), or (T, 2 B, n) where modules of the model are
+not `batch_first`. The first half of the rows belongs to the dense model.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from zssvd_lightning._contexts import evaluation_mode, no_cache, uncompiled
-from zssvd_lightning.calibration.batches import input_of, rows_that_count
+from zssvd_lightning.calibration.batches import has_positions_first, input_of, rows_that_count
 from zssvd_lightning.calibration.masks import Masks, TokenMask
 from zssvd_lightning.calibration.recorded_calls import Call, together
 from zssvd_lightning.errors import CalibrationError
@@ -46,19 +46,15 @@ def run_side_by_side(
     Raises:
         CalibrationError: the input of a layer cannot be split into the rows of both models.
     """
-    (B, T), left = call.rows, set(layers)
+    rows, left = _DoubledRows(model, call), set(layers)
 
     def before(name: str) -> Any:
         def split(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             X = input_of(args, kwargs)
-            if X.shape[0] not in (2 * B, 2 * B * T):
-                raise CalibrationError(
-                    f"{name} reads {tuple(X.shape)} of {2 * B} sequences of {T}, so a refit cannot tell whose rows "
-                    "those are; add it to ignore, or use another correction_step"
-                )
-            mask = masks.of(name, X)
+            side, mask = rows.side(name, X), masks.of(name, X)
+            halves = [half.transpose(0, side) for half in X.chunk(2, side)]
             of_halves = (None, None) if mask is None else mask.chunk(2)
-            meet(name, *(rows_that_count(half, own) for half, own in zip(X.chunk(2), of_halves, strict=True)))
+            meet(name, *(rows_that_count(half, own) for half, own in zip(halves, of_halves, strict=True)))
 
         return split
 
@@ -67,8 +63,9 @@ def run_side_by_side(
 
         def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             X = input_of(args, kwargs)
-            half = len(X) // 2
-            output[:half] = linear(X[:half], originals[name], target.module.bias)
+            side = rows.side(name, X)
+            dense = X.chunk(2, side)[0]
+            output.narrow(side, 0, dense.shape[side]).copy_(linear(dense, originals[name], target.module.bias))
             left.discard(name)
             if not left:
                 raise _Over
@@ -90,6 +87,35 @@ def run_side_by_side(
             model(*doubled.args, **doubled.kwargs)
         except _Over:
             return
+
+
+class _DoubledRows:
+    """Rows of a call that stand twice in the inputs of layers.
+
+    Raises:
+        CalibrationError: modules read positions first, and no mask tells how many rows and positions there are.
+    """
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        (self.B, self.T), self.positions_first = call.rows, has_positions_first(model)
+        if self.positions_first and (call.mask is None or tuple(call.mask.shape) != (self.B, self.T)):
+            raise CalibrationError(
+                f"modules of {type(model).__name__} read (T, B, n), so a refit needs a mask (B, T) of its batches to "
+                "tell rows from positions; give an attention_mask, set batch_first=True, or use another correction_step"
+            )
+
+    def side(self, name: str, X: Tensor) -> int:
+        """Return the dimension of the rows of a layer's input. Raises CalibrationError if that cannot be told."""
+        B, T = self.B, self.T
+        flat = X.shape[0] == 2 * B * T and not (self.positions_first and T > 1)  # else in another order
+        first = X.shape[0] == 2 * B or flat
+        second = self.positions_first and X.dim() > 2 and X.shape[1] == 2 * B
+        if first == second:
+            raise CalibrationError(
+                f"{name} reads {tuple(X.shape)} of {2 * B} sequences of {T}, so a refit cannot tell whose rows those "
+                "are; add it to ignore, or use another correction_step or number of correction batches"
+            )
+        return int(second)
 
 
 class _Over(Exception):  # noqa: N818  (not an error)
