@@ -2,11 +2,13 @@
 
 import copy
 import io
+import sys
 
 import pytest
 import torch
 from support.experts import FAMILIES, lopsided_experts, tiny_experts
 from support.models import assert_same_state, state_of, token_batches
+from torch.nn.parallel import replicate
 
 from zssvd_lightning import (
     CompressionConfig,
@@ -104,6 +106,38 @@ def test_removed_saved_loaded_generated_and_merged(family, tmp_path):
     loaded.save_pretrained(tmp_path / "dense")
     dense = type(loaded).from_pretrained(tmp_path / "dense")
     torch.testing.assert_close(logits(dense, batches[0]), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", *WITH_BIAS])
+def test_copies_for_data_parallel_go_by_their_own_numbers(family, monkeypatch):
+    model = lopsided_experts(family)
+    compress(model, token_batches(2), **REMOVES)
+    name = next(name for name, router, _ in routers_of(model) if forgotten_by(router))
+    block, x = model.get_submodule(name.rpartition(".")[0]), torch.randn(4, 16, 32)
+
+    def clones(tensors, devices, detach=False):  # in place of copies to several GPUs
+        return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+    monkeypatch.setattr(sys.modules["torch.nn.parallel.replicate"], "_broadcast_coalesced_reshape", clones)
+
+    def output_of(module):
+        output = module(x)
+        return output[0] if isinstance(output, tuple) else output
+
+    expected = output_of(block)
+    expected.sum().backward()
+    gradients = {key: p.grad.clone() for key, p in block.named_parameters() if p.grad is not None}
+    block.zero_grad()
+    copies = replicate(block, [0, 1])
+    for parameter in block.parameters():
+        parameter.data.zero_()
+    for each in copies:
+        found = output_of(each)
+        torch.testing.assert_close(found, expected)
+        block.zero_grad()
+        found.sum().backward()
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(block.get_parameter(key).grad, gradient)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])

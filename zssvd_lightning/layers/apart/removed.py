@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from zssvd_lightning.layers.apart.experts import ExpertList, expert_lists
 from zssvd_lightning.layers.base import CompressedLinear
 
+REPLICATE = "_replicate_for_data_parallel"
+"""Method of modules by which `nn.DataParallel` copies them for each device."""
+
 
 class RemovedLinear(CompressedLinear):
     """Linear layer of a removed expert, which no token reaches.
@@ -146,9 +149,19 @@ def forgotten_by(router: nn.Module) -> list[int]:
 def forget(router: nn.Module, removed: Collection[int], count: int) -> None:
     """Keep a router from choosing the removed ones of E experts, and let it choose all others again."""
     if forgotten_by(router):
-        del router.forward
+        for name in ("forward", REPLICATE):
+            vars(router).pop(name, None)
     if removed:
-        router.forward = partial(Forgetting(removed, count), router)
+        forgetting = Forgetting(removed, count)
+        router.forward = partial(forgetting, router)
+        setattr(router, REPLICATE, partial(_replica, forgetting, router))
+
+
+def _replica(forgetting: Forgetting, router: nn.Module) -> nn.Module:
+    """Return the copy of a router for one device of `nn.DataParallel`, which goes by its own numbers."""
+    replica: nn.Module = type(router)._replicate_for_data_parallel(router)  # type: ignore[no-untyped-call]  # noqa: SLF001
+    replica.forward = partial(forgetting, replica)
+    return replica
 
 
 def forget_removed(model: nn.Module) -> None:
@@ -213,11 +226,12 @@ def lowered(bias: Tensor, removed: Collection[int]) -> Tensor:
 
 def _of_each_expert(router: nn.Module, count: int) -> dict[str, Tensor]:
     """Return the own parameters and buffers of a module whose first side is E."""
-    own = chain(router._parameters.items(), router._buffers.items())  # noqa: SLF001
+    copied = vars(router).get("_former_parameters", {})  # where `nn.DataParallel` holds the parameters of a copy
+    own = chain(router._parameters.items(), router._buffers.items(), copied.items())  # noqa: SLF001
     return {name: value for name, value in own if value is not None and value.ndim and len(value) == count}
 
 
 def _put(router: nn.Module, name: str, value: Tensor) -> None:
     """Put a tensor in place of a parameter or buffer."""
-    own: dict[str, Any] = router._parameters if name in router._parameters else router._buffers  # noqa: SLF001
-    own[name] = value
+    groups: tuple[dict[str, Any], ...] = (router._parameters, router._buffers)  # noqa: SLF001
+    next((own for own in groups if name in own), vars(router))[name] = value
