@@ -133,6 +133,40 @@ def test_calibration_reads_the_model_as_it_is(llama):
         assert moments[number].scaling == 8**-0.5
 
 
+def test_hooks_of_others_run_once_for_each_batch(llama):
+    layer, seen = llama.model.layers[1].self_attn.o_proj, []
+    expected = observe(llama, BATCHES, progress=False)
+    handles = [
+        layer.register_forward_hook(lambda module, args, output: seen.append("after")),
+        layer.register_forward_pre_hook(lambda module, args, kwargs: seen.append("before"), with_kwargs=True),
+        nn.modules.module.register_module_forward_hook(
+            lambda module, *_: seen.append("global") if module is layer else None
+        ),
+    ]
+    before = state_of(llama)
+    try:
+        found = observe(llama, BATCHES, progress=False)
+        assert seen == ["before", "global", "after"] * len(BATCHES)
+        assert len(nn.modules.module._global_forward_hooks) == 1
+        assert_same_state(before, state_of(llama))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(found[1].output, expected[1].output)
+
+
+def test_hooks_that_compute_the_weight_run_also_where_it_is_read():
+    model = tiny_llama().eval()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        layer = nn.utils.weight_norm(model.model.layers[0].self_attn.o_proj)
+    with torch.no_grad():
+        layer.weight_g.mul_(3)  # the weight follows in the next forward pass
+    found = observe(model, BATCHES, progress=False)[0].output
+    W = layer.weight.detach().double()
+    expected = torch.stack([torch.einsum("mgd,mge->de", *(own,) * 2) for own in W.view(len(W), 2, 2, 8).unbind(1)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_everything_kept_is_the_model_s_own_cache(llama):
     whole = calibrated(llama, ratio=1.0)
     ids = BATCHES[0]["input_ids"]

@@ -1,16 +1,23 @@
 """Output projection of an attention layer, through which values reach its output, found by what it does.
 
 The projection is the first linear module inside of the attention layer that is called with the attention's result. It
-is read by running it, so that its form (dense, low-rank, with an adapter, quantized) does not matter.
+is read by running it, so that its form (dense, low-rank, with an adapter, quantized) does not matter. Hooks of users do
+not run then: they see each batch once.
 """
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from zssvd_lightning._contexts import overridden
 from zssvd_lightning._numerics import in_float64
+
+FORWARD = ("_forward_pre_hooks", "_forward_hooks")
+"""Attributes in which modules hold hooks around their forward pass."""
 
 NEARLY = 2e-2
 """Largest relative deviation from linearity of a linear map in bfloat16."""
@@ -56,10 +63,31 @@ class OutputProjections:
             return
         self._waiting = None
         example = args[0].detach().reshape(-1, waiting.width)[:4]
-        if is_linear(module, example):
-            waiting.found(squares_of(module, example, waiting.heads, waiting.value_width))
-        else:
-            self._waiting = waiting
+        with _without_hooks(module):
+            if is_linear(module, example):
+                waiting.found(squares_of(module, example, waiting.heads, waiting.value_width))
+            else:
+                self._waiting = waiting
+
+
+@contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """Let a module and its parts run without hooks within the context, but for those of torch, which compute weights.
+
+    Global hooks do not run either.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(overridden(nn.modules.module, **{f"_global{kind}": OrderedDict() for kind in FORWARD}))
+        for part in module.modules():
+            hooks = {kind: OrderedDict(filter(_is_of_torch, vars(part)[kind].items())) for kind in FORWARD}
+            stack.enter_context(overridden(part, **hooks))
+        yield
+
+
+def _is_of_torch(entry: tuple[int, Any]) -> bool:
+    """Return whether a registered hook belongs to torch, such as that of `torch.nn.utils.weight_norm`."""
+    hook = entry[1]
+    return type(getattr(hook, "__self__", hook)).__module__.startswith("torch.")
 
 
 @torch.no_grad()
