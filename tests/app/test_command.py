@@ -119,7 +119,7 @@ def test_a_table_in_a_pipe_is_as_wide_as_its_entries(capsys, monkeypatch):
         assert any("model.layers.11.mlp.down_proj" in line for line in shown.splitlines())
 
 
-@pytest.mark.parametrize("width", [35, 60, 80, 90, 100, 200])
+@pytest.mark.parametrize("width", [35, 60, 80, 88, 90, 95, 100, 200])
 def test_a_terminal_of_any_width_shows_every_word_whole(capsys, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setattr(Console, "is_terminal", property(lambda console: True))

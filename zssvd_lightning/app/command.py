@@ -1,5 +1,6 @@
 """Common parts of command lines: usage, errors in one line, streams, tables and JSON."""
 
+import copy
 import logging
 import os
 import signal
@@ -215,11 +216,26 @@ def print_table(table: "Table", err: bool = False) -> None:
     needs = console.measure(table, options=console.options.update(width=WIDEST))
     if not console.is_terminal:
         console.width = needs.maximum
-    if needs.minimum <= console.width:
+    if needs.maximum <= console.width:
         console.print(table)
+    elif needs.minimum <= console.width:
+        console.print(_without_broken_words(console, table, console.width - needs.minimum))
     else:
         for line in _lines_of(console, table):
             console.print(line, overflow="fold")
+
+
+def _without_broken_words(console: "Console", table: "Table", spare: int) -> "Table":
+    """Return a table of which every column has the width of its longest word, and `spare` is added to the last ones."""
+    from rich.measure import Measurement
+
+    table, options = copy.deepcopy(table), console.options
+    for column in reversed(table.columns):
+        sizes = [Measurement.get(console, options, shown) for shown in (column.header, *column.cells)]
+        least, most = max(size.minimum for size in sizes), max(size.maximum for size in sizes)
+        column.width = min(most, least + spare)
+        spare -= column.width - least
+    return table
 
 
 def _lines_of(console: "Console", table: "Table") -> "Iterator[Text]":
