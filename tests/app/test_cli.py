@@ -164,6 +164,19 @@ def test_evaluate_on_tasks(workshop, zssvd, tmp_path):
     assert out["tokens"] == 3 * 31
     assert set(out["task_seconds"]) == {"dense", "compressed"}
     assert f"{piqa['acc']['dense']:.4f} ± {piqa['acc_stderr']['dense']:.4f}" in done.err
+@pytest.mark.parametrize("entry", ["limit=5", "data=rows", "include=more"])
+def test_settings_of_tasks_are_refused_without_tasks(workshop, zssvd, entry):
+    name = entry.partition("=")[0]
+    for done in (
+        zssvd("compress", workshop / "config.yaml", f"output={workshop}/limited", f"evaluation.{entry}"),
+        zssvd("evaluate", workshop / "model", f"text={workshop}/text.txt", entry),
+    ):
+        assert done.code == 1
+        assert done.err.startswith(f"ConfigError: evaluation.{name} is ")
+        assert done.err.endswith(f"give some, such as evaluation.tasks=[piqa], or set evaluation.{name} to null\n")
+    assert not (workshop / "limited").exists()
+
+
 
     alone = json.loads(zssvd("evaluate", workshop / "model", *asked).out)
     assert "perplexity" not in alone

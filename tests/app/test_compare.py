@@ -618,6 +618,8 @@ def test_without_matplotlib_there_is_no_picture(run, tmp_path, monkeypatch, capl
         (["{}/zero-sum.yaml", "seeds=[]"], "one value or more"),
         (["{}/zero-sum.yaml", "limit=0"], "limit is 0"),
         (["{}/zero-sum.yaml", "batch_size=0"], "batch_size is 0"),
+        (["{}/zero-sum.yaml", "limit=5"], r"evaluation.limit is 5.*evaluation.tasks=\[piqa\]"),
+        (["{}/zero-sum.yaml", "evaluation.data=rows"], "evaluation.data is 'rows'.*to null"),
         (["{}/zero-sum.yaml", "recovery.method=lora"], "recovery=null"),
         (["{}/zero-sum.yaml", "training.steps=5"], "training.steps has no effect"),
         (["{}/zero-sum.yaml", "model.saved_dtype=bfloat16"], "model.saved_dtype has no effect"),

@@ -48,7 +48,8 @@ class Run:
         coverage: share of the model that will be compressed, and what is left alone.
 
     Raises:
-        ConfigError: the device is not available, or windows are longer than the inputs of the model.
+        ConfigError: the device is not available, windows are longer than the inputs of the model, or a setting of tasks
+            is given without tasks.
         ModelSourceError: the model cannot be loaded.
         TextError: a text cannot be read or is too short.
         TaskError: a task is unknown or does not load, or a row of it is malformed.
@@ -61,6 +62,7 @@ class Run:
     def __init__(
         self, config: RunConfig, progress: bool = True, *, device: str | None = None, saves: bool = True
     ) -> None:
+        config.evaluation.refuse_unused()
         self.config = config
         self.progress = progress
         self.device = checked_device(device)
@@ -254,6 +256,7 @@ def measure(
     """
     if not settings.texts and not settings.tasks:
         raise ConfigError(f"{source} records no evaluation text; give one as text=SOURCE, or tasks as tasks=[piqa]")
+    settings.refuse_unused()
     device = checked_device(device)
     dense = settings.dense if settings.tasks else None
     tasks = zero_shot.load_tasks(settings.tasks, settings.data, settings.include) if settings.tasks else None

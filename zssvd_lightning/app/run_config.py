@@ -13,6 +13,7 @@ from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import require, require_count, require_one_of
 from zssvd_lightning.compression.report_table import PERPLEXITIES
 from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.errors import ConfigError, shown
 
 EXPORTS = ("dense", "self_contained", "onnx")
 """Formats of `zssvd export`."""
@@ -20,6 +21,10 @@ EXPORTS = ("dense", "self_contained", "onnx")
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 """Precisions of calibration without a Trainer."""
+
+
+OF_TASKS_ALONE = ("limit", "data", "include")
+"""Settings of an evaluation that have no effect without tasks."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,15 @@ class EvaluationConfig:
     def texts(self) -> dict[str, str]:
         """Text sources by the name of their perplexity."""
         return {name: text for name, key in PERPLEXITIES.items() if (text := getattr(self, key)) is not None}
+
+    def refuse_unused(self) -> None:
+        """Raise ConfigError if a setting says how tasks are measured, and there are no tasks."""
+        given = [name for name in OF_TASKS_ALONE if getattr(self, name) is not None]
+        if given and not self.tasks:
+            raise ConfigError(
+                f"evaluation.{given[0]} is {shown(getattr(self, given[0]))}, but is of tasks alone, and there are "
+                f"none; give some, such as evaluation.tasks=[piqa], or set evaluation.{given[0]} to null"
+            )
 
 
 @dataclass(frozen=True)

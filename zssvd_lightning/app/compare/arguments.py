@@ -234,8 +234,10 @@ def _run(source: Source, overrides: Sequence[str], config: CompareConfig) -> Run
         raise ConfigError(f"{path}: cells share statistics in memory; set compression.offload to 'none'")
     if run.compression.limits:
         raise ConfigError(f"{path}: cells share statistics in memory; leave {' and '.join(run.compression.limits)} out")
-    if not run.evaluation.texts and not _evaluation(run, config).tasks:
+    evaluation = _evaluation(run, config)
+    if not evaluation.texts and not evaluation.tasks:
         raise ConfigError(f"{path}: nothing would be measured; give evaluation.text=SOURCE, or tasks as tasks=[piqa]")
+    evaluation.refuse_unused()
     return run
 
 
