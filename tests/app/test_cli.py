@@ -287,6 +287,9 @@ def test_plan_then_compress_by_it(workshop, zssvd, tmp_path):
     assert done.code == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {n: e["rank"] for n, e in layers.items()} == {n: r["rank"] or "dense" for n, r in report["ranks"].items()}
+    metrics.write_text("\n".join(rows[:4]))
+    assert zssvd("phases", metrics, tmp_path / "stopped.svg").code == 0
+    assert "<!-- calibrate -->" in (tmp_path / "stopped.svg").read_text()
     again = zssvd("plan", workshop / "config.yaml", plan, *more)
     assert again.code == 1
     assert "exists" in again.err
@@ -299,6 +302,26 @@ def test_phases_draws_a_run(zssvd, tmp_path):
         "0,,0,",
         "0,4.1,,",
         "2,,1,",
+def test_phases_draws_every_compression_of_a_run(zssvd, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("matplotlib.axes.Axes.axvline", lambda axes, step, **style: lines.append(step))
+    metrics = tmp_path / "metrics.csv"
+    rows = [
+        "step,loss,zssvd/phase,zssvd/pruned,zssvd2/phase,zssvd2/pruned,zssvd10/phase",
+        "0,4,0,,0,,0",
+        "2,,1,,,,",
+        "4,,5,0.1,,,",
+        "6,3,6,,1,,",
+        "8,,,,5,0.3,",
+        "9,2,,,,,",
+    ]
+    metrics.write_text("\n".join(rows))
+    assert zssvd("phases", metrics, tmp_path / "phases.svg").code == 0
+    drawn = re.findall(r"<!-- (wait|calibrate|recover)(.*) -->", (tmp_path / "phases.svg").read_text())
+    assert drawn == [("wait", ""), *((name, f" {number}") for number in (1, 2) for name in ("calibrate", "recover"))]
+    assert lines == [4, 8]
+
+
         "3,4.0,,",
         "4,,,0.1",
         "4,,5,",

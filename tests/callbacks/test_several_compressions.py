@@ -280,6 +280,16 @@ REFUSED = {
         r"have the same state_key \('mine'\).*do not override",
     ),
     "prehab": (lambda: [*pair(), LowRankPrehab(1)], UnsupportedTrainingError, "LowRankPrehab .* leave it out"),
+    "checkpoints": (
+        lambda: [*pair(), compressing(0.6, 12), ModelCheckpoint(monitor="zssvd2/loss_after", mode="min")],
+        UnsupportedTrainingError,
+        "ModelCheckpoint monitors 'zssvd2/loss_after', a metric of compression 2 of 3, .* 'zssvd3/loss_after' of",
+    ),
+    "stopping": (
+        lambda: [*pair(), EarlyStopping("zssvd/held_out_loss")],
+        UnsupportedTrainingError,
+        "EarlyStopping monitors 'zssvd/held_out_loss', a metric of compression 1 of 2, .* 'zssvd2/held_out_loss'",
+    ),
     "dry run": (lambda: pair({"dry_run": True}), UnsupportedTrainingError, "set dry_run only for the last"),
     "8 bits": (lambda: pair({"storage": "remap"}), UnsupportedTrainingError, "in 8 bits, cannot be compressed again"),
     "adapters": (
@@ -323,7 +333,7 @@ def test_what_cannot_follow_is_refused_before_the_first_batch(kind):
     module = dense_module()
     before = state_of(module)
     with pytest.raises(error, match=match):
-        fitted(module, *callbacks())
+        fitted(module, *callbacks(), enable_checkpointing=kind == "checkpoints")
     assert_same_state(before, state_of(module))
 
 

@@ -2,19 +2,24 @@
 
 import csv
 import math
+import re
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from zssvd_lightning._files import replacing_file
 from zssvd_lightning._validation import needs_extra
 from zssvd_lightning.app.html.facts import Facts
 from zssvd_lightning.callbacks.loggers.figures import grid, show_grid
+from zssvd_lightning.callbacks.trainer.telemetry import PREFIX, prefix_of
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.errors import TextError
 
 COLORS = {"wait": "#dddddd", "calibrate": "#b9d7ea", "correct": "#f6d6ad", "recover": "#c9e4c5"}
+
+PHASE = re.compile(r"zssvd(\d*)/phase")
+"""Name of the metric of the phase; see `telemetry.prefix_of`."""
 
 
 def draw(report: Report, path: str | Path) -> None:
@@ -49,7 +54,9 @@ def draw(report: Report, path: str | Path) -> None:
 
 
 def draw_phases(metrics: str | Path, path: str | Path, loss: str = "loss") -> None:
-    """Draw the training loss of a run over its steps, with the phases of the compression in the background.
+    """Draw the training loss of a run over its steps, with the phases of its compressions in the background.
+
+    Phases of several compressions are numbered. A run that ended before a truncation is drawn as far as it came.
 
     Args:
         metrics: the `metrics.csv` of a `CSVLogger`, which the title names.
@@ -64,18 +71,24 @@ def draw_phases(metrics: str | Path, path: str | Path, loss: str = "loss") -> No
     with needs_extra("report", "pictures"):
         from matplotlib.figure import Figure
 
-    losses, logged = _column(metrics, loss), _column(metrics, "zssvd/phase")
-    phases = [logged[0], *(new for old, new in pairwise(logged) if new[1] != old[1])]
+    columns = _read(metrics)
+    losses = _logged(metrics, columns, loss)
+    compressions = _compressions(columns) or [PREFIX]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
-    last = max(step for step, _ in losses) + 1
-    for (start, number), (end, _) in zip(phases, [*phases[1:], (last, 0)], strict=True):
-        name = list(Phase)[int(number)].value
-        if end > start and name in COLORS:
-            axes.axvspan(start, end, color=COLORS[name], linewidth=0)
-            axes.text((start + end) / 2, 1.02, name, ha="center", transform=axes.get_xaxis_transform())
-    for step, _ in _column(metrics, "zssvd/pruned"):
-        axes.axvline(step, color="#b03030", linestyle="--", linewidth=1)
+    every = [_logged(metrics, columns, f"{prefix}phase") for prefix in compressions]
+    last = max(step for logged in (losses, *every) for step, _ in logged) + 1
+    for number, (prefix, logged) in enumerate(zip(compressions, every, strict=True), 1):
+        phases = [logged[0], *(new for old, new in pairwise(logged) if new[1] != old[1])]
+        for (start, index), (end, _) in zip(phases, [*phases[1:], (last, 0)], strict=True):
+            name = list(Phase)[int(index)].value
+            if end > start and name in COLORS and not (number > 1 and name == Phase.WAIT):
+                axes.axvspan(start, end, color=COLORS[name], linewidth=0)
+                title = f"{name} {number}" if len(compressions) > 1 and name != Phase.WAIT else name
+                axes.text((start + end) / 2, 1.02, title, ha="center", transform=axes.get_xaxis_transform())
+        pruned = f"{prefix}pruned"
+        for step, _ in _logged(metrics, columns, pruned) if pruned in columns else []:
+            axes.axvline(step, color="#b03030", linestyle="--", linewidth=1)
     axes.plot(*zip(*losses, strict=True), color="#303030", marker=".", linewidth=1)
     axes.set_xlim(0, last)
     axes.set_xlabel("step (dashed: truncation)")
@@ -85,19 +98,36 @@ def draw_phases(metrics: str | Path, path: str | Path, loss: str = "loss") -> No
         figure.savefig(file, dpi=120)
 
 
-def _column(metrics: str | Path, name: str) -> list[tuple[int, float]]:
+def _read(metrics: str | Path) -> dict[str, list[tuple[str, str]]]:
+    """Return the values of each column of a metrics.csv, without empty ones, each with its step."""
+    found: dict[str, list[tuple[str, str]]] = {}
     try:
         with Path(metrics).open(encoding="utf-8") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file))
-        found = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+            for row in csv.DictReader(file):
+                for name in [name for name, value in row.items() if name and value]:
+                    found.setdefault(name, []).append((row["step"], row[name]))
     except (OSError, KeyError, ValueError) as error:
-        raise TextError(
-            f"{metrics} is no metrics.csv of a run with {name!r} in it: {error!r}; log with CSVLogger, and self.log "
-            "the training loss"
-        ) from error
-    if not found:
-        raise TextError(f"{metrics} has no value of {name!r}")
+        raise TextError(f"{metrics} is no metrics.csv of a CSVLogger: {error!r}") from error
     return found
+
+
+def _logged(metrics: str | Path, columns: Mapping[str, list[tuple[str, str]]], name: str) -> list[tuple[int, float]]:
+    """Return the values of a column with their steps. Raises TextError if there are none, or no numbers."""
+    if name not in columns:
+        raise TextError(
+            f"{metrics} has no value of {name!r}; log with CSVLogger, and self.log the training loss (--loss names its "
+            f"column). It has values of {', '.join(columns) or 'nothing'}"
+        )
+    try:
+        return [(int(step), float(value)) for step, value in columns[name]]
+    except ValueError as error:
+        raise TextError(f"{metrics} is no metrics.csv of a CSVLogger: {name!r} holds no numbers: {error}") from error
+
+
+def _compressions(columns: Collection[str]) -> list[str]:
+    """Return the starts of the names of the metrics of each compression, in the order of the compressions."""
+    numbers = sorted(int(found[1] or 1) for name in columns if (found := PHASE.fullmatch(name)))
+    return [prefix_of(number) for number in numbers]
 
 
 def _headline(report: Report) -> str:

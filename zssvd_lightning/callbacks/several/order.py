@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from zssvd_lightning.callbacks.prehab import LowRankPrehab
 from zssvd_lightning.callbacks.schedule import ScheduledCompression
@@ -76,6 +77,24 @@ def _refuse_company(
             f"LowRankPrehab prepares dense layers for one compression, and the Trainer has {number}; leave it out, or "
             "run it with the first ZSSVDCallback, and the others in a second fit"
         )
+    _refuse_monitors(callbacks, compressions)
+
+
+def _refuse_monitors(callbacks: Sequence[L.Callback], compressions: "Sequence[ZSSVDCallback]") -> None:
+    """Refuse callbacks that rank by a metric of an earlier compression, which no longer changes in the last one.
+
+    All checkpoints of the last compression would have the same score, so that the first of them would count as the
+    best, and early stopping would end the fit.
+    """
+    *earlier, last = [callback.fit.turn.prefix for callback in compressions]
+    for callback in callbacks:
+        monitor = callback.monitor if isinstance(callback, (ModelCheckpoint, EarlyStopping)) else None
+        if prefix := next((each for each in earlier if (monitor or "").startswith(each)), None):
+            raise UnsupportedTrainingError(
+                f"{type(callback).__name__} monitors {monitor!r}, a metric of compression {earlier.index(prefix) + 1} "
+                f"of {len(compressions)}, which no longer changes once the next one starts; monitor "
+                f"{str(monitor).replace(prefix, last, 1)!r} of the last compression, or a loss that the module logs"
+            )
 
 
 def _refuse_settings(before: "ZSSVDCallback", after: "ZSSVDCallback") -> None:
