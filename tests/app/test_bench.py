@@ -2,8 +2,7 @@
 
 import json
 import shutil
-import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from zssvd_lightning.app.bench.runner import measure
 from zssvd_lightning.app.bench.session import DECODE, PREFILL, Session, abilities_of
 from zssvd_lightning.app.bench.settings import BenchSettings, Workload, workloads
 from zssvd_lightning.app.bench.timing import Quartiles, turns
-from zssvd_lightning.app.cli import main
 from zssvd_lightning.app.html.page import PAGE
 from zssvd_lightning.compression.report import REPORT, read_report
 from zssvd_lightning.errors import BudgetError, ConfigError, ModelSourceError
@@ -31,24 +29,6 @@ SMALL = ("--batch", "1,2", "--context", "6", "--tokens", "3", "--repeats", "2", 
 
 BLOCK = {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32), "gate": (48, 32), "up": (48, 32), "down": (32, 48)}
 """Shapes (m, n) of the layers in a block of `tiny_llama`."""
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def zssvd(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["zssvd", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return Done(ended.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import sys
 import typing
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ import yaml
 from support.models import saved_tiny_llama, tiny_tokenizer
 
 from zssvd_lightning import CompressionConfig, RunConfig, load_config
-from zssvd_lightning.app.cli import main
 from zssvd_lightning.app.compare.arguments import CompareConfig
 from zssvd_lightning.app.run_config import EvaluateConfig, ExportConfig
 from zssvd_lightning.app.settings import FALLBACK_TEXT, keys_of
@@ -46,27 +44,6 @@ def workshop(tmp_path_factory):
         f"output: {folder}/out\n"
     )
     return folder
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def zssvd(monkeypatch, capsys):
-    """Runs the command in this process, which saves importing torch each time."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["zssvd", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code or 0
-        return Done(code, *capsys.readouterr())
-
-    return run
 
 
 def test_a_limit_of_memory_refuses_before_anything_is_measured(workshop, zssvd):
@@ -164,19 +141,6 @@ def test_evaluate_on_tasks(workshop, zssvd, tmp_path):
     assert out["tokens"] == 3 * 31
     assert set(out["task_seconds"]) == {"dense", "compressed"}
     assert f"{piqa['acc']['dense']:.4f} ± {piqa['acc_stderr']['dense']:.4f}" in done.err
-@pytest.mark.parametrize("entry", ["limit=5", "data=rows", "include=more"])
-def test_settings_of_tasks_are_refused_without_tasks(workshop, zssvd, entry):
-    name = entry.partition("=")[0]
-    for done in (
-        zssvd("compress", workshop / "config.yaml", f"output={workshop}/limited", f"evaluation.{entry}"),
-        zssvd("evaluate", workshop / "model", f"text={workshop}/text.txt", entry),
-    ):
-        assert done.code == 1
-        assert done.err.startswith(f"ConfigError: evaluation.{name} is ")
-        assert done.err.endswith(f"give some, such as evaluation.tasks=[piqa], or set evaluation.{name} to null\n")
-    assert not (workshop / "limited").exists()
-
-
 
     alone = json.loads(zssvd("evaluate", workshop / "model", *asked).out)
     assert "perplexity" not in alone
@@ -198,6 +162,19 @@ def test_settings_of_tasks_are_refused_without_tasks(workshop, zssvd, entry):
         assert done.code == 1
         assert message in done.err
         assert not done.out
+
+
+@pytest.mark.parametrize("entry", ["limit=5", "data=rows", "include=more"])
+def test_settings_of_tasks_are_refused_without_tasks(workshop, zssvd, entry):
+    name = entry.partition("=")[0]
+    for done in (
+        zssvd("compress", workshop / "config.yaml", f"output={workshop}/limited", f"evaluation.{entry}"),
+        zssvd("evaluate", workshop / "model", f"text={workshop}/text.txt", entry),
+    ):
+        assert done.code == 1
+        assert done.err.startswith(f"ConfigError: evaluation.{name} is ")
+        assert done.err.endswith(f"give some, such as evaluation.tasks=[piqa], or set evaluation.{name} to null\n")
+    assert not (workshop / "limited").exists()
 
 
 def test_a_run_is_judged_on_tasks_and_three_texts(workshop, zssvd, tmp_path):
@@ -287,9 +264,6 @@ def test_plan_then_compress_by_it(workshop, zssvd, tmp_path):
     assert done.code == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {n: e["rank"] for n, e in layers.items()} == {n: r["rank"] or "dense" for n, r in report["ranks"].items()}
-    metrics.write_text("\n".join(rows[:4]))
-    assert zssvd("phases", metrics, tmp_path / "stopped.svg").code == 0
-    assert "<!-- calibrate -->" in (tmp_path / "stopped.svg").read_text()
     again = zssvd("plan", workshop / "config.yaml", plan, *more)
     assert again.code == 1
     assert "exists" in again.err
@@ -302,6 +276,32 @@ def test_phases_draws_a_run(zssvd, tmp_path):
         "0,,0,",
         "0,4.1,,",
         "2,,1,",
+        "3,4.0,,",
+        "4,,,0.1",
+        "4,,5,",
+        "6,3,,",
+    ]
+    metrics.write_text("\n".join(rows))
+    for name in ("phases.png", "phases.svg"):
+        assert zssvd("phases", metrics, tmp_path / name).code == 0
+        assert (tmp_path / name).stat().st_size > 5_000
+    svg = (tmp_path / "phases.svg").read_text()
+    assert all(f"<!-- {phase} -->" in svg for phase in ("wait", "calibrate", "recover"))
+    metrics.write_text("\n".join(rows[:4]))
+    assert zssvd("phases", metrics, tmp_path / "stopped.svg").code == 0
+    assert "<!-- calibrate -->" in (tmp_path / "stopped.svg").read_text()
+    for text, message in (
+        ("step,loss\n1,2", "'zssvd/phase'"),
+        ("step,loss\n1,", "no value of 'loss'"),
+        ("a,b\n1,2", "KeyError"),
+    ):
+        metrics.write_text(text)
+        done = zssvd("phases", metrics, tmp_path / "no.png")
+        assert done.code == 1
+        assert message in done.err
+        assert not (tmp_path / "no.png").exists()
+
+
 def test_phases_draws_every_compression_of_a_run(zssvd, tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr("matplotlib.axes.Axes.axvline", lambda axes, step, **style: lines.append(step))
@@ -320,29 +320,6 @@ def test_phases_draws_every_compression_of_a_run(zssvd, tmp_path, monkeypatch):
     drawn = re.findall(r"<!-- (wait|calibrate|recover)(.*) -->", (tmp_path / "phases.svg").read_text())
     assert drawn == [("wait", ""), *((name, f" {number}") for number in (1, 2) for name in ("calibrate", "recover"))]
     assert lines == [4, 8]
-
-
-        "3,4.0,,",
-        "4,,,0.1",
-        "4,,5,",
-        "6,3,,",
-    ]
-    metrics.write_text("\n".join(rows))
-    for name in ("phases.png", "phases.svg"):
-        assert zssvd("phases", metrics, tmp_path / name).code == 0
-        assert (tmp_path / name).stat().st_size > 5_000
-    svg = (tmp_path / "phases.svg").read_text()
-    assert all(f"<!-- {phase} -->" in svg for phase in ("wait", "calibrate", "recover"))
-    for text, message in (
-        ("step,loss\n1,2", "'zssvd/phase'"),
-        ("step,loss\n1,", "no value of 'loss'"),
-        ("a,b\n1,2", "KeyError"),
-    ):
-        metrics.write_text(text)
-        done = zssvd("phases", metrics, tmp_path / "no.png")
-        assert done.code == 1
-        assert message in done.err
-        assert not (tmp_path / "no.png").exists()
 
 
 EVALUATED = ["evaluation.windows=2", "evaluation.length=32"]

@@ -1,17 +1,13 @@
 """Compression of attentions of torch in a fit: whole until it starts, and after any failure; resumed at any step."""
 
-import copy
-
 import lightning as L
 import pytest
-import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from support.attention import SequenceClassifier, sequence_batches
-from support.callbacks import short
+from support.callbacks import assert_resumes_from_any_phase, short
 from support.models import assert_same_state, state_of, trainer
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from zssvd_lightning import LoRARecovery, load_from_checkpoint
+from zssvd_lightning import LoRARecovery
 from zssvd_lightning.errors import UnsupportedTrainingError
 from zssvd_lightning.layers.apart.attention import projected
 from zssvd_lightning.serialization.specs import ranks_of
@@ -31,24 +27,11 @@ def fit(module, *callbacks, ckpt_path=None, **settings):
 
 
 def test_a_fit_resumes_to_the_same_weights_from_checkpoints_of_any_phase(tmp_path):
-    whole = SequenceClassifier()
-    start = copy.deepcopy(whole)
-    fit(whole, callback(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
-    assert any(".self_attn." in name for name in ranks_of(whole))
-    phases = {}
-    for step in (1, 4, 7, 18):
-        path = tmp_path / f"step={step}.ckpt"
-        saved = torch.load(path, weights_only=True)
-        (state,) = [state for key, state in saved["callbacks"].items() if key.startswith("ZSSVD")]
-        phases[state["phase"]] = "net.encoder.layers.0.self_attn.in_proj_weight" in saved["state_dict"]
-        resumed = copy.deepcopy(start)
-        fit(resumed, callback(), ckpt_path=path)
-        assert whole.state_dict().keys() == resumed.state_dict().keys()
-        for name, value in whole.state_dict().items():
-            assert torch.equal(resumed.state_dict()[name], value), (step, name)
-    assert phases == {"wait": True, "calibrate": True, "correct": True, "recover": False}
-    loaded = load_from_checkpoint(SequenceClassifier, tmp_path / f"step={COUNT}.ckpt", weights_only=True)
-    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in loaded.state_dict().items())
+    module = SequenceClassifier()
+    loaded = assert_resumes_from_any_phase(
+        module, fit, callback, tmp_path, "net.encoder.layers.0.self_attn.in_proj_weight"
+    )
+    assert any(".self_attn." in name for name in ranks_of(module))
     assert loaded.net.encoder.use_nested_tensor is False
 
 

@@ -1,12 +1,9 @@
 """Statistics, originals, factors and spectra of a fit that are held elsewhere, and gradients that are not held."""
 
-import errno
-import tempfile
-
 import pytest
 import torch
 from support.callbacks import short
-from support.media import OfAnAccelerator
+from support.media import OfAnAccelerator, fill_disk
 from support.models import FAMILIES, CausalLM, assert_same_state, loader, state_of, tiny_llama, token_batches, trainer
 from torch import nn
 
@@ -14,7 +11,6 @@ from zssvd_lightning import Phase, ZSSVDCallback, compress
 from zssvd_lightning.compression.pipeline import calibrate
 from zssvd_lightning.errors import ConfigError, ContradictionError, OutputError
 from zssvd_lightning.model.targets import find_targets
-from zssvd_lightning.offload.media import ScratchFile
 from zssvd_lightning.offload.stores import OFFLOADS, Offloading
 from zssvd_lightning.whitening.moments import Moments
 
@@ -65,20 +61,7 @@ def test_ranks_and_weights_are_bit_equal_wherever_things_are(family, method, off
 
 @pytest.mark.parametrize("writes", [1, 40, 100])
 def test_a_full_disk_stops_the_fit_and_loses_nothing(writes, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    write, seen = ScratchFile._write, []
-
-    def full(file, start, content):
-        seen.append(start)
-        if len(seen) == writes:
-            file._file = Full()
-        write(file, start, content)
-
-    class Full:
-        def seek(self, _):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(ScratchFile, "_write", full)
+    fill_disk(monkeypatch, tmp_path, writes)
     module = CausalLM()
     before = state_of(module)
     with pytest.raises(OutputError, match="No space left"):

@@ -1,19 +1,17 @@
 """State of the optimizer that rests elsewhere while a fit is compressed."""
 
 import copy
-import errno
-import tempfile
 
 import lightning as L
 import pytest
 import torch
 from support.callbacks import short
+from support.media import fill_disk
 from support.models import CausalLM, assert_same_state, loader, state_of, token_batches, trainer
 
 from zssvd_lightning import Phase, Schedule
 from zssvd_lightning.errors import ConfigError, OutputError, UnsupportedTrainingError
 from zssvd_lightning.offload import parking
-from zssvd_lightning.offload.media import ScratchFile
 from zssvd_lightning.offload.parking import Parking, parked_in
 from zssvd_lightning.strategies import FSDP2Adapter
 
@@ -108,20 +106,7 @@ def test_the_state_is_back_after_a_dry_run(tmp_path):
 
 
 def test_a_full_disk_leaves_the_state(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    write, count = ScratchFile._write, []
-
-    def full(file, start, content):
-        count.append(start)
-        if len(count) == 5:
-            file._file = Full()
-        write(file, start, content)
-
-    class Full:
-        def seek(self, _):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(ScratchFile, "_write", full)
+    fill_disk(monkeypatch, tmp_path, 5)
     run, _, module = fitted(watch := Watch(), "disk")
     with pytest.raises(OutputError, match="No space left"):
         run.fit(module, loader(token_batches(8)))

@@ -1,11 +1,16 @@
 """Callbacks that several tests put into their Trainers."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from zssvd_lightning import Phase, Schedule, ZSSVDCallback
+from zssvd_lightning import Phase, Schedule, ZSSVDCallback, load_from_checkpoint
 
 
 def scheduled(settings: dict[str, Any]) -> dict[str, Any]:
@@ -43,3 +48,34 @@ class Interrupt(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == self.at:
             raise ConnectionError("gone")
+
+
+def assert_resumes_from_any_phase(
+    module: L.LightningModule, fit: Callable[..., None], callback: Callable[[], ZSSVDCallback], folder: Path, dense: str
+) -> L.LightningModule:
+    """Fit a module, and check that a checkpoint of each phase goes on to the same weights; return the last one loaded.
+
+    Args:
+        module: the module, which is fitted in place in 20 steps.
+        fit: fits a module with callbacks, from `ckpt_path`.
+        callback: makes a compression that waits at step 1, and calibrates, corrects and recovers at 4, 7 and 18.
+        folder: where the checkpoints go.
+        dense: name of a weight that is there until the layers are replaced.
+    """
+    start = copy.deepcopy(module)
+    fit(module, callback(), ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1))
+    phases = {}
+    for step in (1, 4, 7, 18):
+        path = folder / f"step={step}.ckpt"
+        saved = torch.load(path, weights_only=True)
+        (state,) = [state for key, state in saved["callbacks"].items() if key.startswith("ZSSVD")]
+        phases[state["phase"]] = dense in saved["state_dict"]
+        resumed = copy.deepcopy(start)
+        fit(resumed, callback(), ckpt_path=path)
+        assert module.state_dict().keys() == resumed.state_dict().keys()
+        for name, value in module.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value), (step, name)
+    assert phases == {"wait": True, "calibrate": True, "correct": True, "recover": False}
+    loaded = load_from_checkpoint(type(module), folder / "step=20.ckpt", weights_only=True)
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in loaded.state_dict().items())
+    return loaded
