@@ -10,6 +10,10 @@ MOST_NAMED = 30
 """Maximum number of names listed in a message."""
 
 
+NEARLY = 0.9
+"""Similarity of two names (`difflib`) from which one is the other, misspelled."""
+
+
 MOST_COUNTED = 2**31 - 1
 """Largest number of things that a setting may ask for."""
 
@@ -18,11 +22,26 @@ def closest(name: str, valid: Iterable[str]) -> str:
     """Return `"; did you mean ...?"` for the closest valid dotted name, or a list of the valid names."""
     valid = list(valid)
     by_end = {option.rsplit(".", 1)[-1]: option for option in reversed(valid)}
-    near = _with_words_of(name, valid) or difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
+    near = (
+        _spelled_alike(name, valid)
+        or _with_words_of(name, valid)
+        or difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
+    )
     near = near or [by_end[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_end, n=1, cutoff=0.5)]
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; there are {', '.join(valid[:MOST_NAMED])}" + (", ..." if len(valid) > MOST_NAMED else "")
+
+
+def _spelled_alike(name: str, valid: Iterable[str]) -> list[str]:
+    """Return the valid dotted name whose last part is nearly that of a name, best in the same section."""
+    section, _, last = name.rpartition(".")
+    order = {
+        option: (option.rpartition(".")[0] != section, -difflib.SequenceMatcher(None, last, end).ratio())
+        for option in valid
+        if difflib.get_close_matches(last, [end := option.rpartition(".")[2]], cutoff=NEARLY)
+    }
+    return sorted(order, key=order.__getitem__)[:1]
 
 
 def _with_words_of(name: str, valid: Iterable[str]) -> list[str]:

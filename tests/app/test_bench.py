@@ -265,8 +265,10 @@ def test_what_cannot_be_measured_is_refused_by_name(workshop, tmp_path, monkeypa
     works, note = workloads(BenchSettings(batches=(1,)), 1024, decodes=True, images=False)
     assert works == [Workload(1, 128, 16)]
     assert "context 2048 and 16 decode steps are more than the 1024 tokens" in note
-    with pytest.raises(ConfigError, match="no report there names the dense model; name it as --dense"):
+    with pytest.raises(ConfigError, match=r"^no report of .*model names the dense model; name it as --dense"):
         from_folders([str(workshop / "model")], None, "float32", "cpu")
+    with pytest.raises(ConfigError, match=r"nowhere is no folder here; no report of .*nowhere names the dense model"):
+        from_folders([str(tmp_path / "nowhere")], None, "float32", "cpu")
     with pytest.raises(ConfigError, match="has compressed layers; name another as --dense"):
         from_folders([str(workshop / "model")], str(workshop / "compressed"), "float32", "cpu")
     tiny_llama(hidden_size=16).save_pretrained(tmp_path / "other")

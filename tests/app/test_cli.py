@@ -164,6 +164,12 @@ def test_evaluate_on_tasks(workshop, zssvd, tmp_path):
         assert not done.out
 
 
+def test_folders_that_are_not_there_are_told(zssvd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "nowhere is no folder here, and so records no evaluation text" in zssvd("evaluate", "nowhere").err
+    assert "there is no folder ./no/where; name" in zssvd("evaluate", "./no/where", "text=text.txt").err
+
+
 @pytest.mark.parametrize("entry", ["limit=5", "data=rows", "include=more"])
 def test_settings_of_tasks_are_refused_without_tasks(workshop, zssvd, entry):
     name = entry.partition("=")[0]

@@ -327,6 +327,16 @@ def test_a_failure_at_any_step_restores_the_model(step):
     assert_same_state(before, state_of(model))
 
 
+def test_an_iterator_is_refused_before_it_is_read_where_one_pass_is_not_enough():
+    read = []
+    batches = (read.append(batch) or batch for batch in token_batches())
+    with pytest.raises(CalibrationError, match="batches are a generator, which ends after one pass, but 3 passes"):
+        compress(tiny_llama(), batches, CompressionConfig(0.3, corrections=1, line_search=False), progress=False)
+    assert not read
+    report = compress(tiny_llama(), batches, CompressionConfig(0.3, corrections=0), progress=False)
+    assert report.reached >= 0.3
+
+
 class Stream(IterableDataset):
     def __init__(self, batches=None):
         self.batches = batches or token_batches()

@@ -374,6 +374,11 @@ def test_layers_there_are_not():
         rebuild(nn.Sequential(nn.ReLU()), {"0": {"kind": "low_rank", "rank": 3}})
 
 
+def test_a_folder_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(SavedModelError, match=r"no folder .*nowhere, and no model of the hub can have this name"):
+        from_pretrained(tmp_path / "nowhere")
+
+
 def test_only_models_of_transformers_are_saved(tmp_path):
     with pytest.raises(SavedModelError, match="Sequential is no model of transformers"):
         save_pretrained(nn.Sequential(nn.Linear(3, 3)), tmp_path / "m")
@@ -454,8 +459,9 @@ def test_dense_folders_load_too(tmp_path):
     [
         ("package:no-such-package", "not installed"),
         ("package:torchmetrics", r"0 \.gguf files"),
-        ("./nowhere", r"no config\.json"),
-        ("nobody/no-such-model", "Sources are package:NAME"),
+        ("./nowhere", r"there is no folder \./nowhere; name"),
+        (".", r"model folder \. has no config\.json"),
+        ("nobody/no-such-model", "'nobody/no-such-model', which is no folder here: .* Sources are package:NAME"),
     ],
 )
 def test_unknown_models_say_what_there_is(source, message):

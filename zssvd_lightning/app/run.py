@@ -255,7 +255,8 @@ def measure(
         ZSSVDError: a model, text, task or device is not available.
     """
     if not settings.texts and not settings.tasks:
-        raise ConfigError(f"{source} records no evaluation text; give one as text=SOURCE, or tasks as tasks=[piqa]")
+        records = "records" if Path(source).is_dir() else "is no folder here, and so records"
+        raise ConfigError(f"{source} {records} no evaluation text; give one as text=SOURCE, or tasks as tasks=[piqa]")
     settings.refuse_unused()
     device = checked_device(device)
     dense = settings.dense if settings.tasks else None

@@ -177,9 +177,18 @@ def checked(batches: Iterable[Any], span: Span, step: str, *, progress: bool) ->
         seen += 1
     if seen == 0 or (promised is not None and expected is not None and seen < expected):
         raise CalibrationError(
-            f"the {step} batches ended after {seen}"
+            f"the batches of phase '{step}' ended after {seen}"
             + (f" of {expected}" if expected else "")
             + "; pass a list or a DataLoader that gives at least one batch and can be gone through again"
+        )
+
+
+def refuse_one_pass(batches: Iterable[Any], passes: int) -> None:
+    """Raise CalibrationError if batches must be gone through several times, and are an iterator, such as a generator."""
+    if passes > 1 and isinstance(batches, Iterator):
+        raise CalibrationError(
+            f"batches are a {type(batches).__name__}, which ends after one pass, but {passes} passes are needed; pass a "
+            "list or a DataLoader, which can be gone through again"
         )
 
 

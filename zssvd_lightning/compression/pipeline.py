@@ -14,7 +14,7 @@ from torch import nn
 from zssvd_lightning._contexts import gradients_set_aside
 from zssvd_lightning._types import of_type
 from zssvd_lightning._validation import require
-from zssvd_lightning.calibration.batches import Span, checked, so_many
+from zssvd_lightning.calibration.batches import Span, checked, refuse_one_pass, so_many
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.terms import check_terms
 from zssvd_lightning.compression.corrections import reestimate_batch_norms
@@ -120,6 +120,7 @@ def compress(
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
     of_type(bool, refuse_diverged, "refuse_diverged")
+    refuse_one_pass(batches, len(course(config)) + bool(config.limits))
     resume_in = checked_place(resume_in, config)
     require(isinstance(statistics, Moments | None), "statistics", statistics, "a result of calibrate, or None")
     if statistics is not None:

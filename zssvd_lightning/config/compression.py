@@ -154,7 +154,7 @@ class CompressionConfig:
         check_types(self)
         for name in self.limits:
             bytes_of(self.limits[name], name)
-        require(0.0 < self.prune_ratio < 1.0, "prune_ratio", self.prune_ratio, "strictly between 0 and 1")
+        require(0.0 < self.prune_ratio < 1.0, "prune_ratio", self.prune_ratio, "strictly between 0 and 1: 0.4 for 40%")
         require_count("corrections", self.corrections, 0, MOST_ROUNDS)
         require_count("truncations", self.truncations, 1, MOST_ROUNDS)
         require(self.step_radius > 0.0, "step_radius", self.step_radius, "above 0")

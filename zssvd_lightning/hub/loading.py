@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -30,7 +31,7 @@ def from_pretrained(folder: str | Path, dtype: str | torch.dtype | None = "auto"
         options: other options of transformers' `from_pretrained`, such as `device_map="auto"`.
 
     Raises:
-        SavedModelError: files are damaged, or weights are missing, unexpected or of the wrong shape, so that the model
+        SavedModelError: there is no such folder, and no model of the hub can have its name; or files are damaged, or weights are missing, unexpected or of the wrong shape, so that the model
             would be partly random.
         ConfigError: `dtype` is not a type of torch.
 
@@ -42,6 +43,8 @@ def from_pretrained(folder: str | Path, dtype: str | torch.dtype | None = "auto"
     is_local = Path(folder).is_dir()
     if is_local:
         refuse_damaged(Path(folder) / str(options.get("subfolder", "")))
+    else:
+        _refuse_no_id(str(folder))
     try:
         config, options = _config(str(folder), options)
         loader = _loader(config)
@@ -59,6 +62,14 @@ def from_pretrained(folder: str | Path, dtype: str | torch.dtype | None = "auto"
     if wrong:
         raise SavedModelError(f"{folder} does not hold the weights its config speaks of: {wrong}")
     return checked
+
+
+def _refuse_no_id(folder: str) -> None:
+    """Raise SavedModelError if a name is not that of a model of the hub."""
+    try:
+        validate_repo_id(folder)
+    except HFValidationError as error:
+        raise SavedModelError(f"there is no folder {folder}, and no model of the hub can have this name") from error
 
 
 def _config(folder: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -108,7 +108,8 @@ def _location(source: str) -> str:
     folder = checked_path(source, ModelSourceError, "model source")
     looks_local = folder.exists() or source.startswith((".", "/", "~"))
     if looks_local and not (folder / "config.json").is_file():
-        raise ModelSourceError(f"model folder {source} has no config.json; name a folder that save_pretrained wrote")
+        problem = f"model folder {source} has no config.json" if folder.exists() else f"there is no folder {source}"
+        raise ModelSourceError(f"{problem}; name a folder that save_pretrained wrote")
     return str(folder) if looks_local else source
 
 
@@ -135,8 +136,9 @@ def _explained(source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
+        here = "" if Path(source).exists() else ", which is no folder here"
         raise ModelSourceError(
-            f"cannot load model {source!r}: {error}. Sources are package:NAME, a local folder, or a hub id"
+            f"cannot load model {source!r}{here}: {error}. Sources are package:NAME, a local folder, or a hub id"
         ) from error
 
 

@@ -182,7 +182,9 @@ def _recorded_base(folders: Sequence[str]) -> str:
     if named:
         told = ", ".join(f"{folder}: {base}" for folder, base in bases.items())
         raise ConfigError(f"the models come from several dense ones ({told}); name one as --dense, or run each apart")
-    raise ConfigError(f"{', '.join(folders)}: no report there names the dense model; name it as --dense MODEL")
+    missing = [folder for folder in folders if not Path(folder).is_dir()]
+    here = f"{', '.join(missing)} is no folder here; " if missing else ""
+    raise ConfigError(f"{here}no report of {', '.join(folders)} names the dense model; name it as --dense MODEL")
 
 
 def _loaded_base(source: str, dtype: str) -> PreTrainedModel:
