@@ -461,7 +461,7 @@ def test_dense_folders_load_too(tmp_path):
         ("package:torchmetrics", r"0 \.gguf files"),
         ("./nowhere", r"there is no folder \./nowhere; name"),
         (".", r"model folder \. has no config\.json"),
-        ("nobody/no-such-model", "'nobody/no-such-model', which is no folder here: .* Sources are package:NAME"),
+        ("nobody/no-such-model", "(?s)'nobody/no-such-model', which is no folder here: .* Sources are package:NAME"),
     ],
 )
 def test_unknown_models_say_what_there_is(source, message):

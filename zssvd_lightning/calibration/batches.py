@@ -184,11 +184,11 @@ def checked(batches: Iterable[Any], span: Span, step: str, *, progress: bool) ->
 
 
 def refuse_one_pass(batches: Iterable[Any], passes: int) -> None:
-    """Raise CalibrationError if batches must be gone through several times, and are an iterator, such as a generator."""
+    """Raise CalibrationError if batches are an iterator, such as a generator, and one pass is not enough."""
     if passes > 1 and isinstance(batches, Iterator):
         raise CalibrationError(
-            f"batches are a {type(batches).__name__}, which ends after one pass, but {passes} passes are needed; pass a "
-            "list or a DataLoader, which can be gone through again"
+            f"batches are a {type(batches).__name__}, which ends after one pass, but {passes} passes are needed; pass "
+            "a list or a DataLoader, which can be gone through again"
         )
 
 

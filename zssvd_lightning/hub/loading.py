@@ -31,8 +31,8 @@ def from_pretrained(folder: str | Path, dtype: str | torch.dtype | None = "auto"
         options: other options of transformers' `from_pretrained`, such as `device_map="auto"`.
 
     Raises:
-        SavedModelError: there is no such folder, and no model of the hub can have its name; or files are damaged, or weights are missing, unexpected or of the wrong shape, so that the model
-            would be partly random.
+        SavedModelError: there is no such folder, and no model of the hub can have its name. Or files are damaged, or
+            weights are missing, unexpected or of the wrong shape, so that the model would be partly random.
         ConfigError: `dtype` is not a type of torch.
 
     Example:
