@@ -22,11 +22,8 @@ def closest(name: str, valid: Iterable[str]) -> str:
     """Return `"; did you mean ...?"` for the closest valid dotted name, or a list of the valid names."""
     valid = list(valid)
     by_end = {option.rsplit(".", 1)[-1]: option for option in reversed(valid)}
-    near = (
-        _spelled_alike(name, valid)
-        or _with_words_of(name, valid)
-        or difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
-    )
+    near = _spelled_alike(name, valid) or _with_words_of(name, valid)
+    near = near or difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
     near = near or [by_end[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_end, n=1, cutoff=0.5)]
     if near:
         return f"; did you mean {near[0]!r}?"
