@@ -243,7 +243,7 @@ def test_whole_text_and_no_text(workshop, zssvd):
         (["compress", "{}/config.yaml", "evaluation.length=65"], "evaluation.length is 65"),
         (["compress", "{}/config.yaml", "output={}/model"], "is what is read from"),
         (["compress", "{}/config.yaml", "compression.include=[lm_head]", "output={}/new"], "tied"),
-        (["compress", "{}/config.yaml", "model.source={}/none"], "no config.json"),
+        (["compress", "{}/config.yaml", "model.source={}/none"], "there is no folder"),
         (["evaluate", "{}/model"], "give one as text=SOURCE"),
         (["evaluate", "{}/model", "txt=a"], "did you mean 'text'"),
     ],

@@ -19,8 +19,8 @@ from zssvd_lightning._state_checks import FaultError
 from zssvd_lightning.compression.report_table import PERPLEXITIES, WIDEST, table_of
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.model.coverage import Coverage
-from zssvd_lightning.serialization.checkpoint_content import REPORT as CONTENT
-from zssvd_lightning.serialization.checkpoint_content import with_nan
+from zssvd_lightning.serialization.report_content import REPORT as CONTENT
+from zssvd_lightning.serialization.report_content import with_nan
 
 if TYPE_CHECKING:
     from zssvd_lightning.compression.engine import Compression
