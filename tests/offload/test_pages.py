@@ -1,8 +1,8 @@
 """Release of the pages of mapped weights: what was written stays, and what is read afterward is the same."""
 
 import mmap
-import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from zssvd_lightning.offload.pages import release_pages, released_behind
 PAGE = mmap.PAGESIZE // 4
 """Float32 numbers in a page."""
 
-linux = pytest.mark.skipif(not os.path.exists(pages.PAGEMAP), reason="the system has no page map")
+linux = pytest.mark.skipif(not Path(pages.PAGEMAP).exists(), reason="the system has no page map")
 
 
 def mapped(folder, *, count=2, numbers=64 * PAGE):

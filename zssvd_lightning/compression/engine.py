@@ -17,6 +17,7 @@ from zssvd_lightning.calibration.routing.removals import possible_removals
 from zssvd_lightning.compression import reach
 from zssvd_lightning.compression.corrections import STEPS, CorrectionStep, carry_out, step_name
 from zssvd_lightning.compression.course import Act, Stage
+from zssvd_lightning.compression.memory.mapped import targets_of
 from zssvd_lightning.compression.memory.needs import stored_components
 from zssvd_lightning.compression.quantization import put_in_8_bits
 from zssvd_lightning.compression.report import Report
@@ -35,7 +36,6 @@ from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
 from zssvd_lightning.model.recompression import StandIns, left_whole
 from zssvd_lightning.model.replace import replace_module
-from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.offload.stores import OFFLOADS, Store
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Selection
@@ -92,7 +92,7 @@ class Compression:
         refuse_unready(model)
         self.model, self.config, self.team = model, config, team or Team()
         self._replace = replace
-        self.targets = LayerSet(find_targets(model, config.include, config.ignore), self.team)
+        self.targets = LayerSet(targets_of(model, config), self.team)
         self.stand_ins = stand_ins
         self.metric = config.metric_used
         self.shapes = self.targets.shapes
@@ -204,7 +204,7 @@ class Compression:
             for name, target in self.targets.items():
                 components = selection.kept[name]
                 if components is None:
-                    target.assign(self.originals[name])
+                    self.originals.put_back_into(name)
                     continue
                 if name in self.passed_over:
                     self.truncated.held[name] = before.held[name]

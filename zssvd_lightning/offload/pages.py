@@ -38,7 +38,19 @@ def release_pages(tensors: Iterable[Tensor]) -> int:
     Args:
         tensors: the tensors, such as the parameters of a block.
     """
-    extents = _merged(filter(None, map(_extent_of, tensors))) if sys.platform.startswith("linux") else []
+    return _released_of(filter(None, map(_extent_of, tensors)))
+
+
+def release_pages_of(content: memoryview) -> int:
+    """Take the pages of bytes out of resident memory where they are mapped from a file; see `release_pages`."""
+    return _released_of(
+        [_pages(np.frombuffer(content, np.uint8).ctypes.data, content.nbytes)] if content.nbytes else []
+    )
+
+
+def _released_of(extents: Iterable[tuple[int, int]]) -> int:
+    """Release the pages of files in extents, and return their bytes."""
+    extents = _merged(extents) if sys.platform.startswith("linux") else []
     if not extents:
         return 0
     try:
@@ -77,8 +89,12 @@ def _extent_of(tensor: Tensor) -> tuple[int, int] | None:
     if not plain or not tensor.numel() or not tensor.data_ptr():
         return None
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start, end = tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-    return start // mmap.PAGESIZE, -(-end // mmap.PAGESIZE)
+    return _pages(tensor.data_ptr(), (last + 1) * tensor.element_size())
+
+
+def _pages(address: int, size: int) -> tuple[int, int]:
+    """Return the number of the first page of some bytes, and that of the page after the last."""
+    return address // mmap.PAGESIZE, -(-(address + size) // mmap.PAGESIZE)
 
 
 def _merged(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
