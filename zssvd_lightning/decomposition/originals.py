@@ -86,9 +86,8 @@ class Originals(Mapping[str, Tensor]):
             return None
         to_save = {}
         for name, target in self._targets.items():
-            own = (
-                self[name] if name in self._held or name in self._unchanged else target.weight.clone()
-            )  # the model may change later
+            kept = name in self._held or name in self._unchanged
+            own = self[name] if kept else target.weight.clone()  # the model may change later
             W = self._team.weight_to_save(own, target.shape[target.split], target.split)
             if W is not None:
                 to_save[name] = W

@@ -135,13 +135,13 @@ class ScratchFile:
         return stored.T if held.transposed else stored
 
     def mapped(self, size: int) -> mmap.mmap:
-        """Return a private mapping of the first `size` bytes, for `write_at`. Nothing is written; see `put` for errors."""
+        """Return a private mapping of the first `size` bytes, which `write_at` fills. Errors as in `put`."""
         with self._lock, self._explained(size):
             self._open().truncate(size)
             return mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY)
 
     def write_at(self, start: int, content: Tensor) -> None:
-        """Write a contiguous tensor of the CPU at an offset; see `put` for errors."""
+        """Write a contiguous tensor of the CPU at an offset. Errors as in `put`."""
         with self._lock:
             self._write(start, content.reshape(-1).view(torch.uint8).numpy().data)
 

@@ -43,9 +43,9 @@ def release_pages(tensors: Iterable[Tensor]) -> int:
 
 def release_pages_of(content: memoryview) -> int:
     """Take the pages of bytes out of resident memory where they are mapped from a file; see `release_pages`."""
-    return _released_of(
-        [_pages(np.frombuffer(content, np.uint8).ctypes.data, content.nbytes)] if content.nbytes else []
-    )
+    if not content.nbytes:
+        return 0
+    return _released_of([_pages(np.frombuffer(content, np.uint8).ctypes.data, content.nbytes)])
 
 
 def _released_of(extents: Iterable[tuple[int, int]]) -> int:
