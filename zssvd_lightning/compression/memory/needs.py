@@ -250,10 +250,16 @@ class Formulas:
             gradients = extent.width * sum(m * n for m, n in (extent.shapes[name] for name in names))
             largest = max((self.decomposition(name) for name in names), default=0)
             times += [of_block + gradients + extent.part_pass, of_block + largest]
-        return self._of(max(times), 0, max(times), self.disk)
+        together = max(times)
+        if extent.mapped:  # new layers take memory, where those of other models take that of the weights they replace
+            together = max(together + max(extent.mapped), self.new_layers) - sum(extent.mapped)
+        return self._of(max(times), 0, together, self.disk)
 
     def _of(self, device: int, host: int, together: int, disk: int) -> Needs:
-        """Return needs, given those beside the weights, the program and what else is on the device."""
+        """Return needs, given those beside the weights, the program and what else is on the device.
+
+        In one memory, these may be less than 0 where not all weights are resident.
+        """
         weights, (state, parks) = self.extent.weights, self.extent.beside
         away, away_from_cpu = (parked_in(parks, self.config.place, on_cpu=on_cpu) for on_cpu in (False, True))
         return Needs(
