@@ -87,6 +87,7 @@ class SharedState:
     def put_away(self, layers: LayerSet, moments: Moments) -> None:
         """Use the statistics of some layers, and move what is left of them to the scratch files."""
         total = self.statistics.moments
+        trim_heap()
         if self.use is not None:
             self.use(layers, moments, total)
         if self.finished is not None:
