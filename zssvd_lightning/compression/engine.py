@@ -35,7 +35,7 @@ from zssvd_lightning.model.apart.routers import removable_experts
 from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
 from zssvd_lightning.model.recompression import StandIns, left_whole
-from zssvd_lightning.model.replace import replace_module
+from zssvd_lightning.model.replace import places_known, replace_module
 from zssvd_lightning.offload.stores import OFFLOADS, Store
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Selection
@@ -266,7 +266,7 @@ class Compression:
         self.gathering.forget()
         if self.safeguard is not None:
             self.safeguard.settle(self)
-        with self.stopwatch("factorize"):
+        with self.stopwatch("factorize"), places_known(self.model):
             for name, layer in self._new_layers(copies=dress is not None):
                 self._installed[name] = dress(name, layer) if dress and isinstance(layer, Factored) else layer
                 self._replace(self.model, self.targets[name].module, self._installed[name])
@@ -279,7 +279,7 @@ class Compression:
         """Convert layers to the 8-bit form of the storage, including dense layers for `hq`; call after `factorize`."""
         if not self.config.form.rounds:
             return
-        with self.stopwatch("store"):
+        with self.stopwatch("store"), places_known(self.model):
             layers: dict[str, Any] = {
                 name: self._installed.get(name, self.targets[name].module) for name in self._in_8_bits()
             }
