@@ -23,6 +23,7 @@ from zssvd_lightning.compression.memory.typical_experts import (
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.offload.mapped_weights import mapped_from_files
 from zssvd_lightning.selection.budget import Shape
+from zssvd_lightning.sweep.candidates import candidates_of, chosen_of, is_in, numbers_in_linear_layers, watching
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def extent_of(
         forward: pass of one batch; None to count no activations.
         mapped: names of the parameters that are mapped from files; None to find them.
     """
-    blocks = _blocks(model, list(targets))
+    blocks = _blocks(model, list(targets))  # where the model does not run
     firsts = first_experts(model)
     alike = {name for names in firsts.values() for name in names[1:]}
     watched = [name for name in targets if name not in alike]
@@ -109,11 +110,13 @@ def extent_of(
         try:
             fake = _faked_model(model, mode := FakeTensorMode(allow_non_fake_inputs=True))
             with mode:
+                blocks = _blocks_that_run(model, fake, watched, forward)
+                seen = _Seen(watched, blocks, firsts)
                 seen.run(fake, forward)
         except Exception as error:  # noqa: BLE001  models and losses are of any kind
             logger.warning("activations are not counted, because the model does not run on fake tensors: %s", error)
             seen = _Seen(watched, blocks, firsts)
-    within = [tuple(name for name in targets if name.startswith(f"{block}.")) for block in blocks]
+    within = [tuple(name for name in targets if is_in(name, block)) for block in blocks]
     outside = tuple(set(targets) - {name for names in within for name in names})
     sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
     if mapped is None:
@@ -227,6 +230,14 @@ class _Seen:
 def _address(tensor: Tensor) -> int:
     """Return what is equal for tensors that share their storage, which has no address in memory if it is fake."""
     return int(tensor.untyped_storage()._cdata)  # noqa: SLF001
+
+
+def _blocks_that_run(model: nn.Module, fake: nn.Module, names: Sequence[str], forward: Pass) -> list[str]:
+    """Return the blocks that a sweep runs one after the other, by a pass over a copy with fake weights."""
+    candidates, events = candidates_of(fake, names), list[tuple[str, str]]()
+    with torch.enable_grad(), watching(candidates, events):
+        forward(fake)
+    return [block for c in chosen_of(candidates, numbers_in_linear_layers(model), events) for block in c.blocks]
 
 
 def _blocks(model: nn.Module, names: Sequence[str]) -> list[str]:
