@@ -96,7 +96,8 @@ def table_of(rows: Sequence[Row], rate: float, source: str) -> Table:
     )
     for column in ("preset", "corrections", "memory", "offload"):
         table.add_column(column)
-    for column in ("device", "host", "without a GPU", "scratch files", "TFLOP: passes", "decompositions", "hours"):
+    sizes = ("device", "host", "without a GPU", "scratch files", "for resuming")
+    for column in (*sizes, "TFLOP: passes", "decompositions", "hours"):
         table.add_column(column, justify="right")
     for row in rows:
         numbers = [*(f"{size / 1e9:.2f}" for size in row.needs), *(f"{size / 1e12:.4g}" for size in row.work)]

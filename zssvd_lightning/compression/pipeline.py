@@ -35,7 +35,13 @@ from zssvd_lightning.compression.memory.statements import memory_of_statistics, 
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.reach import warn_of_unreached_in
 from zssvd_lightning.compression.report import Report
-from zssvd_lightning.compression.resuming.resumption import checked_place, held_by, refuse_other_run, resumable
+from zssvd_lightning.compression.resuming.resumption import (
+    checked_place,
+    folder_of,
+    held_by,
+    refuse_other_run,
+    resumable,
+)
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.distributed import LayerSet, Team
@@ -138,7 +144,7 @@ def compress(
             held=held_by(resume_in),
         )
         _announce(run)
-        refuse_small_disk(run)
+        refuse_small_disk(run, folder_of(resume_in))
         with (
             _undone_on_error(run),
             _little_resident(run),
