@@ -270,5 +270,5 @@ def test_the_state_of_an_optimizer_counts_where_it_is():
         (True, "disk"): (0, 0, 0, 1),
     }.items():
         without, found = needs(parks, place, 0), needs(parks, place, 1000)
-        assert tuple(b - a for a, b in zip(without, found, strict=True)) == tuple(1000 * n for n in counted)
+        assert tuple(b - a for a, b in zip(without, found, strict=True)) == tuple(1000 * n for n in (*counted, 0))
     assert needs(True, "cpu", 2**50).device == EXTENT.weights + 2**50  # it is there before the compression

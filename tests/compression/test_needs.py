@@ -1,16 +1,23 @@
 """Formulas of memory against what a compression holds."""
 
+import shutil
+import tempfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.models import tiny_llama, token_batches
 
+from zssvd_lightning import compress
 from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.engine import Compression
-from zssvd_lightning.compression.gathering import gather
+from zssvd_lightning.compression.gathering import BatchReading, extent_by_first, gather
 from zssvd_lightning.compression.memory.needs import Extent, Formulas, stored_components
+from zssvd_lightning.compression.memory.statements import formulas_of
 from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.errors import OutputError
+from zssvd_lightning.serialization.unfinished import UnfinishedFolder
 
 
 def bytes_of(mapping):
@@ -100,3 +107,43 @@ def test_blocks_take_less_than_the_whole_and_more_layers_take_more():
     weights = 4 * 2 * 256 * 256
     assert many_by_blocks.device - few_by_blocks.device == weights  # nothing but the model grows with its layers
     assert many.device - few.device > 4 * weights
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [("best", {"corrections": 0}), ("zs-svd", {"corrections": 1, "correction_batches": 1})],
+    ids=["best", "zs-svd"],
+)
+def test_the_folder_of_a_run_takes_what_the_formula_says(preset, settings, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, batches = tiny_llama(hidden_size=128, intermediate_size=192), token_batches(2)
+    config = CompressionConfig.of(preset, prune_ratio=0.3, memory="blocks", **settings)
+    run = Compression(model, config, progress=False)
+    extent = extent_by_first(batches, None, BatchReading.of(model, batches, {}), run)
+    sizes, replace_list = [], UnfinishedFolder._replace_list
+
+    def noting(self, *args):
+        sizes.append(sum(path.stat().st_size for path in tmp_path.rglob("zssvd-*.pt")))
+        replace_list(self, *args)
+
+    monkeypatch.setattr(UnfinishedFolder, "_replace_list", noting)
+    compress(model, batches, config, resume_in=tmp_path / "kept", progress=False)
+    expected = Formulas(extent, config, run.budget).needs().folder
+    assert 0.6 * expected < max(sizes) < 1.1 * expected
+
+
+def test_a_disk_without_room_for_the_folder_is_refused_before_a_batch_runs(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, before = tiny_llama(), []
+    config = CompressionConfig.of("zs-svd", prune_ratio=0.3, memory="blocks", corrections=0)
+    formulas = formulas_of(Compression(model, config, progress=False))
+    model.register_forward_pre_hook(lambda *_: before.append(None))
+    free = formulas.disk + formulas.folder - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(OutputError, match=r"to go on after an interruption, beside .* GB of scratch files"):
+        compress(model, token_batches(2), config, resume_in=tmp_path / "kept", progress=False)
+    assert before == []
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * free + 10**6))
+    compress(model, token_batches(2), config, resume_in=tmp_path / "kept", progress=False)

@@ -292,9 +292,10 @@ def test_what_is_no_path_is_refused(wrong):
 
 def test_a_full_disk_loses_nothing(kept, monkeypatch, caplog):
     model, folder = kept
+    at_first = iter([10**12])
     monkeypatch.setattr(
         "zssvd_lightning.serialization.unfinished.shutil.disk_usage",
-        lambda path: SimpleNamespace(free=1000 if path == folder else 10**12),
+        lambda path: SimpleNamespace(free=next(at_first, 1000) if path == folder else 10**12),
     )
     refused(OutputError, r"cannot write .* GB to .*kept \(1e-06 GB free\)", model, folder, token_batches(2))
     monkeypatch.undo()

@@ -1,7 +1,8 @@
 """Memory and time that a compression would take, from the config of a model alone: `zssvd plan --memory`."""
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,10 +70,13 @@ def memory_needs(source: str, overrides: Sequence[str], options: dict[str, Any])
         run = _settings(source, overrides, {**options, "preset": preset})
         config = run.compression
         if extent is None:
-            model = empty_model(load_model_config(run.model.source), run.model.dtype)
+            saved = load_model_config(run.model.source)
+            mapped_type = type_mapped(run.model.source, saved)
+            model = empty_model(saved, run.model.dtype)
+            mapped = [name for name, parameter in model.named_parameters() if parameter.dtype == mapped_type]
             take_modules_apart(model, config)
             targets = find_targets(model, config.include, config.ignore)
-            extent = extent_of_calibration(model, targets, run.calibration)
+            extent = extent_of_calibration(model, targets, run.calibration, mapped)
         rows += [_row(preset or "as given", way, extent, run.calibration.batches) for way in ways(config)]
     return rows
 
@@ -92,7 +96,8 @@ def table_of(rows: Sequence[Row], rate: float, source: str) -> Table:
     )
     for column in ("preset", "corrections", "memory", "offload"):
         table.add_column(column)
-    for column in ("device", "host", "without a GPU", "scratch files", "TFLOP: passes", "decompositions", "hours"):
+    sizes = ("device", "host", "without a GPU", "scratch files", "for resuming")
+    for column in (*sizes, "TFLOP: passes", "decompositions", "hours"):
         table.add_column(column, justify="right")
     for row in rows:
         numbers = [*(f"{size / 1e9:.2f}" for size in row.needs), *(f"{size / 1e12:.4g}" for size in row.work)]
@@ -148,14 +153,34 @@ def take_modules_apart(model: PreTrainedModel, config: CompressionConfig) -> Non
         TakenApart(kind, model, selected, replace_module).put_in(proves=False)
 
 
-def extent_of_calibration(model: PreTrainedModel, targets: dict[str, Target], calibration: CalibrationConfig) -> Extent:
-    """Return the sizes from which needs follow, by one pass of a batch over the empty model; see `extent_of`."""
+def type_mapped(source: str, config: PreTrainedConfig) -> torch.dtype | None:
+    """Return the type of weights in which a model source is mapped from its files: that in which it was saved.
+
+    It is None for packages and for systems other than Linux. Parameters that a file has in parts, such as stacked
+    experts, are not mapped either.
+    """
+    saved = getattr(config, "dtype", None) or torch.float32
+    maps = sys.platform.startswith("linux") and not source.startswith("package:")
+    return getattr(torch, str(saved).removeprefix("torch.")) if maps else None
+
+
+def extent_of_calibration(
+    model: PreTrainedModel, targets: dict[str, Target], calibration: CalibrationConfig, mapped: Collection[str] = ()
+) -> Extent:
+    """Return the sizes from which needs follow, by one pass of a batch over the empty model; see `extent_of`.
+
+    Args:
+        model: the model.
+        targets: its target layers.
+        calibration: number and size of the batches.
+        mapped: names of the parameters that will be mapped from files.
+    """
 
     def forward(fake: nn.Module) -> Any:
         ids = torch.zeros(calibration.batch_size, calibration.length, dtype=torch.long, device="meta")
         return fake(input_ids=ids, labels=ids, use_cache=False)
 
-    return extent_of(model, targets, calibration.batches, forward)
+    return extent_of(model, targets, calibration.batches, forward, mapped)
 
 
 def _row(preset: str, config: CompressionConfig, extent: Extent, batches: int) -> Row:

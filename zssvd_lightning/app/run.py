@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from zssvd_lightning.evaluation import zero_shot
 from zssvd_lightning.hub.loading import from_pretrained
 from zssvd_lightning.hub.model_card import write_card
 from zssvd_lightning.hub.saving import write_model
+from zssvd_lightning.offload.pages import released_behind
 from zssvd_lightning.serialization.specs import specs_of
 from zssvd_lightning.sources import texts
 from zssvd_lightning.sources.models import load_model, no_bar_of_weights, place, refuse_long_windows
@@ -131,7 +133,8 @@ class Run:
         model = model or self.model
         _place(model, self.device)
         if self._measurements:
-            with self._watch("evaluate"):
+            little = released_behind(model) if self.config.compression.may_be_by_blocks else nullcontext()
+            with self._watch("evaluate"), little:
                 self._measured[which] = self._measurements.of(model, which, self.progress)
 
     def save(self, report: Report, picture: bool = False) -> None:

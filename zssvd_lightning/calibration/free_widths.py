@@ -10,6 +10,7 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -184,12 +185,16 @@ class _Trial:
         names = list(dict.fromkeys(ran))
         for place, consumer in enumerate(names):
             h, leader = self._targets[consumer].shape[1], self._leaders[names[place - 1]] if place else None
-            readers = [name for name in self._targets if self._leaders.get(name) == self._leaders[consumer]]
             sharing = [name for name in names if self._leaders[name] == leader]
             producers = [name for name in sharing if self._targets[name].shape[0] == h]
             precede = names[place - 1] in producers and set(producers) <= set(names[:place])
-            if precede and readers == [consumer]:
+            if precede and self._reads_alone(consumer):
                 yield Width(tuple(producers), consumer)
+
+    def _reads_alone(self, consumer: str) -> bool:
+        """Return True if no other layer reads the same input."""
+        readers = (name for name in self._targets if self._leaders.get(name) == self._leaders[consumer])
+        return list(islice(readers, 2)) == [consumer]
 
     def _is_within(self, width: Width, module: nn.Module) -> bool:
         """Return whether the layers have no place outside the module."""

@@ -1,6 +1,7 @@
 """Observation of a model during a batch, through hooks that are removed on any exit."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -65,6 +66,9 @@ class Observation:
         self._runs_again = isinstance(mask, Masks)
         self.leaves: Callable[[], list[Tensor]] = list
         self._latest: dict[str, weakref.ref[Tensor]] = {}
+        self._order: dict[str, int] = {}
+        self._readers: dict[int, list[str]] = {}
+        self._followers = Counter(leader for name, leader in moments.leaders.items() if leader != name)
         self._calls: dict[str, int] = {}
         self._before: dict[str, tuple[Tensor, int]] = {}
         self._hooked = hooked_modules(model)
@@ -278,9 +282,11 @@ class Observation:
         others, goes on with a copy of the leader's second moment from before.
         """
         leaders, calls = self._moments.leaders, self._calls
+        readers = [leader for leader in self._readers.get(id(X), ()) if self._latest[leader]() is X]
         if name not in leaders:
-            leaders[name] = next((leader for leader, seen in self._latest.items() if seen() is X), name)
+            leaders[name] = min(readers, key=self._order.__getitem__, default=name)
             calls[name] = 0
+            self._followers.update([leaders[name]] * (leaders[name] != name))
         leader = leaders[name]
         if leader != name and (leader not in self._latest or self._latest[leader]() is not X):
             if leader not in self._before or calls.get(name) != calls[leader] - 1:
@@ -289,10 +295,13 @@ class Observation:
                     f"compress them in separate runs, or add {name} to ignore"
                 )
             self._moments.part(name, *self._before[leader])
+            self._followers[leader] -= 1
         if leaders[name] == name:
-            if calls.get(name) and any(leader == name != follower for follower, leader in leaders.items()):
+            if calls.get(name) and self._followers[name]:
                 self._before[name] = self._moments.input_sums[name].clone(), self._moments.tokens[name]
+            self._order.setdefault(name, len(self._order))
             self._latest[name] = weakref.ref(X)
+            self._readers[id(X)] = [*(leader for leader in readers if leader != name), name]
             self._moments.add_inputs(name, rows_that_count(X, self.masks.of(name, X)))
         if name in calls:
             calls[name] += 1

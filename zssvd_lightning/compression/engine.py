@@ -17,6 +17,7 @@ from zssvd_lightning.calibration.routing.removals import possible_removals
 from zssvd_lightning.compression import reach
 from zssvd_lightning.compression.corrections import STEPS, CorrectionStep, carry_out, step_name
 from zssvd_lightning.compression.course import Act, Stage
+from zssvd_lightning.compression.memory.mapped import targets_of
 from zssvd_lightning.compression.memory.needs import stored_components
 from zssvd_lightning.compression.quantization import put_in_8_bits
 from zssvd_lightning.compression.report import Report
@@ -34,8 +35,7 @@ from zssvd_lightning.model.apart.routers import removable_experts
 from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
 from zssvd_lightning.model.recompression import StandIns, left_whole
-from zssvd_lightning.model.replace import replace_module
-from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.model.replace import places_known, replace_module
 from zssvd_lightning.offload.stores import OFFLOADS, Store
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Selection
@@ -92,7 +92,7 @@ class Compression:
         refuse_unready(model)
         self.model, self.config, self.team = model, config, team or Team()
         self._replace = replace
-        self.targets = LayerSet(find_targets(model, config.include, config.ignore), self.team)
+        self.targets = LayerSet(targets_of(model, config), self.team)
         self.stand_ins = stand_ins
         self.metric = config.metric_used
         self.shapes = self.targets.shapes
@@ -204,7 +204,7 @@ class Compression:
             for name, target in self.targets.items():
                 components = selection.kept[name]
                 if components is None:
-                    target.assign(self.originals[name])
+                    self.originals.put_back_into(name)
                     continue
                 if name in self.passed_over:
                     self.truncated.held[name] = before.held[name]
@@ -266,7 +266,7 @@ class Compression:
         self.gathering.forget()
         if self.safeguard is not None:
             self.safeguard.settle(self)
-        with self.stopwatch("factorize"):
+        with self.stopwatch("factorize"), places_known(self.model):
             for name, layer in self._new_layers(copies=dress is not None):
                 self._installed[name] = dress(name, layer) if dress and isinstance(layer, Factored) else layer
                 self._replace(self.model, self.targets[name].module, self._installed[name])
@@ -279,7 +279,7 @@ class Compression:
         """Convert layers to the 8-bit form of the storage, including dense layers for `hq`; call after `factorize`."""
         if not self.config.form.rounds:
             return
-        with self.stopwatch("store"):
+        with self.stopwatch("store"), places_known(self.model):
             layers: dict[str, Any] = {
                 name: self._installed.get(name, self.targets[name].module) for name in self._in_8_bits()
             }

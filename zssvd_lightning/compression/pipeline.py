@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
 from itertools import islice
@@ -35,7 +35,13 @@ from zssvd_lightning.compression.memory.statements import memory_of_statistics, 
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.reach import warn_of_unreached_in
 from zssvd_lightning.compression.report import Report
-from zssvd_lightning.compression.resuming.resumption import checked_place, held_by, refuse_other_run, resumable
+from zssvd_lightning.compression.resuming.resumption import (
+    checked_place,
+    folder_of,
+    held_by,
+    refuse_other_run,
+    resumable,
+)
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.distributed import LayerSet, Team
@@ -45,6 +51,7 @@ from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
 from zssvd_lightning.model.recompression import StandIns
 from zssvd_lightning.model.targets import find_targets
+from zssvd_lightning.offload.pages import released_behind
 from zssvd_lightning.selection.plan import Plan
 from zssvd_lightning.serialization.kept_batches import KEPT_BACK
 from zssvd_lightning.serialization.transformers_config import mark
@@ -138,8 +145,12 @@ def compress(
             held=held_by(resume_in),
         )
         _announce(run)
-        refuse_small_disk(run)
-        with _undone_on_error(run), resumable(run, resume_in, calibration_batches, reading) as resumption:
+        refuse_small_disk(run, folder_of(resume_in))
+        with (
+            _undone_on_error(run),
+            _little_resident(run),
+            resumable(run, resume_in, calibration_batches, reading) as resumption,
+        ):
             if statistics is None or config.corrections or config.convolutions:
                 run.safeguard = safeguard_of(model, reading, refuses=refuse_diverged)
             if statistics is not None and run.safeguard is not None:
@@ -223,12 +234,13 @@ def plan(
         logger.info(memory_of_statistics(run))
         refuse_small_disk(run)
         *before, truncation = to_first_truncation(course(config))
-        for stage in before:
-            gather(run, batches, stage.gathers, calibration_batches, reading, decomposes=stage.decomposes)
-            run.take(stage)
-        gather(run, batches, truncation.gathers, calibration_batches, reading, decomposes=truncation.decomposes)
-        ranks = run.plan()
-        run.safeguard.check_terms(run)
+        with _little_resident(run):
+            for stage in before:
+                gather(run, batches, stage.gathers, calibration_batches, reading, decomposes=stage.decomposes)
+                run.take(stage)
+            gather(run, batches, truncation.gathers, calibration_batches, reading, decomposes=truncation.decomposes)
+            ranks = run.plan()
+            run.safeguard.check_terms(run)
         return ranks
 
 
@@ -273,6 +285,11 @@ def _refuse_blocks(config: CompressionConfig) -> None:
             "the result of calibrate holds the statistics of all layers in memory, so memory cannot be 'blocks'; leave "
             "calibrate and statistics out, or set memory to 'whole'"
         )
+
+
+def _little_resident(compression: Compression) -> AbstractContextManager[None]:
+    """Return a context in which mapped weights of a model that runs block by block are resident while they run."""
+    return released_behind(compression.model) if compression.config.by_blocks else nullcontext()
 
 
 def _announce(compression: Compression) -> None:

@@ -67,8 +67,10 @@ class State(NamedTuple):
         """Set the weights of a compression to this state. Collective."""
         compression.truncated = TruncatedWeights(compression.targets, compression.config.storage, copy(self.factors))
         for name, target in compression.targets.items():
-            held = name in self.factors
-            target.assign(compression.truncated.truncated(name) if held else compression.originals[name])
+            if name in self.factors:
+                target.assign(compression.truncated.truncated(name))
+            else:
+                compression.originals.put_back_into(name)
         compression.selection = self.selection
         reach.forget_removed(compression)
         compression.importances = None if self.importances is None else dict(self.importances)

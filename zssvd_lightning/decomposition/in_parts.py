@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from zssvd_lightning._numerics import exact_products
-from zssvd_lightning._resources import Stopwatch
+from zssvd_lightning._resources import Stopwatch, trim_heap
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.reach import Unreached, unreached
 from zssvd_lightning.decomposition.decompose import Decomposition, decompose
@@ -102,6 +102,7 @@ class DecompositionInParts:
                 names = [name for name, of in leaders.items() if of == leader]
                 self._add(self._decompose(reached.without(reached.keys() - set(names)), statistics))
                 self._drop(moments, [leader], names)
+                trim_heap()
             self._drop(moments, list(moments.input_sums), list(part))
 
     def state_of(self, part: LayerSet) -> dict[str, Any]:

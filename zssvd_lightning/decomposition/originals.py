@@ -13,7 +13,8 @@ from zssvd_lightning.errors import CheckpointError
 class Originals(Mapping[str, Tensor]):
     """Original weights (m, n) by layer name, or this process's part of them; empty until the first `keep`.
 
-    Weights that were not changed yet are those of the model, and are not held a second time.
+    Weights that were not changed yet are those of the model, and are not held a second time. Nor are those of targets
+    that are changed in a scratch file, since what they were stays what it was.
 
     Args:
         layers: the layers and the processes that hold them.
@@ -23,10 +24,13 @@ class Originals(Mapping[str, Tensor]):
     def __init__(self, layers: LayerSet, held: MutableMapping[str, Tensor] | None = None) -> None:
         self._targets, self._team = layers, layers.team
         self._held: MutableMapping[str, Tensor] = {} if held is None else held
+        self._unchanged: dict[str, Tensor] = {}
         self._begun = False
 
     def __getitem__(self, name: str) -> Tensor:
         """Return this process's part of the original weight of a layer, which may be that in the model."""
+        if name in self._unchanged:
+            return self._targets[name].oriented(self._unchanged[name])
         return self._held[name] if name in self._held else self._targets[name].weight
 
     def __iter__(self) -> Iterator[str]:
@@ -40,7 +44,7 @@ class Originals(Mapping[str, Tensor]):
     @property
     def copies(self) -> list[str]:
         """Names of the layers whose weights are held beside the model."""
-        return list(self._held)
+        return [*self._held, *self._unchanged]
 
     @torch.no_grad()
     def keep(self, names: Iterable[str] | None = None) -> None:
@@ -53,15 +57,27 @@ class Originals(Mapping[str, Tensor]):
         """
         self._begun = True
         for name in self._targets if names is None or not self._team.whole_everywhere else names:
-            if name not in self._held:
-                self._held[name] = self._targets[name].weight.clone()
+            target = self._targets[name]
+            if target.file is not None:
+                self._unchanged.setdefault(name, target.module.weight.data)
+            elif name not in self._held:
+                self._held[name] = target.weight.clone()
+
+    @torch.no_grad()
+    def put_back_into(self, name: str) -> None:
+        """Set the weight of a layer in the model to the original one."""
+        if name in self._unchanged:
+            self._targets[name].put_back(self._unchanged[name])
+        elif name in self._held:
+            self._targets[name].assign(self._held[name])
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Overwrite the weights of the model with the stored copies, and drop the copies."""
-        for name, W in self._held.items():
-            self._targets[name].assign(W)
+        for name in self.copies:
+            self.put_back_into(name)
         self._held.clear()
+        self._unchanged.clear()
         self._begun = False
 
     def state_dict(self) -> dict[str, Tensor] | None:
@@ -70,7 +86,8 @@ class Originals(Mapping[str, Tensor]):
             return None
         to_save = {}
         for name, target in self._targets.items():
-            own = self[name] if name in self._held else target.weight.clone()  # the model may change later
+            kept = name in self._held or name in self._unchanged
+            own = self[name] if kept else target.weight.clone()  # the model may change later
             W = self._team.weight_to_save(own, target.shape[target.split], target.split)
             if W is not None:
                 to_save[name] = W
@@ -88,6 +105,7 @@ class Originals(Mapping[str, Tensor]):
                 "another one"
             )
         self._held.clear()
+        self._unchanged.clear()
         self._begun = state is not None
         for name, W in (state or {}).items():
             target = self._targets[name]

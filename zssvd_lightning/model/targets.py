@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from zssvd_lightning.model.linear_subclasses import is_plain_linear
 from zssvd_lightning.model.peft_layers import MERGE_FIRST, linear_layers_in_peft
 from zssvd_lightning.model.readiness import is_quantized, refuse_uninitialized
 from zssvd_lightning.model.replace import inside_compressed
+from zssvd_lightning.offload.mapped_weights import WeightFile
 
 Patterns = Sequence[str] | str | None
 """Name patterns, or a single one; None for none."""
@@ -80,22 +81,24 @@ class Target:
     name: str
     """Qualified name in the model."""
     module: nn.Linear | Conv1D
+    file: WeightFile | None = field(default=None, compare=False)
+    """Scratch file for what is assigned; None to overwrite the weight in memory."""
 
     @property
     def weight(self) -> Tensor:
         """W (m, n), or this process's part of it. A view: writing to it writes to the model."""
-        return self._oriented(local_part(self.module.weight.detach()))
+        return self.oriented(local_part(self.module.weight.detach()))
 
     @property
     def gradient(self) -> Tensor | None:
         """Gradient dL/dW of this process's part of W, as set by autograd, or None."""
         gradient = self.module.weight.grad
-        return None if gradient is None else self._oriented(local_part(gradient))
+        return None if gradient is None else self.oriented(local_part(gradient))
 
     def leave_gradient(self, gradient: Tensor) -> None:
         """Store a copy of dL/dW for this process's part of W in the `grad` attribute of the weight."""
         weight = self.module.weight
-        stored = self._oriented(gradient).to(weight.device, weight.dtype, copy=True).contiguous()
+        stored = self.oriented(gradient).to(weight.device, weight.dtype, copy=True).contiguous()
         if isinstance(weight, DTensor):
             stored = DTensor.from_local(
                 stored, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
@@ -113,8 +116,14 @@ class Target:
         return 1 if isinstance(self.module, Conv1D) else 0
 
     def assign(self, W: Tensor) -> None:
-        """Overwrite the weight in place with W (m, n) or this process's part of it, cast to the weight's type."""
+        """Overwrite the weight in place with W (m, n) or this process's part of it, cast to the weight's type.
+
+        With a scratch file, the weight becomes that in the file.
+        """
         weight = self.module.weight
+        if self.file is not None:
+            weight.data = self.file.put(self.name, self.oriented(W).to(weight.dtype))
+            return
         if not any(weight.stride()):  # released
             weight.data = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         self.weight.copy_(W)
@@ -124,7 +133,12 @@ class Target:
         weight = self.module.weight
         weight.data = weight.new_zeros(()).expand(weight.shape)
 
-    def _oriented(self, stored: Tensor) -> Tensor:
+    def put_back(self, stored: Tensor) -> None:
+        """Set the weight to a tensor that was its `data` before `assign`, in place of that in the scratch file."""
+        self.module.weight.data = stored
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """Return W (m, n), given the weight as the module stores it, or the other way round. A view."""
         return stored.T if isinstance(self.module, Conv1D) else stored
 
 

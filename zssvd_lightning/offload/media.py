@@ -134,15 +134,35 @@ class ScratchFile:
         stored = content.reshape(held.shape).to("cpu" if _ON_HOST.get() else held.device)
         return stored.T if held.transposed else stored
 
+    def mapped(self, size: int) -> mmap.mmap:
+        """Return a private mapping of the first `size` bytes, which `write_at` fills. Errors as in `put`."""
+        with self._lock, self._explained(size):
+            self._open().truncate(size)
+            return mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY)
+
+    def write_at(self, start: int, content: Tensor) -> None:
+        """Write a contiguous tensor of the CPU at an offset. Errors as in `put`."""
+        with self._lock:
+            self._write(start, content.reshape(-1).view(torch.uint8).numpy().data)
+
+    def _open(self) -> Any:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="zssvd-", buffering=0)  # noqa: SIM115  closed by the finalizer
+            weakref.finalize(self, self._file.close)
+        return self._file
+
     def _write(self, start: int, content: memoryview) -> None:
-        size = len(content)
-        try:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="zssvd-", buffering=0)  # noqa: SIM115  closed by the finalizer
-                weakref.finalize(self, self._file.close)
-            self._file.seek(start)
+        with self._explained(len(content)):
+            file = self._open()
+            file.seek(start)
             while content:
-                content = content[self._file.write(content) :]
+                content = content[file.write(content) :]
+
+    @contextmanager
+    def _explained(self, size: int) -> Iterator[None]:
+        """Turn errors of the system into an OutputError that says how many bytes were to be written."""
+        try:
+            yield
         except OSError as error:
             folder = tempfile.gettempdir()
             raise OutputError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from zssvd_lightning._files import checked_path, lock
 from zssvd_lightning._state_checks import FaultError, anything, entries, listed, mapped, text, whole
 from zssvd_lightning.errors import OutputError, SavedModelError, shown
+from zssvd_lightning.offload.pages import release_pages_of
 from zssvd_lightning.serialization.integrity import digest
 
 logger = logging.getLogger(__name__)
@@ -318,6 +319,7 @@ class _Writer:
         try:
             while left:
                 left = left[self._file.write(left) :]
+            release_pages_of(memoryview(content))  # tensors that were read from scratch files are written once
         except BaseException as error:
             self.error = error
             raise

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from zssvd_lightning._files import checked_path
 from zssvd_lightning._validation import needs_extra
 from zssvd_lightning.errors import TextError
+from zssvd_lightning.sources.tokenizing import token_ids
 
 T = TypeVar("T")
 
@@ -75,9 +76,8 @@ class Tokens(NamedTuple):
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """Tokenize a text; its windows begin with the BOS token if the tokenizer begins texts with it."""
-    ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return Tokens(ids[0], bos if tokenizer("a")["input_ids"][:1] == [bos] else None)
+    ids, bos = token_ids(text, tokenizer), tokenizer.bos_token_id
+    return Tokens(ids, bos if tokenizer("a")["input_ids"][:1] == [bos] else None)
 
 
 def windows(tokens: Tokens, length: int, count: int, source: str) -> Tensor:

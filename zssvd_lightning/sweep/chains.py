@@ -3,13 +3,11 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning.calibration.contexts import measuring
 from zssvd_lightning.calibration.gradients import checked_loss
@@ -17,16 +15,19 @@ from zssvd_lightning.calibration.hooks import observing
 from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
-from zssvd_lightning.model.targets import refusals
-from zssvd_lightning.sweep.calls import WHOLE, hidden_of, output_of, tensors_of
+from zssvd_lightning.sweep.calls import WHOLE, tensors_of
+from zssvd_lightning.sweep.candidates import (
+    Candidate,
+    candidates_of,
+    chosen_of,
+    is_in,
+    numbers_in_linear_layers,
+    watching,
+)
 from zssvd_lightning.sweep.seal import Chain, Seal, Step, nothing_saved, reached_from
 from zssvd_lightning.whitening.moments import Moments
 
 logger = logging.getLogger(__name__)
-
-
-MOST_IN_A_BLOCK = 0.75
-"""Fraction of the numbers of a chain in its largest block, above which chains inside are used instead."""
 
 
 class Structure(NamedTuple):
@@ -47,18 +48,6 @@ class Structure(NamedTuple):
         """Return True if there are target layers in a region or before it."""
         blocks = [block for chain in self.chains[:region] for block in chain.blocks]
         return any(self.inside[block] for block in blocks) or any(of <= region for of in self.region_of.values())
-
-
-@dataclass
-class _Candidate:
-    """Container whose items may be blocks."""
-
-    name: str
-    blocks: dict[str, nn.Module]
-    entered: int = 0
-    left: int = 0
-    last: Tensor | None = None
-    wrong: str | None = None
 
 
 def structure_of(model: nn.Module, layers: LayerSet, mask: TokenMask, loss: Callable[[], Tensor]) -> Structure:
@@ -101,29 +90,17 @@ def _found(
     model: nn.Module, layers: LayerSet, mask: TokenMask, loss: Callable[[], Tensor]
 ) -> tuple[list[Chain], dict[str, int]]:
     """Return the chains in the order in which they run, and the regions of the layers called outside of them."""
-    candidates = [
-        _Candidate(name, {f"{name}.{key}" if name else key: item for key, item in module.named_children()})
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
-    ]
-    candidates = [c for c in candidates if any(_is_in(name, c.name) for name in layers)]
+    candidates = candidates_of(model, layers)
     events: list[tuple[str, str]] = []
     with ExitStack() as hooks, observing(model, layers, Moments(), mask, inputs=False) as observation:
         observation.check_operands(1)
-        for candidate in candidates:
-            for number, (name, module) in enumerate(candidate.blocks.items()):
-                enter, leave = partial(_enter, candidate, number, name, events), partial(_leave, candidate, name)
-                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(leave).remove)
+        hooks.enter_context(watching(candidates, events))
         for name, target in layers.items():
             call = partial(_call, name, events)
             hooks.callback(target.module.register_forward_pre_hook(call).remove)
         loss()
-    for candidate in candidates:
-        if candidate.wrong is None and candidate.left < len(candidate.blocks):
-            candidate.wrong = f"{candidate.left} of its {len(candidate.blocks)} modules ran"
     sizes = {name: m * m + n * n + m * n for name, (m, n) in layers.shapes.items()}
-    chosen = _chosen([c for c in candidates if c.wrong is None], _numbers_in_linear_layers(model))
+    chosen = chosen_of(candidates, numbers_in_linear_layers(model), events)
     if not chosen:
         reasons = "; ".join(f"{c.name or 'the model'}: {c.wrong}" for c in candidates[:3] if c.wrong is not None)
         raise CalibrationError(
@@ -132,13 +109,12 @@ def _found(
             + f"; {WHOLE}"
         )
     _warn_of_outside(chosen, candidates, sizes)
-    chosen.sort(key=lambda c: events.index(("enter", next(iter(c.blocks)))))
     return [Chain(c.name, c.blocks) for c in chosen], _regions(chosen, events)
 
 
-def _warn_of_outside(chosen: Sequence[_Candidate], candidates: Sequence[_Candidate], sizes: Mapping[str, int]) -> None:
+def _warn_of_outside(chosen: Sequence[Candidate], candidates: Sequence[Candidate], sizes: Mapping[str, int]) -> None:
     """Warn if the layers outside of all blocks have more statistics than the largest block."""
-    of_blocks = [sum(sizes[n] for n in sizes if _is_in(n, block)) for c in chosen for block in c.blocks]
+    of_blocks = [sum(sizes[n] for n in sizes if is_in(n, block)) for c in chosen for block in c.blocks]
     outside = sum(sizes.values()) - sum(of_blocks)
     if outside > max(of_blocks):
         reasons = [f"{c.name}: {c.wrong}" for c in candidates if c.wrong is not None]
@@ -151,7 +127,7 @@ def _warn_of_outside(chosen: Sequence[_Candidate], candidates: Sequence[_Candida
         )
 
 
-def _regions(chosen: Sequence[_Candidate], events: Iterable[tuple[str, str]]) -> dict[str, int]:
+def _regions(chosen: Sequence[Candidate], events: Iterable[tuple[str, str]]) -> dict[str, int]:
     """Return the number of chains before the first call of each layer. Calls inside of blocks are included."""
     last_blocks = [next(reversed(c.blocks)) for c in chosen]
     region, regions = 0, dict[str, int]()
@@ -161,65 +137,6 @@ def _regions(chosen: Sequence[_Candidate], events: Iterable[tuple[str, str]]) ->
         elif kind == "enter" and name in last_blocks:
             region += 1
     return regions
-
-
-def _numbers_in_linear_layers(model: nn.Module) -> dict[str, int]:
-    """Return the number of weights of each layer that could be a target, whether it is one or not."""
-    others = refusals(model)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    return {name: module.weight.numel() for name, module in linears.items() if name not in others}
-
-
-def _chosen(valid: Sequence[_Candidate], sizes: Mapping[str, int]) -> list[_Candidate]:
-    """Return the outermost candidates, or those inside of one that has most of its numbers in a single block."""
-    chosen: list[_Candidate] = []
-    for candidate in valid:
-        if any(other is not candidate and _is_in(candidate.name, other.name) for other in valid):
-            continue
-        numbers = {b: sum(size for n, size in sizes.items() if _is_in(n, b)) for b in candidate.blocks}
-        largest = max(numbers, key=lambda block: numbers[block])
-        inner = [c for c in valid if c is not candidate and _is_in(c.name, candidate.name)]
-        alone = numbers[largest] > MOST_IN_A_BLOCK * sum(numbers.values())
-        chosen += _chosen(inner, sizes) if alone and any(_is_in(c.name, largest) for c in inner) else [candidate]
-    return chosen
-
-
-def _is_in(name: str, outer: str) -> bool:
-    return name == outer or not outer or name.startswith(f"{outer}.")
-
-
-def _enter(
-    candidate: _Candidate,
-    number: int,
-    name: str,
-    events: list[tuple[str, str]],
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    events.append(("enter", name))
-    if candidate.wrong is not None:
-        return
-    try:
-        hidden = hidden_of(name, args, kwargs, candidate.last)
-    except CalibrationError as error:
-        candidate.wrong = str(error)
-        return
-    if number != candidate.entered or number != candidate.left:
-        candidate.wrong = f"{name} does not run once, after the one before it"
-    elif number and hidden is not candidate.last:
-        candidate.wrong = f"{name} does not run on the output of the one before it"
-    candidate.entered, candidate.last = number + 1, None
-
-
-def _leave(candidate: _Candidate, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if candidate.wrong is not None:
-        return
-    try:
-        candidate.last = output_of(name, output)
-    except CalibrationError as error:
-        candidate.wrong = str(error)
-    candidate.left += 1
 
 
 def _call(name: str, events: list[tuple[str, str]], module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -17,6 +17,7 @@ from zssvd_lightning.calibration.hooks import Observation, observing
 from zssvd_lightning.calibration.masks import Masks, TokenMask
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
+from zssvd_lightning.offload.pages import release_pages
 from zssvd_lightning.offload.stores import Store
 from zssvd_lightning.sweep.calls import WHOLE, BlockCall, tensors_of
 from zssvd_lightning.sweep.chains import Structure, structure_of
@@ -86,11 +87,13 @@ class SharedState:
     def put_away(self, layers: LayerSet, moments: Moments) -> None:
         """Use the statistics of some layers, and move what is left of them to the scratch files."""
         total = self.statistics.moments
+        trim_heap()
         if self.use is not None:
             self.use(layers, moments, total)
         if self.finished is not None:
             self.finished.keep(self, layers, moments)
         self.absorb(moments)
+        release_pages(target.module.weight for target in layers.values())
         trim_heap()
 
     def absorb(self, moments: Moments) -> None:

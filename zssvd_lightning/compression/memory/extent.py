@@ -21,7 +21,9 @@ from zssvd_lightning.compression.memory.typical_experts import (
     shared_rows,
 )
 from zssvd_lightning.model.targets import Target
+from zssvd_lightning.offload.mapped_weights import mapped_from_files
 from zssvd_lightning.selection.budget import Shape
+from zssvd_lightning.sweep.candidates import candidates_of, chosen_of, is_in, numbers_in_linear_layers, watching
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class Extent:
         forward: floating-point operations of the forward pass of one batch; 0 if they are not known.
         rows: target -> rows of its input in one batch, for those that the pass has reached.
         seen: False if no pass was seen, so that activations are not counted.
+        mapped: bytes of each block that are mapped from files. By blocks, they are resident only while the block runs.
     """
 
     shapes: Mapping[str, Shape]
@@ -66,6 +69,7 @@ class Extent:
     forward: int = 0
     rows: Mapping[str, int] = field(default_factory=dict)
     seen: bool = False
+    mapped: tuple[int, ...] = ()
 
     @classmethod
     def of_layers(cls, shapes: Mapping[str, Shape], width: int) -> "Extent":
@@ -78,7 +82,13 @@ Pass = Callable[[nn.Module], Any]
 """Function that runs a model forward on one batch, of fake tensors if the model has them."""
 
 
-def extent_of(model: nn.Module, targets: Mapping[str, Target], batches: int, forward: Pass | None) -> Extent:
+def extent_of(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    batches: int,
+    forward: Pass | None,
+    mapped: Collection[str] | None = None,
+) -> Extent:
     """Return the sizes from which needs follow, by one pass of a batch over fake tensors. The model does not change.
 
     Where the pass fails, which depends on the numbers in some models, activations are not counted, with a warning. All
@@ -89,8 +99,9 @@ def extent_of(model: nn.Module, targets: Mapping[str, Target], batches: int, for
         targets: its target layers.
         batches: number of batches of the calibration.
         forward: pass of one batch; None to count no activations.
+        mapped: names of the parameters that are mapped from files; None to find them.
     """
-    blocks = _blocks(model, list(targets))
+    blocks = _blocks(model, list(targets))  # where the model does not run
     firsts = first_experts(model)
     alike = {name for names in firsts.values() for name in names[1:]}
     watched = [name for name in targets if name not in alike]
@@ -99,18 +110,23 @@ def extent_of(model: nn.Module, targets: Mapping[str, Target], batches: int, for
         try:
             fake = _faked_model(model, mode := FakeTensorMode(allow_non_fake_inputs=True))
             with mode:
+                blocks = _blocks_that_run(model, fake, watched, forward)
+                seen = _Seen(watched, blocks, firsts)
                 seen.run(fake, forward)
         except Exception as error:  # noqa: BLE001  models and losses are of any kind
             logger.warning("activations are not counted, because the model does not run on fake tensors: %s", error)
             seen = _Seen(watched, blocks, firsts)
-    within = [tuple(name for name in targets if name.startswith(f"{block}.")) for block in blocks]
+    within = [tuple(name for name in targets if is_in(name, block)) for block in blocks]
     outside = tuple(set(targets) - {name for names in within for name in names})
-    weights = {id(parameter): parameter.nbytes for parameter in model.parameters()}
+    sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    if mapped is None:
+        mapped = mapped_from_files({name: p.detach() for name, p in model.named_parameters()})
+    of_file = [sum(sizes.get(name, 0) for name in mapped if name.startswith(f"{block}.")) for block in blocks]
     return Extent(
         shapes={name: target.shape for name, target in targets.items()},
         leaders={name: seen.leaders.get(name, name) for name in targets},
         blocks=(*within, outside),
-        weights=sum(weights.values()),
+        weights=sum(sizes.values()),
         width=next(iter(targets.values())).weight.element_size(),
         stored=batches * seen.hidden,
         whole_pass=seen.kept,
@@ -118,6 +134,7 @@ def extent_of(model: nn.Module, targets: Mapping[str, Target], batches: int, for
         forward=seen.operations,
         rows=seen.rows,
         seen=forward is not None and bool(seen.leaders),
+        mapped=tuple(of_file) if any(of_file) else (),
     )
 
 
@@ -213,6 +230,14 @@ class _Seen:
 def _address(tensor: Tensor) -> int:
     """Return what is equal for tensors that share their storage, which has no address in memory if it is fake."""
     return int(tensor.untyped_storage()._cdata)  # noqa: SLF001
+
+
+def _blocks_that_run(model: nn.Module, fake: nn.Module, names: Sequence[str], forward: Pass) -> list[str]:
+    """Return the blocks that a sweep runs one after the other, by a pass over a copy with fake weights."""
+    candidates, events = candidates_of(fake, names), list[tuple[str, str]]()
+    with torch.enable_grad(), watching(candidates, events):
+        forward(fake)
+    return [block for c in chosen_of(candidates, numbers_in_linear_layers(model), events) for block in c.blocks]
 
 
 def _blocks(model: nn.Module, names: Sequence[str]) -> list[str]:

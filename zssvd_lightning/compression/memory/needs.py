@@ -16,6 +16,7 @@ from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.layers.storage import dense_weight
 from zssvd_lightning.offload.parking import parked_in
 from zssvd_lightning.selection.budget import Budget
+from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 
 PROGRAM = 600_000_000
 """Bytes of Python, torch, transformers and this package in host memory, with what the allocator does not give back."""
@@ -35,6 +36,8 @@ class Needs(NamedTuple):
     """In the one memory of a machine without a GPU. The peaks of device and host need not be at the same time."""
     disk: int
     """In scratch files."""
+    folder: int = 0
+    """In the folder by which an interrupted run goes on, beside the scratch files."""
 
 
 class _Moment(NamedTuple):
@@ -181,6 +184,22 @@ class Formulas:
         step = self.originals + self.factors + self.gradients(every) + stored
         return max(step, beside - self.factors + stored + spectra, beside + spectra)
 
+    @property
+    def folder(self) -> int:
+        """Bytes of the folder for an interrupted run at their peak, while the state after a stage is written.
+
+        The blocks of the sweep are in it then, and the state after the stage before.
+        """
+        config, every = self.config, self.extent.shapes
+        kept = self.second_moments(every) if config.corrections and not config.fresh_moments else 0
+        state = self.originals + 2 * self.factors + kept  # those of the present and of the best state
+        side = config.watches_outputs
+        sent = 1 if side is None or OUTPUT_GRADIENTS[side] is None else 2  # gradients of the loss, and drawn ones
+        passed = 2 * sent * self.extent.stored // max(1, len(self.extent.blocks) - 1)  # those before are there too
+        first = self.stored_spectra + kept + passed
+        later = max(self.stored_spectra, self.kept_moments) + passed
+        return max(first + state, later + 2 * state if self.rounds else 0)
+
     def needs(self, *, roots: bool = True) -> Needs:
         """Return the needs of the settings: their `memory` and `offload`, where `auto` is `whole` and `none`.
 
@@ -250,10 +269,16 @@ class Formulas:
             gradients = extent.width * sum(m * n for m, n in (extent.shapes[name] for name in names))
             largest = max((self.decomposition(name) for name in names), default=0)
             times += [of_block + gradients + extent.part_pass, of_block + largest]
-        return self._of(max(times), 0, max(times), self.disk)
+        together = max(times)
+        if extent.mapped:  # new layers take memory, where those of other models take that of the weights they replace
+            together = max(together + max(extent.mapped), self.new_layers) - sum(extent.mapped)
+        return self._of(max(times), 0, together, self.disk)._replace(folder=self.folder)
 
     def _of(self, device: int, host: int, together: int, disk: int) -> Needs:
-        """Return needs, given those beside the weights, the program and what else is on the device."""
+        """Return needs, given those beside the weights, the program and what else is on the device.
+
+        In one memory, these may be less than 0 where not all weights are resident.
+        """
         weights, (state, parks) = self.extent.weights, self.extent.beside
         away, away_from_cpu = (parked_in(parks, self.config.place, on_cpu=on_cpu) for on_cpu in (False, True))
         return Needs(

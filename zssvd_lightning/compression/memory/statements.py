@@ -1,20 +1,44 @@
 """Statements on the memory and the disk of a compression, and refusals, before its first batch."""
 
+import shutil
+import tempfile
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.memory.extent import Extent
 from zssvd_lightning.compression.memory.needs import Formulas
 from zssvd_lightning.distributed import Shards
+from zssvd_lightning.errors import OutputError
 from zssvd_lightning.offload.media import refuse_too_little
 from zssvd_lightning.whitening.moments import statistics_bytes
 
 
-def refuse_small_disk(compression: Compression) -> None:
-    """Raise OutputError if `memory: blocks` needs more scratch files than the disk has room for."""
-    if compression.config.by_blocks:
-        refuse_too_little(formulas_of(compression).disk)
+def refuse_small_disk(compression: Compression, folder: Path | None = None) -> None:
+    """Raise OutputError if `memory: blocks` needs more files than the disk has room for.
+
+    Args:
+        compression: the compression.
+        folder: folder by which the run goes on if it is interrupted, whose files are replaced; None without one.
+    """
+    if not compression.config.by_blocks:
+        return
+    formulas = formulas_of(compression)
+    refuse_too_little(formulas.disk)
+    if folder is None:
+        return
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    scratch = Path(tempfile.gettempdir())
+    shared = formulas.disk if there.stat().st_dev == scratch.stat().st_dev else 0
+    free = shutil.disk_usage(there).free + sum(path.stat().st_size for path in folder.glob("zssvd-*.pt"))
+    if formulas.folder + shared > free:
+        beside = f", beside {shared / 1e9:.2f} GB of scratch files in {scratch} on the same disk" if shared else ""
+        raise OutputError(
+            f"memory 'blocks' needs up to {formulas.folder / 1e9:.2f} GB in {folder}, to go on after an "
+            f"interruption{beside}, where {free / 1e9:.2f} GB are free; the model is as it was. Name a folder on a "
+            "disk with more space, or set the environment variable TMPDIR to one"
+        )
 
 
 def refuse_small_disk_of(compression: Compression, batches: int, stored: int) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.report import VERSIONS
 from zssvd_lightning.config.placement import PLACES
+from zssvd_lightning.offload.pages import release_pages
 from zssvd_lightning.serialization.integrity import add_to_digest
 
 
@@ -42,6 +43,7 @@ def _weights_of(model: nn.Module) -> str:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         found.update(name.encode())
         add_to_digest(found, tensor)
+        release_pages([tensor])
     return found.hexdigest()
 
 

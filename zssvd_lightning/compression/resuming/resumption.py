@@ -231,9 +231,14 @@ def checked_place(
     return where
 
 
+def folder_of(where: Path | UnfinishedFolder | None) -> Path | None:
+    """Return the path of a folder, which may be open."""
+    return where.path if isinstance(where, UnfinishedFolder) else where
+
+
 def held_by(where: Path | UnfinishedFolder | None) -> int:
     """Return the bytes that a folder takes on the disk of the scratch files."""
-    folder = where.path if isinstance(where, UnfinishedFolder) else where
+    folder = folder_of(where)
     with suppress(OSError):
         if folder is not None and folder.stat().st_dev == Path(tempfile.gettempdir()).stat().st_dev:
             return sum(path.stat().st_size for path in folder.glob("zssvd-*.pt"))

@@ -1,0 +1,23 @@
+"""Targets whose weights are mapped from files, which a compression block by block changes in a scratch file."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.model.targets import Target, find_targets
+from zssvd_lightning.offload.mapped_weights import WeightFile, mapped_from_files
+
+
+def targets_of(model: nn.Module, config: CompressionConfig) -> dict[str, Target]:
+    """Return the target layers of a compression, by name in module order.
+
+    With `memory: blocks`, weights that are mapped from files get a `WeightFile`. Errors as in `find_targets`.
+    """
+    targets = find_targets(model, config.include, config.ignore)
+    if not config.by_blocks:
+        return targets
+    weights = {name: target.module.weight for name, target in targets.items()}
+    mapped = mapped_from_files(weights)
+    file = WeightFile({name: weights[name] for name in mapped})
+    return targets | {name: replace(targets[name], file=file) for name in mapped}
