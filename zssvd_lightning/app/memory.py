@@ -71,7 +71,7 @@ def memory_needs(source: str, overrides: Sequence[str], options: dict[str, Any])
         if extent is None:
             model = empty_model(load_model_config(run.model.source), run.model.dtype)
             take_modules_apart(model, config)
-            targets = find_targets(model, config.include, config.ignore)
+            targets = find_targets(model, config.include, config.ignore, config.opted)
             extent = extent_of_calibration(model, targets, run.calibration)
         rows += [_row(preset or "as given", way, extent, run.calibration.batches) for way in ways(config)]
     return rows
@@ -144,7 +144,7 @@ def take_modules_apart(model: PreTrainedModel, config: CompressionConfig) -> Non
     def selected(name: str) -> bool:
         return is_selected(name, config.include, config.ignore)
 
-    for kind in (kind for kind in KINDS if not kind.opt_in):
+    for kind in (kind for kind in KINDS if kind.opt_in is None):
         TakenApart(kind, model, selected, replace_module).put_in(proves=False)
 
 

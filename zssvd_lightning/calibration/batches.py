@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from zssvd_lightning._resources import counted
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.layers.apart.attention import ProjectedAttention
+from zssvd_lightning.layers.apart.recurrent import RecurrentLayers
 
 IGNORED_LABEL = -100
 
@@ -128,8 +129,8 @@ def refuse_square(model: nn.Module, mask: Any, number: int) -> None:
     """Raise CalibrationError if it cannot be told whether layers read (B, T, n) or (T, B, n) of batch `number`."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != mask.shape[1] or bool(mask.all()):
         return
-    attentions = (part for part in model.modules() if isinstance(part, nn.MultiheadAttention | ProjectedAttention))
-    if not all(attention.batch_first for attention in attentions):
+    kinds = nn.MultiheadAttention | ProjectedAttention | RecurrentLayers
+    if not all(part.batch_first for part in model.modules() if isinstance(part, kinds)):
         raise CalibrationError(
             f"batch {number} has padding and as many sequences as positions ({len(mask)}), so the layout (T, B, n) "
             "cannot be told; use another batch size, or batch_first=True"

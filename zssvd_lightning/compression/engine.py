@@ -92,7 +92,7 @@ class Compression:
         refuse_unready(model)
         self.model, self.config, self.team = model, config, team or Team()
         self._replace = replace
-        self.targets = LayerSet(find_targets(model, config.include, config.ignore), self.team)
+        self.targets = LayerSet(find_targets(model, config.include, config.ignore, config.opted), self.team)
         self.stand_ins = stand_ins
         self.metric = config.metric_used
         self.shapes = self.targets.shapes
