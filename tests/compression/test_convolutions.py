@@ -72,18 +72,18 @@ def test_every_storage_a_second_compression_and_the_weights_in_a_dense_model(sto
             compress(model, batches, **OWN | {"storage": storage, "convolutions": False})
 
 
-def test_names_select_them_and_groups_are_left_with_the_reason(caplog):
+def test_names_select_them_and_depthwise_ones_are_left_with_the_reason(caplog):
     model, batches = tiny_network(), image_batches()
     report = compress(copy.deepcopy(model), batches, **OWN)
     assert set(report.layers) == {"0.kernel_matrix", "4.kernel_matrix"}
-    assert "convolutions are not compressed (3; 3.7% of the model's parameters): its channels are in" in caplog.text
+    assert "convolutions are not compressed (3; 3.7% of the model's parameters): its groups have" in caplog.text
     (left,) = [part for part in report.coverage.left_alone if part.what.startswith("convolutions: ")]
     assert left.parameters == 16 * 9
     for chosen in ({"include": "4"}, {"ignore": "0"}, {"include": "4.kernel_matrix"}, {"ignore": "0.kernel_matrix"}):
         assert set(coverage_names(model, batches, chosen)) == {"4.kernel_matrix"}
     coverage = coverage_of(model, CompressionConfig(convolutions=True, ignore=["0"]))
     assert coverage.layers == 1
-    with pytest.raises(TargetError, match=r"3 \(Conv2d\) cannot be factorized: its channels are in groups"):
+    with pytest.raises(TargetError, match=r"3 \(Conv2d\) cannot be factorized: its groups have matrices"):
         compress(model, batches, **OWN | {"include": "3"})
     with pytest.raises(TargetError, match=r"4 \(Conv2d\) cannot be factorized: convolutions are targets only if"):
         compress(model, batches, **OWN | {"include": "4", "convolutions": False})

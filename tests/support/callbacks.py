@@ -51,7 +51,12 @@ class Interrupt(L.Callback):
 
 
 def assert_resumes_from_any_phase(
-    module: L.LightningModule, fit: Callable[..., None], callback: Callable[[], ZSSVDCallback], folder: Path, dense: str
+    module: L.LightningModule,
+    fit: Callable[..., None],
+    callback: Callable[[], ZSSVDCallback],
+    folder: Path,
+    dense: str,
+    **built_with: Any,
 ) -> L.LightningModule:
     """Fit a module, and check that a checkpoint of each phase goes on to the same weights; return the last one loaded.
 
@@ -61,6 +66,7 @@ def assert_resumes_from_any_phase(
         callback: makes a compression that waits at step 1, and calibrates, corrects and recovers at 4, 7 and 18.
         folder: where the checkpoints go.
         dense: name of a weight that is there until the layers are replaced.
+        built_with: arguments of the class of the module.
     """
     start = copy.deepcopy(module)
     fit(module, callback(), ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1))
@@ -76,6 +82,6 @@ def assert_resumes_from_any_phase(
         for name, value in module.state_dict().items():
             assert torch.equal(resumed.state_dict()[name], value), (step, name)
     assert phases == {"wait": True, "calibrate": True, "correct": True, "recover": False}
-    loaded = load_from_checkpoint(type(module), folder / "step=20.ckpt", weights_only=True)
+    loaded = load_from_checkpoint(type(module), folder / "step=20.ckpt", weights_only=True, **built_with)
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in loaded.state_dict().items())
     return loaded

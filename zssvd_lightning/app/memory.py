@@ -75,7 +75,7 @@ def memory_needs(source: str, overrides: Sequence[str], options: dict[str, Any])
             model = empty_model(saved, run.model.dtype)
             mapped = [name for name, parameter in model.named_parameters() if parameter.dtype == mapped_type]
             take_modules_apart(model, config)
-            targets = find_targets(model, config.include, config.ignore)
+            targets = find_targets(model, config.include, config.ignore, config.opted)
             extent = extent_of_calibration(model, targets, run.calibration, mapped)
         rows += [_row(preset or "as given", way, extent, run.calibration.batches) for way in ways(config)]
     return rows
@@ -149,7 +149,7 @@ def take_modules_apart(model: PreTrainedModel, config: CompressionConfig) -> Non
     def selected(name: str) -> bool:
         return is_selected(name, config.include, config.ignore)
 
-    for kind in (kind for kind in KINDS if not kind.opt_in):
+    for kind in (kind for kind in KINDS if kind.opt_in is None):
         TakenApart(kind, model, selected, replace_module).put_in(proves=False)
 
 

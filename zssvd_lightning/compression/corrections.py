@@ -25,6 +25,7 @@ from zssvd_lightning.decomposition.decompose import gradient_squares
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import ConfigError, NonFiniteError
 from zssvd_lightning.layers.apart.convolutions import unfolded
+from zssvd_lightning.layers.apart.grouped import grouped
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.whitening.spectrum import Step
 
@@ -171,7 +172,8 @@ def reestimate_batch_norms(compression: "Compression") -> None:
     layers are replaced. Collective: all processes run as many batches, since forward passes may wait for each other.
     """
     run, guard = compression, compression.safeguard
-    layers = [layer for _, layer in unfolded(run.model) if isinstance(layer.kernel_matrix, CompressedLinear)]
+    apart = [*grouped(run.model), *(module for _, module in unfolded(run.model))]
+    layers = [layer for layer in apart if any(isinstance(part, CompressedLinear) for part in layer.modules())]
     if not layers or not any(isinstance(module, NORM) for module in run.model.modules()):
         return
     held = [] if guard is None else guard.batches

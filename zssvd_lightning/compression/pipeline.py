@@ -197,7 +197,7 @@ def calibrate(
             "and call compress"
         )
     with gradients_set_aside(model), _low_rank_made_dense(model, config):
-        layers = LayerSet(find_targets(model, config.include, config.ignore))
+        layers = LayerSet(find_targets(model, config.include, config.ignore, config.opted))
         statistics = StatisticsCollector(model, layers, config.watches_outputs)
         statistics.finds_widths = config.form.has_pivots
         statistics.routed = removable_experts(model, layers) if config.remove_experts else ()
@@ -329,7 +329,7 @@ def _understood(
 @contextmanager
 def _low_rank_made_dense(model: nn.Module, config: CompressionConfig) -> Iterator[StandIns]:
     """Make the selected low-rank layers dense within the context; see `StandIns`."""
-    stand_ins = StandIns(model, config.include, config.ignore, convolutions=config.convolutions)
+    stand_ins = StandIns(model, config.include, config.ignore, opted=config.opted)
     try:
         with stand_ins.meanwhile():
             yield stand_ins

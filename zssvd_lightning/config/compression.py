@@ -6,17 +6,18 @@ from typing import Any, Self, Unpack
 
 from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import require, require_count, require_one_of
-from zssvd_lightning.config.contradictions import refuse_contradictions, refuse_not_for_convolutions, refuse_removals
-from zssvd_lightning.config.corrections import CORRECTIONS, Correction
-from zssvd_lightning.config.placement import AUTO, bytes_of, refuse_places
+from zssvd_lightning.config.contradictions import refuse_contradictions, refuse_not_for_kinds, refuse_removals
+from zssvd_lightning.config.corrections import CORRECTIONS
+from zssvd_lightning.config.derived import DerivedSettings
+from zssvd_lightning.config.placement import bytes_of, refuse_places
 from zssvd_lightning.config.presets import DEFAULT, PRESETS, TRAINED, explaining_default, settings_of, trained_by
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.errors import BudgetError, ConfigError, ContradictionError
-from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, UNITS, Present, Storage
+from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, UNITS, Present
 from zssvd_lightning.selection.budget import REFERENCES, Budget, Shape
-from zssvd_lightning.selection.rules import RULES, Rule
+from zssvd_lightning.selection.rules import RULES
 from zssvd_lightning.selection.storages import STORAGES
-from zssvd_lightning.whitening.metrics import METRICS, Metric
+from zssvd_lightning.whitening.metrics import METRICS
 from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 
 BUDGET_OF = ("targets", "model")
@@ -27,7 +28,7 @@ MOST_ROUNDS = 1000
 
 
 @dataclass(frozen=True)
-class CompressionConfig:
+class CompressionConfig(DerivedSettings):
     """Settings of a compression.
 
     The defaults of this class are those of preset `zs-svd-line-search`, but with ranks in multiples of 8. `of("best")`
@@ -115,8 +116,11 @@ class CompressionConfig:
     ignore: list[str] | None = None
     """Name patterns of layers to leave unchanged, in the same form as `include`."""
     convolutions: bool = False
-    """Compress `nn.Conv1d` and `nn.Conv2d` too, except those with groups. A convolution at rank k is one to k channels
-    and one of size 1 back. `include` and `ignore` take its name."""
+    """Compress `nn.Conv1d` and `nn.Conv2d` too, each group of channels by itself. A convolution at rank k is one to k
+    channels and one of size 1 back. `include` and `ignore` take its name."""
+    recurrent: bool = False
+    """Compress the matrices of `nn.LSTM`, `nn.GRU` and `nn.RNN` too. That makes a model smaller, but hardly
+    faster: the matrices for the states are multiplied out to run."""
     remove_experts: bool = False
     """Also remove whole experts of mixtures of experts, where that costs less of the loss than lower ranks: all
     matrices of such an expert go, and the router sends its tokens to the next best. Needs stacked experts, metric
@@ -174,7 +178,7 @@ class CompressionConfig:
                 f"selection is {self.selection!r}"
             )
         refuse_contradictions(self)
-        refuse_not_for_convolutions(self)
+        refuse_not_for_kinds(self)
         refuse_removals(self, measures, _either(RULES.those(lambda rule: rule.removes)))
         if form.in_8_bits is not None and not rule.chooses_bits and self.plan is None:
             raise ContradictionError(
@@ -272,69 +276,6 @@ class CompressionConfig:
                 f"prune_ratio {self.prune_ratio} of the whole model is {ratio:.4g} of its {len(shapes)} target layers, "
                 f"which are {share:.1%} of it: {error}"
             ) from error
-
-    @property
-    def metric_used(self) -> Metric:
-        """The metric itself."""
-        return METRICS[self.metric]
-
-    @property
-    def rule(self) -> Rule:
-        """The selection rule itself."""
-        return RULES[self.selection]
-
-    @property
-    def form(self) -> Storage:
-        """The storage itself."""
-        return STORAGES[self.storage]
-
-    @property
-    def correction(self) -> Correction:
-        """The correction step itself."""
-        return CORRECTIONS[self.correction_step]
-
-    @property
-    def watches_outputs(self) -> str | None:
-        """Source of the output gradients that calibration collects; None if the metric does not use them."""
-        return self.output_side if self.metric_used.needs_outputs else None
-
-    @property
-    def asks_model(self) -> bool:
-        """True if the model inside the module must be known, either for its logits or to run it again."""
-        side = self.watches_outputs
-        draws = side is not None and OUTPUT_GRADIENTS[side] is not None
-        return draws or (self.refits and self.corrections > 0)
-
-    @property
-    def refits(self) -> bool:
-        """True if corrections are closed-form refits."""
-        return self.correction.refits
-
-    @property
-    def by_blocks(self) -> bool:
-        """True if only the statistics of one block are in memory at a time."""
-        return self.memory == "blocks"
-
-    @property
-    def may_be_by_blocks(self) -> bool:
-        """True if it is by blocks, or limits of memory may choose that."""
-        return self.by_blocks or (self.memory == AUTO and bool(self.limits))
-
-    @property
-    def place(self) -> str:
-        """Medium of what is not beside the model: `cpu` or `disk`; `none` if all is."""
-        return "disk" if self.by_blocks else "none" if self.offload == AUTO else self.offload
-
-    @property
-    def limits(self) -> dict[str, int | str]:
-        """Limits of memory that are given, by name."""
-        limits = {"max_memory": self.max_memory, "max_host_memory": self.max_host_memory}
-        return {name: size for name, size in limits.items() if size is not None}
-
-    @property
-    def weighs_rows(self) -> bool:
-        """True if calibration must estimate the cost of errors in outputs and inputs."""
-        return self.rows_in_16_bits == "loss_aware"
 
 
 def settings_of_saved(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,17 +57,21 @@ def refuse_removals(config: "CompressionConfig", metrics: str, rules: str) -> No
         )
 
 
-def refuse_not_for_convolutions(config: "CompressionConfig") -> None:
-    """Raise ContradictionError if `convolutions` is set, and another setting does not go with it."""
-    if not config.convolutions:
-        return
-    if config.budget_in == "flops":
+def refuse_not_for_kinds(config: "CompressionConfig") -> None:
+    """Raise ContradictionError if a kind of modules is asked for, and another setting does not go with it."""
+    if config.budget_in == "flops" and config.convolutions:
         raise ContradictionError(
             "the FLOPs of convolutions depend on the size of the image, so budget_in cannot be 'flops' with "
             "convolutions; take 'parameters' or 'bytes'"
         )
-    if config.corrections and config.refits:
+    if config.budget_in == "flops" and config.recurrent:
         raise ContradictionError(
-            f"correction_step {config.correction_step!r} compares inputs of whole sequences, which patches are not; "
-            "set convolutions to False, or take another correction_step"
+            "matrices for the states of recurrent modules are multiplied out to run, which saves no FLOPs, so "
+            "budget_in cannot be 'flops' with recurrent; take 'parameters' or 'bytes'"
+        )
+    if config.corrections and config.refits and (opted := config.opted):
+        inputs = {"convolutions": "patches", "recurrent": "states at one position"}
+        raise ContradictionError(
+            f"correction_step {config.correction_step!r} compares inputs of whole sequences, which {inputs[opted[0]]} "
+            f"are not; set {opted[0]} to False, or take another correction_step"
         )

@@ -29,7 +29,8 @@ class CompressionSettings(TypedDict):
         rank_multiple: number whose multiples are the ranks of all but small matrices: 1, 8, 16, 32 or 64.
         include: name patterns of the layers to compress; all linear layers when None.
         ignore: name patterns of layers to leave alone.
-        convolutions: compress convolutions without groups too.
+        convolutions: compress `nn.Conv1d` and `nn.Conv2d` too.
+        recurrent: compress `nn.LSTM`, `nn.GRU` and `nn.RNN` too.
         remove_experts: also remove whole experts, where that costs less of the loss than lower ranks.
         plan: YAML file with the rank of every layer, which replaces `prune_ratio` and `selection`.
         memory: statistics in memory: of the `whole` model, or (not in a fit) of one of its `blocks` at a time.
@@ -60,6 +61,7 @@ class CompressionSettings(TypedDict):
     include: NotRequired[list[str] | str | None]
     ignore: NotRequired[list[str] | str | None]
     convolutions: NotRequired[bool | None]
+    recurrent: NotRequired[bool | None]
     remove_experts: NotRequired[bool | None]
     plan: NotRequired[str | Path | None]
     memory: NotRequired[str | None]

@@ -17,6 +17,8 @@ from zssvd_lightning.hub.saving import SHARD, write_model
 from zssvd_lightning.layers.apart.attention import projected, settle_encoders
 from zssvd_lightning.layers.apart.convolutions import unfolded
 from zssvd_lightning.layers.apart.experts import expert_lists
+from zssvd_lightning.layers.apart.grouped import grouped
+from zssvd_lightning.layers.apart.recurrent import recurrences
 from zssvd_lightning.layers.apart.removed import (
     forget,
     forgotten_by,
@@ -39,8 +41,8 @@ OPSET = 18
 def merge(model: nn.Module) -> None:
     """Replace compressed layers, including their adapters, by dense layers of the same function, in place.
 
-    Experts that were taken apart are stacked again, convolutions folded, and the projections of attentions packed, in
-    modules of their original classes.
+    Experts that were taken apart are stacked again, convolutions folded, and attentions and recurrent modules put
+    together, in modules of their original classes.
 
     The result is an ordinary model with the size and speed it had before compression. Products are computed in float32
     or wider and rounded once. The matrices of removed experts are zero, and the bias of their router keeps it from
@@ -71,11 +73,15 @@ def merge(model: nn.Module) -> None:
         )
         replace_module(model, old, new)
     _stack_experts(model)
+    for of_groups in grouped(model):
+        replace_module(model, of_groups, of_groups.folded())
     for convolution in [module for _, module in unfolded(model)]:
         replace_module(model, convolution, convolution.folded())
     for attention in [module for _, module in projected(model)]:
         replace_module(model, attention, attention.packed())
     settle_encoders(model)
+    for recurrence in [module for _, module in recurrences(model)]:
+        replace_module(model, recurrence, recurrence.whole())
     mark(model)
 
 

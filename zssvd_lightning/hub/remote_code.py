@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.hub.model_classes import automatic_for, saved_class
 from zssvd_lightning.layers import base, gradients, int8, low_rank, pivoted, pivoted_columns, pivots, registry
-from zssvd_lightning.layers.apart import attention, convolutions, experts, removed
+from zssvd_lightning.layers.apart import attention, convolutions, experts, factors, grouped, recurrent, removed
 from zssvd_lightning.serialization.quantizer import FORMAT_VERSION
 
 CARRIED = (
@@ -17,12 +17,15 @@ CARRIED = (
     base,
     convolutions,
     experts,
+    factors,
+    grouped,
     low_rank,
     gradients,
     pivots,
     pivoted,
     pivoted_columns,
     int8,
+    recurrent,
     removed,
     registry,
 )
@@ -42,9 +45,12 @@ from .zssvd_attention import project
 from .zssvd_base import CompressedLinear
 from .zssvd_convolutions import unfold
 from .zssvd_experts import take_apart
+from .zssvd_factors import factors_of  # noqa: F401
+from .zssvd_grouped import unfold_groups
 from .zssvd_gradients import permuted  # noqa: F401
 from .zssvd_int8 import EightBitLinear  # noqa: F401
 from .zssvd_low_rank import LowRankLinear  # noqa: F401
+from .zssvd_recurrent import separate_recurrences
 from .zssvd_registry import layer_like
 from .zssvd_removed import forget_removed
 from .zssvd_pivoted import PivotedLinear  # noqa: F401
@@ -81,7 +87,9 @@ class Compressed{model}({model}):
         super().__init__(config)
         take_apart(self, config.compressed_layers)
         unfold(self, config.compressed_layers)
+        unfold_groups(self, config.compressed_layers)
         project(self, config.compressed_layers)
+        separate_recurrences(self, config.compressed_layers)
         for name, spec in config.compressed_layers.items():
             parent, _, leaf = name.rpartition(".")
             owner = self.get_submodule(parent)

@@ -10,7 +10,8 @@ from torch import nn
 from zssvd_lightning.layers.apart.experts import is_stacked
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.model.apart.attention import ATTENTION
-from zssvd_lightning.model.apart.convolutions import CONVOLUTION
+from zssvd_lightning.model.apart.convolutions import CONVOLUTION, CONVOLUTIONS
+from zssvd_lightning.model.apart.recurrent import RECURRENCES
 from zssvd_lightning.model.heads import LINEAR
 from zssvd_lightning.model.targets import CLASSIFICATION_HEAD, INSIDE_ATTENTION, OUTPUT_EMBEDDING, Target, refusals
 
@@ -21,6 +22,9 @@ KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (nn.RNNBase, "weights of recurrent layers"),
 )
 """Types of modules with weights that are not compressed, and what a report calls these weights."""
+
+OTHERS = ((CONVOLUTION, CONVOLUTIONS), (nn.RNNBase, RECURRENCES))
+"""Classes of modules with the kinds that they are of."""
 
 HEADS = {OUTPUT_EMBEDDING: "output embeddings", CLASSIFICATION_HEAD: "classification heads"}
 """What a report calls layers that are left alone for these reasons."""
@@ -67,7 +71,7 @@ class Coverage:
         Args:
             model: any module.
             targets: its layers to compress.
-            others: linear layers, convolutions, attentions and modules of stacked experts that are not compressed for
+            others: linear layers, and modules that could not be taken apart, that are not compressed for
                 another reason than those of `find_targets`, by name.
             present: number of parameters to count for the weight of a layer that is dense only for now, by name.
         """
@@ -152,8 +156,8 @@ def _kind(name: str, module: nn.Module, parameter: nn.Parameter, refused: Mappin
     if refused.get(name) == INSIDE_ATTENTION:
         name, attention = name.rpartition(".")[0], True
     if name in refused:
-        what = "stacked experts" if stacked else "convolutions" if isinstance(module, CONVOLUTION) else "linear layers"
-        what = ATTENTION.what if attention else what
+        what = ATTENTION.what if attention else "stacked experts" if stacked else "linear layers"
+        what = next((kind.what for class_, kind in OTHERS if isinstance(module, class_)), what)
         return HEADS.get(refused[name], f"{what}: {refused[name]}")
     if stacked or attention or isinstance(module, LINEAR):
         return BY_CHOICE

@@ -16,12 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 from zssvd_lightning._numerics import exact_products
 from zssvd_lightning.errors import TargetError
-from zssvd_lightning.layers.apart.convolutions import KERNELS
 from zssvd_lightning.layers.apart.removed import RemovedLinear
 from zssvd_lightning.layers.base import CompressedLinear, Dense, carry_hooks
 from zssvd_lightning.layers.registry import Factored, dense_like, layer_like
 from zssvd_lightning.layers.storage import Kept, Present
-from zssvd_lightning.model.apart.kinds import KINDS
+from zssvd_lightning.model.apart.kinds import KINDS, not_asked
 from zssvd_lightning.model.apart.taken import TakenApart
 from zssvd_lightning.model.peft_layers import wraps_by_peft
 from zssvd_lightning.model.replace import replace_module
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def low_rank_targets(
-    model: nn.Module, include: Patterns = None, ignore: Patterns = None, *, convolutions: bool = False
+    model: nn.Module, include: Patterns = None, ignore: Patterns = None, opted: Collection[str] = ()
 ) -> dict[str, Factored]:
     """Return the selected layers that are low-rank already, by qualified name in module order.
 
@@ -39,7 +38,7 @@ def low_rank_targets(
         model: any module.
         include: as in `find_targets`.
         ignore: as in `find_targets`.
-        convolutions: True to include the matrices of convolutions.
+        opted: as in `StandIns`. Layers in modules of other kinds that are taken apart on request are left out.
 
     Raises:
         TargetError: a selected layer cannot be compressed again, or has an adapter of PEFT. The message says why, and
@@ -47,13 +46,12 @@ def low_rank_targets(
     """
     refuse_adapted(model, include, ignore)
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    left = not_asked(model, opted)
     found: dict[str, Factored] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, CompressedLinear) or not is_selected(name, include, ignore):
             continue
-        if isinstance(layer, RemovedLinear):  # stays so
-            continue
-        if name.endswith(f".{KERNELS}") and not convolutions:
+        if isinstance(layer, RemovedLinear) or id(layer) in left:  # stays so
             continue
         reason = _why_not(layer, owners)
         if reason is not None or not isinstance(layer, Factored):
@@ -76,7 +74,7 @@ class StandIns:
         include: as in `find_targets`.
         ignore: as in `find_targets`.
         replace: function that replaces a layer, `replace(model, old, new)`.
-        convolutions: True to select convolutions too.
+        opted: names of settings on whose request more kinds of modules are taken apart, such as `convolutions`.
 
     Attributes:
         layers: the low-rank layers, by qualified name.
@@ -92,11 +90,10 @@ class StandIns:
         include: Patterns = None,
         ignore: Patterns = None,
         replace: Callable[[nn.Module, nn.Module, nn.Module], None] = replace_module,
-        *,
-        convolutions: bool = False,
+        opted: Collection[str] = (),
     ) -> None:
-        self.layers = low_rank_targets(model, include, ignore, convolutions=convolutions)
-        kinds = [kind for kind in KINDS if convolutions or not kind.opt_in]
+        self.layers = low_rank_targets(model, include, ignore, opted)
+        kinds = [kind for kind in KINDS if kind.opt_in is None or kind.opt_in in opted]
         self.apart = [
             TakenApart(each, model, lambda name: is_selected(name, include, ignore), replace) for each in kinds
         ]

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -16,11 +16,14 @@ from transformers.pytorch_utils import Conv1D
 from zssvd_lightning._validation import closest
 from zssvd_lightning.errors import TargetError
 from zssvd_lightning.layers.apart.convolutions import KERNELS
+from zssvd_lightning.layers.apart.grouped import GROUPS
 from zssvd_lightning.layers.base import shape_of
 from zssvd_lightning.layers.storage import break_even_rank
 from zssvd_lightning.model.apart.convolutions import CONVOLUTION, CONVOLUTIONS
+from zssvd_lightning.model.apart.grouped import GROUPED_CONVOLUTIONS
 from zssvd_lightning.model.apart.kind import why_whole
-from zssvd_lightning.model.apart.kinds import all_matrices, matrices_of
+from zssvd_lightning.model.apart.kinds import all_matrices, convolutions_whole, matrices_of, not_asked
+from zssvd_lightning.model.apart.recurrent import RECURRENCES
 from zssvd_lightning.model.heads import classification_heads, output_embeddings
 from zssvd_lightning.model.linear_subclasses import is_plain_linear
 from zssvd_lightning.model.peft_layers import MERGE_FIRST, linear_layers_in_peft
@@ -40,6 +43,9 @@ INSIDE_ATTENTION = "it belongs to an nn.MultiheadAttention, which has not been t
 CLASSIFICATION_HEAD = "its outputs are the model's logits; name it in include, without wildcards, to factorize it"
 """Why a classification head is no target."""
 
+
+MATRIX = re.compile(rf"(\.{GROUPS}\.\d+)?\.{KERNELS}$")
+"""End of the name of the matrix of a convolution or of one of its groups, behind the name of the convolution."""
 
 NUMBERED = re.compile(r"(?:(.*?)\.)?(\d+)(?:\.(.*))?", re.DOTALL)
 
@@ -142,7 +148,9 @@ class Target:
         return stored.T if isinstance(self.module, Conv1D) else stored
 
 
-def find_targets(model: nn.Module, include: Patterns = None, ignore: Patterns = None) -> dict[str, Target]:
+def find_targets(
+    model: nn.Module, include: Patterns = None, ignore: Patterns = None, opted: Collection[str] | None = None
+) -> dict[str, Target]:
     """Return the layers of `model` to factorize, by qualified name in module order.
 
     `nn.Linear`, transformers' `Conv1D` and subclasses that compute the same are candidates; see `is_plain_linear`. So
@@ -156,6 +164,8 @@ def find_targets(model: nn.Module, include: Patterns = None, ignore: Patterns = 
         include: shell patterns that match qualified names or their ends (`q_proj`, `model.layers.3.*`), or `re:`
             followed by a regular expression that matches full names. None includes all.
         ignore: patterns of the same form. They take precedence over `include`.
+        opted: settings, such as `convolutions`, without which layers of some modules in parts are no targets; None for
+            all.
 
     Raises:
         TargetError: no layer is left, a chosen layer is quantized or has an adapter of PEFT, a pattern matches no
@@ -173,6 +183,9 @@ def find_targets(model: nn.Module, include: Patterns = None, ignore: Patterns = 
 
     refuse_adapted(model, include, ignore)
     refused = refusals(model, include)
+    left = {} if opted is None else not_asked(model, opted)
+    names_left = {name: left[id(module)] for name, module in model.named_modules() if id(module) in left}
+    refused |= {name: f"it is a target only if {setting} is True" for name, setting in names_left.items()}
     linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     allowed = {n: Target(n, m) for n, m in linears.items() if n not in refused}
     for pattern in include or ():
@@ -193,11 +206,11 @@ def find_targets(model: nn.Module, include: Patterns = None, ignore: Patterns = 
 def is_selected(name: str, include: Patterns, ignore: Patterns) -> bool:
     """Return whether `include` and `ignore` select the layer `name`. Raises TargetError for invalid patterns.
 
-    The matrix of a convolution goes by the name of the convolution too.
+    The matrices of a convolution go by the name of the convolution too.
     """
     include = [include] if isinstance(include, str) else include
     ignore = [ignore] if isinstance(ignore, str) else ignore
-    names = {name, name.removesuffix(f".{KERNELS}")}
+    names = {name, MATRIX.sub("", name)}
     included = include is None or any(matches(each, pattern) for pattern in include for each in names)
     return included and not any(matches(each, pattern) for pattern in ignore or () for each in names)
 
@@ -277,7 +290,9 @@ def _heads(model: nn.Module, named: Sequence[str]) -> dict[str, str]:
 
 def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refused: dict[str, str]) -> None:
     """Raise TargetError if `pattern` matches no allowed layer."""
-    modules = dict(model.named_modules()) | matrices_of(CONVOLUTIONS, model)
+    modules = dict(model.named_modules())
+    for each in (CONVOLUTIONS, GROUPED_CONVOLUTIONS):
+        modules |= matrices_of(each, model)
     matched = [(n, m) for n, m in modules.items() if n and is_selected(n, [pattern], None)]
     if any(name in allowed for name, _ in matched):
         return
@@ -296,7 +311,9 @@ def _explain_if_refused(pattern: str, model: nn.Module, allowed: set[str], refus
     if isinstance(module, nn.Embedding):
         kind = "an embedding is a table lookup, not a product with W"
     elif isinstance(module, CONVOLUTION):
-        kind = why_whole(CONVOLUTIONS, model).get(name, "convolutions are targets only if convolutions is True")
+        kind = convolutions_whole(model).get(name, "convolutions are targets only if convolutions is True")
+    elif isinstance(module, nn.RNNBase):
+        kind = why_whole(RECURRENCES, model).get(name, "recurrent modules are targets only if recurrent is True")
     raise TargetError(f"{name} ({type(module).__name__}) cannot be factorized: {kind}; take {pattern!r} out of include")
 
 

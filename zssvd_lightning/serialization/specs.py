@@ -10,6 +10,8 @@ from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.layers.apart.attention import project
 from zssvd_lightning.layers.apart.convolutions import unfold
 from zssvd_lightning.layers.apart.experts import take_apart
+from zssvd_lightning.layers.apart.grouped import unfold_groups
+from zssvd_lightning.layers.apart.recurrent import separate_recurrences
 from zssvd_lightning.layers.apart.removed import forget_removed
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.layers.int8 import Int8LowRankLinear
@@ -32,7 +34,8 @@ def ranks_of(model: nn.Module) -> dict[str, int]:
 def rebuild(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
     """Replace the dense layers named in `specs` by uninitialized compressed layers, in place.
 
-    Stacked experts and attentions are taken apart, and convolutions unfolded, where `specs` name their matrices.
+    Stacked experts, attentions and recurrent modules are taken apart, and convolutions unfolded, where `specs` name
+    their matrices.
 
     Args:
         model: the dense model.
@@ -44,7 +47,9 @@ def rebuild(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> None:
     """
     take_apart(model, specs)
     unfold(model, specs)
+    unfold_groups(model, specs)
     project(model, specs)
+    separate_recurrences(model, specs)
     modules = dict(model.named_modules())
     for name, spec in specs.items():
         old = modules.get(name)

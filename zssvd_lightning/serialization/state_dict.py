@@ -38,9 +38,9 @@ def match_structure(
 ) -> None:
     """Replace layers of `model` in place, so that their form and rank match `weights`.
 
-    Dense layers may become compressed, and compressed layers may change form or rank or become dense. Stacked experts
-    and attentions may become separate layers, convolutions unfolded ones, and the other way round. New layers
-    have no values yet. Nothing is changed if the weights would not load afterward.
+    Dense layers may become compressed, and compressed layers may change form or rank or become dense. Stacked experts,
+    attentions and recurrent modules may become separate layers, convolutions unfolded ones, and the other way round.
+    New layers have no values yet. Nothing is changed if the weights would not load afterward.
 
     Args:
         model: the module that will load the weights.

@@ -10,6 +10,7 @@ from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import closest, require, require_count
 from zssvd_lightning.app.run_config import CalibrationConfig, EvaluateConfig, ModelConfig, RunConfig
 from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.config.derived import OPT_INS
 from zssvd_lightning.config.loading import dotted, load_config
 from zssvd_lightning.config.presets import PRESETS, settings_of
 from zssvd_lightning.errors import ConfigError
@@ -270,7 +271,7 @@ def _same(run: RunConfig) -> dict[str, Any]:
         **{f"calibration.{key}": value for key, value in asdict(run.calibration).items() if key not in OWN},
         "compression.include": run.compression.include,
         "compression.ignore": run.compression.ignore,
-        "compression.convolutions": run.compression.convolutions,
+        **{f"compression.{name}": getattr(run.compression, name) for name in OPT_INS},
         **{f"evaluation.{key}": value for key, value in asdict(run.evaluation).items()},
     }
 

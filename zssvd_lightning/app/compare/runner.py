@@ -29,6 +29,7 @@ from zssvd_lightning.app.compare.folder import CALIBRATION, CELLS, alone_in, che
 from zssvd_lightning.app.compare.results import Results, write_results
 from zssvd_lightning.app.run_config import EvaluateConfig
 from zssvd_lightning.config.compression import CompressionConfig, settings_of_saved
+from zssvd_lightning.config.derived import OPT_INS
 from zssvd_lightning.config.placement import PLACES
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.evaluation import zero_shot
@@ -110,7 +111,7 @@ def gathering_settings(settings: Settings) -> Settings:
         output_side=side or CompressionConfig.output_side,
         include=compression.include,
         ignore=compression.ignore,
-        convolutions=compression.convolutions,
+        **{name: getattr(compression, name) for name in OPT_INS},
     )
     calibration = replace(settings.calibration, correction_samples=0)
     return replace(settings, calibration=calibration, compression=layers, evaluation=None)

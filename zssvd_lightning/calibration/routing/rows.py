@@ -1,4 +1,4 @@
-"""Which tokens of an expert are not padding, and whether positions of a convolution are.
+"""Which tokens of an expert are not padding, and whether positions of a convolution or a recurrence are.
 
 Shapes: N = B T tokens, of which an expert gets t.
 """
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from zssvd_lightning.calibration.batches import input_of
 from zssvd_lightning.layers.apart.convolutions import UnfoldedConvolution
 from zssvd_lightning.layers.apart.experts import Expert, ExpertList
+from zssvd_lightning.layers.apart.recurrent import RecurrentLayers
 
 
 class RoutedRows:
-    """Masks of the tokens that experts get, while the experts run.
+    """Masks of the tokens that experts get, while the experts run, and of the states at one position of a recurrence.
 
     Attributes:
-        inside: True while an expert runs.
-        mask: mask (t,) of the tokens of the expert that runs; None if all count.
+        inside: True while an expert or a step of a recurrence runs.
+        mask: mask (t,) of the tokens of the expert or the sequences of the step; None if all count.
     """
 
     mask: Tensor | None
@@ -28,9 +29,10 @@ class RoutedRows:
     def __init__(self) -> None:
         self.inside, self.mask = False, None
         self._whole: Tensor | None = None
+        self._positions: Tensor | None = None
 
     def watch(self, model: nn.Module, mask_of: Callable[[Tensor], Tensor | None], hooks: ExitStack) -> None:
-        """Follow the experts and convolutions of a model, until `hooks` are closed.
+        """Follow the experts, convolutions and recurrences of a model, until `hooks` are closed.
 
         A convolution makes the patches of all images at once if their positions have a mask.
 
@@ -56,9 +58,6 @@ class RoutedRows:
             mask = mask_of(X.new_empty(len(X), places, 0))
             module.splits = mask is None or tuple(mask.shape) != (len(X), places)
 
-        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.inside, self.mask = False, None
-
         for module in model.modules():
             if isinstance(module, ExpertList):
                 hooks.callback(module.register_forward_pre_hook(enter_all, with_kwargs=True).remove)
@@ -67,4 +66,30 @@ class RoutedRows:
                 hooks.callback(setattr, module, "splits", True)
             elif isinstance(module, Expert):
                 hooks.callback(module.register_forward_pre_hook(enter).remove)
-                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+                hooks.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+        self._watch_recurrences(model, mask_of, hooks)
+
+    def _watch_recurrences(
+        self, model: nn.Module, mask_of: Callable[[Tensor], Tensor | None], hooks: ExitStack
+    ) -> None:
+        """Follow the recurrences of a model, as `watch` does."""
+
+        def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            X: Any = input_of(args, kwargs)
+            mask = mask_of(X) if isinstance(X, Tensor) and X.dim() == 3 else None  # packed sequences have no padding
+            sizes = () if mask is None else tuple(X.shape[:2])
+            fits = mask is not None and tuple(mask.shape) == (sizes if module.batch_first else sizes[::-1])
+            self._positions = mask.T if mask is not None and fits else None
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.inside = True
+            self.mask = None if self._positions is None else self._positions[args[2]].to(args[1].device)
+
+        for module in model.modules():
+            if isinstance(module, RecurrentLayers):
+                hooks.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+                hooks.callback(module.step.register_forward_pre_hook(enter).remove)
+                hooks.callback(module.step.register_forward_hook(self._leave, always_call=True).remove)
+
+    def _leave(self, *_: Any) -> None:
+        self.inside, self.mask = False, None

@@ -4,12 +4,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from zssvd_lightning.compression.phase import Phase
+from zssvd_lightning.config.derived import OPT_INS
 from zssvd_lightning.errors import BudgetError
 
 if TYPE_CHECKING:
     from zssvd_lightning.callbacks.zssvd import ZSSVDCallback
 
-SAME = ("budget_in", "include", "ignore", "convolutions")
+SAME = ("budget_in", "include", "ignore", *OPT_INS)
 """Settings that are equal if two ratios count the same layers in the same unit."""
 
 

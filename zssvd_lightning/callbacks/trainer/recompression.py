@@ -29,7 +29,7 @@ def stand_ins_in_training(
         UnsupportedTrainingError: the strategy cannot train with stand-ins.
         ConfigError: the recovery does not suit the form of a layer that may stay as it is.
     """
-    stand_ins = StandIns(model, config.include, config.ignore, adapter.replace, convolutions=config.convolutions)
+    stand_ins = StandIns(model, config.include, config.ignore, adapter.replace, opted=config.opted)
     for name, layer in stand_ins.layers.items():
         if not adapter.compresses_again:
             strategy = type(adapter.trainer.strategy).__name__

@@ -14,7 +14,7 @@ def targets_of(model: nn.Module, config: CompressionConfig) -> dict[str, Target]
 
     With `memory: blocks`, weights that are mapped from files get a `WeightFile`. Errors as in `find_targets`.
     """
-    targets = find_targets(model, config.include, config.ignore)
+    targets = find_targets(model, config.include, config.ignore, config.opted)
     if not config.by_blocks:
         return targets
     weights = {name: target.module.weight for name, target in targets.items()}

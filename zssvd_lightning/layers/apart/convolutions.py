@@ -17,20 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from zssvd_lightning.layers.base import HOOKS, take_over, type_of
-from zssvd_lightning.layers.low_rank import LowRankLinear
+from zssvd_lightning.layers.apart.factors import factors_of, runs_alone
+from zssvd_lightning.layers.base import take_over, type_of
 from zssvd_lightning.layers.pivoted import PivotedLinear
-from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
 
 KERNELS = "kernel_matrix"
 """Name of the linear layer in an `UnfoldedConvolution`."""
 
 PATCH_NUMBERS = 2**22
 """Most numbers in the patches that are in memory at the same time, if one row of positions has no more."""
-
-
-BARE = (nn.Linear, LowRankLinear, PivotedLinear, ColumnPivotedLinear)
-"""Layers that a convolution can stand for, and the thin layers in them."""
 
 
 class UnfoldedConvolution(nn.Module):
@@ -48,6 +43,7 @@ class UnfoldedConvolution(nn.Module):
         origin: class of the replaced module, whose settings are attributes too.
         kernel_matrix: linear layer with weight (m, n), or the compressed layer in its place.
         splits: False to make the patches of all images at once.
+        is_group: True for one group of a `GroupedConvolution`.
 
     Example:
         >>> UnfoldedConvolution(nn.Conv2d(3, 8, 5, padding=2))(torch.randn(1, 3, 16, 16)).shape
@@ -64,12 +60,13 @@ class UnfoldedConvolution(nn.Module):
     origin: type[nn.Module]
     kernel_matrix: Any
     splits: bool
+    is_group: bool
     __jit_unused_properties__: ClassVar[list[str]] = ["weight", "bias"]
 
     def __init__(self, old: nn.Conv1d | nn.Conv2d) -> None:
         super().__init__()
         take_over(self, old)
-        self.origin, self.splits = type(old), True
+        self.origin, self.splits, self.is_group = type(old), True, False
         layer = nn.Linear(old.weight[0].numel(), len(old.weight), bias=False, device="meta")
         weight = old.weight.data.reshape(len(old.weight), -1)
         layer.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
@@ -89,15 +86,14 @@ class UnfoldedConvolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, ...) to (B, m, ...), as the replaced convolution does."""
         layer = self.kernel_matrix
-        if not all(map(_is_bare, (layer, *layer.children()))):
+        if not runs_alone(layer):
             return self._from_patches(x)
-        if isinstance(layer, nn.Linear):
-            return self._convolved(x, layer.weight, layer.bias)
-        if isinstance(layer, LowRankLinear):
-            return self._mixed(self._convolved(x, layer.down.weight), layer.up.weight, layer.up.bias)
-        if isinstance(layer, ColumnPivotedLinear):
-            return self._mixed(self._convolved(x, _reading(layer)), layer.columns.weight, layer.bias)
-        return self._by_pivots(x, layer)
+        if isinstance(layer, PivotedLinear):
+            return self._by_pivots(x, layer)
+        up, down = factors_of(layer)
+        if up is None:
+            return self._convolved(x, down, layer.bias)
+        return self._mixed(self._convolved(x, down), up, layer.bias)
 
     def _by_pivots(self, x: Tensor, layer: PivotedLinear) -> Tensor:
         """Return the channels of the pivots by a convolution, and the others as combinations of them."""
@@ -147,7 +143,7 @@ class UnfoldedConvolution(nn.Module):
         """Return a convolution of the original class, whose weight has no values, with the present bias."""
         new: nn.Module = self.origin.__new__(self.origin)
         nn.Module.__init__(new)
-        take_over(new, self, leave_out=("origin", "splits"))
+        take_over(new, self, leave_out=("origin", "splits", "is_group"))
         layer = self.kernel_matrix
         like = next(chain(layer.parameters(), layer.buffers()))
         W = torch.empty(layer.out_features, layer.in_features, dtype=type_of(layer), device=like.device)
@@ -243,20 +239,6 @@ def unfold(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def unfolded(model: nn.Module) -> Iterator[tuple[str, UnfoldedConvolution]]:
-    """Yield the name and module of every unfolded convolution."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, UnfoldedConvolution))
-
-
-def _reading(layer: ColumnPivotedLinear) -> Tensor:
-    """Return the factor (k, n) that reads the input."""
-    k, like = layer.rank, layer.columns.weight
-    D = torch.eye(k, dtype=like.dtype, device=like.device)
-    if layer.mixing is not None:
-        D = torch.cat([D, layer.mixing.weight], 1)
-    return D if layer.order is None else D.index_select(1, layer.order.argsort())
-
-
-def _is_bare(layer: nn.Module) -> bool:
-    """Return True if nothing has to be called when the layer runs: no hooks, adapter, or other method."""
-    plain = type(layer) in BARE and not any(getattr(layer, kind) for kind in HOOKS)
-    return plain and (torch.compiler.is_compiling() or "forward" not in vars(layer))
+    """Yield the name and module of every unfolded convolution that is not one group of another."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, UnfoldedConvolution)]
+    return ((name, module) for name, module in found if not module.is_group)

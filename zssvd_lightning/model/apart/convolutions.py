@@ -5,6 +5,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from zssvd_lightning.layers.apart.convolutions import KERNELS, UnfoldedConvolution, fault_of
+from zssvd_lightning.layers.apart.grouped import is_grouped
 from zssvd_lightning.model.apart.kind import Kind
 
 CONVOLUTION = nn.modules.conv._ConvNd  # noqa: SLF001  the base class of all
@@ -12,18 +13,19 @@ CONVOLUTION = nn.modules.conv._ConvNd  # noqa: SLF001  the base class of all
 
 
 class Convolutions(Kind):
-    """Convolutions of any class, of which some can be unfolded."""
+    """Convolutions of any class, of which some can be unfolded, but for those of `GroupedConvolutions`."""
 
     what: ClassVar[str] = "convolutions"
     told: ClassVar[str] = "is compressed as a linear layer over patches"
     instead: ClassVar[str] = "set convolutions to False"
-    opt_in: ClassVar[bool] = True
+    opt_in: ClassVar[str | None] = "convolutions"
     form: ClassVar[type[nn.Module]] = UnfoldedConvolution
     separates: ClassVar[bool] = False
 
     def find(self, model: nn.Module) -> dict[str, nn.Module]:
         """Return the convolutions that are not unfolded."""
-        return {name: module for name, module in model.named_modules() if isinstance(module, CONVOLUTION)}
+        found = {name: module for name, module in model.named_modules() if isinstance(module, CONVOLUTION)}
+        return {name: module for name, module in found.items() if not is_grouped(module)}
 
     def parts(self, module: nn.Module) -> list[str]:
         """Return the name of the one matrix."""

@@ -25,7 +25,7 @@ class Kind:
         what: what a log or a report calls them.
         told: what is done with one, in an error under a strategy that cannot do it.
         instead: how to leave one as it is, with its `{name}`.
-        opt_in: True if they are only taken apart on request.
+        opt_in: setting on whose request they are taken apart; None if they always are.
         form: class that takes the place of one. It is made of the module it replaces.
         separates: True if several layers share the memory of one parameter.
     """
@@ -33,7 +33,7 @@ class Kind:
     what: ClassVar[str]
     told: ClassVar[str]
     instead: ClassVar[str] = "add {name}.* to ignore"
-    opt_in: ClassVar[bool] = False
+    opt_in: ClassVar[str | None] = None
     form: ClassVar[type[nn.Module]]
     separates: ClassVar[bool] = True
 
@@ -144,7 +144,16 @@ def difference_in(old: nn.Module, new: nn.Module, calls: Sequence[tuple[Any, ...
 
 def _outputs(module: nn.Module, call: tuple[Any, ...]) -> list[Tensor]:
     output = module(*(each.clone() if isinstance(each, Tensor) else each for each in call))
-    return [each.float() for each in (output if isinstance(output, tuple) else (output,)) if each is not None]
+    return [each.float() for each in _flat(output)]
+
+
+def _flat(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors of an output, which may be in tuples within each other."""
+    if isinstance(output, tuple):
+        for part in output:
+            yield from _flat(part)
+    elif output is not None:
+        yield output
 
 
 @contextmanager
