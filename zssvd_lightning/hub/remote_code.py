@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.hub.model_classes import automatic_for, saved_class
 from zssvd_lightning.layers import base, gradients, int8, low_rank, pivoted, pivoted_columns, pivots, registry
-from zssvd_lightning.layers.apart import attention, convolutions, experts, removed
+from zssvd_lightning.layers.apart import attention, convolutions, experts, grouped, removed
 from zssvd_lightning.serialization.quantizer import FORMAT_VERSION
 
 CARRIED = (
@@ -17,6 +17,7 @@ CARRIED = (
     base,
     convolutions,
     experts,
+    grouped,
     low_rank,
     gradients,
     pivots,
@@ -43,6 +44,7 @@ from .zssvd_base import CompressedLinear
 from .zssvd_convolutions import unfold
 from .zssvd_experts import take_apart
 from .zssvd_gradients import permuted  # noqa: F401
+from .zssvd_grouped import sorted_forward  # noqa: F401
 from .zssvd_int8 import EightBitLinear  # noqa: F401
 from .zssvd_low_rank import LowRankLinear  # noqa: F401
 from .zssvd_registry import layer_like

@@ -8,11 +8,13 @@ torch and transformers, so that a saved folder can contain a copy of this file.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zssvd_lightning.layers.apart.grouped import by_layers, by_operator, can_use_operator, is_hooked, sorted_forward
 from zssvd_lightning.layers.base import take_over
 
 DOWN = "down_proj"
@@ -63,9 +65,14 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor, activation: Activation) -> Tensor:
         """Map the rows x (t, n) of the tokens with indices `tokens` (t,) to (t, n)."""
-        first: Any = self.gate_up_proj if hasattr(self, "gate_up_proj") else self.up_proj
-        output: Tensor = self.down_proj(activation(first(x)))
+        output: Tensor = self.down_proj(activation(self.first(x)))
         return output
+
+    @property
+    def first(self) -> nn.Module:
+        """The layer that reads the input."""
+        found: Any = self.gate_up_proj if hasattr(self, "gate_up_proj") else self.up_proj
+        return found  # type: ignore[no-any-return]
 
 
 class ExpertList(nn.Module):
@@ -106,7 +113,20 @@ class ExpertList(nn.Module):
 
         Indices that are no expert stand for no expert. In training, experts without tokens run on none, so that their
         gradients are zero as in stacked parameters. DDP expects gradients for all parameters.
+
+        The tokens are sorted by expert, and run as `sorted_forward` does. They run expert by expert if the config asks
+        for the eager implementation, and while hooks watch the experts.
         """
+        given, every = (hidden_states, top_k_index, top_k_weights), self.training and torch.is_grad_enabled()
+        asked = getattr(getattr(self, "config", None), "_experts_implementation", None)
+        if asked == "eager" or any(map(is_hooked, self.experts)):
+            return self.one_by_one(*given)
+        if torch.compiler.is_compiling() and can_use_operator(self, hidden_states):
+            return sorted_forward(self, *given, by_operator)
+        return sorted_forward(self, *given, partial(by_layers, every=every))
+
+    def one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute `forward` expert by expert."""
         reached, output = set(top_k_index.flatten().tolist()), torch.zeros_like(hidden_states)
         all_in_graph = self.training and torch.is_grad_enabled()
         for number, expert in enumerate(self.experts):

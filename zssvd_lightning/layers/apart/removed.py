@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning.layers.apart.experts import ExpertList, expert_lists
+from zssvd_lightning.layers.apart.grouped import CHOSEN
 from zssvd_lightning.layers.base import CompressedLinear
 
 
@@ -73,10 +74,7 @@ class RemovedLinear(CompressedLinear):
             RuntimeError: there is a row, so the router has chosen a removed expert.
         """
         if x.numel():
-            raise RuntimeError(
-                "the router has chosen an expert that was removed. NaN logits can cause this; otherwise the router was "
-                "replaced or its forward overridden: call zssvd_lightning.layers.apart.removed.forget_removed(model)"
-            )
+            raise RuntimeError(CHOSEN)
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
     def _zeros(self, *shape: int) -> Tensor:
