@@ -127,16 +127,20 @@ class ExpertList(nn.Module):
 
     def one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute `forward` expert by expert."""
-        reached, output = set(top_k_index.flatten().tolist()), torch.zeros_like(hidden_states)
-        all_in_graph = self.training and torch.is_grad_enabled()
-        for number, expert in enumerate(self.experts):
-            if number not in reached and not all_in_graph:
+        every = self.training and torch.is_grad_enabled()
+        numbers, order = top_k_index.T.flatten().sort(stable=True)
+        places = torch.arange(len(self.experts) + 1, device=numbers.device)
+        stops = torch.searchsorted(numbers, places).tolist()
+        weights, output = top_k_weights.T.flatten(), torch.zeros_like(hidden_states)
+        for expert, start, stop in zip(self.experts, stops[:-1], stops[1:], strict=True):
+            if start == stop and not every:
                 continue
-            place, token = torch.where(top_k_index.T.eq(number))
+            row = order[start:stop]
+            token = row % len(hidden_states)
             found = expert(hidden_states[token], token, self.activation)
             if self.has_post_expert_norm:
                 found = self.post_expert_norm(found)
-            found = found * top_k_weights[token, place, None]
+            found = found * weights[row, None]
             output.index_add_(0, token, found.to(output.dtype))
         return output
 
