@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.hub.model_classes import automatic_for, saved_class
 from zssvd_lightning.layers import base, gradients, int8, low_rank, pivoted, pivoted_columns, pivots, registry
-from zssvd_lightning.layers.apart import attention, convolutions, experts, grouped, removed
+from zssvd_lightning.layers.apart import attention, convolutions, experts, grouped, removed, stacks
 from zssvd_lightning.serialization.quantizer import FORMAT_VERSION
 
 CARRIED = (
@@ -26,6 +26,7 @@ CARRIED = (
     int8,
     removed,
     registry,
+    stacks,
 )
 """Modules that are copied into the folder, with `zssvd_` before their names."""
 
@@ -44,7 +45,7 @@ from .zssvd_base import CompressedLinear
 from .zssvd_convolutions import unfold
 from .zssvd_experts import take_apart
 from .zssvd_gradients import permuted  # noqa: F401
-from .zssvd_grouped import sorted_forward  # noqa: F401
+from .zssvd_grouped import forward_by_stacks  # noqa: F401
 from .zssvd_int8 import EightBitLinear  # noqa: F401
 from .zssvd_low_rank import LowRankLinear  # noqa: F401
 from .zssvd_registry import layer_like
@@ -52,6 +53,7 @@ from .zssvd_removed import forget_removed
 from .zssvd_pivoted import PivotedLinear  # noqa: F401
 from .zssvd_pivoted_columns import ColumnPivotedLinear  # noqa: F401
 from .zssvd_pivots import choose_pivots  # noqa: F401
+from .zssvd_stacks import Stacks  # noqa: F401
 
 
 class Compressed{config}({config}):

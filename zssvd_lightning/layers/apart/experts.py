@@ -8,14 +8,15 @@ torch and transformers, so that a saved folder can contain a copy of this file.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zssvd_lightning.layers.apart.grouped import by_layers, by_operator, can_use_operator, is_hooked, sorted_forward
+from zssvd_lightning.layers.apart.grouped import can_use_operator, forward_by_operator, forward_by_stacks
+from zssvd_lightning.layers.apart.stacks import Stacks
 from zssvd_lightning.layers.base import take_over
+from zssvd_lightning.layers.gradients import is_eager
 
 DOWN = "down_proj"
 """Name of the stack of matrices that write the output."""
@@ -92,6 +93,7 @@ class ExpertList(nn.Module):
     origin: type[nn.Module]
     stacks: list[str]
     post_expert_norm: nn.Module
+    _stacks: Stacks | None = None
 
     def __init__(self, old: nn.Module) -> None:
         super().__init__()
@@ -114,16 +116,36 @@ class ExpertList(nn.Module):
         Indices that are no expert stand for no expert. In training, experts without tokens run on none, so that their
         gradients are zero as in stacked parameters. DDP expects gradients for all parameters.
 
-        The tokens are sorted by expert, and run as `sorted_forward` does. They run expert by expert if the config asks
-        for the eager implementation, and while hooks watch the experts.
+        In evaluation without gradients, several tokens run with grouped products, unless the config asks for the eager
+        implementation or something watches the experts.
         """
-        given, every = (hidden_states, top_k_index, top_k_weights), self.training and torch.is_grad_enabled()
-        asked = getattr(getattr(self, "config", None), "_experts_implementation", None)
-        if asked == "eager" or any(map(is_hooked, self.experts)):
-            return self.one_by_one(*given)
-        if torch.compiler.is_compiling() and can_use_operator(self, hidden_states):
-            return sorted_forward(self, *given, by_operator)
-        return sorted_forward(self, *given, partial(by_layers, every=every))
+        given = hidden_states, top_k_index, top_k_weights
+        if not self.training and self._implementation != "eager" and not torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
+                if can_use_operator(self, hidden_states):
+                    return forward_by_operator(self, *given)
+            elif (stacks := self._stacks_for(hidden_states)) is not None:
+                return forward_by_stacks(self, stacks, *given)
+        return self.one_by_one(*given)
+
+    @property
+    def _implementation(self) -> str | None:
+        """The experts implementation that the config asks for."""
+        found: str | None = getattr(getattr(self, "config", None), "_experts_implementation", None)
+        return found
+
+    def _stacks_for(self, x: Tensor) -> Stacks | None:
+        """Return the stacks of the present weights for tokens (N, n); None if they do not run with grouped products."""
+        few = len(x) == 0 or (len(x) == 1 and x.device.type == "cpu")
+        if few or torch.is_autocast_enabled(x.device.type) or not is_eager(x):
+            return None
+        if self._stacks is None or not self._stacks.hold():
+            self._stacks = Stacks.of(self.experts)
+        return self._stacks if self._stacks is not None and self._stacks.dtype == x.dtype else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the stacks, because copies of the weights have other memory."""
+        return {**self.__dict__, "_stacks": None}
 
     def one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute `forward` expert by expert."""
@@ -170,7 +192,7 @@ class ExpertList(nn.Module):
         """Return a module of the original class, with parameters without values on the device of the present ones."""
         new = self.origin.__new__(self.origin)
         nn.Module.__init__(new)
-        _take_over(new, self, leave_out=("origin", "stacks"))
+        _take_over(new, self, leave_out=("origin", "stacks", "_stacks"))
         for name in self.stacks:
             part = self._part(self.experts[0], name)
             values = part.new_empty(len(self.experts), *part.shape)

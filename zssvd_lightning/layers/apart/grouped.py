@@ -1,95 +1,97 @@
-"""Experts that run over rows sorted by expert: each matrix of a layer in one pass, everything between them at once.
+"""Experts that run over rows sorted by expert: each matrix of a layer in one pass.
 
-Shapes: E experts, n hidden features, N tokens, K experts for each token, S = N K rows, m outputs of a matrix, k its
-rank. Imports only torch and transformers, so that a saved folder can contain a copy of this file.
+Shapes: E experts, n hidden features, N tokens, K experts for each token, S = N K rows, m outputs of a matrix. Imports
+only torch and transformers, so that a saved folder can contain a copy of this file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from zssvd_lightning.layers.base import HOOKS, CompressedLinear
+from zssvd_lightning.layers.apart.stacks import Stacks, is_hooked
+from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.layers.low_rank import LowRankLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear, is_plain
 from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
-
-Products = Callable[[Sequence[nn.Module], Tensor], Tensor]
-"""Function that returns the products (S, m) of sorted rows (S, n) with the matrices of their experts.
-
-It is called with the layers of all experts and the rows. Products of rows without an expert are any numbers.
-"""
 
 Form = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Weights by which `_product` knows a layer: those that read and write, an order, and a bias."""
 
 
-def sorted_forward(
-    experts: Any,
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    products_by: Callable[[Tensor], Products],
+def forward_by_operator(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Compute `ExpertList.forward` without a graph break of `torch.compile`, where `can_use_operator`."""
+    every: list[Any] = experts.experts
+    places = torch.arange(len(every) + 1, device=top_k_index.device)
+    numbers, order = _sorted(top_k_index, places)
+    ends = torch.searchsorted(numbers, places[:-1], right=True)
+    wide = _by_operator([expert.first for expert in every], hidden_states[order % len(hidden_states)], ends)
+    found = _by_operator([expert.down_proj for expert in every], experts.activation(wide), ends)
+    return _summed(experts, found, numbers == len(every), order, top_k_weights).to(hidden_states.dtype)
+
+
+def forward_by_stacks(
+    experts: Any, stacks: Stacks, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Map the tokens (N, n) to (N, n) as `ExpertList.forward` does, with rows that are sorted by expert once.
+    """Compute `ExpertList.forward` with grouped products over stacks that hold the weights of the experts.
+
+    Raises:
+        RuntimeError: a token has an expert that was removed.
+    """
+    count = len(stacks.places) - 1
+    numbers, order = _sorted(top_k_index, stacks.places)
+    ends = torch.searchsorted(numbers, torch.arange(count, device=numbers.device), right=True)
+    stops = [0, *ends.tolist()]
+    if stops[count - len(stacks.removed)] < stops[count]:
+        raise RuntimeError(CHOSEN)
+    tokens, found, place = order % len(hidden_states), list[Tensor](), 0
+    for group, first, last in stacks.groups:
+        start, stop = stops[place], stops[place + len(group)]
+        if start < stop:
+            within = (ends[place : place + len(group)] - start).int()
+            expert = numbers[start:stop] - place
+            inner = experts.activation(first(hidden_states[tokens[start:stop]], within, expert))
+            found.append(last(inner, within, expert))
+        place += len(group)
+    if stops[-1] < len(order):
+        found.append(hidden_states.new_zeros(len(order) - stops[-1], hidden_states.shape[1]))
+    every = found[0] if len(found) == 1 else torch.cat(found)
+    return _summed(experts, every, numbers == count, order, top_k_weights).to(hidden_states.dtype)
+
+
+def _sorted(top_k_index: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the places (S,) of the experts of all rows, sorted, and which row is at each.
+
+    Row `i N + t` is token t for the choice i of its experts.
 
     Args:
-        experts: the list of experts.
-        hidden_states: tokens (N, n).
         top_k_index: experts of each token (N, K).
-        top_k_weights: their weights (N, K).
-        products_by: function that returns how to multiply, given the end of the rows of each expert (E,).
+        places: place of each expert, and one for none (E + 1,).
     """
-    every, each = experts.experts, top_k_index.shape[1]
-    count, chosen = len(every), top_k_index.flatten()
-    numbers, order = torch.where(chosen < 0, count, chosen).clamp(max=count).sort(stable=True)
-    ends = torch.searchsorted(numbers, torch.arange(count, device=numbers.device), right=True)
-    products = products_by(ends)
-    wide = products([expert.first for expert in every], hidden_states[order // each])
-    found = products([expert.down_proj for expert in every], experts.activation(wide))
+    chosen = top_k_index.T.flatten()
+    none = len(places) - 1
+    numbers, order = places[torch.where(chosen < 0, none, chosen).clamp(max=none)].sort(stable=True)
+    return numbers, order
+
+
+def _summed(experts: Any, found: Tensor, is_none: Tensor, order: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Return the sum over the experts of each token (N, n), given the sorted outputs (S, n) and which are of none."""
+    count, each = top_k_weights.shape
     if experts.has_post_expert_norm:
         found = experts.post_expert_norm(found)
-    found = (found * top_k_weights.flatten()[order, None]).masked_fill(numbers[:, None] == count, 0.0)
+    found = (found * top_k_weights.T.flatten()[order, None]).masked_fill(is_none[:, None], 0.0)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return found[back].view(len(hidden_states), each, found.shape[1]).sum(1).to(hidden_states.dtype)
+    return found[back].view(each, count, found.shape[1]).sum(0)
 
 
-def by_layers(ends: Tensor, every: bool) -> Products:
-    """Return how to multiply by calling the layer of each expert on its rows.
-
-    Args:
-        ends: end of the rows of each expert (E,).
-        every: True to call layers without rows too, so that their gradients are zero.
-    """
-    stops = ends.tolist()
-    starts = [0, *stops[:-1]]
-
-    def products(layers: Sequence[nn.Module], rows: Tensor) -> Tensor:
-        found = [
-            layer(rows[start:stop])
-            for layer, start, stop in zip(layers, starts, stops, strict=True)
-            if every or stop > start
-        ]
-        if not found or stops[-1] < len(rows):
-            like = found[0] if found else rows
-            found.append(like.new_zeros(len(rows) - stops[-1], _outputs(layers[0])))
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    return products
-
-
-def by_operator(ends: Tensor) -> Products:
-    """Return how to multiply by one operator for all experts, into which `torch.compile` does not look."""
-
-    def products(layers: Sequence[nn.Module], rows: Tensor) -> Tensor:
-        weights = [weight for layer in layers for weight in weights_of(layer)]
-        kinds = [kind_of(layer) for layer in layers]
-        found: Tensor = expert_products(rows, ends, weights, kinds, _outputs(layers[0]))  # type: ignore[arg-type]
-        return found
-
-    return products
+def _by_operator(layers: Sequence[nn.Module], rows: Tensor, ends: Tensor) -> Tensor:
+    """Return the products (S, m) of sorted rows (S, n) with the matrices of their experts."""
+    weights: Any = [weight for layer in layers for weight in weights_of(layer)]
+    kinds: Any = [kind_of(layer) for layer in layers]
+    found: Tensor = expert_products(rows, ends, weights, kinds, layers[0].out_features)
+    return found
 
 
 def can_use_operator(experts: Any, hidden_states: Tensor) -> bool:
@@ -166,17 +168,6 @@ def _product(
     y = z if last is None else torch.cat([z, linear(z, last)], 1)
     y = y if order is None else y.index_select(1, order)
     return y if bias is None else y + bias
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Return True if a call of a module runs more than the forward method of its class."""
-    own = vars(module)
-    return "forward" in own or any(own[kind] for kind in HOOKS)
-
-
-def _outputs(layer: nn.Module) -> int:
-    """Return the number of outputs m of a layer, or of the layer that an adapter wraps."""
-    return int(layer.out_features)
 
 
 CHOSEN = (
