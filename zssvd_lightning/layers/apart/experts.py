@@ -8,14 +8,14 @@ torch and transformers, so that a saved folder can contain a copy of this file.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from zssvd_lightning.layers.apart.grouped import can_use_operator, forward_by_operator, forward_by_stacks
 from zssvd_lightning.layers.apart.stacks import Stacks
-from zssvd_lightning.layers.base import take_over
+from zssvd_lightning.layers.base import own_memory, take_over
 from zssvd_lightning.layers.gradients import is_eager
 
 DOWN = "down_proj"
@@ -143,9 +143,26 @@ class ExpertList(nn.Module):
             self._stacks = Stacks.of(self.experts)
         return self._stacks if self._stacks is not None and self._stacks.dtype == x.dtype else None
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and give the weights memory of their own for training."""
+        if mode:
+            self._unstack()
+        return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the weights, each with memory of its own, because many formats cannot store parts of a stack."""
+        self._unstack()
+        return super().state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the stacks, because copies of the weights have other memory."""
-        return {**self.__dict__, "_stacks": None}
+        """Return the state for copies, without stacks."""
+        self._unstack()
+        return self.__dict__
+
+    def _unstack(self) -> None:
+        if self._stacks is not None:
+            self._stacks = None
+            own_memory(self)
 
     def one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute `forward` expert by expert."""

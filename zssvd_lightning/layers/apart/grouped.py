@@ -155,7 +155,7 @@ def _shape_of_products(
 
 
 def _product(
-    kind: type[nn.Module], x: Tensor, first: Any, last: Tensor | None, order: Tensor | None, bias: Tensor | None
+    kind: type[nn.Module], x: Tensor, first: Any, last: Any, order: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """Return what a layer of a kind with these weights returns for x (t, n)."""
     if kind is ColumnPivotedLinear:

@@ -234,7 +234,7 @@ def _sizes(expert: Any) -> Sizes | None:
 
 
 def _groups(sizes: dict[int, Sizes]) -> list[list[int]]:
-    """Return groups of experts of the same kinds, in which ranks are padded to the largest by `MOST_PADDING` at most."""
+    """Return groups of experts of the same kinds, whose ranks are padded to the largest one; see `MOST_PADDING`."""
     groups: list[list[int]] = []
     ordered = sorted(sizes, key=lambda number: (str(sizes[number][0]), sum(sizes[number][1]), number))
     for number in ordered:
@@ -257,7 +257,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def _thin_layers(layer: nn.Module) -> list[Any]:
     """Return the layers that hold the weights of a layer, in the order in which they run. A missing one is None."""
-    return [getattr(layer, part) for part in PARTS[type(layer)]] if type(layer) in PARTS else [layer]  # type: ignore[index]
+    return [getattr(layer, part) for part in PARTS[type(layer)]] if type(layer) in PARTS else [layer]
 
 
 def _are_plain(thin: Sequence[nn.Module | None]) -> bool:
