@@ -254,7 +254,7 @@ def test_stacks_made_in_inference_mode_serve_training():
 
 def test_what_runs_one_by_one():
     given = routed()
-    for change in ("eager", "train", "gradients", "one token", "dense", "int8", "float64", "autocast"):
+    for change in ("eager", "train", "gradients", "one token", "many tokens", "dense", "int8", "float64", "autocast"):
         experts, inputs = (
             low_rank_experts(dense={(i, n) for i in range(4) for n in ("gate_up_proj", "down_proj")}),
             given,
@@ -267,6 +267,8 @@ def test_what_runs_one_by_one():
             experts, inputs = experts.double(), (given[0].double(), given[1], given[2].double())
         if change == "one token":
             inputs = tuple(part[:1] for part in given)
+        if change == "many tokens":
+            inputs = tuple(part.repeat(2, 1) for part in given)
         experts.train(change == "train")
         with torch.set_grad_enabled(change == "gradients"), torch.autocast("cpu", enabled=change == "autocast"):
             assert torch.equal(experts(*inputs), experts.one_by_one(*inputs)), change

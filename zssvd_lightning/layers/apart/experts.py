@@ -24,6 +24,9 @@ DOWN = "down_proj"
 BIAS = "_bias"
 """Suffix of the name of a stack of biases."""
 
+MOST_ROWS = 32
+"""Mean number of tokens of an expert from which experts take less time on a CPU one by one; see `docs/experts.md`."""
+
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -124,7 +127,7 @@ class ExpertList(nn.Module):
             if torch.compiler.is_compiling():
                 if can_use_operator(self, hidden_states):
                     return forward_by_operator(self, *given)
-            elif (stacks := self._stacks_for(hidden_states)) is not None:
+            elif (stacks := self._stacks_for(hidden_states, top_k_index.shape[1])) is not None:
                 return forward_by_stacks(self, stacks, *given)
         return self.one_by_one(*given)
 
@@ -134,10 +137,10 @@ class ExpertList(nn.Module):
         found: str | None = getattr(getattr(self, "config", None), "_experts_implementation", None)
         return found
 
-    def _stacks_for(self, x: Tensor) -> Stacks | None:
-        """Return the stacks of the present weights for tokens (N, n); None if they do not run with grouped products."""
-        few = len(x) == 0 or (len(x) == 1 and x.device.type == "cpu")
-        if few or torch.is_autocast_enabled(x.device.type) or not is_eager(x):
+    def _stacks_for(self, x: Tensor, each: int) -> Stacks | None:
+        """Return the stacks of the present weights; None if tokens (N, n) of K experts each run one by one."""
+        slower = x.device.type == "cpu" and (len(x) == 1 or len(x) * each > MOST_ROWS * len(self.experts))
+        if len(x) == 0 or slower or torch.is_autocast_enabled(x.device.type) or not is_eager(x):
             return None
         if self._stacks is None or not self._stacks.hold():
             self._stacks = Stacks.of(self.experts)
