@@ -7,8 +7,9 @@ Shapes: E experts, n hidden features, h features inside of an expert, N tokens, 
 torch and transformers, so that a saved folder can contain a copy of this file.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,31 +31,61 @@ MOST_ROWS = 32
 Activation = Callable[[Tensor], Tensor]
 
 
+class Layout(NamedTuple):
+    """What the parameters of a module of stacked experts are. The names are those of the interface of transformers."""
+
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    has_post_expert_norm: bool
+    repeats: bool = False
+    """True if the module is called with the tokens once for each expert (E N, n), with zeros where it is not chosen."""
+
+
+REPEATED = Layout(True, False, True, False, True)
+"""Layout of experts that are not behind the interface: two stacks whose products are `torch.bmm`, as in Llama 4."""
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """Return the layout of a module with the attributes that transformers' `use_experts_implementation` sets.
+
+    A module without them has layout `REPEATED` if it has its two stacks, an activation, and a forward of one argument.
+    """
+    flags = [getattr(module, name, None) for name in Layout._fields[:4]]
+    if all(isinstance(flag, bool) for flag in flags):
+        return Layout(*flags)
+    names = {name for name, _ in module.named_parameters(recurse=False)}
+    if names != {"gate_up_proj", DOWN} or not callable(getattr(module, "act_fn", None)):
+        return None
+    return REPEATED if len(inspect.signature(type(module).forward).parameters) == 2 else None  # self and one
+
+
 def first_stack(module: nn.Module) -> str:
     """Return the name of the stack of matrices that read the input."""
-    return "gate_up_proj" if getattr(module, "has_gate", False) else "up_proj"
+    layout = layout_of(module)
+    return "gate_up_proj" if layout is not None and layout.has_gate else "up_proj"
 
 
 def is_stacked(module: nn.Module) -> bool:
     """Return whether a module holds experts in stacked parameters that `ExpertList` can take apart.
 
-    It has the attributes that transformers' `use_experts_implementation` sets, no parameters but the stacks that they
-    announce, and stacks of fitting shapes.
+    It has a layout, no parameters but the stacks that this announces, and stacks of fitting shapes.
     """
-    flags = [getattr(module, name, None) for name in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")]
-    if isinstance(module, ExpertList) or not all(isinstance(flag, bool) for flag in flags):
+    layout = None if isinstance(module, ExpertList) else layout_of(module)
+    if layout is None:
         return False
-    if not callable(getattr(module, "_apply_gate" if flags[0] else "act_fn", None)):
+    activation = "_apply_gate" if layout.has_gate and not layout.repeats else "act_fn"
+    if not callable(getattr(module, activation, None)):
         return False
     stacks = {name: tuple(stack.shape) for name, stack in module.named_parameters(recurse=False)}
     first = first_stack(module)
-    if stacks.keys() != {first, DOWN} | ({first + BIAS, DOWN + BIAS} if module.has_bias else set()):
+    if stacks.keys() != {first, DOWN} | ({first + BIAS, DOWN + BIAS} if layout.has_bias else set()):
         return False
     if len(stacks[first]) != 3 or len(stacks[DOWN]) != 3:
         return False
-    (count, n, h), (read, wide, n_read) = _oriented(stacks[DOWN], module), _oriented(stacks[first], module)
-    biases = not module.has_bias or (stacks[first + BIAS] == (count, wide) and stacks[DOWN + BIAS] == (count, n))
-    return count == read and n == n_read and wide == h * (2 if module.has_gate else 1) and biases
+    (count, n, h), (read, wide, n_read) = _oriented(stacks[DOWN], layout), _oriented(stacks[first], layout)
+    biases = not layout.has_bias or (stacks[first + BIAS] == (count, wide) and stacks[DOWN + BIAS] == (count, n))
+    return count == read and n == n_read and wide == h * (2 if layout.has_gate else 1) and biases
 
 
 def matrices_of(module: nn.Module) -> list[str]:
@@ -91,21 +122,27 @@ class ExpertList(nn.Module):
     Attributes:
         origin: class of the replaced module.
         stacks: names of its parameters, in order.
+        repeats: True if it is called with the tokens once for each expert; see `Layout`.
     """
 
     origin: type[nn.Module]
     stacks: list[str]
+    repeats: bool
     post_expert_norm: nn.Module
     _stacks: Stacks | None = None
 
     def __init__(self, old: nn.Module) -> None:
         super().__init__()
         _take_over(self, old)
+        layout = layout_of(old)
+        if layout is None:
+            raise TypeError(f"{type(old).__name__} is no module of stacked experts")
+        vars(self).update(layout._asdict())
         self.origin, self.stacks = type(old), [name for name, _ in old.named_parameters(recurse=False)]
         for number in range(len(getattr(old, DOWN))):
             expert = Expert()
             for name in (first_stack(old), DOWN):
-                expert.add_module(name, _layer_of(old, name, number))
+                expert.add_module(name, _layer_of(old, layout, name, number))
             self.add_module(str(number), expert.train(old.training))
 
     @property
@@ -113,8 +150,13 @@ class ExpertList(nn.Module):
         """The experts, in order."""
         return [part for part in self.children() if isinstance(part, Expert)]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         """Map the tokens (N, n) to (N, n), given the experts of each token (N, K) and their weights (N, K).
+
+        If this `repeats`, map the tokens of each expert in turn (E N, n) to (E N, n). Rows of zeros are not run, since
+        without biases their outputs are zero.
 
         Indices that are no expert stand for no expert. In training, experts without tokens run on none, so that their
         gradients are zero as in stacked parameters. DDP expects gradients for all parameters.
@@ -122,6 +164,8 @@ class ExpertList(nn.Module):
         In evaluation without gradients, several tokens run with grouped products, unless the config asks for the eager
         implementation or something watches the experts.
         """
+        if top_k_index is None or top_k_weights is None:
+            top_k_index, top_k_weights = self._by_place(hidden_states)
         given = hidden_states, top_k_index, top_k_weights
         if not self.training and self._implementation != "eager" and not torch.is_grad_enabled():
             if torch.compiler.is_compiling():
@@ -130,6 +174,13 @@ class ExpertList(nn.Module):
             elif (stacks := self._stacks_for(hidden_states, top_k_index.shape[1])) is not None:
                 return forward_by_stacks(self, stacks, *given)
         return self.one_by_one(*given)
+
+    def _by_place(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the expert (E N, 1) of each row of zeros or of a token, and weights of one."""
+        count, rows = len(self.experts), len(hidden_states)
+        numbers = torch.arange(count, device=hidden_states.device).repeat_interleave(rows // count)
+        chosen = torch.where(hidden_states.detach().ne(0).any(-1), numbers, count)
+        return chosen[:, None], hidden_states.new_ones(rows, 1)
 
     @property
     def _implementation(self) -> str | None:
@@ -190,6 +241,9 @@ class ExpertList(nn.Module):
         """Return what comes between the matrices of an expert (t, h), given the output of the first."""
         origin: Any = self.origin
         own: Any = self
+        if self.repeats:
+            gate, up = wide.chunk(2, -1)
+            return own.act_fn(gate) * up  # type: ignore[no-any-return]
         inner: Tensor = origin._apply_gate(self, wide) if self.has_gate else own.act_fn(wide)  # noqa: SLF001
         return inner
 
@@ -210,9 +264,10 @@ class ExpertList(nn.Module):
 
     def empty(self) -> nn.Module:
         """Return a module of the original class, with parameters without values on the device of the present ones."""
+        added = Layout._fields if self.repeats else ("repeats",)
         new = self.origin.__new__(self.origin)
         nn.Module.__init__(new)
-        _take_over(new, self, leave_out=("origin", "stacks", "_stacks"))
+        _take_over(new, self, leave_out=("origin", "stacks", "_stacks", *added))
         for name in self.stacks:
             part = self._part(self.experts[0], name)
             values = part.new_empty(len(self.experts), *part.shape)
@@ -249,11 +304,11 @@ def _take_over(new: nn.Module, old: nn.Module, leave_out: Iterable[str] = ()) ->
     new._modules.update({name: part for name, part in old._modules.items() if not isinstance(part, Expert)})  # noqa: SLF001
 
 
-def _layer_of(old: nn.Module, name: str, number: int) -> nn.Linear:
+def _layer_of(old: nn.Module, layout: Layout, name: str, number: int) -> nn.Linear:
     """Return a linear layer that shares the memory of one matrix in a stack, and of its bias."""
-    stack, biases = getattr(old, name), getattr(old, name + BIAS) if old.has_bias else None
+    stack, biases = getattr(old, name), getattr(old, name + BIAS) if layout.has_bias else None
     W = stack.data[number]
-    W = W.T if old.is_transposed else W
+    W = W.T if layout.is_transposed else W
     layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(W, requires_grad=stack.requires_grad)
     if biases is not None:
@@ -261,7 +316,7 @@ def _layer_of(old: nn.Module, name: str, number: int) -> nn.Linear:
     return layer.train(old.training)
 
 
-def _oriented(shape: tuple[int, ...], module: nn.Module) -> tuple[int, ...]:
+def _oriented(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
     """Return the shape (E, outputs, inputs) of a stack."""
     count, rows, columns = shape
-    return (count, columns, rows) if module.is_transposed else shape
+    return (count, columns, rows) if layout.is_transposed else shape
