@@ -1,4 +1,4 @@
-"""Experts that are called with the tokens once for each, as in Llama 4: recognized by structure, from one end to the other."""
+"""Experts that are called with the tokens once for each, as in Llama 4, which are recognized by their structure."""
 
 import copy
 
@@ -6,11 +6,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.callbacks import short
-from support.experts import TEXT, experts_in
+from support.experts import experts_in, tiny_llama4
 from support.models import CausalLM, padded_batches, token_batches, trainer
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
-from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from zssvd_lightning import compress, from_pretrained, load_state_dict, merge, save_pretrained
 from zssvd_lightning.compression.pipeline import calibrate
@@ -21,17 +20,6 @@ from zssvd_lightning.serialization.specs import ranks_of
 
 QUICK = {"preset": "zs-svd", "prune_ratio": 0.4, "progress": False, "corrections": 0}
 COUNT, TOP = 4, 2
-
-
-def tiny_llama4():
-    torch.manual_seed(0)
-    own = {"num_local_experts": COUNT, "num_experts_per_tok": TOP, "head_dim": 8, "intermediate_size_mlp": 48}
-    model = Llama4ForCausalLM(Llama4TextConfig(**(TEXT | own | {"interleave_moe_layer_step": 1})))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 3:
-                parameter.normal_(std=0.2)
-    return model.eval()
 
 
 def repeated(tokens=20, chosen=TOP):
@@ -99,12 +87,12 @@ def test_compressed_saved_loaded_generated_and_merged(storage, tmp_path):
     assert any(".experts." in name for name in ranks_of(model))
     assert not any("stacked" in part.what or "experts" in part.what for part in report.coverage.left_alone)
     expected = logits(model, batches[0])
-    assert any(experts._stacks is not None for experts in experts_in(model))
     for module in model.modules():
         if isinstance(module, ExpertList):
             x = repeated()
             with torch.no_grad():
                 torch.testing.assert_close(module(x), module.one_by_one(x, *module._by_place(x)), rtol=1e-4, atol=1e-5)
+            assert module._stacks is not None
     for self_contained in (False, True):
         save_pretrained(model, tmp_path / "saved", report=report, self_contained=self_contained)
         loaded = from_pretrained(tmp_path / "saved")

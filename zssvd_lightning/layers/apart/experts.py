@@ -171,7 +171,7 @@ class ExpertList(nn.Module):
             if torch.compiler.is_compiling():
                 if can_use_operator(self, hidden_states):
                     return forward_by_operator(self, *given)
-            elif (stacks := self._stacks_for(hidden_states, top_k_index.shape[1])) is not None:
+            elif (stacks := self._stacks_for(hidden_states, top_k_index)) is not None:
                 return forward_by_stacks(self, stacks, *given)
         return self.one_by_one(*given)
 
@@ -188,9 +188,12 @@ class ExpertList(nn.Module):
         found: str | None = getattr(getattr(self, "config", None), "_experts_implementation", None)
         return found
 
-    def _stacks_for(self, x: Tensor, each: int) -> Stacks | None:
-        """Return the stacks of the present weights; None if tokens (N, n) of K experts each run one by one."""
-        slower = x.device.type == "cpu" and (len(x) == 1 or len(x) * each > MOST_ROWS * len(self.experts))
+    def _stacks_for(self, x: Tensor, chosen: Tensor) -> Stacks | None:
+        """Return the stacks of the present weights; None if tokens (N, n) with experts (N, K) run one by one."""
+        count, slower = len(self.experts), False
+        if x.device.type == "cpu":
+            tokens = len(x) // count if self.repeats else len(x)
+            slower = tokens == 1 or int((chosen < count).sum()) > MOST_ROWS * count
         if len(x) == 0 or slower or torch.is_autocast_enabled(x.device.type) or not is_eager(x):
             return None
         if self._stacks is None or not self._stacks.hold():
