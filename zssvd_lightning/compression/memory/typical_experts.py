@@ -21,10 +21,13 @@ def let_one_stand_for_all(model: nn.Module) -> None:
         model: a copy of a model, which is changed.
     """
     for name, experts in expert_lists(model):
-        through = _repeated_through_the_first if experts.repeats else _through_the_first
-        router = router_beside(model, name, len(experts.experts))
-        each = {"each": int(getattr(router, "top_k", 1))} if experts.repeats else {}
-        experts.forward = partial(through, experts, **each)  # type: ignore[method-assign]
+        if not experts.repeats:
+            experts.forward = partial(_through_the_first, experts)  # type: ignore[method-assign]
+            continue
+        count = sum(child.isdigit() for child, _ in experts.named_children())  # the others may be empty modules
+        each = getattr(router_beside(model, name, count), "top_k", 1)
+        rows_of_each = partial(_repeated_through_the_first, experts, count=count, each=int(each))
+        experts.forward = rows_of_each  # type: ignore[method-assign]
 
 
 def all_but_the_first(model: nn.Module) -> list[Expert]:
@@ -56,14 +59,15 @@ def _through_the_first(
     return torch.zeros_like(hidden_states).index_add_(0, token, found.to(hidden_states.dtype))
 
 
-def _repeated_through_the_first(experts: ExpertList, hidden_states: Tensor, *, each: int) -> Tensor:
+def _repeated_through_the_first(experts: ExpertList, hidden_states: Tensor, *, count: int, each: int) -> Tensor:
     """Map the repeated tokens (E N, n) to (E N, n) as `ExpertList` does, with N K rows in the first expert.
 
     Args:
         experts: the list.
         hidden_states: the tokens.
+        count: E, number of experts.
         each: K, number of experts of a token.
     """
-    token = torch.arange(len(hidden_states) // len(experts.experts) * each, device=hidden_states.device)
+    token = torch.arange(len(hidden_states) // count * each, device=hidden_states.device)
     found = experts.experts[0](hidden_states[token], token, experts.activation)
     return torch.zeros_like(hidden_states).index_add_(0, token, found.to(hidden_states.dtype))

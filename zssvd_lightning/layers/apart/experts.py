@@ -51,7 +51,7 @@ def layout_of(module: nn.Module) -> Layout | None:
 
     A module without them has layout `REPEATED` if it has its two stacks, an activation, and a forward of one argument.
     """
-    flags = [getattr(module, name, None) for name in Layout._fields[:4]]
+    flags: list[Any] = [getattr(module, name, None) for name in Layout._fields[:4]]
     if all(isinstance(flag, bool) for flag in flags):
         return Layout(*flags)
     names = {name for name, _ in module.named_parameters(recurse=False)}
