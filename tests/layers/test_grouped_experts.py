@@ -10,7 +10,7 @@ from support.experts import FAMILIES, experts_in, tiny_experts
 from support.many_classes import factored
 from torch import nn
 
-from zssvd_lightning import LowRankLinear
+from zssvd_lightning import LowRankLinear, arrange_for_decoding
 from zssvd_lightning.layers.apart.experts import ExpertList
 from zssvd_lightning.layers.apart.removed import RemovedLinear
 from zssvd_lightning.layers.apart.stacks import MOST_PADDING, _groups
@@ -273,6 +273,18 @@ def test_what_runs_one_by_one():
         with torch.set_grad_enabled(change == "gradients"), torch.autocast("cpu", enabled=change == "autocast"):
             assert torch.equal(experts(*inputs), experts.one_by_one(*inputs)), change
         assert experts._stacks is None, change
+
+
+def test_weights_that_are_arranged_for_decoding_stay_so(monkeypatch):
+    monkeypatch.setattr("zssvd_lightning.model.decode_layout.NARROWEST", 8)
+    experts, given = low_rank_experts(), routed()
+    assert_grouped(experts, given)
+    count = arrange_for_decoding(experts)
+    assert count >= 4
+    with torch.no_grad():
+        assert torch.equal(experts(*given), experts.one_by_one(*given))
+    assert experts._stacks is None
+    assert sum(not p.is_contiguous() for p in experts.parameters()) == count
 
 
 def test_experts_of_similar_ranks_are_together():

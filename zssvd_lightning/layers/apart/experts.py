@@ -203,20 +203,21 @@ class ExpertList(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set the mode, and give the weights memory of their own for training."""
         if mode:
-            self._unstack()
+            self.unstack()
         return super().train(mode)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the weights, each with memory of its own, because many formats cannot store parts of a stack."""
-        self._unstack()
+        self.unstack()
         return super().state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies, without stacks."""
-        self._unstack()
+        self.unstack()
         return self.__dict__
 
-    def _unstack(self) -> None:
+    def unstack(self) -> None:
+        """Give each weight memory of its own, if stacks of grouped products hold it."""
         if self._stacks is not None:
             self._stacks = None
             own_memory(self)

@@ -261,7 +261,12 @@ def _thin_layers(layer: nn.Module) -> list[Any]:
 
 
 def _are_plain(thin: Sequence[nn.Module | None]) -> bool:
-    return all(part is not None and is_plain(part) for part in thin)
+    """Return True if layers only multiply by weights. Those that were put in columns on purpose stay where they are."""
+    return all(part is not None and is_plain(part) and not (len(thin) > 1 and _is_in_columns(part)) for part in thin)
+
+
+def _is_in_columns(part: Any) -> bool:
+    return bool(part.weight.t().is_contiguous() and not part.weight.is_contiguous())
 
 
 def _is_removed(layer: nn.Module) -> bool:
