@@ -22,7 +22,7 @@ QUICK = {"preset": "zs-svd", "prune_ratio": 0.4, "progress": False, "corrections
 COUNT, TOP = 4, 2
 
 
-def repeated(tokens=20, chosen=TOP):
+def repeated(tokens=24, chosen=TOP):
     """Tokens once for each expert, with zeros where it is not chosen."""
     is_chosen = torch.stack([torch.randperm(COUNT) < chosen for _ in range(tokens)])
     return torch.randn(tokens, 32).repeat(COUNT, 1) * is_chosen.T.reshape(-1, 1)

@@ -25,8 +25,9 @@ DOWN = "down_proj"
 BIAS = "_bias"
 """Suffix of the name of a stack of biases."""
 
-MOST_ROWS = 32
-"""Mean number of tokens of an expert from which experts take less time on a CPU one by one; see `docs/experts.md`."""
+FEW_ROWS, MOST_ROWS = 16, 16
+"""Tokens of all experts together up to which they take less time on a CPU one by one, and mean number of tokens of each
+expert above which they do; see `docs/experts.md`."""
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -190,10 +191,10 @@ class ExpertList(nn.Module):
 
     def _stacks_for(self, x: Tensor, chosen: Tensor) -> Stacks | None:
         """Return the stacks of the present weights; None if tokens (N, n) with experts (N, K) run one by one."""
-        count, slower = len(self.experts), False
+        slower = False
         if x.device.type == "cpu":
-            tokens = len(x) // count if self.repeats else len(x)
-            slower = tokens == 1 or int((chosen < count).sum()) > MOST_ROWS * count
+            rows, count = int((chosen < len(self.experts)).sum()), len(self.experts)
+            slower = not FEW_ROWS < rows <= MOST_ROWS * count
         if len(x) == 0 or slower or torch.is_autocast_enabled(x.device.type) or not is_eager(x):
             return None
         if self._stacks is None or not self._stacks.hold():
