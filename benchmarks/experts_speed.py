@@ -1,7 +1,7 @@
 """Time of one layer of experts, dense and of low rank, in each form in which they run.
 
-`python benchmarks/experts_speed.py` prints a table of milliseconds: 8 and 32 experts, two for each token, with 1, 64
-and 512 tokens, on a CPU with as many threads as torch takes (`OMP_NUM_THREADS`). Options set the layer.
+`python benchmarks/experts_speed.py` prints a table of milliseconds: 8 and 32 experts, two for each token, with 1 to 512
+tokens, on a CPU with as many threads as torch takes (`OMP_NUM_THREADS`). Options set the layer.
 """
 
 import argparse
@@ -16,10 +16,12 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from zssvd_lightning.layers.apart.experts import ExpertList
+from zssvd_lightning.layers.apart.grouped import forward_by_stacks
+from zssvd_lightning.layers.apart.stacks import Stacks
 from zssvd_lightning.layers.base import own_memory
 from zssvd_lightning.layers.registry import form_for
 
-TOKENS = (1, 64, 512)
+TOKENS = (1, 64, 256, 512)
 LEAST_SECONDS, LEAST_RUNS = 0.2, 5
 
 
@@ -83,9 +85,13 @@ def main() -> None:
             arguments = (x, chosen, torch.rand(tokens, given.top, dtype=x.dtype))
             row = [f"{count} experts, {tokens} tokens"]
             for form in ("eager", "grouped_mm"):
-                for kind, layer in {"dense": stacked, **layers}.items():
-                    layer.config._experts_implementation = form
-                    row.append(f"{kind} {form} {milliseconds(partial(layer, *arguments)):.2f}")
+                stacked.config._experts_implementation = form
+                row.append(f"dense {form} {milliseconds(partial(stacked, *arguments)):.2f}")
+            for kind, layer in layers.items():
+                row.append(f"{kind} one by one {milliseconds(partial(layer.one_by_one, *arguments)):.2f}")
+                stacks = Stacks.of(layer.experts)
+                row.append(f"grouped {milliseconds(partial(forward_by_stacks, layer, stacks, *arguments)):.2f}")
+                own_memory(layer)
             print(", ".join(row), flush=True)
 
 
