@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.experts import tiny_experts
+from support.experts import tiny_experts, tiny_llama4
 from support.models import saved_tiny_llama, token_batches
 from torch import nn
 
@@ -68,10 +68,11 @@ def test_sizes_of_an_empty_model_are_those_of_the_real_one(folder):
     assert [len(names) for names in extent.blocks] == [len(targets) // layers] * layers + [0]
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "llama4"])
 def test_stacked_experts_count_as_the_layers_that_they_become(family, caplog):
     torch.manual_seed(0)
-    model, batches = tiny_experts(family), token_batches(2, size=2, length=16)
+    model = tiny_llama4() if family == "llama4" else tiny_experts(family)
+    batches = token_batches(2, size=2, length=16)
     config = CompressionConfig.of("best", prune_ratio=0.3, corrections=0)
     empty = empty_model(model.config, "float32")
     take_modules_apart(empty, config)

@@ -19,7 +19,7 @@ from zssvd_lightning import (
     merge,
     save_pretrained,
 )
-from zssvd_lightning.calibration.routing.removals import changes_of_loss
+from zssvd_lightning.calibration.routing.removals import changes_of_loss, possible_removals
 from zssvd_lightning.compression.pipeline import calibrate, plan
 from zssvd_lightning.errors import (
     CalibrationError,
@@ -304,13 +304,45 @@ def test_weights_load_into_other_forms_and_a_second_compression_leaves_removed_e
         assert forgotten_by(router) == sorted(gone)
 
 
+@pytest.mark.parametrize("output_side", ["empirical", "sampled"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_block_by_block_gives_the_same(family, output_side, monkeypatch):
+    torch.manual_seed(0)
+    models, found = [lopsided_experts(family, output_router_logits=False)], []
+    models.append(copy.deepcopy(models[0]))
+
+    def noted(*args):
+        found.append(possible_removals(*args))
+        return found[-1]
+
+    monkeypatch.setattr("zssvd_lightning.compression.engine.possible_removals", noted)
+    settings = REMOVES | {"output_side": output_side, "selection": "curvature_first_order", "corrections": 1}
+    settings |= {"correction_step": "natural"}
+    reports = [
+        compress(model, token_batches(), memory=memory, **settings)
+        for model, memory in zip(models, ("whole", "blocks"), strict=True)
+    ]
+    count = len(found) // 2
+    assert len(found) == 2 * count >= 4
+    for whole, blocks in zip(found[:count], found[count:], strict=True):
+        assert [each._replace(first_order=0.0, second_order=0.0) for each in whole] == [
+            each._replace(first_order=0.0, second_order=0.0) for each in blocks
+        ]
+        orders = [[(each.first_order, each.second_order) for each in every] for every in (whole, blocks)]
+        torch.testing.assert_close(*map(torch.tensor, orders), rtol=1e-3, atol=1e-6)
+        assert all(second > 0 for _, second in orders[0])
+    assert reports[0].removed_experts == reports[1].removed_experts
+    assert reports[0].removed_experts
+    batch = token_batches(1)[0]
+    torch.testing.assert_close(logits(models[1], batch), logits(models[0], batch), rtol=1e-3, atol=1e-4)
+
+
 def test_refusals_name_the_setting_and_leave_the_model(monkeypatch):
     model, batches = lopsided_experts(), token_batches(2)
     before, modules = state_of(model), dict(model.named_modules())
     for settings, message in (
         ({"selection": "zero_sum"}, "selection is 'zero_sum'"),
         ({"metric": "input"}, "metric is 'input'"),
-        ({"memory": "blocks"}, "memory 'blocks'"),
         ({"corrections": 1, "correction_step": "refit"}, "correction_step 'refit'"),
         ({"plan": "plan.yaml"}, "a plan has ranks of at least 1"),
     ):

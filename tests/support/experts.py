@@ -73,6 +73,18 @@ def tiny_experts(family: str = "mixtral", **changes: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def tiny_llama4() -> PreTrainedModel:
+    """A model whose experts are called with the tokens once for each of the four; two of them for each token."""
+    torch.manual_seed(0)
+    own = {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1}
+    model = T.Llama4ForCausalLM(T.Llama4TextConfig(**(TEXT | own)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 3:
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
 def experts_in(model: nn.Module) -> list[nn.Module]:
     """The modules that hold experts, stacked or separate."""
     return [module for name, module in model.named_modules() if name.endswith(".experts")]

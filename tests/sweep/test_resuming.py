@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support.experts import lopsided_experts
 from support.killed_sweep import End, command, compressed, start
 from support.models import (
     Unreached,
@@ -34,6 +35,16 @@ from zssvd_lightning.errors import CalibrationError, ConfigError, ContradictionE
 from zssvd_lightning.serialization.unfinished import PROGRESS, UnfinishedFolder
 
 ONE_SHOT = {"prune_ratio": 0.3, "preset": "zs-svd", "corrections": 0, "memory": "blocks", "progress": False}
+
+REMOVES = {
+    "preset": "zs-svd",
+    "metric": "two_sided",
+    "selection": "curvature",
+    "correction_step": "natural",
+    "corrections": 1,
+    "prune_ratio": 0.7,
+    "remove_experts": True,
+}
 
 
 @pytest.fixture
@@ -82,8 +93,9 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_was_not(tmp_path):
         (tiny_llama, token_batches, {"preset": "best", "corrections": 0, "reestimate": True}, (4,)),
         (tiny_t5, sequence_pairs, {"preset": "svd-llm", "corrections": 0, "storage": "pivoted"}, (3,)),
         (Unreached, token_batches, {"preset": "best", "corrections": 1}, (2, 3)),
+        (lopsided_experts, token_batches, REMOVES, (2, 3)),
     ],
-    ids=["projected", "reestimate", "two chains", "left dense"],
+    ids=["projected", "reestimate", "two chains", "left dense", "removed experts"],
 )
 @pytest.mark.filterwarnings("ignore::zssvd_lightning.errors.LeftDenseWarning")
 def test_other_courses_go_on_too(build, batches, settings, stops, tmp_path, stopped_after):
@@ -101,6 +113,8 @@ def test_other_courses_go_on_too(build, batches, settings, stops, tmp_path, stop
     found = compress(model, batches, **settings, resume_in=tmp_path / "kept")
     assert (found.layers, found.left_dense) == (expected.layers, expected.left_dense)
     assert (found.losses, found.kept_back, found.trace) == (expected.losses, expected.kept_back, expected.trace)
+    assert found.removed_experts == expected.removed_experts
+    assert bool(found.removed_experts) == ("remove_experts" in settings)
     assert_same_state(state_of(whole), state_of(model))
     assert list(tmp_path.iterdir()) == []
 

@@ -51,6 +51,8 @@ class Observation:
         leaves: function that returns tensors, besides the weights, to which drawn gradients are sent back.
         gradient_weight: number by which gradients are multiplied to become gradients of the sum over the batch's loss
             terms.
+        removal_weights: the same for removals of experts, in their first and in their second order; None to go by
+            `gradient_weight` and by the output gradients that are taken.
 
     Raises:
         CalibrationError: the batch is all padding.
@@ -60,6 +62,7 @@ class Observation:
         self, model: nn.Module, targets: Mapping[str, Target], moments: Moments, mask: TokenMask | Masks | Tensor | None
     ) -> None:
         self._model = model
+        self.removal_weights: tuple[float, float] | None = None
         self._targets = targets
         self._moments = moments
         self.masks = mask if isinstance(mask, Masks) else Masks(mask)
@@ -129,12 +132,20 @@ class Observation:
             handle = target.module.register_forward_hook(self._component_hook(name, spectra, into), with_kwargs=True)
             self._output_hooks.callback(handle.remove)
 
-    def watch_removals(self, routed: Collection[Routed], into: Moments) -> None:
-        """Add the changes of the loss by removing each expert to `into`, until `close`."""
-        watch_removals(self._model, routed, self._weights, into, self._output_hooks)
+    def watch_removals(self, routed: Collection[Routed], into: Moments, model: nn.Module | None = None) -> None:
+        """Add the changes of the loss by removing each expert to `into`, until `close`.
+
+        Args:
+            routed: lists of experts.
+            into: receives the sums.
+            model: model in which these have their names; None if it is the one that the batch runs through.
+        """
+        watch_removals(model or self._model, routed, self._weights, into, self._output_hooks)
 
     def _weights(self) -> tuple[float, float]:
         """Return by what gradients of the loss, and output gradients for the metric, are multiplied now."""
+        if self.removal_weights is not None:
+            return self.removal_weights
         weight = self.gradient_weight if self._loss_known else 0.0
         return weight * (self._drawn is None or not self._taking_outputs), weight * self._taking_outputs
 

@@ -45,11 +45,6 @@ def refuse_removals(config: "CompressionConfig", metrics: str, rules: str) -> No
         )
     if config.plan is not None:
         raise ContradictionError("a plan has ranks of at least 1, which leaves nothing for remove_experts to choose")
-    if config.by_blocks:
-        raise ContradictionError(
-            "memory 'blocks' gathers no estimates of removing experts; set memory to 'whole', or leave "
-            "remove_experts out"
-        )
     if config.corrections and config.refits:
         raise ContradictionError(
             f"correction_step {config.correction_step!r} needs inputs of every layer, which removed experts do not "

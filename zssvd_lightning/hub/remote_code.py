@@ -9,7 +9,17 @@ from transformers import PreTrainedModel
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.hub.model_classes import automatic_for, saved_class
 from zssvd_lightning.layers import base, gradients, int8, low_rank, pivoted, pivoted_columns, pivots, registry
-from zssvd_lightning.layers.apart import attention, convolutions, experts, factors, grouped, recurrent, removed
+from zssvd_lightning.layers.apart import (
+    attention,
+    convolutions,
+    experts,
+    factors,
+    grouped,
+    grouped_experts,
+    recurrent,
+    removed,
+    stacks,
+)
 from zssvd_lightning.serialization.quantizer import FORMAT_VERSION
 
 CARRIED = (
@@ -19,6 +29,7 @@ CARRIED = (
     experts,
     factors,
     grouped,
+    grouped_experts,
     low_rank,
     gradients,
     pivots,
@@ -28,6 +39,7 @@ CARRIED = (
     recurrent,
     removed,
     registry,
+    stacks,
 )
 """Modules that are copied into the folder, with `zssvd_` before their names."""
 
@@ -48,6 +60,7 @@ from .zssvd_experts import take_apart
 from .zssvd_factors import factors_of  # noqa: F401
 from .zssvd_grouped import unfold_groups
 from .zssvd_gradients import permuted  # noqa: F401
+from .zssvd_grouped_experts import forward_by_stacks  # noqa: F401
 from .zssvd_int8 import EightBitLinear  # noqa: F401
 from .zssvd_low_rank import LowRankLinear  # noqa: F401
 from .zssvd_recurrent import separate_recurrences
@@ -56,6 +69,7 @@ from .zssvd_removed import forget_removed
 from .zssvd_pivoted import PivotedLinear  # noqa: F401
 from .zssvd_pivoted_columns import ColumnPivotedLinear  # noqa: F401
 from .zssvd_pivots import choose_pivots  # noqa: F401
+from .zssvd_stacks import Stacks  # noqa: F401
 
 
 class Compressed{config}({config}):

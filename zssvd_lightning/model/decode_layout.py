@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from zssvd_lightning.errors import TargetError
+from zssvd_lightning.layers.apart.experts import expert_lists
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ def arrange_for_decoding(model: nn.Module) -> int:
     """
     if not isinstance(model, nn.Module):
         raise TargetError(f"the model is of type {type(model).__name__}, but must be a torch.nn.Module")
+    for _, experts in expert_lists(model):
+        experts.unstack()
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     arranged = [
         module.weight

@@ -123,6 +123,8 @@ class BackwardSweep:
             tensors, gradients = zip(*found, strict=True)
             receiver.sent = sent
             observation.take_outputs(weight)
+            terms = receiver.batch.terms
+            observation.removal_weights = (0.0, 1.0) if sent == DRAWN else (terms, 0.0 if draws else terms)
             if sent == DRAWN:
                 send_back_drawn(tensors, [*leaves, *weights], gradients)
             else:

@@ -119,4 +119,6 @@ def _on_devices(moments: Mapping[str, Any], layers: LayerSet) -> dict[str, Any]:
     moved = {
         kind: {name: total.to(layers[name].weight.device) for name, total in moments[kind].items()} for kind in _SUMS
     }
-    return {**moments, **moved}
+    device = next((target.weight.device for target in layers.values()), None)
+    removals = {name: sums if device is None else sums.to(device) for name, sums in moments["removal_sums"].items()}
+    return {**moments, **moved, "removal_sums": removals}

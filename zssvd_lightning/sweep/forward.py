@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ class SharedState:
             if (spectra := self.statistics.spectra) is not None:
                 of_layers = {name: spectra[name].to(target.weight.device) for name, target in layers.items()}
                 observation.watch_components(of_layers, moments)
+            routed = [each for each in self.statistics.routed if not layers.keys().isdisjoint(chain(*each.layers))]
+            observation.watch_removals(routed, moments, self.statistics.model)
             yield observation
 
     def seal_arguments(self) -> tuple[Any, ...]:

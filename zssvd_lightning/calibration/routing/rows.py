@@ -45,6 +45,8 @@ class RoutedRows:
         def enter_all(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             X = input_of(args, kwargs)
             mask = mask_of(X)
+            if mask is not None and isinstance(module, ExpertList) and module.repeats:
+                mask = mask.reshape(-1).repeat(len(module.experts))
             self._whole = None if mask is None or mask.numel() != X[..., 0].numel() else mask.reshape(-1)
 
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zssvd_lightning.calibration.routing.means import experts_beside
 from zssvd_lightning.layers.apart.experts import Expert, ExpertList, expert_lists
+from zssvd_lightning.layers.apart.removed import router_beside
 
 
 def let_one_stand_for_all(model: nn.Module) -> None:
@@ -19,8 +20,14 @@ def let_one_stand_for_all(model: nn.Module) -> None:
     Args:
         model: a copy of a model, which is changed.
     """
-    for _, experts in expert_lists(model):
-        experts.forward = partial(_through_the_first, experts)  # type: ignore[method-assign]
+    for name, experts in expert_lists(model):
+        if not experts.repeats:
+            experts.forward = partial(_through_the_first, experts)  # type: ignore[method-assign]
+            continue
+        count = sum(child.isdigit() for child, _ in experts.named_children())  # the others may be empty modules
+        each = getattr(router_beside(model, name, count), "top_k", 1)
+        rows_of_each = partial(_repeated_through_the_first, experts, count=count, each=int(each))
+        experts.forward = rows_of_each  # type: ignore[method-assign]
 
 
 def all_but_the_first(model: nn.Module) -> list[Expert]:
@@ -49,4 +56,18 @@ def _through_the_first(
     if experts.has_post_expert_norm:
         found = experts.post_expert_norm(found)
     found = found * top_k_weights[token, place, None]
+    return torch.zeros_like(hidden_states).index_add_(0, token, found.to(hidden_states.dtype))
+
+
+def _repeated_through_the_first(experts: ExpertList, hidden_states: Tensor, *, count: int, each: int) -> Tensor:
+    """Map the repeated tokens (E N, n) to (E N, n) as `ExpertList` does, with N K rows in the first expert.
+
+    Args:
+        experts: the list.
+        hidden_states: the tokens.
+        count: E, number of experts.
+        each: K, number of experts of a token.
+    """
+    token = torch.arange(len(hidden_states) // count * each, device=hidden_states.device)
+    found = experts.experts[0](hidden_states[token], token, experts.activation)
     return torch.zeros_like(hidden_states).index_add_(0, token, found.to(hidden_states.dtype))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning.layers.apart.experts import ExpertList, expert_lists
+from zssvd_lightning.layers.apart.grouped_experts import CHOSEN
 from zssvd_lightning.layers.base import CompressedLinear
 
 REPLICATE = "_replicate_for_data_parallel"
@@ -76,10 +77,7 @@ class RemovedLinear(CompressedLinear):
             RuntimeError: there is a row, so the router has chosen a removed expert.
         """
         if x.numel():
-            raise RuntimeError(
-                "the router has chosen an expert that was removed. NaN logits can cause this; otherwise the router was "
-                "replaced or its forward overridden: call zssvd_lightning.layers.apart.removed.forget_removed(model)"
-            )
+            raise RuntimeError(CHOSEN)
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -127,8 +125,8 @@ class Forgetting:
             elif value.ndim == 1:
                 _put(twin, name, lowered(value, self.removed))
         output = type(router).forward(twin, *args, **kwargs)
-        if biased:
-            return output
+        if biased or not isinstance(output, tuple) or len(output) != 3:
+            return output  # what is no choice is refused when a compression tries the router
         logits, weights, places = output
         lowest, kept = torch.finfo(logits.dtype).min, self._kept.to(logits.device)
         every = logits.new_full((*logits.shape[:-1], self.count), lowest)

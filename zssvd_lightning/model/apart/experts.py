@@ -44,8 +44,11 @@ class Experts(Kind):
         generator = torch.Generator().manual_seed(SEED)
         tokens = torch.randn(count, n, generator=generator).to(weight)
         experts = torch.stack([torch.arange(count), torch.arange(1, count + 1) % count], 1)[:, : min(2, count)]
-        shares = torch.rand(experts.shape, generator=generator).add_(0.5).to(weight)
         what = f"tokens ({count}, {n}) with the experts and weights of each"
+        if new.repeats:
+            repeated = tokens.repeat(count, 1) * (torch.arange(count * count) % 3 > 0)[:, None].to(weight)
+            return difference_in(old, new, [(repeated,)], what)
+        shares = torch.rand(experts.shape, generator=generator).add_(0.5).to(weight)
         return difference_in(old, new, [(tokens, experts.to(weight.device), shares)], what)
 
 
