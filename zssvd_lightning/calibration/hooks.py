@@ -1,7 +1,5 @@
 """Observation of a model during a batch, through hooks that are removed on any exit."""
 
-import weakref
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -34,6 +32,7 @@ from zssvd_lightning.model.logits import logits_of
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.whitening.moments import Moments
 from zssvd_lightning.whitening.output_gradients import Draw
+from zssvd_lightning.whitening.shared_inputs import SharedInputs
 from zssvd_lightning.whitening.spectrum import Spectrum
 
 
@@ -68,12 +67,7 @@ class Observation:
         self.masks = mask if isinstance(mask, Masks) else Masks(mask)
         self._runs_again = isinstance(mask, Masks)
         self.leaves: Callable[[], list[Tensor]] = list
-        self._latest: dict[str, weakref.ref[Tensor]] = {}
-        self._order: dict[str, int] = {}
-        self._readers: dict[int, list[str]] = {}
-        self._followers = Counter(leader for name, leader in moments.leaders.items() if leader != name)
-        self._calls: dict[str, int] = {}
-        self._before: dict[str, tuple[Tensor, int]] = {}
+        self._inputs = SharedInputs(moments)
         self._hooked = hooked_modules(model)
         self._hooks = ExitStack()
         self._output_hooks = ExitStack()
@@ -237,7 +231,7 @@ class Observation:
 
     def forward_done(self) -> None:
         """Stop watching inputs, so that forward passes that activation checkpointing repeats are not counted."""
-        self._before.clear()
+        self._inputs.done()
         self._hooks.close()
 
     def close(self) -> None:
@@ -280,42 +274,12 @@ class Observation:
 
     def _hook(self, name: str) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._see(name, input_of(args, kwargs))
+            X = input_of(args, kwargs)
+            self._inputs.add(name, X, lambda: rows_that_count(X, self.masks.of(name, X)))
             if not torch.is_grad_enabled() and in_reentrant_checkpoint():
                 self._checkpointed.add(name)
 
         return see
-
-    def _see(self, name: str, X: Tensor) -> None:
-        """Add an input to the second moment of a layer or, if another one has read it too, of that leader.
-
-        A layer that stops sharing in the batch in which it began, as where one attention is to itself and then to
-        others, goes on with a copy of the leader's second moment from before.
-        """
-        leaders, calls = self._moments.leaders, self._calls
-        readers = [leader for leader in self._readers.get(id(X), ()) if self._latest[leader]() is X]
-        if name not in leaders:
-            leaders[name] = min(readers, key=self._order.__getitem__, default=name)
-            calls[name] = 0
-            self._followers.update([leaders[name]] * (leaders[name] != name))
-        leader = leaders[name]
-        if leader != name and (leader not in self._latest or self._latest[leader]() is not X):
-            if leader not in self._before or calls.get(name) != calls[leader] - 1:
-                raise CalibrationError(
-                    f"{name} read the same input as {leader} in its first call, but another one in a later call; "
-                    f"compress them in separate runs, or add {name} to ignore"
-                )
-            self._moments.part(name, *self._before[leader])
-            self._followers[leader] -= 1
-        if leaders[name] == name:
-            if calls.get(name) and self._followers[name]:
-                self._before[name] = self._moments.input_sums[name].clone(), self._moments.tokens[name]
-            self._order.setdefault(name, len(self._order))
-            self._latest[name] = weakref.ref(X)
-            self._readers[id(X)] = [*(leader for leader in readers if leader != name), name]
-            self._moments.add_inputs(name, rows_that_count(X, self.masks.of(name, X)))
-        if name in calls:
-            calls[name] += 1
 
 
 @contextmanager

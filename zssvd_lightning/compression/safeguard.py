@@ -292,9 +292,7 @@ class Safeguard:
         self.dense, self.truncated, self.best = state["dense"], state["truncated"], state["best"]
         self.taken_back, self.trust, self.judged = state["taken_back"], state["trust"], state["judged"]
         if self.dense is not None and not each:
-            self.give_up(
-                "the checkpoint has none: they are too large, of an unusual type, or too few for all processes"
-            )
+            self.give_up("the checkpoint has none: they are too large, of an unusual type, or too few for processes")
         elif state["factors"] is not None:
             factors = TruncatedWeights(
                 compression.targets, compression.config.storage, compression.store.tuples(Factors)
