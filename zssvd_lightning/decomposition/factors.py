@@ -130,7 +130,7 @@ class TruncatedWeights:
         return self._team.part(W, target.split)
 
     def put_into_model(self, originals: Originals) -> None:
-        """Set the weights of the model to the truncated ones, and those of other layers to the originals. Collective."""
+        """Set the weights of the model to the truncated ones, and others to the originals. Collective."""
         for name, target in self._targets.items():
             if name in self.held:
                 target.assign(self.truncated(name))
