@@ -66,11 +66,7 @@ class State(NamedTuple):
     def put_into(self, compression: "Compression") -> None:
         """Set the weights of a compression to this state. Collective."""
         compression.truncated = TruncatedWeights(compression.targets, compression.config.storage, copy(self.factors))
-        for name, target in compression.targets.items():
-            if name in self.factors:
-                target.assign(compression.truncated.truncated(name))
-            else:
-                compression.originals.put_back_into(name)
+        compression.truncated.put_into_model(compression.originals)
         compression.selection = self.selection
         reach.forget_removed(compression)
         compression.importances = None if self.importances is None else dict(self.importances)

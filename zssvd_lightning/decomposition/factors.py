@@ -14,6 +14,7 @@ from zssvd_lightning._numerics import accumulated, exact_products
 from zssvd_lightning.calibration.free_widths import FreeWidths
 from zssvd_lightning.decomposition.common_orders import Orders, Side, common_orders
 from zssvd_lightning.decomposition.decompose import Decomposition
+from zssvd_lightning.decomposition.originals import Originals
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import NonFiniteError
 from zssvd_lightning.layers.apart.removed import RemovedLinear
@@ -127,6 +128,14 @@ class TruncatedWeights:
         with _exact_on(target.weight.device):
             W = truncated_weight(self._whole(name)).to(target.weight.dtype)
         return self._team.part(W, target.split)
+
+    def put_into_model(self, originals: Originals) -> None:
+        """Set the weights of the model to the truncated ones, and others to the originals. Collective."""
+        for name, target in self._targets.items():
+            if name in self.held:
+                target.assign(self.truncated(name))
+            else:
+                originals.put_back_into(name)
 
     def layers(self, widths: FreeWidths) -> Iterator[tuple[str, Factored | RemovedLinear]]:
         """Yield the name and the low-rank layer of each truncated layer, and what is left of removed ones. Collective.

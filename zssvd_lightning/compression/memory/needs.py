@@ -18,7 +18,7 @@ from zssvd_lightning.offload.parking import parked_in
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.whitening.output_gradients import OUTPUT_GRADIENTS
 
-PROGRAM = 600_000_000
+PROGRAM = 650_000_000
 """Bytes of Python, torch, transformers and this package in host memory, with what the allocator does not give back."""
 
 WIDE = 4
