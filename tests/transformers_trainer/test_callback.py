@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from support.models import tiny_llama
+from support.transformers_runs import SETTINGS, Stream, Tokens, low_rank, trained
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -21,29 +22,6 @@ from zssvd_lightning.errors import (
 )
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.transformers_trainer.batches import TrainingBatches
-
-SETTINGS = {"preset": "zs-svd-line-search", "prune_ratio": 0.4, "calibration_batches": 3, "rank_multiple": 1}
-
-
-class Tokens(Dataset):
-    """Random rows of tokens, of which each is its own label."""
-
-    def __init__(self, rows: int = 24) -> None:
-        self.ids = torch.randint(90, (rows, 12), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
-
-
-class Stream(IterableDataset):
-    """The same rows as a stream."""
-
-    def __iter__(self):
-        return (Tokens()[index] for index in range(24))
-
 
 class ReadOnce(IterableDataset):
     """The same rows, for one pass."""
@@ -75,35 +53,6 @@ class Seen(TrainerCallback):
 
     def on_step_end(self, *args, **kwargs):
         self.counting = False
-
-
-def trained(folder, model, callbacks, data=None, resume=None, evaluated=None, compute_metrics=None, **settings):
-    arguments = {
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    } | settings
-    args = TrainingArguments(output_dir=str(folder), **arguments)
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=data or Tokens(),
-        eval_dataset=evaluated,
-        compute_metrics=compute_metrics,
-        callbacks=callbacks,
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def low_rank(model):
-    return {name: layer.spec for name, layer in model.named_modules() if isinstance(layer, CompressedLinear)}
 
 
 def names_in_groups(trainer):

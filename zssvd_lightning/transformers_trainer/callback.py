@@ -22,6 +22,7 @@ from zssvd_lightning.calibration.batches import length_of
 from zssvd_lightning.compression.pipeline import Asked, compress, coverage_of
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.config.contradictions import refuse_for_several
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError, ContradictionError, UnsupportedTrainingError
@@ -147,6 +148,7 @@ class ZSSVDTrainerCallback(TrainerCallback):
                     f"start_step is {self.start_step}, and training ends after step {state.max_steps}; lower it, or "
                     "call compress(model, batches) after training"
                 )
+            refuse_for_several(self.config, team.size, statistics=False, resumes=False)
             OpenGroups(others["optimizer"], model)
             self._calibration(others["train_dataloader"], team)
             coverage_of(model, self.config)
