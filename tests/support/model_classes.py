@@ -17,8 +17,18 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from support import convolutions
 from support.callbacks import scheduled
 from support.experts import tiny_experts
-from support.models import VOCABULARY, image_batches, sequence_pairs, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
-from support.models import tiny_vit, token_batches, trainer
+from support.models import (
+    VOCABULARY,
+    image_batches,
+    sequence_pairs,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+    tiny_vit,
+    token_batches,
+    trainer,
+)
 from support.parallel import Run, blocks_of, whole_weights
 from zssvd_lightning import ZSSVDCallback
 from zssvd_lightning.errors import ZSSVDError

@@ -35,11 +35,16 @@ class Padded(Tokens):
 class Stream(IterableDataset):
     """The same rows as a stream."""
 
+    def __init__(self, rows: int = 24) -> None:
+        self.rows = Tokens(rows)
+
     def __iter__(self):
-        return (Tokens()[index] for index in range(24))
+        return (self.rows[index] for index in range(len(self.rows)))
 
 
-def trained(folder, model, callbacks, data=None, resume=None, evaluated=None, compute_metrics=None, trainer=Trainer, **settings):
+def trained(
+    folder, model, callbacks, data=None, resume=None, evaluated=None, compute_metrics=None, trainer=Trainer, **settings
+):
     arguments = {
         "max_steps": 8,
         "per_device_train_batch_size": 4,

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from accelerate import DistributedType, ParallelismConfig
+from accelerate.state import AcceleratorState
 from support.models import tiny_llama
 from support.transformers_runs import SETTINGS, Stream, Tokens, low_rank, trained
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from zssvd_lightning import ZSSVDTrainerCallback, compress, from_pretrained
@@ -22,6 +24,7 @@ from zssvd_lightning.errors import (
 )
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.transformers_trainer.batches import TrainingBatches
+
 
 class ReadOnce(IterableDataset):
     """The same rows, for one pass."""
@@ -280,12 +283,96 @@ def test_callback_added_later_is_told_on_resuming(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+def test_training_in_fp16_calibrates_in_the_type_of_the_weights(tmp_path):
+    """As without fp16: the statistics are those of the same weights."""
+    reports = []
+    for fp16 in (True, False):
+        torch.manual_seed(5)
+        model = tiny_llama()
+        forward_type = []
+        model.lm_head.register_forward_hook(lambda layer, args, output, seen=forward_type: seen.append(output.dtype))
+        callback = ZSSVDTrainerCallback(progress=False, **SETTINGS)
+        trained(tmp_path / str(fp16), model, [callback], fp16=fp16, max_steps=3)
+        assert (torch.float16 in forward_type) == fp16
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+        reports.append(callback.report)
+    assert reports[0].layers == reports[1].layers
+    assert reports[0].losses == reports[1].losses
+
+
+@pytest.mark.parametrize("start_step", [0, 2])
+def test_a_compiled_model_trains_as_one_that_is_not_compiled(tmp_path, start_step):
+    def run(folder, **settings):
+        torch.manual_seed(5)
+        model = tiny_llama()
+        callback = ZSSVDTrainerCallback(start_step=start_step, progress=False, **SETTINGS)
+        trained(folder, model, [callback], max_steps=4, **settings)
+        return model
+
+    torch.compiler.reset()
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(sum(parameter.numel() for parameter in inputs if isinstance(parameter, nn.Parameter)))
+        return graph.forward
+
+    torch._dynamo.register_backend(backend, name="counting")
+    model = run(tmp_path / "compiled", torch_compile=True, torch_compile_backend="counting")
+    plain = run(tmp_path / "plain")
+    assert low_rank(model) == low_rank(plain)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-4, atol=1e-6, msg=name)
+    assert sum(parameter.numel() for parameter in model.parameters()) in compiled
+
+
+class OnTwoDevices(Trainer):
+    """Says that it has two devices, once the model is where it is."""
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.args._n_gpu = 2
+        return prepared
+
+
+class WithDeepSpeed(Trainer):
+    """Says that its processes are those of DeepSpeed."""
+
+    kind = DistributedType.DEEPSPEED
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.accelerator.state.distributed_type = self.kind
+        return prepared
+
+
+class WithFSDP(WithDeepSpeed):
+    kind = DistributedType.FSDP
+
+
+class WithTensorParallelism(Trainer):
+    """Says that a parameter is spread over processes."""
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.args.parallelism_config = ParallelismConfig(tp_size=2)
+        return prepared
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator():
+    """Leaves nothing of what a test said of the processes."""
+    yield
+    AcceleratorState._reset_state(True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"max_steps": 2}, "training ends after step 2"),
-        ({"fp16": True}, "fp16"),
-        ({"torch_compile": True}, "torch_compile"),
+        ({"trainer": OnTwoDevices}, "DataParallel"),
+        ({"trainer": WithDeepSpeed}, "DeepSpeed"),
+        ({"trainer": WithFSDP}, "FSDP"),
+        ({"trainer": WithTensorParallelism}, "tensor parallelism"),
     ],
 )
 def test_runs_that_cannot_be_compressed_are_refused_before_the_first_step(tmp_path, changes, message):

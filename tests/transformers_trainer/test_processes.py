@@ -1,7 +1,6 @@
 """ZSSVDTrainerCallback on two real processes under DDP: the result of one process over all batches."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from support import processes
 from support.models import tiny_llama
 from support.parallel import multiplied_out
 from support.transformers_runs import SETTINGS, Padded, Stream, low_rank, trained
-from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from transformers import Trainer, TrainerCallback
 
 from zssvd_lightning import ZSSVDTrainerCallback
@@ -17,7 +16,11 @@ from zssvd_lightning.errors import ContradictionError, UnsupportedTrainingError
 from zssvd_lightning.transformers_trainer.processes import wrappers_of
 from zssvd_lightning.whitening import spectrum
 
-LAUNCHED = {"ddp_backend": "gloo", "max_steps": 6}
+STEPS = {"max_steps": 6}
+LAUNCHED = STEPS | {"ddp_backend": "gloo"}
+COUNTS = {"calibration_batches": 4, "correction_batches": 2}
+"""Of one process, of the 12 that each has."""
+
 NATURAL = {"metric": "two_sided", "selection": "curvature", "correction_step": "natural", "fresh_moments": False}
 
 
@@ -49,8 +52,8 @@ def model_of_all():
 
 def statement(folder, compression, data=Padded, **settings):
     model, seen = model_of_all(), Witness()
-    callback = ZSSVDTrainerCallback(progress=False, **(SETTINGS | compression))
-    trained(folder, model, [callback, seen], data(), **(LAUNCHED | settings))
+    callback = ZSSVDTrainerCallback(progress=False, **(SETTINGS | COUNTS | compression))
+    trained(folder, model, [seen, callback], data(rows=96), **(STEPS | settings))
     return {
         "at_factorization": seen.weights,
         "weights": model.state_dict(),
@@ -67,7 +70,8 @@ def join(rank: int) -> None:
 
 def states(rank, size, folder, runs):
     join(rank)
-    torch.save([statement(folder / name, **run) for name, run in runs.items()], folder / f"{rank}.pt")
+    launched = {"ddp_backend": "gloo"}
+    torch.save([statement(folder / name, **launched, **run) for name, run in runs.items()], folder / f"{rank}.pt")
 
 
 RUNS = {
@@ -97,7 +101,7 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_end_as_one_that_sees_all_batches(tmp_path, found, name):
     run, (first, second) = RUNS[name], found[name]
-    twice = {"calibration_batches": 2 * SETTINGS["calibration_batches"], "correction_batches": 16}
+    twice = {name: 2 * count for name, count in COUNTS.items()}
     accumulated = 2 * run.get("gradient_accumulation_steps", 1)
     settings = {key: value for key, value in run.items() if not key.startswith("ddp")}
     settings |= {"gradient_accumulation_steps": accumulated, "compression": run["compression"] | twice}
@@ -193,11 +197,11 @@ def refused(rank, size, folder):
 
 
 class Hooked(Trainer):
-    """Has the wrapper compress gradients."""
+    """Has the wrapper send gradients in float16."""
 
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
-        self.model_wrapped.register_comm_hook(None, print)
+        self.model_wrapped.register_comm_hook(None, fp16_compress_hook)
         return prepared
 
 
@@ -229,10 +233,14 @@ def wraps(rank, size, folder):
     assert trainer.model_wrapped is wrapper
     assert low_rank(model)
     assert len(calls) == 6
-    assert {name.removeprefix("module.") for name, _ in wrapper.named_parameters()} == dict(model.named_parameters()).keys()
+    assert {name.removeprefix("module.") for name, _ in wrapper.named_parameters()} == dict(
+        model.named_parameters()
+    ).keys()
 
     mixed = model_of_all().float()
-    trained(folder, mixed, [ZSSVDTrainerCallback(start_step=1, progress=False, **SETTINGS)], Padded(), bf16=True, **LAUNCHED)
+    trained(
+        folder, mixed, [ZSSVDTrainerCallback(start_step=1, progress=False, **SETTINGS)], Padded(), bf16=True, **LAUNCHED
+    )
     assert low_rank(mixed)
     torch.save([model.state_dict(), mixed.state_dict()], folder / f"{rank}.pt")
 
