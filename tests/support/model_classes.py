@@ -1,8 +1,9 @@
 """The model classes of the table in `docs/support.md`, and how each is used."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -68,7 +69,7 @@ def tiny_gemma3() -> Gemma3ForCausalLM:
 class ModelClass(NamedTuple):
     build: Callable[[], nn.Module]
     batches: Callable[[int], list[dict[str, Tensor]]]
-    settings: dict[str, Any] = {}
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     def fresh(self) -> nn.Module:
         """A model with the same weights each time."""
@@ -136,7 +137,7 @@ class Sharded(Module):
 
 def callback_for(name: str) -> ZSSVDCallback:
     settings = SETTINGS | {"corrections": 1, "correction_batches": 1, "calibration_batches": 2}
-    return ZSSVDCallback(**scheduled(settings | CLASSES[name].settings))
+    return ZSSVDCallback(**scheduled(settings | dict(CLASSES[name].settings)))
 
 
 def fit(name: str, *callbacks: L.Callback, kind: type[Module] = Module, share: slice = slice(None), **settings: Any):

@@ -95,6 +95,6 @@ def refuse_for_several(config: "CompressionConfig", size: int, *, statistics: bo
     found = [name for name, given in asked.items() if given] + list(config.limits)
     if size > 1 and found:
         raise ContradictionError(
-            f"{size} processes cannot compress one model together with {' and '.join(found)}; leave it out, or compress "
-            "in one process and let all load the result"
+            f"{size} processes cannot compress one model together with {' and '.join(found)}; leave it out, or "
+            "compress in one process and let all load the result"
         )

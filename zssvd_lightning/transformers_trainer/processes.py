@@ -1,8 +1,9 @@
 """Processes of a Trainer under DDP: their team, and the wrapper around a model whose parameters have changed.
 
-Every process holds the whole model. Its `DistributedDataParallel` sums the gradients of exactly the parameters that the
-model had when it was wrapped. Calibration runs the model without the wrapper, so that statistics are summed once, at the
-owners of the layers. The Trainer holds the wrapper in local variables, so the same object is set up anew afterward.
+Every process holds the whole model. Its `DistributedDataParallel` sums the gradients of the parameters that the model
+had when it was wrapped, and of no others. Calibration runs the model without the wrapper, so that statistics are summed
+once, at the owners of the layers. The Trainer holds the wrapper in local variables, so the same object is set up anew
+afterward.
 """
 
 import gc
