@@ -150,6 +150,12 @@ def fit(name: str, *callbacks: L.Callback, kind: type[Module] = Module, share: s
     return module, callback
 
 
+def trained_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of all whole parameters; the running sums of batch norms are those of each process. Collective."""
+    names = {name for name, _ in module.named_parameters()}
+    return {name: weight for name, weight in whole_weights(module).items() if name in names}
+
+
 def fits(rank: int, size: int, folder: Path) -> None:
     """One fit of every class under DDP and FSDP2, one after the other in the same processes."""
     found = {}
@@ -164,5 +170,5 @@ def fits(rank: int, size: int, folder: Path) -> None:
                 continue
             report = callback.report
             ranks = {layer: found.rank for layer, found in report.layers.items()}
-            found[strategy, name] = {"reached": report.reached, "ranks": ranks, "weights": whole_weights(module)}
+            found[strategy, name] = {"reached": report.reached, "ranks": ranks, "weights": trained_weights(module)}
     torch.save(found, folder / f"{rank}.pt")

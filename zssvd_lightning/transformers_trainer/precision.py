@@ -12,8 +12,9 @@ def without_fp16(args: TrainingArguments, model: nn.Module) -> AbstractContextMa
     """Return a context in which a model trained in fp16 runs in the type of its weights.
 
     The Trainer scales its own losses, so that their gradients do not underflow in fp16. Those of calibration are not
-    scaled. accelerate runs the forward pass under autocast, and keeps the former one in the model.
+    scaled. accelerate runs the forward pass under autocast, except on CPUs, and keeps the former one in the model.
     """
-    if not args.fp16:
+    without = getattr(model, "_original_forward", None)
+    if not args.fp16 or without is None:
         return nullcontext()
-    return overridden(model, forward=model._original_forward)  # noqa: SLF001
+    return overridden(model, forward=without)
