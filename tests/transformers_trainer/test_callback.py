@@ -285,10 +285,11 @@ def test_callback_added_later_is_told_on_resuming(tmp_path):
 
 
 class UnderAutocast(Trainer):
-    """Runs fp16 on a CPU as on a GPU, but for the scaler of the loss."""
+    """Runs fp16 on a CPU as on a GPU, with a scaler of the loss."""
 
     def _prepare_for_training(self, *args, **kwargs):
         self.accelerator.native_amp = self.args.fp16
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if self.args.fp16 else None
         return super()._prepare_for_training(*args, **kwargs)
 
 
