@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from accelerate.data_loader import DataLoaderDispatcher
 from torch.utils.data import DataLoader, IterableDataset
 
 from zssvd_lightning._contexts import same_random_numbers
@@ -30,6 +29,8 @@ class TrainingBatches:
     """
 
     def __init__(self, loader: Any, team: Team | None = None) -> None:
+        from accelerate.data_loader import DataLoaderDispatcher  # which the Trainer needs, but not this package
+
         plain = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
         if not isinstance(plain, DataLoader):
             raise UnsupportedTrainingError(

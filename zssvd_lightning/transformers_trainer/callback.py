@@ -51,13 +51,16 @@ class ZSSVDTrainerCallback(TrainerCallback):
     Checkpoints that are saved after the compression hold the compressed model. To resume from one, build the dense
     model and the Trainer as before; the layers follow the checkpoint. `from_pretrained` loads such a folder too.
 
+    Under DDP, all processes compress the model together, each on batches of its own. Numbers of batches are those of one
+    process.
+
     Args:
         config: settings of the compression; None to build them from `preset` and `settings`.
         preset: name of a preset; None for `best`.
         start_step: number of optimizer steps before the compression.
         calibration_batches: number of batches, from the first, that calibration uses; None for 64, or all if there are
             fewer. Gradient steps use the batches after these, and start again at the first batch after the last.
-        batches: calibration batches, as a list or a DataLoader; None for those of the training data.
+        batches: calibration batches of this process, as a list or a DataLoader; None for those of the training data.
         progress: draw progress bars.
         settings: settings of `CompressionConfig`, such as `prune_ratio=0.3`, and `loss`, `mask` and `terms` of
             `BatchReading`. Without a `loss`, calibration goes by the loss that the model returns, whatever the Trainer
@@ -121,6 +124,7 @@ class ZSSVDTrainerCallback(TrainerCallback):
 
         Raises:
             UnsupportedTrainingError: the run is of a kind in which the model cannot be compressed.
+            ProcessFailedError: another process has an error.
             CheckpointError: the run resumes after the compression, and the model has not become low-rank.
             ZSSVDError: what `compress` raises. Model and optimizer are then as before.
         """

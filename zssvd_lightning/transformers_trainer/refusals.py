@@ -1,6 +1,5 @@
 """Runs of a Trainer in which a model cannot be compressed."""
 
-from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
@@ -18,14 +17,17 @@ def refuse(args: TrainingArguments, model: nn.Module) -> None:
         args: arguments of the Trainer, whose accelerator exists.
         model: the model inside of all wrappers.
     """
+    from accelerate.state import AcceleratorState  # which the Trainer needs, but not this package
+
     kind = str(AcceleratorState().distributed_type)
     parallel = getattr(args, "parallelism_config", None)
+    axes = {name: parallel is not None and getattr(parallel, f"{name}_enabled", False) for name in ("tp", "cp", "sp")}
     wrapped = {
         "DataParallel": args.n_gpu > 1,
         "DeepSpeed": bool(args.deepspeed) or "DEEPSPEED" in kind,
         "FSDP": bool(args.fsdp) or "FSDP" in kind,
-        "tensor parallelism": _is_spread(model) or bool(parallel and parallel.tp_enabled),
-        "context or sequence parallelism": bool(parallel and (parallel.cp_enabled or parallel.sp_enabled)),
+        "tensor parallelism": axes["tp"] or _is_spread(model),
+        "context or sequence parallelism": axes["cp"] or axes["sp"],
         "torch_compile on several processes": args.world_size > 1 and bool(args.torch_compile),
     }
     for name, used in wrapped.items():
