@@ -51,8 +51,8 @@ class ZSSVDTrainerCallback(TrainerCallback):
     Checkpoints that are saved after the compression hold the compressed model. To resume from one, build the dense
     model and the Trainer as before; the layers follow the checkpoint. `from_pretrained` loads such a folder too.
 
-    Under DDP, all processes compress the model together, each on batches of its own. Numbers of batches are those of one
-    process.
+    Under DDP, all processes compress the model together, each on batches of its own. Numbers of batches are those of
+    one process.
 
     Args:
         config: settings of the compression; None to build them from `preset` and `settings`.
