@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -78,13 +79,13 @@ class ModelClass(NamedTuple):
 
 
 CLASSES = {
-    "Llama": ModelClass(tiny_llama, token_batches),
-    "GPT-2": ModelClass(tiny_gpt2, token_batches),
+    "Llama": ModelClass(partial(tiny_llama, num_hidden_layers=1), token_batches),
+    "GPT-2": ModelClass(partial(tiny_gpt2, n_layer=1), token_batches),
     "Gemma 3": ModelClass(tiny_gemma3, token_batches),
-    "Qwen3-MoE": ModelClass(lambda: tiny_experts("qwen3_moe"), token_batches),
-    "BERT": ModelClass(tiny_bert, token_batches),
-    "T5": ModelClass(tiny_t5, sequence_pairs),
-    "ViT": ModelClass(tiny_vit, image_batches),
+    "Qwen3-MoE": ModelClass(partial(tiny_experts, "qwen3_moe", num_hidden_layers=1), token_batches),
+    "BERT": ModelClass(partial(tiny_bert, 1), token_batches),
+    "T5": ModelClass(partial(tiny_t5, 1), sequence_pairs),
+    "ViT": ModelClass(partial(tiny_vit, 1), image_batches),
     "convolutional network": ModelClass(Network, convolutions.image_batches, {"convolutions": True}),
 }
 
