@@ -47,7 +47,10 @@ MATRIX: dict[tuple[str, str], Cell] = {(model, use): None for model in MODELS fo
     **{(model, "generate"): NO_TEXT for model in ("BERT", "ViT", "convolutional network")},
     **{(model, "vLLM"): Untested() for model in MODELS if model not in {"Llama", "GPT-2"}},
     ("convolutional network", "save, load"): NOT_TRANSFORMERS,
-    ("T5", "ONNX"): Refused("ExportError", "torch cannot export T5ForConditionalGeneration"),
+    **{
+        (model, "ONNX"): Refused("ExportError", f"torch cannot export {kind}")
+        for model, kind in (("Qwen3-MoE", "Qwen3MoeForCausalLM"), ("T5", "T5ForConditionalGeneration"))
+    },
     ("Qwen3-MoE", "FSDP2"): Refused("UnsupportedTrainingError", "experts"),
     ("convolutional network", "FSDP2"): Refused("UnsupportedTrainingError", "convolution"),
 }
