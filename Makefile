@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit lowest newest bench scaling table docs clean
+.PHONY: help install demo test lint types unit lowest newest bench scaling table support docs clean
 
 help:  ## Say what every target does
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ scaling: $(READY)  ## Bytes, memory and seconds on 1, 2 and 4 processes, and wha
 
 table: $(READY)  ## The table of selection rules in docs/results.md; needs TEXTS=folder with both WikiText-2 files
 	$(BIN)/python benchmarks/table.py $(TEXTS)
+
+support:  ## Write the table of model classes into docs/support.md
+	$(PYTHON) docs/_site/support.py
 
 docs: $(READY)  ## Build the documentation site in site/, and fail on any warning
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from zssvd_lightning import CompressionConfig, LowRankLinear, compress
 from zssvd_lightning.compression.gathering import loss_in
 from zssvd_lightning.compression.pipeline import calibrate, plan
+from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import (
     BudgetError,
     CalibrationError,
+    ContradictionError,
     NonFiniteError,
     RankDeficientWarning,
     TargetError,
@@ -32,6 +34,7 @@ from zssvd_lightning.layers.pivoted import PivotForm
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.rules import RULES
 from zssvd_lightning.whitening.metrics import METRICS
+from zssvd_lightning.whitening.moments import Moments
 
 
 def run(model, batches=None, *, refuse_diverged=True, **settings):
@@ -415,3 +418,26 @@ def test_a_compiled_model_gets_the_layers_of_one_that_is_not(storage):
     run(plain, storage=storage, corrections=0)
     run(compiled, storage=storage, corrections=0)
     assert_same_state(state_of(plain), state_of(compiled))
+
+
+class Two(Team):
+    """Says that there is another process."""
+
+    size = 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"memory": "blocks"}, "memory 'blocks'"),
+        ({"max_memory": "1GB"}, "max_memory"),
+        ({"memory": "blocks", "resume_in": "folder"}, "resume_in and memory 'blocks'"),
+        ({"statistics": Moments()}, "statistics"),
+    ],
+)
+def test_what_several_processes_cannot_do_together_is_refused(settings, words):
+    model = tiny_llama()
+    before = state_of(model)
+    with pytest.raises(ContradictionError, match=f"2 processes cannot compress one model together with {words}"):
+        compress(model, token_batches(), prune_ratio=0.3, team=Two(), progress=False, **settings)
+    assert_same_state(before, state_of(model))

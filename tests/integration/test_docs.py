@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from support.models import CausalLM, loader, tiny_llama, tiny_tokenizer, tiny_vit, token_batches
+from support.processes import free_port
 from transformers import BertConfig, BertForSequenceClassification
 
 from zssvd_lightning.layers.base import CompressedLinear
@@ -99,6 +100,10 @@ def as_a_process_of_its_own():
 def test_blocks_run_in_order(tmp_path, monkeypatch, capsys, page):
     monkeypatch.chdir(tmp_path)
     names = NAMES[page]()
+    if page == "start/without_trainer.md":  # as torchrun says it to one process
+        told = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
     with as_a_process_of_its_own():
         for number, block in enumerate(blocks_of(page), 1):
             exec(compile(block, f"{page}, block {number}", "exec"), names)

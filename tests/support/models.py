@@ -59,12 +59,12 @@ def tiny_gpt2(**changes: Any) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(**(settings | changes)))
 
 
-def tiny_bert() -> BertForMaskedLM:
+def tiny_bert(num_hidden_layers: int = 2) -> BertForMaskedLM:
     return BertForMaskedLM(
         BertConfig(
             vocab_size=VOCABULARY,
             hidden_size=32,
-            num_hidden_layers=2,
+            num_hidden_layers=num_hidden_layers,
             num_attention_heads=4,
             intermediate_size=48,
             max_position_embeddings=64,
@@ -72,11 +72,11 @@ def tiny_bert() -> BertForMaskedLM:
     )
 
 
-def tiny_vit() -> ViTForImageClassification:
+def tiny_vit(num_hidden_layers: int = 2) -> ViTForImageClassification:
     return ViTForImageClassification(
         ViTConfig(
             hidden_size=32,
-            num_hidden_layers=2,
+            num_hidden_layers=num_hidden_layers,
             num_attention_heads=4,
             intermediate_size=48,
             image_size=16,
@@ -116,7 +116,7 @@ def image_batches(count: int = 4) -> list[dict[str, Tensor]]:
     ]
 
 
-def tiny_t5() -> T5ForConditionalGeneration:
+def tiny_t5(num_layers: int = 2) -> T5ForConditionalGeneration:
     """An encoder and a decoder, whose cross-attention reads the encoder's output."""
     return T5ForConditionalGeneration(
         T5Config(
@@ -124,7 +124,7 @@ def tiny_t5() -> T5ForConditionalGeneration:
             d_model=32,
             d_kv=8,
             d_ff=48,
-            num_layers=2,
+            num_layers=num_layers,
             num_heads=4,
             decoder_start_token_id=0,
         )

@@ -5,9 +5,13 @@ import math
 
 import pytest
 import torch
+from accelerate import DistributedType, ParallelismConfig
+from accelerate.state import AcceleratorState, PartialState
 from support.models import tiny_llama
+from support.transformers_runs import SETTINGS, Stream, Tokens, low_rank, trained
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from torch._dynamo.utils import counters
+from torch.utils.data import IterableDataset
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from zssvd_lightning import ZSSVDTrainerCallback, compress, from_pretrained
@@ -21,28 +25,6 @@ from zssvd_lightning.errors import (
 )
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.transformers_trainer.batches import TrainingBatches
-
-SETTINGS = {"preset": "zs-svd-line-search", "prune_ratio": 0.4, "calibration_batches": 3, "rank_multiple": 1}
-
-
-class Tokens(Dataset):
-    """Random rows of tokens, of which each is its own label."""
-
-    def __init__(self, rows: int = 24) -> None:
-        self.ids = torch.randint(90, (rows, 12), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
-
-
-class Stream(IterableDataset):
-    """The same rows as a stream."""
-
-    def __iter__(self):
-        return (Tokens()[index] for index in range(24))
 
 
 class ReadOnce(IterableDataset):
@@ -75,35 +57,6 @@ class Seen(TrainerCallback):
 
     def on_step_end(self, *args, **kwargs):
         self.counting = False
-
-
-def trained(folder, model, callbacks, data=None, resume=None, evaluated=None, compute_metrics=None, **settings):
-    arguments = {
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    } | settings
-    args = TrainingArguments(output_dir=str(folder), **arguments)
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=data or Tokens(),
-        eval_dataset=evaluated,
-        compute_metrics=compute_metrics,
-        callbacks=callbacks,
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def low_rank(model):
-    return {name: layer.spec for name, layer in model.named_modules() if isinstance(layer, CompressedLinear)}
 
 
 def names_in_groups(trainer):
@@ -331,12 +284,102 @@ def test_callback_added_later_is_told_on_resuming(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+class UnderAutocast(Trainer):
+    """Runs fp16 on a CPU as on a GPU, with a scaler of the loss."""
+
+    def _prepare_for_training(self, *args, **kwargs):
+        self.accelerator.native_amp = self.args.fp16
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if self.args.fp16 else None
+        return super()._prepare_for_training(*args, **kwargs)
+
+
+def test_training_in_fp16_calibrates_in_the_type_of_the_weights(tmp_path):
+    """As without fp16: the statistics are those of the same weights."""
+    reports = []
+    for fp16 in (True, False):
+        torch.manual_seed(5)
+        model, types = tiny_llama(), []
+        model.model.embed_tokens.register_forward_hook(
+            lambda *_, types=types: types.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+        )
+        callback = ZSSVDTrainerCallback(progress=False, **SETTINGS)
+        trained(tmp_path / str(fp16), model, [callback], trainer=UnderAutocast, fp16=fp16, max_steps=3)
+        assert [autocast for autocast, _ in types[-3:]] == [fp16] * 3
+        assert not any(autocast for autocast, _ in types[:-3])
+        assert len(types) > 3 + SETTINGS["calibration_batches"]
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+        reports.append(callback.report)
+    assert reports[0].layers == reports[1].layers
+    assert reports[0].losses == reports[1].losses
+
+
+@pytest.mark.parametrize("start_step", [0, 2])
+def test_a_compiled_model_trains_as_one_that_is_not_compiled(tmp_path, start_step):
+    def run(folder, **settings):
+        torch.manual_seed(5)
+        model = tiny_llama()
+        callback = ZSSVDTrainerCallback(start_step=start_step, progress=False, **SETTINGS)
+        trained(folder, model, [callback], max_steps=4, **settings)
+        return model
+
+    torch.compiler.reset()
+    counters.clear()
+    model = run(tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager")
+    assert counters["stats"]["unique_graphs"] >= (2 if start_step else 1)  # again once it is low-rank
+    plain = run(tmp_path / "plain")
+    assert low_rank(model) == low_rank(plain)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-4, atol=1e-6, msg=name)
+
+
+class OnTwoDevices(Trainer):
+    """Says that it has two devices, once the model is where it is."""
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.args._n_gpu = 2
+        return prepared
+
+
+class WithDeepSpeed(Trainer):
+    """Says that its processes are those of DeepSpeed."""
+
+    kind = DistributedType.DEEPSPEED
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        PartialState._shared_state["distributed_type"] = self.kind
+        return prepared
+
+
+class WithFSDP(WithDeepSpeed):
+    kind = DistributedType.FSDP
+
+
+class WithTensorParallelism(Trainer):
+    """Says that a parameter is spread over processes."""
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.args.parallelism_config = ParallelismConfig(tp_size=2)
+        return prepared
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator():
+    """Leaves nothing of what a test said of the processes."""
+    yield
+    AcceleratorState._reset_state(True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"max_steps": 2}, "training ends after step 2"),
-        ({"fp16": True}, "fp16"),
-        ({"torch_compile": True}, "torch_compile"),
+        ({"trainer": OnTwoDevices}, "DataParallel"),
+        ({"trainer": WithDeepSpeed}, "DeepSpeed"),
+        ({"trainer": WithFSDP}, "FSDP"),
+        ({"trainer": WithTensorParallelism}, "tensor parallelism"),
     ],
 )
 def test_runs_that_cannot_be_compressed_are_refused_before_the_first_step(tmp_path, changes, message):

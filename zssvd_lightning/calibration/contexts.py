@@ -102,7 +102,10 @@ def _attributes_of(module: nn.Module) -> Callable[[], None]:
 @contextmanager
 def unchanged_sampler(loader: Any) -> Iterator[None]:
     """Restore the epoch and the generators of a DataLoader and its sampler, which a pass changes, on any exit."""
-    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
+    drawn: Any = getattr(loader, "batch_sampler", None)
+    while hasattr(drawn, "batch_sampler"):  # accelerate wraps one that gives each process its share
+        drawn = drawn.batch_sampler
+    sampler = getattr(drawn, "sampler", getattr(loader, "sampler", None))
     epoch = getattr(sampler, "epoch", None)
     generators = [getattr(each, "generator", None) for each in (loader, sampler)]
     states = [(each, each.get_state()) for each in generators if isinstance(each, torch.Generator)]

@@ -43,6 +43,7 @@ from zssvd_lightning.compression.resuming.resumption import (
     resumable,
 )
 from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.config.contradictions import refuse_blocks, refuse_for_several
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.distributed import LayerSet, Team
 from zssvd_lightning.errors import ContradictionError
@@ -75,6 +76,7 @@ def compress(
     calibration_batches: int | None = None,
     resume_in: str | Path | UnfinishedFolder | None = None,
     refuse_diverged: bool = True,
+    team: Team | None = None,
     progress: bool = True,
     **asked: Unpack[Asked],
 ) -> Report:
@@ -99,6 +101,9 @@ def compress(
         refuse_diverged: raise DivergedError, and leave the model as it was, if the loss on the batches kept back ends
             at ten times that of the dense model or more and has risen by more than 0.5 nats. False warns instead, for
             models that are trained afterward. With `statistics` and without corrections, no loss is measured.
+        team: processes that compress copies of the model together, such as `distributed.Replicas(device)`; None for
+            this process alone. Each passes batches of its own and the same settings, and all get the same layers: those
+            of one process that sees the batches of all. Numbers of batches are those of one process.
         progress: draw progress bars.
         asked: settings of `CompressionConfig`, such as `prune_ratio=0.3`, which override the preset, and `loss`,
             `mask` and `terms` of `BatchReading` for batches of other kinds than those of transformers.
@@ -108,6 +113,8 @@ def compress(
 
     Raises:
         DivergedError: the compression destroyed the model; see `refuse_diverged`.
+        ProcessFailedError: another process of the team has an error, in the batches or in its part of the work.
+        ContradictionError: with several processes, `statistics`, `resume_in`, `memory="blocks"`, or limits of memory.
         ZSSVDError: a subclass that depends on the error. The model, its hooks, its training mode, its gradients and its
             `requires_grad` flags are then restored.
 
@@ -125,27 +132,24 @@ def compress(
         >>> report.reached >= 0.3
         True
     """
-    config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
-    of_type(bool, refuse_diverged, "refuse_diverged")
-    refuse_one_pass(batches, len(course(config)) + bool(config.limits))
-    resume_in = checked_place(resume_in, config)
-    require(isinstance(statistics, Moments | None), "statistics", statistics, "a result of calibrate, or None")
-    if statistics is not None:
-        _refuse_blocks(config)
-        if config.limits:
-            raise ContradictionError(
-                f"statistics are in memory as a whole, so {' and '.join(config.limits)} cannot be kept; leave them or "
-                "statistics out"
-            )
+    team = team or Team()
+    with team.together():
+        config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
+        of_type(bool, refuse_diverged, "refuse_diverged")
+        refuse_one_pass(batches, len(course(config)) + bool(config.limits))
+        resume_in = checked_place(resume_in, config)
+        _check_statistics(statistics, config)
+        refuse_for_several(config, team.size, statistics=statistics is not None, resumes=resume_in is not None)
     with gradients_set_aside(model), _low_rank_made_dense(model, config) as stand_ins:
-        run = within_limits(
-            partial(Compression, model, progress=progress, stand_ins=stand_ins),
-            config,
-            partial(extent_by_first, batches, calibration_batches, reading),
-            held=held_by(resume_in),
-        )
-        _announce(run)
-        refuse_small_disk(run, folder_of(resume_in))
+        with team.together():
+            run = within_limits(
+                partial(Compression, model, progress=progress, team=team, stand_ins=stand_ins),
+                config,
+                partial(extent_by_first, batches, calibration_batches, reading),
+                held=held_by(resume_in),
+            )
+            _announce(run)
+            refuse_small_disk(run, folder_of(resume_in))
         with (
             _undone_on_error(run),
             _little_resident(run),
@@ -159,7 +163,8 @@ def compress(
             for stage in stages if resumption is None else resumption.remaining(stages, batches):
                 if statistics is None:
                     gather_part = partial(gather, decomposes=stage.decomposes, resumption=resumption)
-                    gather_part(run, batches, stage.gathers, calibration_batches, reading)
+                    with team.together():
+                        gather_part(run, batches, stage.gathers, calibration_batches, reading)
                 else:
                     run.gathering.free_widths.load_state_dict(statistics.widths)
                     # drop the reference, so that the truncation can free them
@@ -189,7 +194,7 @@ def calibrate(
     that select layers, those of the metric, and the storage: for `pivoted`, hidden widths of free order are found too.
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
-    _refuse_blocks(config)
+    refuse_blocks(config)
     if config.place != "none" or config.limits:
         given = ", ".join(config.limits) or f"offload {config.offload!r}"
         raise ContradictionError(
@@ -278,13 +283,16 @@ def coverage_of(model: nn.Module, config: CompressionConfig) -> Coverage:
         return Compression(model, config, progress=False, stand_ins=stand_ins).coverage
 
 
-def _refuse_blocks(config: CompressionConfig) -> None:
-    """Raise ContradictionError if the statistics of all layers are not to be in memory together."""
-    if config.by_blocks:
-        raise ContradictionError(
-            "the result of calibrate holds the statistics of all layers in memory, so memory cannot be 'blocks'; leave "
-            "calibrate and statistics out, or set memory to 'whole'"
-        )
+def _check_statistics(statistics: Moments | None, config: CompressionConfig) -> None:
+    """Raise ContradictionError if settings do not allow the statistics of all layers; ConfigError for another type."""
+    require(isinstance(statistics, Moments | None), "statistics", statistics, "a result of calibrate, or None")
+    if statistics is not None:
+        refuse_blocks(config)
+        if config.limits:
+            raise ContradictionError(
+                f"statistics are in memory as a whole, so {' and '.join(config.limits)} cannot be kept; leave them or "
+                "statistics out"
+            )
 
 
 def _little_resident(compression: Compression) -> AbstractContextManager[None]:
@@ -295,6 +303,8 @@ def _little_resident(compression: Compression) -> AbstractContextManager[None]:
 def _announce(compression: Compression) -> None:
     """Log which share of the model will be compressed, and the memory that this takes."""
     coverage, removed = compression.coverage, compression.budget.of_parameters
+    if compression.team.rank > 0:
+        return
     logger.info(coverage.summary(removed))
     if (warning := coverage.warning(removed)) is not None:
         logger.warning(warning)

@@ -70,3 +70,30 @@ def refuse_not_for_kinds(config: "CompressionConfig") -> None:
             f"correction_step {config.correction_step!r} compares inputs of whole sequences, which {inputs[opted[0]]} "
             f"are not; set {opted[0]} to False, or take another correction_step"
         )
+
+
+def refuse_blocks(config: "CompressionConfig") -> None:
+    """Raise ContradictionError if the statistics of all layers are not to be in memory together."""
+    if config.by_blocks:
+        raise ContradictionError(
+            "the result of calibrate holds the statistics of all layers in memory, so memory cannot be 'blocks'; leave "
+            "calibrate and statistics out, or set memory to 'whole'"
+        )
+
+
+def refuse_for_several(config: "CompressionConfig", size: int, *, statistics: bool, resumes: bool) -> None:
+    """Raise ContradictionError for what several processes cannot do together outside of a Lightning Trainer.
+
+    Args:
+        config: the settings.
+        size: number of processes.
+        statistics: True if statistics are given.
+        resumes: True if the compression is to go on from a folder.
+    """
+    asked = {"statistics": statistics, "resume_in": resumes, "memory 'blocks'": config.by_blocks}
+    found = [name for name, given in asked.items() if given] + list(config.limits)
+    if size > 1 and found:
+        raise ContradictionError(
+            f"{size} processes cannot compress one model together with {' and '.join(found)}; leave it out, or "
+            "compress in one process and let all load the result"
+        )

@@ -22,20 +22,23 @@ from zssvd_lightning.calibration.batches import length_of
 from zssvd_lightning.compression.pipeline import Asked, compress, coverage_of
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.config.compression import CompressionConfig
+from zssvd_lightning.config.contradictions import refuse_for_several
 from zssvd_lightning.config.settings import Settings
+from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import CheckpointError, ContradictionError, UnsupportedTrainingError
 from zssvd_lightning.layers.base import CompressedLinear
 from zssvd_lightning.serialization.state_dict import match_structure
 from zssvd_lightning.serialization.transformers_config import mark
 from zssvd_lightning.transformers_trainer.batches import TrainingBatches
 from zssvd_lightning.transformers_trainer.groups import OpenGroups
+from zssvd_lightning.transformers_trainer.precision import without_fp16
+from zssvd_lightning.transformers_trainer.processes import team_of, wrap_anew
+from zssvd_lightning.transformers_trainer.refusals import refuse
 
 logger = logging.getLogger(__name__)
 
 BATCHES = 64
 """Number of calibration batches, where none is given."""
-
-INSTEAD = "call compress(model, batches) before the Trainer is made, or on the trained model"
 
 
 class ZSSVDTrainerCallback(TrainerCallback):
@@ -48,13 +51,16 @@ class ZSSVDTrainerCallback(TrainerCallback):
     Checkpoints that are saved after the compression hold the compressed model. To resume from one, build the dense
     model and the Trainer as before; the layers follow the checkpoint. `from_pretrained` loads such a folder too.
 
+    Under DDP, all processes compress the model together, each on batches of its own. Numbers of batches are those of
+    one process.
+
     Args:
         config: settings of the compression; None to build them from `preset` and `settings`.
         preset: name of a preset; None for `best`.
         start_step: number of optimizer steps before the compression.
         calibration_batches: number of batches, from the first, that calibration uses; None for 64, or all if there are
             fewer. Gradient steps use the batches after these, and start again at the first batch after the last.
-        batches: calibration batches, as a list or a DataLoader; None for those of the training data.
+        batches: calibration batches of this process, as a list or a DataLoader; None for those of the training data.
         progress: draw progress bars.
         settings: settings of `CompressionConfig`, such as `prune_ratio=0.3`, and `loss`, `mask` and `terms` of
             `BatchReading`. Without a `loss`, calibration goes by the loss that the model returns, whatever the Trainer
@@ -118,6 +124,7 @@ class ZSSVDTrainerCallback(TrainerCallback):
 
         Raises:
             UnsupportedTrainingError: the run is of a kind in which the model cannot be compressed.
+            ProcessFailedError: another process has an error.
             CheckpointError: the run resumes after the compression, and the model has not become low-rank.
             ZSSVDError: what `compress` raises. Model and optimizer are then as before.
         """
@@ -137,24 +144,27 @@ class ZSSVDTrainerCallback(TrainerCallback):
                 state.global_step,
             )
             return
-        _refuse(args)
-        if self.start_step >= state.max_steps:
-            raise UnsupportedTrainingError(
-                f"start_step is {self.start_step}, and training ends after step {state.max_steps}; lower it, or call "
-                "compress(model, batches) after training"
-            )
-        OpenGroups(others["optimizer"], model)
-        self._calibration(others["train_dataloader"])
-        coverage_of(model, self.config)
+        refuse(args, model)
+        team = team_of(args)
+        with team.together():
+            if self.start_step >= state.max_steps:
+                raise UnsupportedTrainingError(
+                    f"start_step is {self.start_step}, and training ends after step {state.max_steps}; lower it, or "
+                    "call compress(model, batches) after training"
+                )
+            refuse_for_several(self.config, team.size, statistics=False, resumes=False)
+            OpenGroups(others["optimizer"], model)
+            self._calibration(others["train_dataloader"], team)
+            coverage_of(model, self.config)
         if self.start_step == 0:
-            self._compress(state, model, **others)
+            self._compress(args, state, model, **others)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **others: Any
     ) -> None:
         """Compress after `start_step` steps. Raises ZSSVDError as `compress` does; the model is then as before."""
         if state.global_step == self.start_step and not self._has_compressed(model):
-            self._compress(state, model, **others)
+            self._compress(args, state, model, **others)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
@@ -167,31 +177,42 @@ class ZSSVDTrainerCallback(TrainerCallback):
     def _has_compressed(self, model: nn.Module) -> bool:
         return self._compressed is not None and self._compressed() is model
 
-    def _calibration(self, train_dataloader: Any) -> Iterable[Any]:
-        return TrainingBatches(train_dataloader) if self.batches is None else self.batches
+    def _calibration(self, train_dataloader: Any, team: Team) -> Iterable[Any]:
+        return TrainingBatches(train_dataloader, team) if self.batches is None else self.batches
 
     def _compress(
-        self, state: TrainerState, model: nn.Module, optimizer: Any, train_dataloader: Any, **others: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        optimizer: Any,
+        train_dataloader: Any,
+        **others: Any,
     ) -> None:
-        groups = OpenGroups(optimizer, model)
-        batches = self._calibration(train_dataloader)
+        team = team_of(args)
+        with team.together():
+            groups = OpenGroups(optimizer, model)
+            batches = self._calibration(train_dataloader, team)
         count = self.calibration_batches
         if count is None:
             count = min(BATCHES, length_of(batches) or BATCHES)
-        with same_random_numbers():
+        with same_random_numbers(), without_fp16(args, model):
             self.report = compress(
                 model,
                 batches,
                 self.config,
                 calibration_batches=count,
                 refuse_diverged=False,
+                team=team,
                 progress=self.progress,
                 **self._reading,
             )
         groups.follow()
+        wrap_anew(model)
         self._compressed = ref(model)
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None  # those of the dense model
-        logger.info("compressed after step %d:\n%s", state.global_step, self.report)
+        if team.rank == 0:
+            logger.info("compressed after step %d:\n%s", state.global_step, self.report)
 
 
 def _follow(model: nn.Module, weights: Mapping[str, Any], prefix: str, *others: Any) -> None:
@@ -199,25 +220,3 @@ def _follow(model: nn.Module, weights: Mapping[str, Any], prefix: str, *others: 
     if not prefix:
         match_structure(model, weights, strict=False)
         mark(model)
-
-
-def _refuse(args: TrainingArguments) -> None:
-    """Raise UnsupportedTrainingError if the model is wrapped or trained in a way that fixes its parameters."""
-    wrapped = {
-        "several processes": args.world_size > 1,
-        "DataParallel": args.n_gpu > 1,
-        "DeepSpeed": bool(args.deepspeed),
-        "FSDP": bool(args.fsdp),
-        "torch_compile": bool(args.torch_compile),
-    }
-    for kind, used in wrapped.items():
-        if used:
-            raise UnsupportedTrainingError(
-                f"with {kind}, the Trainer wraps the model before training, and layers can no longer be replaced; "
-                f"{INSTEAD}"
-            )
-    if args.fp16:
-        raise UnsupportedTrainingError(
-            "in fp16, gradients of the calibration would underflow, because the Trainer scales its own alone; set "
-            f"bf16, or {INSTEAD}"
-        )

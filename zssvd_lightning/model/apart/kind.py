@@ -84,18 +84,22 @@ def why_whole(kind: Kind, model: nn.Module) -> dict[str, str]:
             reason: str | None = "it is the model itself, which cannot be replaced; put it into another module"
         elif name.startswith(wrapped):
             reason = "PEFT adapts it; merge the adapter first"
+        elif _is_spread(weights := kind.weights(module), module):
+            reason = SPREAD
         else:
-            reason = kind.fault(module) or _why_not(kind.weights(module), module, owners)
+            reason = kind.fault(module) or _why_not(weights, module, owners)
         if reason is not None:
             found[name] = reason
     return found
 
 
+def _is_spread(weights: Sequence[Tensor | None], module: nn.Module) -> bool:
+    return any(isinstance(weight, DTensor) for weight in weights) or getattr(module, "_is_expert_parallel", False)
+
+
 def _why_not(weights: Sequence[Tensor | None], module: nn.Module, owners: Counter[int]) -> str | None:
     """Return why a module with these parameters cannot be taken apart; None if it can be tried."""
     present = [weight for weight in weights if weight is not None]
-    if any(isinstance(weight, DTensor) for weight in present) or getattr(module, "_is_expert_parallel", False):
-        return SPREAD
     if any(not weight.is_floating_point() or weight.dtype.itemsize < 2 for weight in present):
         return f"its parameters are {present[0].dtype}, which holds quantized codes"
     if any(owners[id(weight)] > 1 for weight in present):
