@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from itertools import islice
@@ -31,7 +31,8 @@ from zssvd_lightning.compression.gathering import (
     safeguard_of,
 )
 from zssvd_lightning.compression.memory.limits import within_limits
-from zssvd_lightning.compression.memory.statements import memory_of_statistics, refuse_small_disk
+from zssvd_lightning.compression.memory.mapped import little_resident
+from zssvd_lightning.compression.memory.statements import announce, memory_of_statistics, refuse_small_disk
 from zssvd_lightning.compression.phase import Phase
 from zssvd_lightning.compression.reach import warn_of_unreached_in
 from zssvd_lightning.compression.report import Report
@@ -52,7 +53,6 @@ from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
 from zssvd_lightning.model.recompression import StandIns
 from zssvd_lightning.model.targets import find_targets
-from zssvd_lightning.offload.pages import released_behind
 from zssvd_lightning.selection.plan import Plan
 from zssvd_lightning.serialization.kept_batches import KEPT_BACK
 from zssvd_lightning.serialization.transformers_config import mark
@@ -148,11 +148,11 @@ def compress(
                 partial(extent_by_first, batches, calibration_batches, reading),
                 held=held_by(resume_in),
             )
-            _announce(run)
+            announce(run)
             refuse_small_disk(run, folder_of(resume_in))
         with (
             _undone_on_error(run),
-            _little_resident(run),
+            little_resident(model, config),
             resumable(run, resume_in, calibration_batches, reading) as resumption,
         ):
             if statistics is None or config.corrections or config.convolutions:
@@ -239,7 +239,7 @@ def plan(
         logger.info(memory_of_statistics(run))
         refuse_small_disk(run)
         *before, truncation = to_first_truncation(course(config))
-        with _little_resident(run):
+        with little_resident(model, config):
             for stage in before:
                 gather(run, batches, stage.gathers, calibration_batches, reading, decomposes=stage.decomposes)
                 run.take(stage)
@@ -293,22 +293,6 @@ def _check_statistics(statistics: Moments | None, config: CompressionConfig) -> 
                 f"statistics are in memory as a whole, so {' and '.join(config.limits)} cannot be kept; leave them or "
                 "statistics out"
             )
-
-
-def _little_resident(compression: Compression) -> AbstractContextManager[None]:
-    """Return a context in which mapped weights of a model that runs block by block are resident while they run."""
-    return released_behind(compression.model) if compression.config.by_blocks else nullcontext()
-
-
-def _announce(compression: Compression) -> None:
-    """Log which share of the model will be compressed, and the memory that this takes."""
-    coverage, removed = compression.coverage, compression.budget.of_parameters
-    if compression.team.rank > 0:
-        return
-    logger.info(coverage.summary(removed))
-    if (warning := coverage.warning(removed)) is not None:
-        logger.warning(warning)
-    logger.info(memory_of_statistics(compression))
 
 
 def _understood(

@@ -1,5 +1,6 @@
 """Targets whose weights are mapped from files, which a compression block by block changes in a scratch file."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from torch import nn
@@ -7,6 +8,7 @@ from torch import nn
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.model.targets import Target, find_targets
 from zssvd_lightning.offload.mapped_weights import WeightFile, mapped_from_files
+from zssvd_lightning.offload.pages import released_behind
 
 
 def targets_of(model: nn.Module, config: CompressionConfig) -> dict[str, Target]:
@@ -21,3 +23,8 @@ def targets_of(model: nn.Module, config: CompressionConfig) -> dict[str, Target]
     mapped = mapped_from_files(weights)
     file = WeightFile({name: weights[name] for name in mapped})
     return targets | {name: replace(targets[name], file=file) for name in mapped}
+
+
+def little_resident(model: nn.Module, config: CompressionConfig) -> AbstractContextManager[None]:
+    """Return a context in which mapped weights of a model that runs block by block are resident while they run."""
+    return released_behind(model) if config.by_blocks else nullcontext()

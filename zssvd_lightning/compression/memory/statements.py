@@ -1,5 +1,6 @@
 """Statements on the memory and the disk of a compression, and refusals, before its first batch."""
 
+import logging
 import shutil
 import tempfile
 from collections import Counter
@@ -13,6 +14,8 @@ from zssvd_lightning.distributed import Shards
 from zssvd_lightning.errors import OutputError
 from zssvd_lightning.offload.media import refuse_too_little
 from zssvd_lightning.whitening.moments import statistics_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_small_disk(compression: Compression, folder: Path | None = None) -> None:
@@ -80,3 +83,14 @@ def memory_of_statistics(compression: Compression) -> str:
         place = "host memory" if run.config.place == "cpu" else "scratch files"
         return f"statistics take up to {sum(of.values()) / 2**30:.3g} GiB of {place}"
     return "statistics take up to " + " and ".join(f"{size / 2**30:.3g} GiB on {place}" for place, size in of.items())
+
+
+def announce(compression: Compression) -> None:
+    """Log which share of the model will be compressed, and the memory that this takes."""
+    coverage, removed = compression.coverage, compression.budget.of_parameters
+    if compression.team.rank > 0:
+        return
+    logger.info(coverage.summary(removed))
+    if (warning := coverage.warning(removed)) is not None:
+        logger.warning(warning)
+    logger.info(memory_of_statistics(compression))
