@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zssvd_lightning.calibration.free_widths import FreeWidths
+from zssvd_lightning.calibration.widths.free_widths import FreeWidths
 from zssvd_lightning.compression import reach
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.config.compression import CompressionConfig, settings_of_saved
@@ -15,7 +15,7 @@ from zssvd_lightning.config.placement import PLACES
 from zssvd_lightning.decomposition.decompose import Decomposition
 from zssvd_lightning.decomposition.trace import Trace
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.selection.budget import Shape
+from zssvd_lightning.layers.storage import Shape
 from zssvd_lightning.selection.components import Selection
 from zssvd_lightning.whitening.rounding import Importance
 from zssvd_lightning.whitening.spectrum import Spectrum, Step

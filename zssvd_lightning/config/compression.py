@@ -12,8 +12,8 @@ from zssvd_lightning.config.placement import AUTO, bytes_of, refuse_places
 from zssvd_lightning.config.presets import DEFAULT, PRESETS, TRAINED, explaining_default, settings_of, trained_by
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.errors import BudgetError, ConfigError, ContradictionError
-from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, UNITS, Present, Storage
-from zssvd_lightning.selection.budget import REFERENCES, Budget, Shape
+from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, UNITS, Present, Shape, Storage
+from zssvd_lightning.selection.budget import REFERENCES, Budget
 from zssvd_lightning.selection.rules import RULES, Rule
 from zssvd_lightning.selection.storages import STORAGES
 from zssvd_lightning.whitening.metrics import METRICS, Metric

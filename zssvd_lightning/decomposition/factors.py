@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zssvd_lightning._numerics import accumulated, exact_products
-from zssvd_lightning.calibration.free_widths import FreeWidths
+from zssvd_lightning.calibration.widths.free_widths import FreeWidths
 from zssvd_lightning.decomposition.common_orders import Orders, Side, common_orders
 from zssvd_lightning.decomposition.decompose import Decomposition
 from zssvd_lightning.distributed import LayerSet

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.hub.model_classes import automatic_for, saved_class
-from zssvd_lightning.layers import base, gradients, int8, low_rank, pivoted, pivoted_columns, pivots, registry
+from zssvd_lightning.layers import base, gradients, int8, low_rank, narrow, pivoted, pivoted_columns, pivots, registry
 from zssvd_lightning.layers.apart import attention, convolutions, experts, removed
 from zssvd_lightning.serialization.quantizer import FORMAT_VERSION
 
@@ -18,6 +18,7 @@ CARRIED = (
     convolutions,
     experts,
     low_rank,
+    narrow,
     gradients,
     pivots,
     pivoted,
@@ -45,6 +46,7 @@ from .zssvd_experts import take_apart
 from .zssvd_gradients import permuted  # noqa: F401
 from .zssvd_int8 import EightBitLinear  # noqa: F401
 from .zssvd_low_rank import LowRankLinear  # noqa: F401
+from .zssvd_narrow import NarrowLinear  # noqa: F401
 from .zssvd_registry import layer_like
 from .zssvd_removed import forget_removed
 from .zssvd_pivoted import PivotedLinear  # noqa: F401

@@ -20,8 +20,8 @@ from zssvd_lightning.compression.memory.typical_experts import (
     let_one_stand_for_all,
     shared_rows,
 )
+from zssvd_lightning.layers.storage import Shape
 from zssvd_lightning.model.targets import Target
-from zssvd_lightning.selection.budget import Shape
 
 logger = logging.getLogger(__name__)
 
