@@ -11,7 +11,7 @@ from zssvd_lightning.whitening.narrowing import made_up, removed_units
 
 
 def whitening(h, p):
-    A, B = second_moment(h).double(), second_moment(p).double()
+    A, B = second_moment(h), second_moment(p)
     return A, B, Whitening(Root(*safe_cholesky(A, "layer")), Root(*safe_cholesky(B, "layer")))
 
 
@@ -31,7 +31,7 @@ def without(W, A, B, gone):
 
 @pytest.mark.parametrize("group", [1, 2, 3])
 def test_losses_and_weights_are_those_of_least_squares(group):
-    W, G = weight(4, 9).double(), weight(4, 9).double()
+    W, G = weight(4, 9), weight(4, 9)
     A, B, roots = whitening(9, 4)
     found = removed_units(W, roots, G, group, least=group)
     assert found.widths == (9, *range(8 // group * group, 0, -group))
@@ -39,7 +39,7 @@ def test_losses_and_weights_are_those_of_least_squares(group):
     for width, loss, drift in zip(found.widths, found.losses, found.drifts, strict=True):
         gone = found.order[: 9 - width].tolist()
         least, M, kept = without(W, A, B, gone)
-        torch.testing.assert_close(float(loss), least, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(float(loss), least, rtol=1e-6, atol=1e-9)
         made = made_up(W, roots.inputs, torch.tensor(kept))
         torch.testing.assert_close(made, M)
         change = -W.clone()
@@ -68,26 +68,24 @@ def test_each_unit_is_the_cheapest_beside_those_that_are_gone():
 
 
 def test_a_pair_of_equal_units_goes_once():
-    H = rows(200, 6).double()
-    H = torch.cat([H, H[:, :1] + 1e-3 * rows(200, 1).double()], 1)  # the last is about the first
-    A, W = H.T @ H / len(H), weight(3, 7).double()
-    roots = Whitening(Root(*safe_cholesky(A, "layer")))
-    found = removed_units(W, roots, torch.zeros_like(W), 2, least=1)
-    assert len({0, 6} & set(found.order[:1].tolist())) == 1  # 7 units: one, then pairs
-    best = min(without(W, A, torch.eye(3, dtype=W.dtype), pair)[0] for pair in combinations(range(7), 2))
-    by_two = removed_units(W[:, 1:], Whitening(Root(*safe_cholesky(A[1:, 1:], "layer"))), W[:, 1:] * 0, 2, least=2)
-    assert float(found.losses[1]) < 1e-5 < best
-    assert len(by_two.order) == 4
+    H = rows(200, 7)
+    H = torch.cat([H, H[:, :1] + 1e-4 * rows(200, 1)], 1)  # the last is about the first
+    A, W = H.T @ H / len(H), weight(3, 8)
+    found = removed_units(W, Whitening(Root(*safe_cholesky(A, "layer"))), torch.zeros_like(W), 2, least=2)
+    assert len({0, 7} & set(found.order[:2].tolist())) == 1
+    losses = {pair: without(W, A, torch.eye(3, dtype=W.dtype), pair)[0] for pair in combinations(range(8), 2)}
+    assert losses[0, 7] > 10 * float(found.losses[1])
+    torch.testing.assert_close(float(found.losses[1]), min(losses.values()), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("S", [None, torch.tensor([3.0, 1.0, 2.0, 4.0, 5.0, 0.5])])
+@pytest.mark.parametrize("S", [None, torch.tensor([3.0, 1.0, 2.0, 4.0, 5.0, 0.5]).double()])
 def test_independent_units_are_dropped_as_they_are(S):
     W, roots = weight(3, 6), Whitening(Root(S))
     found = removed_units(W, roots, torch.zeros_like(W), 1, least=1)
-    scales = torch.ones(6) if S is None else S
+    scales = torch.ones(6).double() if S is None else S
     losses = 0.5 * (W * scales).square().sum(0)
     assert found.order.tolist() == losses.argsort()[:5].tolist()
-    torch.testing.assert_close(found.losses[1:].float(), losses.sort().values[:5].cumsum(0))
+    torch.testing.assert_close(found.losses[1:], losses.sort().values[:5].cumsum(0))
     units = torch.tensor([1, 4])
     assert torch.equal(made_up(W, roots.inputs, units), W[:, units])
 

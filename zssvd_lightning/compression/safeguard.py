@@ -65,13 +65,13 @@ class State(NamedTuple):
 
     def put_into(self, compression: "Compression") -> None:
         """Set the weights of a compression to this state. Collective."""
-        compression.truncated = TruncatedWeights(compression.targets, compression.config.storage, copy(self.factors))
-        for name, target in compression.targets.items():
-            held = name in self.factors
-            target.assign(compression.truncated.truncated(name) if held else compression.originals[name])
-        compression.selection = self.selection
-        reach.forget_removed(compression)
-        compression.importances = None if self.importances is None else dict(self.importances)
+        run, held = compression, self.factors
+        run.truncated = TruncatedWeights(run.targets, run.config.storage, copy(held))
+        for name, target in run.targets.items():
+            target.assign(run.truncated.truncated(name) if name in held else run.narrowed.dense(name, run.originals))
+        run.selection = self.selection
+        reach.forget_removed(run)
+        run.importances = None if self.importances is None else dict(self.importances)
 
 
 class Safeguard:

@@ -1,12 +1,19 @@
 """Settings of a compression, each with its documentation below it. `zssvd keys` shows these texts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self, Unpack
 
 from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import require, require_count, require_one_of
-from zssvd_lightning.config.contradictions import refuse_contradictions, refuse_not_for_convolutions, refuse_removals
+from zssvd_lightning.config.contradictions import (
+    either,
+    refuse_contradictions,
+    refuse_not_for_convolutions,
+    refuse_not_narrow,
+    refuse_removals,
+    refuse_unable,
+)
 from zssvd_lightning.config.corrections import CORRECTIONS, Correction
 from zssvd_lightning.config.placement import AUTO, bytes_of, refuse_places
 from zssvd_lightning.config.presets import DEFAULT, PRESETS, TRAINED, explaining_default, settings_of, trained_by
@@ -121,6 +128,11 @@ class CompressionConfig:
     """Also remove whole experts of mixtures of experts, where that costs less of the loss than lower ranks: all
     matrices of such an expert go, and the router sends its tokens to the next best. Needs stacked experts, metric
     `two_sided` and selection `curvature` or `curvature_first_order`."""
+    narrow: bool = False
+    """Also remove units of hidden widths, such as those of feed-forward networks, where that costs less of the loss than
+    lower ranks: the layers that meet there stay dense, with fewer outputs or inputs. Needs metric `two_sided`,
+    selection `curvature` or `curvature_first_order`, and storage `factors` or `pivoted`. Corrections leave these layers
+    as they are."""
     plan: str | None = None
     """YAML file with the rank of every layer, as written by a dry run. It replaces `prune_ratio` and `selection`."""
     memory: str = "auto"
@@ -161,33 +173,12 @@ class CompressionConfig:
         require_count("correction_batches", self.correction_batches, 1)
         require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
         require_count("rank_multiple", self.rank_multiple, 1)
-        metric, rule, form = self.metric_used, self.rule, self.form
-        measures = _either(METRICS.those(lambda metric: metric.measures_loss))
-        if self.correction.needs_loss_metric and not metric.measures_loss:
-            raise ContradictionError(
-                f"correction_step {self.correction_step!r} needs metric {measures}, but metric is {self.metric!r}"
-            )
-        if self.reestimate and not (metric.measures_loss and rule.uses_curvature):
-            raise ContradictionError(
-                f"reestimate needs metric {measures} and selection "
-                f"{_either(RULES.those(lambda rule: rule.uses_curvature))}, but metric is {self.metric!r} and "
-                f"selection is {self.selection!r}"
-            )
+        measures = either(METRICS.those(lambda metric: metric.measures_loss))
+        refuse_unable(self, measures)
         refuse_contradictions(self)
         refuse_not_for_convolutions(self)
-        refuse_removals(self, measures, _either(RULES.those(lambda rule: rule.removes)))
-        if form.in_8_bits is not None and not rule.chooses_bits and self.plan is None:
-            raise ContradictionError(
-                f"storage {self.storage!r} needs selection {_either(RULES.those(lambda rule: rule.chooses_bits))}, "
-                f"but selection is {self.selection!r}"
-            )
-        if self.weighs_rows and not (form.weighs_rows and metric.weighs_rows):
-            raise ContradictionError(
-                f"rows_in_16_bits 'loss_aware' needs storage "
-                f"{_either(STORAGES.those(lambda form: form.weighs_rows))} and metric "
-                f"{_either(METRICS.those(lambda metric: metric.weighs_rows))}, but storage is {self.storage!r} and "
-                f"metric is {self.metric!r}"
-            )
+        refuse_removals(self, measures, either(RULES.those(lambda rule: rule.removes)))
+        refuse_not_narrow(self, measures, either(RULES.those(lambda rule: rule.narrows)))
 
     @classmethod
     def of(cls, preset: str | None = None, **given: Unpack[Settings]) -> Self:
@@ -236,9 +227,11 @@ class CompressionConfig:
         return config
 
     def refuse_plan(self) -> None:
-        """Raise ContradictionError if a plan of these settings would have to say which experts are removed."""
+        """Raise ContradictionError if a plan of these settings would have to say more than ranks."""
         if self.remove_experts:
             raise ContradictionError("a plan has ranks of at least 1, so leave remove_experts out to write one")
+        if self.narrow:
+            raise ContradictionError("a plan has ranks and no hidden widths, so leave narrow out to write one")
 
     def budget_over(self, shapes: Mapping[str, Shape], present: Mapping[str, Present], others: int) -> Budget:
         """Return the budget over the target layers.
@@ -306,6 +299,11 @@ class CompressionConfig:
         return draws or (self.refits and self.corrections > 0)
 
     @property
+    def tries_widths(self) -> bool:
+        """True if calibration must find hidden widths whose order is free."""
+        return self.form.has_pivots or self.narrow
+
+    @property
     def refits(self) -> bool:
         """True if corrections are closed-form refits."""
         return self.correction.refits
@@ -343,7 +341,3 @@ def settings_of_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
     They have their defaults, except for `rank_multiple`: ranks were not restricted.
     """
     return asdict(CompressionConfig()) | {"rank_multiple": 1} | dict(saved)
-
-
-def _either(names: Iterable[str]) -> str:
-    return " or ".join(map(repr, names))

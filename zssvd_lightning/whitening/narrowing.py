@@ -22,6 +22,7 @@ from torch import Tensor
 
 from zssvd_lightning._numerics import exact_products, in_float64
 from zssvd_lightning.whitening.cholesky import Root, Whitening
+from zssvd_lightning.whitening.shrinkage import shrinkage
 
 CANDIDATES = 4
 """Units that are looked at for each that goes in a group: those whose removal alone would cost least."""
@@ -60,13 +61,12 @@ def removed_units(W: Tensor, whitening: Whitening, G: Tensor, group: int, least:
     h = W.shape[1]
     with exact_products():
         P = precision(whitening.inputs, h)
-        M = in_float64(W).to(P)
-        V, G = whitening.outputs.times(M.T).T.contiguous(), in_float64(G).to(P)
-        M = M.clone()
-        there = torch.arange(h, device=P.device)
+        M, G = in_float64(W).to(P, copy=True), in_float64(G).to(P)
+        V = whitening.outputs.times(M.T).T.clone()
+        there, alive = torch.arange(h, device=P.device), torch.ones(h, dtype=torch.bool, device=P.device)
         order, losses, drifts, widths = list[Tensor](), [0.0], [0.0], [h]
         while widths[-1] > least:
-            D = _cheapest(V, P, widths[-1] % group or group)
+            D = _cheapest(V, P, alive, widths[-1] % group or group)
             widths.append(widths[-1] - len(D))
             PD, inverse = P[D], torch.linalg.inv(P[D][:, D])
             losses.append(losses[-1] + 0.5 * float(((V[:, D] @ inverse) * V[:, D]).sum()))
@@ -76,11 +76,10 @@ def removed_units(W: Tensor, whitening: Whitening, G: Tensor, group: int, least:
             M += step
             P -= P[:, D] @ inverse @ PD
             order.append(there[D])
-            P.diagonal()[D] = 0.0
-            alive = P.diagonal() > 0
-            if int(alive.sum()) <= CROWDED * len(alive):
+            alive[D] = False
+            if widths[-1] <= CROWDED * len(alive):
                 there, P = there[alive], P[alive][:, alive]
-                V, M, G = V[:, alive], M[:, alive], G[:, alive]
+                V, M, G, alive = V[:, alive], M[:, alive], G[:, alive], alive[alive]
     gone = torch.cat(order).cpu() if order else torch.zeros(0, dtype=torch.long)
     return Removed(gone, tuple(widths), *torch.tensor([losses, drifts], dtype=torch.float64))
 
@@ -111,11 +110,20 @@ def made_up(W: Tensor, inputs: Root, units: Tensor) -> Tensor:
         return torch.cholesky_solve(rows @ (L.T @ in_float64(W).to(L).T), root).T.to(W)
 
 
-def _cheapest(V: Tensor, P: Tensor, group: int) -> Tensor:
+def shrunk_to_diagonal(A: Tensor, tokens: float) -> Tensor:
+    """Return the second moment of hidden units as far as T tokens show that it is not diagonal; see `shrinkage`.
+
+    The units that remain make up for the others by what A says of them together. Of few tokens it says too much: a fit
+    to it makes the loss on other tokens worse.
+    """
+    diagonal = A.diagonal().diag()
+    return torch.lerp(A, diagonal, shrinkage(A, tokens, diagonal))
+
+
+def _cheapest(V: Tensor, P: Tensor, alive: Tensor, group: int) -> Tensor:
     """Return the units (group,) that go next: one after another out of those that cost least alone."""
-    diagonal = P.diagonal()
-    costs = (V.square().sum(0) / diagonal).where(diagonal > 0, torch.inf)
-    C = costs.topk(min(CANDIDATES * group, int((diagonal > 0).sum())), largest=False).indices
+    costs = (V.square().sum(0) / P.diagonal()).where(alive, torch.inf)
+    C = costs.topk(min(CANDIDATES * group, int(alive.sum())), largest=False).indices
     Q, VV = P[C][:, C].cpu(), (V[:, C].T @ V[:, C]).cpu()
     taken = list[int]()
     free = torch.ones(len(C), dtype=torch.bool)
