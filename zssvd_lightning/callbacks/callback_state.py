@@ -20,7 +20,8 @@ from zssvd_lightning.compression.phase import GATHERING, Phase, phase_is_after
 from zssvd_lightning.compression.snapshot import refuse_other
 from zssvd_lightning.errors import CheckpointError
 from zssvd_lightning.recovery.saved_state import RECOVERY, refuse_other_recovery
-from zssvd_lightning.serialization.checkpoint_content import IMPORTANCES, REPORT, check_compression
+from zssvd_lightning.serialization.checkpoint_content import IMPORTANCES, check_compression
+from zssvd_lightning.serialization.report_content import REPORT
 
 if TYPE_CHECKING:
     from zssvd_lightning.callbacks.lifecycle import Lifecycle

@@ -129,7 +129,7 @@ class CompressionConfig:
     matrices of such an expert go, and the router sends its tokens to the next best. Needs stacked experts, metric
     `two_sided` and selection `curvature` or `curvature_first_order`."""
     narrow: bool = False
-    """Also remove units of hidden widths, such as those of feed-forward networks, where that costs less of the loss than
+    """Also remove units of hidden widths, as feed-forward networks have, where that costs less of the loss than
     lower ranks: the layers that meet there stay dense, with fewer outputs or inputs. Needs metric `two_sided`,
     selection `curvature` or `curvature_first_order`, and storage `factors` or `pivoted`. Corrections leave these layers
     as they are."""

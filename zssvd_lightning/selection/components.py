@@ -84,6 +84,13 @@ class Selection:
             found[consumer] = (shapes[consumer][0], len(units))
         return found
 
+    def units_of(self, name: str, shapes: Mapping[str, Shape]) -> tuple[int, int] | None:
+        """Return the units after and before of the narrower width that a layer writes or reads, if there is one."""
+        for consumer, (producers, units) in self.narrowed.items():
+            if name in (*producers, consumer):
+                return len(units), shapes[consumer][1]
+        return None
+
     def rank(self, name: str) -> int | None:
         """Return the number of remaining components of `name`, or None if it stays as it is."""
         kept = self.kept[name]

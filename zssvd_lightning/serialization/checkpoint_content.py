@@ -1,7 +1,7 @@
-"""What the state of a compression in a checkpoint, and its report, must look like to be loaded."""
+"""What the state of a compression in a checkpoint must look like to be loaded."""
 
-import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from zssvd_lightning._state_checks import (
@@ -22,175 +22,10 @@ from zssvd_lightning._state_checks import (
     whole,
     yes_or_no,
 )
-
-SIZES = listed(whole, 2)
+from zssvd_lightning.serialization.report_content import SIZES, TRACE
 
 IMPORTANCES = optional(mapped(listed(finite_tensor, 2)))
 """Importance of outputs and inputs of each layer."""
-
-
-TRACE = optional(
-    entries(
-        {
-            "positions": mapped(listed(whole)),
-            "spectra": mapped(listed(number)),
-            "sensitivities": optional(
-                entries({"edges": listed(number), "kept": listed(whole), "dropped": listed(whole)})
-            ),
-            "walk": optional(
-                entries(
-                    {
-                        "removals": whole,
-                        "stride": whole,
-                        "lowest": listed(number),
-                        "highest": listed(number),
-                        "total": number,
-                        "length": number,
-                    }
-                )
-            ),
-            "states": listed(
-                entries(
-                    {
-                        "kind": text,
-                        "loss": optional(number),
-                        "taken_back": yes_or_no,
-                        "first_order": optional(number),
-                        "second_order": optional(number),
-                    }
-                )
-            ),
-        }
-    )
-)
-"""`Trace.to_dict`."""
-
-
-def _rows_or_metric(value: Any, key: str) -> None:
-    """Check an entry of a task in `Report.accuracy`: its number of rows, or a metric by model."""
-    if isinstance(value, Mapping):
-        mapped(number)(value, key)
-    else:
-        whole(value, key)
-
-
-_REPORT = entries(
-    {
-        "prune_ratio": entries(
-            {"asked": finite, "reached": finite, "of": text, "counted_over": text}, ("of", "counted_over")
-        ),
-        "parameters": entries({"before": whole, "after": whole, "model": entries({"before": whole})}),
-        "ranks": mapped(
-            entries(
-                {
-                    "rank": optional(whole),
-                    "shape": SIZES,
-                    "kept": whole,
-                    "in_8_bits": yes_or_no,
-                    "highest": optional(whole),
-                    "flops": optional(whole),
-                },
-                ("in_8_bits", "highest", "flops"),
-            )
-        ),
-        "first_order_sum": number,
-        "predicted_drift": number,
-        "losses": listed(number),
-        "correction_fractions": listed(number),
-        "seconds": mapped(number),
-        "coverage": optional(
-            entries(
-                {
-                    "layers": whole,
-                    "parameters": whole,
-                    "model_parameters": whole,
-                    "left_alone": listed(entries({"what": text, "tensors": whole, "parameters": whole})),
-                }
-            )
-        ),
-        "kept_back": optional(mapped(number)),
-        "held_out": optional(mapped(number)),
-        "perplexity": optional(mapped(number)),
-        "perplexity_second": optional(mapped(number)),
-        "perplexity_third": optional(mapped(number)),
-        "word_perplexity": optional(mapped(mapped(number))),
-        "accuracy": optional(mapped(mapped(_rows_or_metric))),
-        "file_bytes": optional(mapped(number)),
-        "peak_rss_bytes": whole,
-        "left_dense": mapped(text),
-        "rank_multiple": whole,
-        "removed_experts": listed(text),
-        "freed_beside": whole,
-        "trace": TRACE,
-        "continuations": optional(mapped(text)),
-        "tokens_per_second": optional(mapped(number)),
-        "seed": optional(whole),
-        "config": mapped(anything),
-    },
-    (
-        "first_order_sum",
-        "predicted_drift",
-        "coverage",
-        "kept_back",
-        "held_out",
-        "perplexity",
-        "perplexity_second",
-        "perplexity_third",
-        "word_perplexity",
-        "accuracy",
-        "file_bytes",
-        "left_dense",
-        "rank_multiple",
-        "removed_experts",
-        "freed_beside",
-        "trace",
-        "continuations",
-        "tokens_per_second",
-    ),
-)
-
-
-def REPORT(value: Any, key: str) -> None:  # noqa: N802  a check like the others here
-    """Check `Report.to_dict`. Earlier releases called `first_order_sum` `predicted_drift`.
-
-    Raises:
-        FaultError: an entry is missing or of another form.
-    """
-    _REPORT(value, key)
-    if "first_order_sum" not in value and "predicted_drift" not in value:
-        raise FaultError(f"{key}.first_order_sum is missing".removeprefix("."))
-
-
-_MEASURED = (
-    "first_order_sum",
-    "predicted_drift",
-    "losses",
-    "correction_fractions",
-    "seconds",
-    "kept_back",
-    "held_out",
-    "perplexity",
-    "perplexity_second",
-    "perplexity_third",
-    "word_perplexity",
-    "accuracy",
-)
-"""Entries of a report that can hold numbers that are not finite."""
-
-
-def with_nan(report: Any) -> Any:
-    """Return a report that was read from JSON, with NaN where null stands for a number that is not finite."""
-    if not isinstance(report, Mapping):
-        return report
-    return {**report, **{key: _with_nan(report[key]) for key in _MEASURED if key in report}}
-
-
-def _with_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _with_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_nan(item) for item in value]
-    return math.nan if value is None else value
 
 
 def _moments(sums: Check) -> Check:
@@ -218,8 +53,24 @@ def _moments(sums: Check) -> Check:
 FACTORS = mapped(listed(finite_tensor, 2))
 
 
+def _narrowed(value: Any, key: str) -> None:
+    """Check an entry of `Selection.narrowed` in its state."""
+    if not isinstance(value, list) or len(value) != 2:
+        raise fault(key, value, "layers and remaining units of a hidden width")
+    listed(text)(value[0], f"{key}[0]")
+    listed(whole)(value[1], f"{key}[1]")
+
+
 SELECTION = optional(
-    entries({"kept": mapped(optional(listed(whole))), "drifts": mapped(number), "eight_bit": listed(text)})
+    entries(
+        {
+            "kept": mapped(optional(listed(whole))),
+            "drifts": mapped(number),
+            "eight_bit": listed(text),
+            "narrowed": mapped(_narrowed),
+        },
+        ("narrowed",),  # not in checkpoints of earlier releases
+    )
 )
 
 
@@ -281,6 +132,7 @@ COMPRESSION = entries(
         "widths": listed(_width),
         "originals": optional(mapped(finite_tensor)),
         "factors": FACTORS,
+        "narrowed": mapped(finite_tensor),
         "found": optional(mapped(entries({"left": finite_tensor, "right": finite_tensor, "components": COMPONENTS}))),
         "selection": SELECTION,
         "importances": IMPORTANCES,
@@ -295,7 +147,7 @@ COMPRESSION = entries(
         "seconds": mapped(number),
     },
     # not in checkpoints of earlier releases
-    ("truncation_loss", "trace", "safeguard", "left_dense", "importances", "widths"),
+    ("truncation_loss", "trace", "safeguard", "left_dense", "importances", "widths", "narrowed"),
 )
 """`snapshot.state_of`."""
 
@@ -326,6 +178,24 @@ def check_compression(state: Any, key: str) -> None:
         for name, kept in selection["kept"].items():
             if any(index >= min(shapes[name]) for index in kept or ()):
                 raise FaultError(f"{place}.selection.kept.{name} has a component that the layer {shapes[name]} has not")
+        _check_narrowed(selection.get("narrowed", {}), state.get("narrowed", {}), shapes, place, key)
+
+
+def _check_narrowed(
+    narrowed: Mapping[str, Any], weights: Mapping[str, Any], shapes: Mapping[str, list[int]], place: str, key: str
+) -> None:
+    """Check that the hidden widths of a selection are those of layers, and that there is a weight for each."""
+    _check_layers(narrowed, shapes, f"{place}.selection.narrowed")
+    for name, (producers, units) in narrowed.items():
+        p, h = shapes[name]
+        where = f"{place}.selection.narrowed.{name}"
+        _check_layers(dict.fromkeys(producers), shapes, where)
+        ascending = all(first < second for first, second in pairwise(units))
+        if not units or not ascending or units[-1] >= h or any(shapes[producer][0] != h for producer in producers):
+            raise FaultError(f"{where} has no ascending numbers of the {h} units of {shapes[name]}")
+        if name not in weights:
+            raise FaultError(f"{key}.narrowed.{name} is missing")
+        shaped(weights[name], f"{key}.narrowed.{name}", (p, len(units)))
 
 
 def _check_moments(moments: Mapping[str, Any], shapes: Mapping[str, list[int]], key: str) -> None:
