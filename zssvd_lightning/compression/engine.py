@@ -196,7 +196,8 @@ class Compression:
         decomposition, selection = self._select(self.budget.after(self.truncations + 1, self.config.truncations), steps)
         with self.stopwatch("truncate"):
             take_narrowed(self, selection, decomposition)
-            self.originals.keep(n for n in self.targets if selection.kept[n] is not None or n in selection.narrowed)
+            changed = {name for name in self.targets if selection.kept[name] is not None} | {*selection.of_narrowed}
+            self.originals.keep(name for name in self.targets if name in changed)
             before, self.truncated = self.truncated, self._no_factors()
             for name, target in self.targets.items():
                 components = selection.kept[name]
