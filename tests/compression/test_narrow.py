@@ -251,6 +251,7 @@ def test_statistics_of_calibrate_say_whether_widths_were_tried():
         ({"storage": "remap"}, "storage 'remap' has 8 bits"),
         ({"storage": "mixed"}, "storage 'mixed' has 8 bits"),
         ({"memory": "blocks"}, "before widths are chosen"),
+        ({"max_memory": "8GiB"}, "max_memory cannot be kept"),
         ({"truncations": 2}, "in the first truncation"),
         ({"reestimate": True}, "leave reestimate or narrow out"),
         ({"corrections": 1, "correction_step": "refit"}, "which narrower layers do not get"),

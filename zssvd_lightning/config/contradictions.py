@@ -92,6 +92,11 @@ def refuse_not_narrow(config: "CompressionConfig", metrics: str, rules: str) -> 
             "memory 'blocks' frees the statistics of a layer before widths are chosen; set memory to 'whole', or leave "
             "narrow out"
         )
+    if config.limits:
+        raise ContradictionError(
+            f"{' and '.join(config.limits)} cannot be kept, because the memory in which hidden units are chosen is not "
+            "known; leave them or narrow out"
+        )
     if config.truncations > 1:
         raise ContradictionError(
             f"narrow chooses hidden widths once, in the first truncation, but truncations is {config.truncations}; set "
