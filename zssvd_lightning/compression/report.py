@@ -287,7 +287,8 @@ class Report:
             model_parameters_before=saved["parameters"]["model"]["before"],
             layers={
                 name: LayerReport(
-                    **{k: (*v,) if isinstance(v, list) else v for k, v in layer.items() if k in LayerReport._fields}
+                    **{k: layer[k] for k in LayerReport._fields if k in layer}
+                    | {"shape": (*layer["shape"],), "units": layer.get("units") and (*layer["units"],)}
                 )
                 for name, layer in saved["ranks"].items()
             },

@@ -121,7 +121,7 @@ def _with_fewer(
         fewer[name] = plain[name].index_select(dim, units.to(part.device))
     gone = torch.ones(h, dtype=torch.bool).index_fill(0, units, False).nonzero().flatten()
     emptied[name] = plain[name].index_fill(dim, gone.to(part.device), 0.0)  # the consumer is the last of the sides
-    sizes = {targets[producer].module: len(units) for producer in width.producers}
+    sizes: dict[nn.Module, int] = {targets[producer].module: len(units) for producer in width.producers}
     return plain, emptied, fewer, sizes
 
 
