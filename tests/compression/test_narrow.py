@@ -8,11 +8,12 @@ from support.interruption import interrupted
 from support.models import FAMILIES, assert_same_state, state_of, tiny_gpt2, tiny_llama, token_batches
 
 from zssvd_lightning import compress, from_pretrained, merge, save_pretrained
+from zssvd_lightning.app.html.page import write_page
 from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.gathering import gather
 from zssvd_lightning.compression.pipeline import calibrate
-from zssvd_lightning.compression.report import Report
+from zssvd_lightning.compression.report import Report, read_report, write_report
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.errors import CalibrationError, ContradictionError
 from zssvd_lightning.layers.narrow import NarrowLinear
@@ -135,6 +136,10 @@ def test_parameters_are_counted_and_the_report_says_what_is_narrower(tmp_path):
     assert report.model_parameters_before == before
     assert report.model_parameters_after == sum(p.numel() for p in model.parameters())
     assert "layers with fewer hidden units" in str(report)
+    write_report(tmp_path, report)
+    w, h = next(layer.units for layer in report.layers.values() if layer.units is not None)
+    assert f"dense, {w} of {h} hidden units" in write_page([tmp_path]).read_text()
+    assert read_report(tmp_path).layers == report.layers
     assert Report.from_dict(report.to_dict()).layers == report.layers
 
 
