@@ -10,8 +10,9 @@ from torch.nn.functional import dropout
 from transformers import PreTrainedModel
 
 from zssvd_lightning.calibration.collector import StatisticsCollector
-from zssvd_lightning.calibration.free_widths import FreeWidths, Width
 from zssvd_lightning.calibration.masks import TokenMask
+from zssvd_lightning.calibration.widths.free_widths import FreeWidths
+from zssvd_lightning.calibration.widths.trials import Width
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.model.targets import Target, find_targets
 

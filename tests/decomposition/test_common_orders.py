@@ -9,7 +9,8 @@ from support.models import FAMILIES, tiny_llama, token_batches
 from torch import nn
 
 from zssvd_lightning import compress, from_pretrained, merge, save_pretrained
-from zssvd_lightning.calibration.free_widths import FreeWidths, Width
+from zssvd_lightning.calibration.widths.free_widths import FreeWidths
+from zssvd_lightning.calibration.widths.trials import Width
 from zssvd_lightning.compression.course import course
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.compression.gathering import gather

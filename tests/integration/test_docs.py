@@ -76,6 +76,7 @@ NAMES = {
     "start/several_gpus.md": a_module,
     "attention.md": dict,
     "choose.md": a_model,
+    "narrow.md": a_model,
     "troubleshooting.md": a_model,
 }
 """What each page takes for granted: the names of the reader's own objects."""

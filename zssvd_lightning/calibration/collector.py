@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from zssvd_lightning._numerics import accumulated
-from zssvd_lightning.calibration.free_widths import FreeWidths
 from zssvd_lightning.calibration.gradients import check_terms, checked_loss, collect_gradients, mean_loss
 from zssvd_lightning.calibration.hooks import Observation, observing
 from zssvd_lightning.calibration.masks import TokenMask
 from zssvd_lightning.calibration.recorded_calls import Call, own_calls
 from zssvd_lightning.calibration.routing.means import ExpertMeans
 from zssvd_lightning.calibration.routing.removals import own_removals, removals_to_save
+from zssvd_lightning.calibration.widths.free_widths import FreeWidths
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.model.apart.routers import Routed
 from zssvd_lightning.whitening.kept_roots import KeptRoots

@@ -15,7 +15,6 @@ from zssvd_lightning.calibration.contexts import (
     gradients_only_at,
     in_reentrant_checkpoint,
 )
-from zssvd_lightning.calibration.free_widths import FreeWidths, hooked_modules
 from zssvd_lightning.calibration.gradients import (
     collect_at_once,
     drawn_in_place_of,
@@ -26,6 +25,8 @@ from zssvd_lightning.calibration.masks import Masks, TokenMask
 from zssvd_lightning.calibration.operands import CheckedOperands
 from zssvd_lightning.calibration.recorded_calls import Call
 from zssvd_lightning.calibration.routing.removals import watch_removals
+from zssvd_lightning.calibration.widths.free_widths import FreeWidths
+from zssvd_lightning.calibration.widths.trials import hooked_modules
 from zssvd_lightning.errors import CalibrationError, LogitsError, ZeroGradientError
 from zssvd_lightning.model.apart.routers import Routed
 from zssvd_lightning.model.logits import logits_of

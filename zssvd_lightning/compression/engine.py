@@ -4,7 +4,7 @@
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,19 +22,20 @@ from zssvd_lightning.compression.memory.needs import stored_components
 from zssvd_lightning.compression.quantization import put_in_8_bits
 from zssvd_lightning.compression.report import Report
 from zssvd_lightning.compression.safeguard import Safeguard
+from zssvd_lightning.compression.widths.narrowing import groups_of, possible_narrowings, take_narrowed
 from zssvd_lightning.config.compression import CompressionConfig
 from zssvd_lightning.decomposition.decompose import Decomposition, decompose
 from zssvd_lightning.decomposition.factors import Factors, TruncatedWeights
 from zssvd_lightning.decomposition.in_parts import DecompositionInParts
+from zssvd_lightning.decomposition.narrowed import NarrowedWeights
 from zssvd_lightning.decomposition.originals import Originals
 from zssvd_lightning.decomposition.trace import Trace
 from zssvd_lightning.distributed import LayerSet, Team
 from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.layers.registry import Factored
 from zssvd_lightning.model.apart.routers import removable_experts
-from zssvd_lightning.model.coverage import Coverage
 from zssvd_lightning.model.readiness import refuse_unready
-from zssvd_lightning.model.recompression import StandIns, left_whole
+from zssvd_lightning.model.recompression import StandIns
 from zssvd_lightning.model.replace import places_known, replace_module
 from zssvd_lightning.offload.stores import OFFLOADS, Store
 from zssvd_lightning.selection.budget import Budget
@@ -69,6 +70,7 @@ class Compression:
         present: form of the layers that are low-rank already, by name.
         left_dense: name -> reason, for the layers that calibration has not reached. They are no longer targets.
         passed_over: layers that stay as they are in this stage, because its batches have not reached them.
+        narrowed: weights of the layers that read a narrower hidden width.
         parts: decomposition that a sweep has made of the statistics of this stage; None if they are all at hand.
         may_truncate: False within a correction step that states not to truncate.
         choice_of_memory: sentence on the `memory` and `offload` that limits of memory have chosen; empty without.
@@ -99,7 +101,7 @@ class Compression:
         self.left_dense: dict[str, str] = {}
         self.passed_over: Mapping[str, Unreached] = {}
         self.present = {} if stand_ins is None else stand_ins.present
-        self.coverage, self.budget = self._covered()
+        self.coverage, self.budget = reach.covered(self)
         self.followed_plan = None if config.plan is None else Plan.read(config.plan, self.budget)
         self.store: Store = OFFLOADS[config.place]()
         self.gathering = StatisticsCollector(
@@ -109,7 +111,7 @@ class Compression:
             keep=config.corrections > 0 and not config.fresh_moments,
             sums=self.store.tensors,
         )
-        self.gathering.finds_widths = config.form.has_pivots
+        self.gathering.finds_widths, self.gathering.free_widths.narrows = config.tries_widths, config.narrow
         self.gathering.roots.active &= config.place == "none"  # they lie in memory
         self.gathering.routed = removable_experts(model, self.targets) if config.remove_experts else ()
         self.originals = Originals(self.targets, self.store.tensors())
@@ -123,6 +125,7 @@ class Compression:
         self.parts: DecompositionInParts | None = None
         self.selection: Selection | None = None
         self.truncated, self.may_truncate = self._no_factors(), True
+        self.narrowed = NarrowedWeights(self.targets)
         self._installed: dict[str, nn.Module] = {}
         self.importances: dict[str, Importance] | None = None
         self.safeguard: Safeguard | None = None
@@ -137,7 +140,7 @@ class Compression:
         self.passed_over = reach.review(self, stage)
         if self.safeguard is not None and stage.truncates and self.truncations == 0:
             self.safeguard.measure_dense(self)
-        for act in stage.acts:
+        for act in reach.acts_of(self, stage):
             if act in (Act.DECOMPOSE, Act.TRUNCATE):
                 getattr(self, act)()
             else:
@@ -157,14 +160,7 @@ class Compression:
         self.left_dense |= {name: str(reason) for name, reason in reasons.items()}
         self.gathering.moments.leave_out(reasons)
         self.targets.leave_out(reasons)
-        self.coverage, self.budget = self._covered()
-
-    def _covered(self) -> tuple[Coverage, Budget]:
-        """Return the share of the targets in the model, and the budget over them."""
-        present = {name: form.kept.wide for name, form in self.present.items()}
-        coverage = Coverage.of(self.model, self.targets, self.left_dense | left_whole(self.stand_ins), present)
-        others = coverage.model_parameters - coverage.parameters
-        return coverage, self.config.budget_over(self.targets.shapes, self.present, others)
+        self.coverage, self.budget = reach.covered(self)
 
     @property
     def reached(self) -> LayerSet:
@@ -199,12 +195,14 @@ class Compression:
             raise ConfigError(f"{step_name(self)} states truncates=False, so it must not truncate")
         decomposition, selection = self._select(self.budget.after(self.truncations + 1, self.config.truncations), steps)
         with self.stopwatch("truncate"):
-            self.originals.keep(name for name in self.targets if selection.kept[name] is not None)
+            take_narrowed(self, selection, decomposition)
+            changed = {name for name in self.targets if selection.kept[name] is not None} | {*selection.of_narrowed}
+            self.originals.keep(name for name in self.targets if name in changed)
             before, self.truncated = self.truncated, self._no_factors()
             for name, target in self.targets.items():
                 components = selection.kept[name]
                 if components is None:
-                    self.originals.put_back_into(name)
+                    self.narrowed.put_back(name, self.originals)
                     continue
                 if name in self.passed_over:
                     self.truncated.held[name] = before.held[name]
@@ -272,7 +270,8 @@ class Compression:
                 self._replace(self.model, self.targets[name].module, self._installed[name])
                 if self.team.whole_everywhere:  # `restore` needs the original alone
                     self.targets[name].release()
-            self._put_back_low_rank(self._in_8_bits())  # what `quantize` converts must stay in the model
+            if self.stand_ins is not None:
+                self.stand_ins.put_back(self._in_8_bits())  # what `quantize` converts must stay in the model
             mark(self.model)
 
     def quantize(self) -> None:
@@ -292,10 +291,11 @@ class Compression:
         self.originals.put_back()
         self.decomposition, self.parts, self.selection, self._installed = None, None, None, {}
         reach.forget_removed(self)
-        self._put_back_low_rank()
+        if self.stand_ins is not None:
+            self.stand_ins.put_back()
         mark(self.model)
         self.truncations, self.truncation_loss, self.first_steps, self.trace = 0, 0.0, None, Trace()
-        self.truncated = self._no_factors()
+        self.truncated, self.narrowed = self._no_factors(), NarrowedWeights(self.targets)
         self.gathering.forget()
 
     def report(self) -> Report:
@@ -305,6 +305,7 @@ class Compression:
     def _new_layers(self, *, copies: bool) -> Iterator[tuple[str, nn.Module]]:
         """Yield the name and new layer of each truncated layer, and copies of layers that stay low-rank if asked."""
         yield from self.truncated.layers(self.gathering.free_widths)
+        yield from self.narrowed.layers()
         if copies and self.stand_ins is not None:
             for name in [name for name in self.budget.present if name not in self.truncated]:
                 yield name, self.stand_ins.copy_of(name)
@@ -313,11 +314,6 @@ class Compression:
         """Return the names of the layers that `quantize` converts."""
         layers = self.report().layers if self.config.form.rounds else {}
         return [name for name, layer in layers.items() if layer.in_8_bits]
-
-    def _put_back_low_rank(self, leave: Collection[str] = ()) -> None:
-        """Put back the low-rank layers, and the stacked experts without `leave`, whose stand-ins are in the model."""
-        if self.stand_ins is not None:
-            self.stand_ins.put_back(leave)
 
     def _decomposed(self, steps: Mapping[str, Step] | None = None) -> Decomposition:
         if self.parts is not None:
@@ -335,6 +331,7 @@ class Compression:
                 steps=steps,
                 warn=self.truncations == 0,
                 spectra=self.store.tuples(Spectrum),
+                groups=groups_of(self),
             )
 
     def _no_factors(self) -> TruncatedWeights:
@@ -346,5 +343,6 @@ class Compression:
             rule = self.config.rule if self.followed_plan is None else self.followed_plan.rule
             rest = reach.budget_of_rest(budget, self.selection, self.passed_over)
             experts = possible_removals(self.gathering, found.components, self.team)
-            selection = self.team.decide_on_first(lambda: rule(found.components, rest, experts))
+            widths = possible_narrowings(self, found)
+            selection = self.team.decide_on_first(lambda: rule(found.components, rest, experts, widths))
             return found, reach.with_fixed(selection, self.selection, self.passed_over)

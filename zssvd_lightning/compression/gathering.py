@@ -296,6 +296,8 @@ def fitting(compression: Compression, statistics: Moments) -> Moments:
             f"the statistics are of other layers: they leave out {', '.join(others[:3])} ({len(others)} layers); "
             "calibrate with the same include and ignore"
         )
+    if compression.config.narrow and not statistics.narrower:
+        raise CalibrationError("the statistics tell nothing of removing hidden units; calibrate with narrow=True")
     for name, leader in statistics.leaders.items():
         target, width = compression.targets.get(name), len(statistics.input_sums[leader])
         if target is None or width != target.shape[1]:

@@ -191,7 +191,8 @@ def calibrate(
     """Return the statistics for the first truncation of `compress`. The model does not change.
 
     Arguments and errors are those of `compress`, except for errors of the budget. The settings that matter are those
-    that select layers, those of the metric, and the storage: for `pivoted`, hidden widths of free order are found too.
+    that select layers, those of the metric, and the storage: for `pivoted`, hidden widths of free order are found too,
+    and for `narrow` those that can have fewer units.
     """
     config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
     refuse_blocks(config)
@@ -204,7 +205,7 @@ def calibrate(
     with gradients_set_aside(model), _low_rank_made_dense(model, config):
         layers = LayerSet(find_targets(model, config.include, config.ignore, config.opted))
         statistics = StatisticsCollector(model, layers, config.watches_outputs)
-        statistics.finds_widths = config.form.has_pivots
+        statistics.finds_widths, statistics.free_widths.narrows = config.tries_widths, config.narrow
         statistics.routed = removable_experts(model, layers) if config.remove_experts else ()
         every = checked(batches, Span(0, 0, so_many(batches, calibration_batches)), Phase.CALIBRATE, progress=progress)
         guard = safeguard_of(model, reading)
@@ -212,6 +213,7 @@ def calibrate(
         warn_of_unreached_in(statistics, layers, config, sum(p.numel() for p in model.parameters()))
         check_terms(guard.measure, guard.batches, Team())
     statistics.moments.widths = statistics.free_widths.state_dict()
+    statistics.moments.narrower = config.narrow
     statistics.moments.output_side, statistics.moments.watched = config.watches_outputs, list(layers)
     return statistics.moments
 

@@ -6,9 +6,9 @@ reached stay as the last truncation left them.
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zssvd_lightning.calibration.collector import StatisticsCollector
 from zssvd_lightning.calibration.reach import Unreached, named, unreached, without_curvature
@@ -18,6 +18,8 @@ from zssvd_lightning.decomposition.decompose import Decomposition
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import BudgetError, CalibrationError, LeftDenseWarning
 from zssvd_lightning.model.apart.routers import forget_in
+from zssvd_lightning.model.coverage import Coverage
+from zssvd_lightning.model.recompression import left_whole
 from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Selection
 
@@ -25,6 +27,15 @@ if TYPE_CHECKING:
     from zssvd_lightning.compression.engine import Compression
 
 logger = logging.getLogger(__name__)
+
+
+def covered(compression: "Compression") -> tuple[Coverage, Budget]:
+    """Return the share of the targets in the model, and the budget over them."""
+    run = compression
+    present = {name: form.kept.wide for name, form in run.present.items()}
+    coverage = Coverage.of(run.model, run.targets, run.left_dense | left_whole(run.stand_ins), present)
+    others = coverage.model_parameters - coverage.parameters
+    return coverage, run.config.budget_over(run.targets.shapes, run.present, others)
 
 
 def review(compression: "Compression", stage: Stage | None = None) -> Mapping[str, Unreached]:
@@ -106,16 +117,26 @@ def warn_of_unreached_in(statistics: StatisticsCollector, layers: LayerSet, conf
         warn_of_unreached(reasons, layers, config, of)
 
 
+def acts_of(compression: "Compression", stage: Stage) -> Sequence[Act | Callable[[Any], None]]:
+    """Return the acts of a stage: none if all layers are removed or have fewer hidden units, and nothing can change."""
+    run = compression
+    fixed = set() if run.selection is None else {*run.selection.removed, *run.selection.of_narrowed}
+    if not fixed.issuperset(run.targets):
+        return stage.acts
+    run.truncations += stage.truncates
+    return ()
+
+
 def _passed_over(compression: "Compression", stage: Stage) -> dict[str, Unreached]:
     """Return the layers that stay as they are in a later stage, which has no statistics of them, and warn.
 
-    Those of removed experts are among them, without a warning.
+    Those of removed experts, and those with fewer outputs or inputs, are among them, without a warning.
     """
     run = compression
     if stage.acts == (Act.SHORTEN_STEP,):  # which needs nothing but the loss
         return {}
     run.gathering.complete()
-    removed = [] if run.selection is None else run.selection.removed
+    removed = [] if run.selection is None else [*run.selection.removed, *run.selection.of_narrowed]
     reasons = _unreached(run, inputs=stage.truncates, outputs=stage.truncates)
     reasons = {name: reason for name, reason in reasons.items() if name not in removed}
     if len(reasons) == len(run.targets):
@@ -182,7 +203,10 @@ def budget_of_rest(budget: Budget, fixed: Selection | None, names: Mapping[str, 
     """
     if fixed is None or not names:
         return budget
-    kept = sum(budget.kept_of(name, fixed.rank(name), eight_bit=name in fixed.eight_bit) for name in names)
+    narrower = fixed.narrower(budget.shapes)
+    kept = sum(
+        budget.kept_of(name, fixed.rank(name), eight_bit=name in fixed.eight_bit, narrower=narrower) for name in names
+    )
     rest = {name: shape for name, shape in budget.shapes.items() if name not in names}
     total = sum(budget.reference(name) for name in rest)
     unchecked = replace(budget, shapes=rest, prune_ratio=0.0, planned=True)
@@ -206,4 +230,5 @@ def with_fixed(selection: Selection, fixed: Selection | None, names: Mapping[str
         kept={name: (fixed if name in names else selection).kept[name] for name in fixed.kept},
         drifts={name: (fixed if name in names else selection).drifts[name] for name in fixed.drifts},
         eight_bit=selection.eight_bit | (fixed.eight_bit & names.keys()),
+        narrowed=fixed.narrowed,
     )

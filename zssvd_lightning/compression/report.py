@@ -58,10 +58,13 @@ class LayerReport(NamedTuple):
     budget, rounded down to a multiple. None in reports of earlier releases."""
     flops: int | None = None
     """Floating-point operations of the layer per token after compression; None in reports of earlier releases."""
+    units: tuple[int, int] | None = None
+    """Hidden units after and before at the width that the layer writes or reads, if some were removed there."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, without what is not known."""
-        return {k: v for k, v in self._asdict().items() if v is not None or k == "rank"} | {"shape": list(self.shape)}
+        told = {k: list(v) if isinstance(v, tuple) else v for k, v in self._asdict().items()}
+        return {k: v for k, v in told.items() if v is not None or k == "rank"}
 
 
 @dataclass
@@ -132,7 +135,7 @@ class Report:
     removed_experts: Sequence[str] = ()
     """Names of the experts that were removed."""
     freed_beside: int = 0
-    """Parameters that went with them beside their weights: biases."""
+    """Parameters that went beside the weights, with experts and hidden units: biases."""
     trace: Mapping[str, Any] | None = None
     """Spectra, sensitivities, selection and states: a `Trace.to_dict`. None in reports of earlier releases."""
     continuations: Mapping[str, str] | None = None
@@ -155,19 +158,20 @@ class Report:
         if selection is None:
             raise RuntimeError("there is nothing to report before a truncation")
         config, plan, flops = run.config, run.followed_plan, run.budget.counted_in("flops")
-        ranks = {name: selection.rank(name) for name in run.targets}
+        ranks, narrower = {name: selection.rank(name) for name in run.targets}, selection.narrower(run.budget.shapes)
         counted = run.budget.counted_in("parameters")
         of_model = config.prune_ratio / run.budget.prune_ratio if config.budget_of == "model" else 1.0
         layers = {
             name: LayerReport(
                 counted.present[name].rank if counted.stays_low_rank(name, rank) else rank,
                 run.budget.shapes[name],
-                counted.kept_of(name, rank, eight_bit=name in selection.eight_bit),
+                counted.kept_of(name, rank, eight_bit=name in selection.eight_bit, narrower=narrower),
                 rank != 0
                 and not counted.stays_low_rank(name, rank)
                 and (name in selection.eight_bit or config.form.rounds_at(rank)),
                 run.budget.highest_rank(name, eight_bit=name in selection.eight_bit),
-                flops.kept_of(name, rank, eight_bit=name in selection.eight_bit),
+                flops.kept_of(name, rank, eight_bit=name in selection.eight_bit, narrower=narrower),
+                selection.units_of(name, run.budget.shapes),
             )
             for name, rank in ranks.items()
         }
@@ -176,11 +180,11 @@ class Report:
             parameters_before=counted.before,
             parameters_dense=sum(map(counted.dense, counted.shapes)),
             ratio_of=run.budget.ratio_of,
-            parameters_after=counted.kept(ranks, selection.eight_bit),
+            parameters_after=counted.kept(ranks, selection.eight_bit, narrower),
             budget_in=run.budget.unit,
             rank_multiple=config.rank_multiple,
             budget_of=config.budget_of,
-            reached=run.budget.reached(ranks, selection.eight_bit) * of_model,
+            reached=run.budget.reached(ranks, selection.eight_bit, narrower) * of_model,
             model_parameters_before=run.coverage.model_parameters,
             coverage=run.coverage,
             layers=layers,
@@ -192,7 +196,9 @@ class Report:
             left_dense=dict(run.left_dense),
             removed_experts=list(dict.fromkeys(name.rpartition(".")[0] for name in selection.removed)),
             freed_beside=sum(
-                run.budget.shapes[name][0] for name in selection.removed if run.targets[name].module.bias is not None
+                run.budget.shapes[name][0] - narrower.get(name, (0, 0))[0]
+                for name in (*selection.removed, *narrower)
+                if run.targets[name].module.bias is not None
             ),
             trace=run.trace.to_dict(),
         )
@@ -281,7 +287,8 @@ class Report:
             model_parameters_before=saved["parameters"]["model"]["before"],
             layers={
                 name: LayerReport(
-                    **{k: layer[k] for k in LayerReport._fields if k in layer} | {"shape": (*layer["shape"],)}
+                    **{k: layer[k] for k in LayerReport._fields if k in layer}
+                    | {"shape": (*layer["shape"],), "units": layer.get("units") and (*layer["units"],)}
                 )
                 for name, layer in saved["ranks"].items()
             },

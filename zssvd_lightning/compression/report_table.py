@@ -118,6 +118,10 @@ def _add_sizes(report: "Report", table: Table) -> None:
         table.add_row("file size", *(f"{report.file_bytes[k] / 1e6:.1f} MB" for k in ("dense", "compressed")))
     if report.removed_experts:
         table.add_row("experts removed", "", f"{len(report.removed_experts)}")
+    if widths := [layer.units for layer in report.layers.values() if layer.units is not None]:
+        left, before = map(sum, zip(*widths, strict=True))
+        table.add_row("layers with fewer hidden units", "", f"{len(widths)} of {len(report.layers)}")
+        table.add_row("  part of their units that is left", "", f"{left / before:.1%}")
     ranks = [layer.rank for layer in report.layers.values() if layer.rank]
     table.add_row("low-rank layers", "" if report.compresses_again else "0", f"{len(ranks)} of {len(report.layers)}")
     if ranks and report.rank_multiple > 1:

@@ -65,11 +65,12 @@ class State(NamedTuple):
 
     def put_into(self, compression: "Compression") -> None:
         """Set the weights of a compression to this state. Collective."""
-        compression.truncated = TruncatedWeights(compression.targets, compression.config.storage, copy(self.factors))
-        compression.truncated.put_into_model(compression.originals)
-        compression.selection = self.selection
-        reach.forget_removed(compression)
-        compression.importances = None if self.importances is None else dict(self.importances)
+        run = compression
+        run.truncated = TruncatedWeights(run.targets, run.config.storage, copy(self.factors))
+        run.truncated.put_into_model(lambda name: run.narrowed.put_back(name, run.originals))
+        run.selection = self.selection
+        reach.forget_removed(run)
+        run.importances = None if self.importances is None else dict(self.importances)
 
 
 class Safeguard:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zssvd_lightning.calibration.free_widths import FreeWidths
+from zssvd_lightning.calibration.widths.free_widths import FreeWidths
 from zssvd_lightning.compression import reach
 from zssvd_lightning.compression.engine import Compression
 from zssvd_lightning.config.compression import CompressionConfig, settings_of_saved
@@ -15,7 +15,7 @@ from zssvd_lightning.config.placement import PLACES
 from zssvd_lightning.decomposition.decompose import Decomposition
 from zssvd_lightning.decomposition.trace import Trace
 from zssvd_lightning.errors import CheckpointError
-from zssvd_lightning.selection.budget import Shape
+from zssvd_lightning.layers.storage import Shape
 from zssvd_lightning.selection.components import Selection
 from zssvd_lightning.whitening.rounding import Importance
 from zssvd_lightning.whitening.spectrum import Spectrum, Step
@@ -42,6 +42,7 @@ def state_of(compression: Compression, *, statistics: bool = True, weights: bool
         "originals": run.originals.state_dict() if weights else None,
         "stand_ins": _stand_ins_of(run) if weights else {},
         "factors": run.truncated.state_dict(),
+        "narrowed": run.narrowed.state_dict(),
         "found": None if run.decomposition is None else run.decomposition.state_dict(run.targets),
         "selection": None if run.selection is None else run.selection.state_dict(),
         "importances": None
@@ -80,6 +81,8 @@ def take_up(compression: Compression, state: Mapping[str, Any]) -> None:
     for name, W in state.get("stand_ins", {}).items():
         run.targets[name].assign(W)
     run.selection = None if state["selection"] is None else Selection.of_state(state["selection"])
+    if run.selection is not None:
+        run.narrowed.load_state_dict(state.get("narrowed", {}), run.selection.narrowed)
     reach.forget_removed(run)
     if (found := state.get("importances")) is not None:
         run.importances = {name: Importance(*pair) for name, pair in found.items()}

@@ -1,20 +1,27 @@
 """Settings of a compression, each with its documentation below it. `zssvd keys` shows these texts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self, Unpack
 
 from zssvd_lightning._types import check_types
 from zssvd_lightning._validation import require, require_count, require_one_of
-from zssvd_lightning.config.contradictions import refuse_contradictions, refuse_not_for_kinds, refuse_removals
+from zssvd_lightning.config.contradictions import (
+    either,
+    refuse_contradictions,
+    refuse_not_for_kinds,
+    refuse_not_narrow,
+    refuse_removals,
+    refuse_unable,
+)
 from zssvd_lightning.config.corrections import CORRECTIONS
 from zssvd_lightning.config.derived import DerivedSettings
 from zssvd_lightning.config.placement import bytes_of, refuse_places
 from zssvd_lightning.config.presets import DEFAULT, PRESETS, TRAINED, explaining_default, settings_of, trained_by
 from zssvd_lightning.config.settings import Settings
 from zssvd_lightning.errors import BudgetError, ConfigError, ContradictionError
-from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, UNITS, Present
-from zssvd_lightning.selection.budget import REFERENCES, Budget, Shape
+from zssvd_lightning.layers.storage import ROWS_IN_16_BITS, UNITS, Present, Shape
+from zssvd_lightning.selection.budget import REFERENCES, Budget
 from zssvd_lightning.selection.rules import RULES
 from zssvd_lightning.selection.storages import STORAGES
 from zssvd_lightning.whitening.metrics import METRICS
@@ -125,6 +132,11 @@ class CompressionConfig(DerivedSettings):
     """Also remove whole experts of mixtures of experts, where that costs less of the loss than lower ranks: all
     matrices of such an expert go, and the router sends its tokens to the next best. Needs stacked experts, metric
     `two_sided` and selection `curvature` or `curvature_first_order`."""
+    narrow: bool = False
+    """Also remove units of hidden widths, as feed-forward networks have, where that costs less of the loss than
+    lower ranks: the layers that meet there stay dense, with fewer outputs or inputs. Needs metric `two_sided`,
+    selection `curvature` or `curvature_first_order`, and storage `factors` or `pivoted`. Corrections leave these layers
+    as they are."""
     plan: str | None = None
     """YAML file with the rank of every layer, as written by a dry run. It replaces `prune_ratio` and `selection`."""
     memory: str = "auto"
@@ -165,33 +177,12 @@ class CompressionConfig(DerivedSettings):
         require_count("correction_batches", self.correction_batches, 1)
         require(0.0 <= self.min_rank_fraction <= 1.0, "min_rank_fraction", self.min_rank_fraction, "in [0, 1]")
         require_count("rank_multiple", self.rank_multiple, 1)
-        metric, rule, form = self.metric_used, self.rule, self.form
-        measures = _either(METRICS.those(lambda metric: metric.measures_loss))
-        if self.correction.needs_loss_metric and not metric.measures_loss:
-            raise ContradictionError(
-                f"correction_step {self.correction_step!r} needs metric {measures}, but metric is {self.metric!r}"
-            )
-        if self.reestimate and not (metric.measures_loss and rule.uses_curvature):
-            raise ContradictionError(
-                f"reestimate needs metric {measures} and selection "
-                f"{_either(RULES.those(lambda rule: rule.uses_curvature))}, but metric is {self.metric!r} and "
-                f"selection is {self.selection!r}"
-            )
+        measures = either(METRICS.those(lambda metric: metric.measures_loss))
+        refuse_unable(self, measures)
         refuse_contradictions(self)
         refuse_not_for_kinds(self)
-        refuse_removals(self, measures, _either(RULES.those(lambda rule: rule.removes)))
-        if form.in_8_bits is not None and not rule.chooses_bits and self.plan is None:
-            raise ContradictionError(
-                f"storage {self.storage!r} needs selection {_either(RULES.those(lambda rule: rule.chooses_bits))}, "
-                f"but selection is {self.selection!r}"
-            )
-        if self.weighs_rows and not (form.weighs_rows and metric.weighs_rows):
-            raise ContradictionError(
-                f"rows_in_16_bits 'loss_aware' needs storage "
-                f"{_either(STORAGES.those(lambda form: form.weighs_rows))} and metric "
-                f"{_either(METRICS.those(lambda metric: metric.weighs_rows))}, but storage is {self.storage!r} and "
-                f"metric is {self.metric!r}"
-            )
+        refuse_removals(self, measures, either(RULES.those(lambda rule: rule.removes)))
+        refuse_not_narrow(self, measures, either(RULES.those(lambda rule: rule.narrows)))
 
     @classmethod
     def of(cls, preset: str | None = None, **given: Unpack[Settings]) -> Self:
@@ -240,9 +231,11 @@ class CompressionConfig(DerivedSettings):
         return config
 
     def refuse_plan(self) -> None:
-        """Raise ContradictionError if a plan of these settings would have to say which experts are removed."""
+        """Raise ContradictionError if a plan of these settings would have to say more than ranks."""
         if self.remove_experts:
             raise ContradictionError("a plan has ranks of at least 1, so leave remove_experts out to write one")
+        if self.narrow:
+            raise ContradictionError("a plan has ranks and no hidden widths, so leave narrow out to write one")
 
     def budget_over(self, shapes: Mapping[str, Shape], present: Mapping[str, Present], others: int) -> Budget:
         """Return the budget over the target layers.
@@ -284,7 +277,3 @@ def settings_of_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
     They have their defaults, except for `rank_multiple`: ranks were not restricted.
     """
     return asdict(CompressionConfig()) | {"rank_multiple": 1} | dict(saved)
-
-
-def _either(names: Iterable[str]) -> str:
-    return " or ".join(map(repr, names))

@@ -1,8 +1,12 @@
 """Checks of a `CompressionConfig` for settings that exclude each other."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from zssvd_lightning.errors import ContradictionError
+from zssvd_lightning.selection.rules import RULES
+from zssvd_lightning.selection.storages import STORAGES
+from zssvd_lightning.whitening.metrics import METRICS
 
 if TYPE_CHECKING:
     from zssvd_lightning.config.compression import CompressionConfig
@@ -25,6 +29,88 @@ def refuse_contradictions(config: "CompressionConfig") -> None:
         raise ContradictionError(
             "rows_in_16_bits 'loss_aware' also stores the order of the rows, which a budget in bytes does not "
             "count; keep the 'last' rows, or set budget_in to 'parameters'"
+        )
+
+
+def refuse_unable(config: "CompressionConfig", measures: str) -> None:
+    """Raise ContradictionError if metric, rule or storage lack what another setting needs.
+
+    Args:
+        config: the settings.
+        measures: names of the metrics that measure the loss.
+    """
+    metric, rule, form = config.metric_used, config.rule, config.form
+    if config.correction.needs_loss_metric and not metric.measures_loss:
+        raise ContradictionError(
+            f"correction_step {config.correction_step!r} needs metric {measures}, but metric is {config.metric!r}"
+        )
+    if config.reestimate and not (metric.measures_loss and rule.uses_curvature):
+        raise ContradictionError(
+            f"reestimate needs metric {measures} and selection "
+            f"{either(RULES.those(lambda rule: rule.uses_curvature))}, but metric is {config.metric!r} and "
+            f"selection is {config.selection!r}"
+        )
+    if form.in_8_bits is not None and not rule.chooses_bits and config.plan is None:
+        raise ContradictionError(
+            f"storage {config.storage!r} needs selection {either(RULES.those(lambda rule: rule.chooses_bits))}, "
+            f"but selection is {config.selection!r}"
+        )
+    if config.weighs_rows and not (form.weighs_rows and metric.weighs_rows):
+        raise ContradictionError(
+            f"rows_in_16_bits 'loss_aware' needs storage "
+            f"{either(STORAGES.those(lambda form: form.weighs_rows))} and metric "
+            f"{either(METRICS.those(lambda metric: metric.weighs_rows))}, but storage is {config.storage!r} and "
+            f"metric is {config.metric!r}"
+        )
+
+
+def refuse_not_narrow(config: "CompressionConfig", metrics: str, rules: str) -> None:
+    """Raise ContradictionError if `narrow` is set, and another setting does not go with it.
+
+    Args:
+        config: the settings.
+        metrics: names of the metrics that measure the loss.
+        rules: names of the rules that can weigh hidden units.
+    """
+    if not config.narrow:
+        return
+    if not (config.metric_used.measures_loss and config.rule.narrows):
+        raise ContradictionError(
+            f"narrow compares losses, and needs metric {metrics} and selection {rules}, but metric is "
+            f"{config.metric!r} and selection is {config.selection!r}"
+        )
+    if config.plan is not None:
+        raise ContradictionError("a plan has ranks and no hidden widths, which leaves nothing for narrow to choose")
+    if config.form.rounds or config.form.in_8_bits is not None:
+        able = either(STORAGES.those(lambda form: not form.rounds and form.in_8_bits is None))
+        raise ContradictionError(
+            f"narrow leaves dense layers in the type of the model, and storage {config.storage!r} has 8 bits; take "
+            f"storage {able}, or leave narrow out"
+        )
+    if config.by_blocks:
+        raise ContradictionError(
+            "memory 'blocks' frees the statistics of a layer before widths are chosen; set memory to 'whole', or leave "
+            "narrow out"
+        )
+    if config.limits:
+        raise ContradictionError(
+            f"{' and '.join(config.limits)} cannot be kept, because the memory in which hidden units are chosen is not "
+            "known; leave them or narrow out"
+        )
+    if config.truncations > 1:
+        raise ContradictionError(
+            f"narrow chooses hidden widths once, in the first truncation, but truncations is {config.truncations}; set "
+            "it to 1, or leave narrow out"
+        )
+    if config.reestimate:
+        raise ContradictionError(
+            "reestimate measures the curvature along components, not that of removing hidden units; leave reestimate "
+            "or narrow out"
+        )
+    if config.corrections and config.refits:
+        raise ContradictionError(
+            f"correction_step {config.correction_step!r} fits the outputs of layers with inputs of the dense model, "
+            "which narrower layers do not get; take another one, or leave narrow out"
         )
 
 
@@ -97,3 +183,8 @@ def refuse_for_several(config: "CompressionConfig", size: int, *, statistics: bo
             f"{size} processes cannot compress one model together with {' and '.join(found)}; leave it out, or "
             "compress in one process and let all load the result"
         )
+
+
+def either(names: Iterable[str]) -> str:
+    """Return names as the alternatives of a sentence."""
+    return " or ".join(map(repr, names))

@@ -22,6 +22,7 @@ class DerivedSettings:
     output_side: str
     corrections: int
     memory: str
+    narrow: bool
     offload: str
     max_memory: int | str | None
     max_host_memory: int | str | None
@@ -58,6 +59,11 @@ class DerivedSettings:
         side = self.watches_outputs
         draws = side is not None and OUTPUT_GRADIENTS[side] is not None
         return draws or (self.refits and self.corrections > 0)
+
+    @property
+    def tries_widths(self) -> bool:
+        """True if calibration must find hidden widths whose order is free."""
+        return self.form.has_pivots or self.narrow
 
     @property
     def refits(self) -> bool:

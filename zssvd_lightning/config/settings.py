@@ -32,6 +32,7 @@ class CompressionSettings(TypedDict):
         convolutions: compress `nn.Conv1d` and `nn.Conv2d` too.
         recurrent: compress `nn.LSTM`, `nn.GRU` and `nn.RNN` too.
         remove_experts: also remove whole experts, where that costs less of the loss than lower ranks.
+        narrow: also remove hidden units between layers, where that costs less of the loss than lower ranks.
         plan: YAML file with the rank of every layer, which replaces `prune_ratio` and `selection`.
         memory: statistics in memory: of the `whole` model, or (not in a fit) of one of its `blocks` at a time.
         offload: what a compression holds beside the model: where the model is (`none`), in host memory (`cpu`), or in
@@ -63,6 +64,7 @@ class CompressionSettings(TypedDict):
     convolutions: NotRequired[bool | None]
     recurrent: NotRequired[bool | None]
     remove_experts: NotRequired[bool | None]
+    narrow: NotRequired[bool | None]
     plan: NotRequired[str | Path | None]
     memory: NotRequired[str | None]
     offload: NotRequired[str | None]

@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
-from zssvd_lightning.calibration.free_widths import Width
+from zssvd_lightning.calibration.widths.trials import Width
 from zssvd_lightning.decomposition.nested_pivots import nested_pivots
 from zssvd_lightning.distributed import Team
 from zssvd_lightning.errors import PivotError

@@ -17,10 +17,11 @@ from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.selection.components import Components
-from zssvd_lightning.whitening.cholesky import HARMLESS_JITTER, Root, Whitening, warn_of_jitter
+from zssvd_lightning.whitening.cholesky import HARMLESS_JITTER, IDENTITY, Root, Whitening, safe_cholesky, warn_of_jitter
 from zssvd_lightning.whitening.kept_roots import KeptRoots
 from zssvd_lightning.whitening.metrics import Metric
 from zssvd_lightning.whitening.moments import Moments
+from zssvd_lightning.whitening.narrowing import Removed, removed_units, shrunk_to_diagonal
 from zssvd_lightning.whitening.rounding import Importance, importance, rounding_by_component, rounding_of_dense
 from zssvd_lightning.whitening.spectrum import NO_STEP, Spectrum, Step
 
@@ -39,6 +40,8 @@ class Decomposition:
     """Name -> importance of outputs and inputs; empty unless it was requested."""
     jitters: Mapping[str, float] = field(default_factory=dict)
     """Name -> jitter that the second moment needed; see `Whitener`."""
+    removed: Mapping[str, Removed] = field(default_factory=dict)
+    """Name of a layer that reads a hidden width -> the order in which its units could go."""
 
     def everywhere(self, layers: LayerSet, spectra: MutableMapping[str, Spectrum] | None = None) -> "Decomposition":
         """Return a copy with the spectra of all layers on every process, on the layers' devices. Collective.
@@ -112,6 +115,7 @@ def decompose(
     spectra: MutableMapping[str, Spectrum] | None = None,
     highest: Mapping[str, int] | None = None,
     warn: bool = True,
+    groups: Mapping[str, tuple[int, int]] | None = None,
 ) -> Decomposition:
     """Compute spectra and scores of all layers; layers that share an input share its whitening. Collective.
 
@@ -130,6 +134,8 @@ def decompose(
         spectra: mapping that stores the spectra; None for a new dictionary.
         highest: number of components of each layer whose factors are stored; None for all. All have scores.
         warn: warn of singular second moments, if that matters; False if the caller does.
+        groups: layer that reads a hidden width -> number of units that could go at a time, and that must remain. None
+            for no such layer.
 
     Raises:
         CalibrationError: statistics are missing, not finite or degenerate, or an SVD failed. The message names the
@@ -139,6 +145,7 @@ def decompose(
     spectra = {} if spectra is None else spectra
     components: dict[str, Components] = {}
     importances: dict[str, tuple[Tensor, Tensor]] = {}
+    removed: dict[str, Removed] = {}
     whitener = Whitener(metric, None if weigh or round_off else statistics.roots)  # these use roots in float64
     shares = shares_of(layers, statistics, metric)
     for layer in brought_together(layers, statistics, shares, "spectra", progress=progress):
@@ -159,6 +166,8 @@ def decompose(
                 if round_off:
                     rounding = rounding_by_component(spectrum, whitening).cpu()
                     rounding_dense = rounding_of_dense(W, whitening)
+                if groups and name in groups:
+                    removed[name] = removed_units(W, whitening_of_units(layer, whitening.outputs), G, *groups[name])
                 spectra[name] = (spectrum if highest is None else spectrum.first(highest[name])).to("cpu")
                 components[name] = Components(spectrum.sigma.cpu(), delta.cpu(), rounding, rounding_dense)
                 del W, G, whitening, spectrum, delta  # before the next layer is brought together
@@ -169,7 +178,20 @@ def decompose(
         warn_of_jitter(jitters)
     owners = {name: rank for rank, names in enumerate(shares) for name in names}
     weights = {name: Importance(*pair) for name, pair in layers.of_all_processes(importances).items()}
-    return Decomposition(owners, spectra, {name: scores[name] for name in layers}, weights, jitters)
+    gone = layers.of_all_processes(removed) if groups else {}
+    return Decomposition(owners, spectra, {name: scores[name] for name in layers}, weights, jitters, gone)
+
+
+def whitening_of_units(layer: LayerAtOwner, outputs: Root = IDENTITY) -> Whitening:
+    """Return the roots by which hidden units in front of a layer are removed; see `shrunk_to_diagonal`.
+
+    Args:
+        layer: layer that reads a hidden width, with the second moment of its input.
+        outputs: root of its output-gradient second moment, if it is needed.
+    """
+    A = layer.moments.second_moment(layer.name)
+    tokens = layer.moments.tokens.get(layer.leader, 0)
+    return Whitening(Root(*safe_cholesky(shrunk_to_diagonal(A, tokens), layer.name)), outputs)
 
 
 def gradient_squares(

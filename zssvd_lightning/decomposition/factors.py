@@ -3,7 +3,7 @@
 Shapes: up (m, k), down (k, n), W_k (m, n).
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from zssvd_lightning._numerics import accumulated, exact_products
-from zssvd_lightning.calibration.free_widths import FreeWidths
+from zssvd_lightning.calibration.widths.free_widths import FreeWidths
 from zssvd_lightning.decomposition.common_orders import Orders, Side, common_orders
 from zssvd_lightning.decomposition.decompose import Decomposition
-from zssvd_lightning.decomposition.originals import Originals
 from zssvd_lightning.distributed import LayerSet
 from zssvd_lightning.errors import NonFiniteError
 from zssvd_lightning.layers.apart.removed import RemovedLinear
@@ -129,13 +128,13 @@ class TruncatedWeights:
             W = truncated_weight(self._whole(name)).to(target.weight.dtype)
         return self._team.part(W, target.split)
 
-    def put_into_model(self, originals: Originals) -> None:
-        """Set the weights of the model to the truncated ones, and others to the originals. Collective."""
+    def put_into_model(self, put_back: Callable[[str], None]) -> None:
+        """Set the weights of the model to the truncated ones, and those of other layers by `put_back`. Collective."""
         for name, target in self._targets.items():
             if name in self.held:
                 target.assign(self.truncated(name))
             else:
-                originals.put_back_into(name)
+                put_back(name)
 
     def layers(self, widths: FreeWidths) -> Iterator[tuple[str, Factored | RemovedLinear]]:
         """Yield the name and the low-rank layer of each truncated layer, and what is left of removed ones. Collective.

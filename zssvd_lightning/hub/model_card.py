@@ -25,6 +25,7 @@ WORDS = {
     "pivoted_columns": "pivot columns and the coefficients of the others, floating point",
     "int8_low_rank": "two factors, 8 bits",
     "int8": "dense, 8 bits",
+    "narrow": "dense, with fewer hidden units",
     "removed": "matrix of a removed expert",
 }
 

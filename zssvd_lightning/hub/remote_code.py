@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from zssvd_lightning.errors import SavedModelError
 from zssvd_lightning.hub.model_classes import automatic_for, saved_class
-from zssvd_lightning.layers import base, gradients, int8, low_rank, pivoted, pivoted_columns, pivots, registry
+from zssvd_lightning.layers import base, gradients, int8, low_rank, narrow, pivoted, pivoted_columns, pivots, registry
 from zssvd_lightning.layers.apart import (
     attention,
     convolutions,
@@ -31,6 +31,7 @@ CARRIED = (
     grouped,
     grouped_experts,
     low_rank,
+    narrow,
     gradients,
     pivots,
     pivoted,
@@ -63,6 +64,7 @@ from .zssvd_gradients import permuted  # noqa: F401
 from .zssvd_grouped_experts import forward_by_stacks  # noqa: F401
 from .zssvd_int8 import EightBitLinear  # noqa: F401
 from .zssvd_low_rank import LowRankLinear  # noqa: F401
+from .zssvd_narrow import NarrowLinear  # noqa: F401
 from .zssvd_recurrent import separate_recurrences
 from .zssvd_registry import layer_like
 from .zssvd_removed import forget_removed

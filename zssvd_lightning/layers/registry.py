@@ -14,6 +14,7 @@ from zssvd_lightning.layers.apart.removed import RemovedLinear
 from zssvd_lightning.layers.base import CompressedLinear, Dense, shape_of, take_after, type_of
 from zssvd_lightning.layers.int8 import Int8Linear, Int8LowRankLinear
 from zssvd_lightning.layers.low_rank import LowRankLinear
+from zssvd_lightning.layers.narrow import NarrowLinear
 from zssvd_lightning.layers.pivoted import PivotedLinear
 from zssvd_lightning.layers.pivoted_columns import ColumnPivotedLinear
 
@@ -23,7 +24,10 @@ Factored = LowRankLinear | PivotedLinear | ColumnPivotedLinear
 
 KINDS: dict[str, type[CompressedLinear]] = {
     cls.kind: cls
-    for cls in (LowRankLinear, PivotedLinear, ColumnPivotedLinear, Int8LowRankLinear, Int8Linear, RemovedLinear)
+    for cls in (
+        *(LowRankLinear, PivotedLinear, ColumnPivotedLinear, Int8LowRankLinear, Int8Linear),
+        *(RemovedLinear, NarrowLinear),
+    )
 }
 """Layer classes by the name in saved configs."""
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # layers load transformers, and costs do not
     from zssvd_lightning.layers.low_rank import LowRankLinear
 
 
+Shape = tuple[int, int]
+"""Shape (m, n) of a matrix: outputs, inputs."""
+
+
 class Kept(NamedTuple):
     """Numbers that store a matrix, and the work of a product with it."""
 

@@ -13,10 +13,13 @@ from zssvd_lightning.model.apart.attention import ATTENTION
 from zssvd_lightning.model.apart.convolutions import CONVOLUTION, CONVOLUTIONS
 from zssvd_lightning.model.apart.recurrent import RECURRENCES
 from zssvd_lightning.model.heads import LINEAR
+from zssvd_lightning.model.replace import inside_compressed
 from zssvd_lightning.model.targets import CLASSIFICATION_HEAD, INSIDE_ATTENTION, OUTPUT_EMBEDDING, Target, refusals
 
+COMPRESSED = "layers that are compressed already"
+
 KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
-    (CompressedLinear, "layers that are compressed already"),
+    (CompressedLinear, COMPRESSED),
     (nn.Embedding, "embedding tables"),
     (CONVOLUTION, "convolutions"),
     (nn.RNNBase, "weights of recurrent layers"),
@@ -76,6 +79,7 @@ class Coverage:
             present: number of parameters to count for the weight of a layer that is dense only for now, by name.
         """
         refused, sizes = refusals(model) | dict(others or {}), present or {}
+        inside = inside_compressed(model)
         seen = {id(target.module.weight) for target in targets.values()}
         groups: dict[str, list[int]] = {}
         for name, module in model.named_modules():
@@ -83,7 +87,8 @@ class Coverage:
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     size = sizes.get(name, parameter.numel()) if key == "weight" else parameter.numel()
-                    groups.setdefault(_kind(name, module, parameter, refused), []).append(size)
+                    kind = COMPRESSED if id(module) in inside else _kind(name, module, parameter, refused)
+                    groups.setdefault(kind, []).append(size)
         left = sorted(
             (LeftAlone(what, len(n), sum(n)) for what, n in groups.items()), key=lambda part: -part.parameters
         )

@@ -18,6 +18,7 @@ from zssvd_lightning._numerics import exact_products
 from zssvd_lightning.errors import TargetError
 from zssvd_lightning.layers.apart.removed import RemovedLinear
 from zssvd_lightning.layers.base import CompressedLinear, Dense, carry_hooks
+from zssvd_lightning.layers.narrow import NarrowLinear
 from zssvd_lightning.layers.registry import Factored, dense_like, layer_like
 from zssvd_lightning.layers.storage import Kept, Present
 from zssvd_lightning.model.apart.kinds import KINDS, not_asked
@@ -51,7 +52,7 @@ def low_rank_targets(
     for name, layer in model.named_modules():
         if not isinstance(layer, CompressedLinear) or not is_selected(name, include, ignore):
             continue
-        if isinstance(layer, RemovedLinear) or id(layer) in left:  # stays so
+        if isinstance(layer, RemovedLinear | NarrowLinear) or id(layer) in left:  # stays so
             continue
         reason = _why_not(layer, owners)
         if reason is not None or not isinstance(layer, Factored):

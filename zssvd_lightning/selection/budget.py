@@ -6,14 +6,11 @@ Shapes: a matrix is (m, n).
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from zssvd_lightning.errors import BudgetError
-from zssvd_lightning.layers.storage import UNITS, Present, Storage, costs_in_steps, dense_weight
+from zssvd_lightning.layers.storage import UNITS, Present, Shape, Storage, costs_in_steps, dense_weight
 from zssvd_lightning.selection.storages import STORAGES
-
-Shape = tuple[int, int]
-"""Shape (m, n) of a matrix: outputs, inputs."""
-
 
 REFERENCES = ("dense", "present")
 """Values of `ratio_of`: what `prune_ratio` is a fraction of. They differ for matrices that are low-rank already."""
@@ -21,6 +18,10 @@ REFERENCES = ("dense", "present")
 
 FEWEST_STEPS = 16
 """Least number of multiples of its step in the smaller side of a matrix."""
+
+
+NONE: Mapping[str, Shape] = MappingProxyType({})
+"""Narrower shapes where there are none."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,11 @@ class Budget:
 
     def dense(self, name: str) -> int:
         """Return the cost of the dense matrix `name` in 16 bits."""
-        return UNITS[self.unit](dense_weight(*self.shapes[name]))
+        return self.dense_of(self.shapes[name])
+
+    def dense_of(self, shape: Shape) -> int:
+        """Return the cost of a dense matrix of any shape in 16 bits."""
+        return UNITS[self.unit](dense_weight(*shape))
 
     def before_of(self, name: str) -> int:
         """Return the cost of the matrix `name` in 16 bits before the compression."""
@@ -132,10 +137,16 @@ class Budget:
         It is `rank_multiple` if the smaller side of `name` has at least 16 multiples of it. Otherwise, and if no
         multiple saves anything, it is the largest power of two for which that holds, or 1.
         """
-        saves, steps = self._saving_rank(name, eight_bit=False), min(self.shapes[name]) // FEWEST_STEPS
-        if self.rank_multiple <= min(saves, steps):
-            return self.rank_multiple
-        return 1 << max(0, min(saves, steps).bit_length() - 1)
+        return self._step_of(min(self._saving_rank(name, eight_bit=False), min(self.shapes[name]) // FEWEST_STEPS))
+
+    def step_of_width(self, h: int) -> int:
+        """Return the number whose multiples are the sizes of a hidden width of h units, by the rule of `step`."""
+        return self._step_of(h // FEWEST_STEPS)
+
+    def floor_of_width(self, h: int) -> int:
+        """Return the lowest size of a hidden width of h units: `min_rank_fraction` of it, in whole steps."""
+        step = self.step_of_width(h)
+        return max(1, math.ceil(self.min_rank_fraction * h / step - 1e-9)) * step
 
     def floor(self, name: str) -> int:
         """Return the lowest rank `name` may get: `min_rank_fraction` of its highest rank that saves, in whole steps."""
@@ -189,9 +200,20 @@ class Budget:
         rank = max(1, self.highest_rank(name))
         return self.costs(name)[rank] / rank
 
-    def kept_of(self, name: str, rank: int | None, *, eight_bit: bool = False) -> int:
-        """Return the cost of `name` at `rank`, where None means as it is, and 0 that it is removed."""
+    def kept_of(
+        self, name: str, rank: int | None, *, eight_bit: bool = False, narrower: Mapping[str, Shape] = NONE
+    ) -> int:
+        """Return the cost of `name` at `rank`, where None means as it is, and 0 that it is removed.
+
+        Args:
+            name: the matrix.
+            rank: its rank.
+            eight_bit: True if it is stored in 8 bits.
+            narrower: shapes of the dense matrices whose outputs or inputs are fewer, by name.
+        """
         storage, shape = self._storage(eight_bit), self.shapes[name]
+        if name in narrower:
+            return self.dense_of(narrower[name])
         if rank is None:
             return storage.stay_cost(*shape, self.unit, self.present.get(name))
         if rank == 0:
@@ -206,13 +228,25 @@ class Budget:
         """Return whether `name` at `rank` stays as it is and is low-rank already."""
         return rank is None and name in self.present
 
-    def kept(self, ranks: Mapping[str, int | None], eight_bit: Collection[str] = ()) -> int:
-        """Return the cost of all targets at these ranks, where None means as it is."""
-        return sum(self.kept_of(name, ranks[name], eight_bit=name in eight_bit) for name in self.shapes)
+    def kept(
+        self,
+        ranks: Mapping[str, int | None],
+        eight_bit: Collection[str] = (),
+        narrower: Mapping[str, Shape] = NONE,
+    ) -> int:
+        """Return the cost of all targets at these ranks; see `kept_of`."""
+        return sum(
+            self.kept_of(name, ranks[name], eight_bit=name in eight_bit, narrower=narrower) for name in self.shapes
+        )
 
-    def reached(self, ranks: Mapping[str, int | None], eight_bit: Collection[str] = ()) -> float:
-        """Return the fraction of `total` that these ranks remove, together with earlier compressions if it is dense."""
-        return (self.total - self.kept(ranks, eight_bit)) / self.total
+    def reached(
+        self,
+        ranks: Mapping[str, int | None],
+        eight_bit: Collection[str] = (),
+        narrower: Mapping[str, Shape] = NONE,
+    ) -> float:
+        """Return the fraction of `total` that is removed, together with earlier compressions if it is dense."""
+        return (self.total - self.kept(ranks, eight_bit, narrower)) / self.total
 
     def after(self, truncation: int, of: int) -> "Budget":
         """Return the budget of one of several truncations: what the storage saves, and an equal share of the rest each.
@@ -234,6 +268,10 @@ class Budget:
     def _and_multiple(self) -> str:
         """Part of an error message: the multiple, if a matrix has steps of more than one component."""
         return f" and rank_multiple {self.rank_multiple}" if any(self.step(name) > 1 for name in self.shapes) else ""
+
+    def _step_of(self, most: int) -> int:
+        """Return the multiple if it is at most `most`; else the largest power of two for which that holds, or 1."""
+        return self.rank_multiple if self.rank_multiple <= most else 1 << max(0, most.bit_length() - 1)
 
     def _saving_rank(self, name: str, *, eight_bit: bool) -> int:
         """Return the largest rank at which `name` costs less than as it is."""

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zssvd_lightning.errors import CalibrationError
 from zssvd_lightning.selection.budget import Budget
+from zssvd_lightning.selection.components import Components
 
 
 class Options(NamedTuple):
@@ -67,3 +69,14 @@ def of_rounding(losses: Tensor, dense: float) -> Tensor:
     """
     kept = losses.cumsum(0)
     return torch.cat([kept.new_zeros(1), kept[:-1], kept.new_tensor([dense])])
+
+
+def rounding_losses(name: str, components: Components) -> Tensor:
+    """Return the loss increase (r + 1,) from storing a matrix in 8 bits, by rank.
+
+    Raises:
+        CalibrationError: the components have no prediction of it.
+    """
+    if components.rounding is None or components.rounding_dense is None:
+        raise CalibrationError(f"{name} has no prediction of what 8 bits would lose; choose a storage of one form")
+    return of_rounding(components.rounding.double().cpu(), components.rounding_dense)

@@ -44,7 +44,10 @@ def checked(
             wrong = _wrong(name, kept, len(matrices[name].sigma), budget, eight_bit=name in selection.eight_bit)
             if wrong is not None:
                 raise ConfigError(f"selection {rule!r} returned {_shown(kept)} for {name}, but {wrong}")
-    cost = budget.kept({name: selection.rank(name) for name in matrices}, selection.eight_bit)
+    narrower = selection.narrower(budget.shapes)
+    if low_rank := [name for name in narrower if selection.kept[name] is not None]:
+        raise ConfigError(f"selection {rule!r} gives {low_rank[0]} a rank and another width; it can have one of them")
+    cost = budget.kept({name: selection.rank(name) for name in matrices}, selection.eight_bit, narrower)
     if cost > budget.allowed and not budget.planned:
         raise ConfigError(
             f"selection {rule!r} keeps {cost:,} of {budget.total:,} {budget.unit}, but prune_ratio "

@@ -10,8 +10,8 @@ import yaml
 from zssvd_lightning._files import checked_path, replacing_file
 from zssvd_lightning._yaml import UnfitYAMLError, check_yaml, read_yaml_text
 from zssvd_lightning.errors import OutputError, PlanError
-from zssvd_lightning.layers.storage import Present
-from zssvd_lightning.selection.budget import Budget, Shape
+from zssvd_lightning.layers.storage import Present, Shape
+from zssvd_lightning.selection.budget import Budget
 from zssvd_lightning.selection.components import Components, Selection
 from zssvd_lightning.selection.rules import Rule, of_ranks
 from zssvd_lightning.selection.storages import STORAGES

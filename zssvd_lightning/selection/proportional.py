@@ -1,10 +1,14 @@
 """Ranks in proportion to a score of each matrix."""
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from zssvd_lightning.errors import BudgetError
+from zssvd_lightning.selection.budget import Budget
 
 
 def effective_rank_of(sigma: Tensor) -> float:
@@ -61,3 +65,29 @@ def proportional_ranks(
             at[i] += 1
             offer(i)
     return [stop[i] for stop, i in zip(stops, at, strict=True)]
+
+
+def uniform_ranks(budget: Budget) -> dict[str, int]:
+    """Return the ranks of `uniform`: each matrix costs about its share, and all together at most `1 - prune_ratio`.
+
+    Raises:
+        BudgetError: a rank is below the floor of its matrix.
+    """
+    ranks, missing = {}, {}
+    for name, (m, n) in budget.shapes.items():
+        share, costs = (1 - budget.prune_ratio) * budget.reference(name), budget.costs(name)
+        ranks[name] = bisect_right(costs, share + 1e-9) - 1
+        if ranks[name] < budget.floor(name):
+            raise BudgetError(
+                f"uniform ranks give {name} ({m}, {n}) rank {ranks[name]}, below its floor {budget.floor(name)}; "
+                "lower min_rank_fraction, rank_multiple or prune_ratio, or use a global selection"
+            )
+        if budget.step(name) > 1:
+            missing[name] = (share - costs[ranks[name]]) / budget.reference(name)
+    left = budget.allowed - sum(budget.costs(name)[rank] for name, rank in ranks.items())
+    for name in sorted(missing, key=lambda name: -missing[name]):
+        costs, higher = budget.costs(name), next((k for k in budget.stops(name) if k > ranks[name]), ranks[name])
+        if costs[higher] - costs[ranks[name]] <= left:
+            left -= costs[higher] - costs[ranks[name]]
+            ranks[name] = higher
+    return ranks

@@ -1,7 +1,7 @@
 """Removal of whole experts as an option of selection, beside lower ranks of their matrices.
 
 The matrices of an expert that may be removed share one row of the knapsack. Its options are combinations of theirs, and
-one of cost 0, in which all go to rank 0 together.
+one of cost 0, in which all go to rank 0 together. The rows of hidden widths that may be narrower are made here too.
 """
 
 from collections import defaultdict
@@ -36,7 +36,7 @@ LossOfRemoval = Callable[[Removal], float]
 
 
 class Row(NamedTuple):
-    """Options of one matrix, or of all matrices of an expert, by ascending cost."""
+    """Options of one matrix, or of all matrices of an expert or a hidden width, by ascending cost."""
 
     names: tuple[str, ...]
     """Names of the matrices."""
@@ -44,30 +44,52 @@ class Row(NamedTuple):
     """Cost of each option, float64 (O,)."""
     losses: Tensor
     """Predicted loss increase of each option, float64 (O,)."""
-    taken: Sequence[tuple[int, ...] | None]
-    """Option of each matrix in each option of the row; None for the removal."""
+    taken: Sequence[tuple[int, ...] | int]
+    """Option of each matrix in each option of the row, or what becomes of all together: the number of hidden units that
+    remain, and 0 for an expert that is removed."""
 
 
-def rows_of(options: Mapping[str, Options], removals: Collection[Removal], loss_of: LossOfRemoval) -> list[Row]:
-    """Return the rows of the knapsack, in the order of their first matrices.
+class Together(NamedTuple):
+    """Options that several matrices have together only."""
 
-    In each group, only the removals of least loss are options, as many as may go.
-    """
-    together = {name: removal for removal in _allowed(removals, loss_of) for name in removal.layers}
+    names: tuple[str, ...]
+    """Names of the matrices."""
+    costs: Sequence[float]
+    """Cost of each option."""
+    losses: Sequence[float]
+    """Predicted loss increase of each option."""
+    sizes: Sequence[int]
+    """Entry of each option in `Row.taken`."""
+
+
+def removed_together(removals: Collection[Removal], loss_of: LossOfRemoval) -> list[Together]:
+    """Return the option that each expert is removed: in each group, for those of least loss, as many as may go."""
+    return [Together(removal.layers, [0], [loss_of(removal)], [0]) for removal in _allowed(removals, loss_of)]
+
+
+def rows_of(options: Mapping[str, Options], shared: Collection[Together]) -> list[Row]:
+    """Return the rows of the knapsack, in the order of their first matrices. No matrix may be in two of `shared`."""
+    together = {name: each for each in shared for name in each.names}
     rows: list[Row] = []
     for name, own in options.items():
-        removal = together.get(name)
-        if removal is None:
+        each = together.get(name)
+        if each is None:
             rows.append(Row((name,), own.costs, own.losses, [(number,) for number in range(len(own.costs))]))
-        elif name == removal.layers[0]:
-            rows.append(_joined(removal, [options[member] for member in removal.layers], loss_of(removal)))
+        elif name == each.names[0]:
+            rows.append(_joined(each, [options[member] for member in each.names]))
     return rows
 
 
 def taken_of(rows: Sequence[Row], options: Sequence[int]) -> dict[str, int]:
-    """Return the option of each matrix that is not removed, given that of each row."""
+    """Return the option of each matrix that has one of its own, given that of each row."""
     chosen = ((row.names, row.taken[option]) for row, option in zip(rows, options, strict=True))
-    return {n: own for names, taken in chosen if taken is not None for n, own in zip(names, taken, strict=True)}
+    return {n: own for names, taken in chosen if isinstance(taken, tuple) for n, own in zip(names, taken, strict=True)}
+
+
+def sizes_of(rows: Sequence[Row], options: Sequence[int]) -> dict[str, int]:
+    """Return what becomes of each matrix that has an option together with others: an entry of `Row.taken`."""
+    chosen = ((row.names, row.taken[option]) for row, option in zip(rows, options, strict=True))
+    return {name: taken for names, taken in chosen if isinstance(taken, int) for name in names}
 
 
 def with_removals(selection: Selection, removals: Collection[Removal]) -> Selection:
@@ -91,8 +113,8 @@ def _allowed(removals: Collection[Removal], loss_of: LossOfRemoval) -> list[Remo
     return [removal for group in groups.values() for removal in sorted(group, key=loss_of)[: group[0].most]]
 
 
-def _joined(removal: Removal, parts: Sequence[Options], loss: float) -> Row:
-    """Return the removal, and the combinations of options of all matrices that are best at some price.
+def _joined(together: Together, parts: Sequence[Options]) -> Row:
+    """Return what the matrices have together only, and the combinations of their options that are best at some price.
 
     These are the sums of the lower convex hulls of loss over cost: from the cheapest options, the change that lowers
     the loss most per unit of cost comes first.
@@ -113,8 +135,11 @@ def _joined(removal: Removal, parts: Sequence[Options], loss: float) -> Row:
         return torch.stack(picked).sum(0)
 
     costs, losses = total([part.costs for part in parts]), total([part.losses for part in parts])
-    zero = costs.new_zeros(1)
-    return Row(removal.layers, torch.cat([zero, costs]), torch.cat([zero + loss, losses]), [None, *taken])
+    costs = torch.cat([costs.new_tensor(together.costs), costs])
+    losses = torch.cat([losses.new_tensor(together.losses), losses])
+    costs, order = costs.sort(stable=True)
+    every = [*together.sizes, *taken]
+    return Row(together.names, costs, losses[order], [every[place] for place in order.tolist()])
 
 
 def _slope(part: Options, low: int, high: int) -> float:

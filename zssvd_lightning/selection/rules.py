@@ -10,25 +10,26 @@ Ranks are those of `Budget.ranks`. With `rank_multiple` 1, every rule is the pub
 and loses whole steps: a greedy rule orders steps by the mean over their components of what it orders components by.
 """
 
-from bisect import bisect_right
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from zssvd_lightning._registry import Registry, instance_of
-from zssvd_lightning.errors import BudgetError, CalibrationError, ConfigError
+from zssvd_lightning.errors import ConfigError
 from zssvd_lightning.selection.budget import Budget
-from zssvd_lightning.selection.candidates import Options, of_dropping, of_rounding
+from zssvd_lightning.selection.candidates import Options, of_dropping, rounding_losses
 from zssvd_lightning.selection.checks import checked
 from zssvd_lightning.selection.components import Components, Selection
 from zssvd_lightning.selection.knapsack import least_loss
-from zssvd_lightning.selection.proportional import effective_rank_of, proportional_ranks
+from zssvd_lightning.selection.proportional import effective_rank_of, proportional_ranks, uniform_ranks
 from zssvd_lightning.selection.queues import Candidate, Queue, SmallestFirst, ZeroSum
-from zssvd_lightning.selection.removals import LossOfRemoval, Removal, rows_of, taken_of, with_removals
+from zssvd_lightning.selection.removals import Removal, removed_together, rows_of, sizes_of, taken_of, with_removals
 from zssvd_lightning.selection.walk import Walk
+from zssvd_lightning.selection.widths.narrowings import Narrowing, narrower_together, with_narrowings
 
 Select = Callable[..., Selection]
 """Function that selects the remaining components of all matrices (`Mapping[str, Components]`) within a `Budget`."""
@@ -55,11 +56,17 @@ class Rule:
 
     removes: bool = False
     """True if the function takes experts that may be removed (`Removal`) as a third argument."""
+    narrows: bool = False
+    """True if it takes hidden widths that may be narrower (`Narrowing`) as a fourth argument."""
 
     def __call__(
-        self, matrices: Mapping[str, Components], budget: Budget, removals: Collection[Removal] = ()
+        self,
+        matrices: Mapping[str, Components],
+        budget: Budget,
+        removals: Collection[Removal] = (),
+        narrowings: Sequence[Narrowing] = (),
     ) -> Selection:
-        """Select the remaining components of all matrices within the budget, and experts to remove."""
+        """Select the remaining components of all matrices within the budget, experts and hidden units to remove."""
         registered = RULES.those(lambda rule: rule is self)
         name = registered[0] if registered else getattr(self.select, "__name__", repr(self.select))
         if budget.chooses_bits and not self.chooses_bits:
@@ -67,8 +74,8 @@ class Rule:
                 f"selection {name!r} cannot choose between 8 and 16 bits, as storage {budget.storage!r} asks "
                 f"of it; use selection {' or '.join(RULES.those(lambda rule: rule.chooses_bits))}"
             )
-        selection = self.select(matrices, budget, removals) if removals else self.select(matrices, budget)
-        return checked(selection, matrices, budget, name, removals)
+        further = (removals, narrowings) if narrowings else (removals,) if removals else ()
+        return checked(self.select(matrices, budget, *further), matrices, budget, name, removals)
 
 
 def zero_sum(matrices: Mapping[str, Components], budget: Budget) -> Selection:
@@ -118,32 +125,6 @@ def uniform(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     return of_ranks(matrices, budget, uniform_ranks(budget))
 
 
-def uniform_ranks(budget: Budget) -> dict[str, int]:
-    """Return the ranks of `uniform`: each matrix costs about its share, and all together at most `1 - prune_ratio`.
-
-    Raises:
-        BudgetError: a rank is below the floor of its matrix.
-    """
-    ranks, missing = {}, {}
-    for name, (m, n) in budget.shapes.items():
-        share, costs = (1 - budget.prune_ratio) * budget.reference(name), budget.costs(name)
-        ranks[name] = bisect_right(costs, share + 1e-9) - 1
-        if ranks[name] < budget.floor(name):
-            raise BudgetError(
-                f"uniform ranks give {name} ({m}, {n}) rank {ranks[name]}, below its floor {budget.floor(name)}; "
-                "lower min_rank_fraction, rank_multiple or prune_ratio, or use a global selection"
-            )
-        if budget.step(name) > 1:
-            missing[name] = (share - costs[ranks[name]]) / budget.reference(name)
-    left = budget.allowed - sum(budget.costs(name)[rank] for name, rank in ranks.items())
-    for name in sorted(missing, key=lambda name: -missing[name]):
-        costs, higher = budget.costs(name), next((k for k in budget.stops(name) if k > ranks[name]), ranks[name])
-        if costs[higher] - costs[ranks[name]] <= left:
-            left -= costs[higher] - costs[ranks[name]]
-            ranks[name] = higher
-    return ranks
-
-
 def effective_rank(matrices: Mapping[str, Components], budget: Budget) -> Selection:
     """Choose ranks in proportion to `sqrt(R / c)`, where R is the effective rank and c the mean component cost.
 
@@ -158,26 +139,35 @@ def effective_rank(matrices: Mapping[str, Components], budget: Budget) -> Select
     return of_ranks(matrices, budget, dict(zip(names, ranks, strict=True)))
 
 
-def curvature(matrices: Mapping[str, Components], budget: Budget, removals: Collection[Removal] = ()) -> Selection:
+def curvature(
+    matrices: Mapping[str, Components],
+    budget: Budget,
+    removals: Collection[Removal] = (),
+    narrowings: Sequence[Narrowing] = (),
+) -> Selection:
     """Choose the ranks, dense layers and bits with the least total loss, counting `1/2 sigma^2` per dropped component.
 
     In the two-sided metric this is the second-order loss, layer by layer, with the curvature estimated by K-FAC
     (arXiv 1503.05671). It is multiplied by the curvature of the component, if estimated. See `knapsack.least_loss`.
-    Removing an expert counts its second-order change of the loss.
+    Removing an expert, or hidden units, counts its second-order change of the loss.
     """
     return _of_least_loss(
         matrices,
         budget,
         lambda components: components.second_order,
+        lambda removed: removed.second_order,
         removals,
-        lambda removal: removal.second_order,
+        narrowings,
     )
 
 
 def curvature_first_order(
-    matrices: Mapping[str, Components], budget: Budget, removals: Collection[Removal] = ()
+    matrices: Mapping[str, Components],
+    budget: Budget,
+    removals: Collection[Removal] = (),
+    narrowings: Sequence[Narrowing] = (),
 ) -> Selection:
-    """Apply `curvature` with `1/2 sigma^2 + delta` per dropped component, and both changes per removed expert.
+    """Apply `curvature` with `1/2 sigma^2 + delta` per dropped component, and both changes per removal.
 
     A drop may then be predicted to lower the loss, so the result may remove more than the budget requires.
     """
@@ -185,8 +175,9 @@ def curvature_first_order(
         matrices,
         budget,
         lambda components: components.second_order + components.delta.double(),
+        lambda removed: removed.second_order + removed.first_order,
         removals,
-        lambda removal: removal.second_order + removal.first_order,
+        narrowings,
     )
 
 
@@ -216,9 +207,16 @@ RULES: Registry[Rule] = Registry(
         "sigma": Rule(sigma, keeps_largest=True),
         "uniform": Rule(uniform, keeps_largest=True),
         "effective_rank": Rule(effective_rank, keeps_largest=True),
-        "curvature": Rule(curvature, chooses_bits=True, uses_curvature=True, keeps_largest=True, removes=True),
+        "curvature": Rule(
+            curvature, chooses_bits=True, uses_curvature=True, keeps_largest=True, removes=True, narrows=True
+        ),
         "curvature_first_order": Rule(
-            curvature_first_order, chooses_bits=True, uses_curvature=True, keeps_largest=True, removes=True
+            curvature_first_order,
+            chooses_bits=True,
+            uses_curvature=True,
+            keeps_largest=True,
+            removes=True,
+            narrows=True,
         ),
     },
     instance_of(Rule, "select"),
@@ -294,8 +292,9 @@ def _of_least_loss(
     matrices: Mapping[str, Components],
     budget: Budget,
     loss_of: Callable[[Components], Tensor],
+    loss_of_removed: Callable[[Any], Any],
     removals: Collection[Removal],
-    loss_of_removal: LossOfRemoval,
+    narrowings: Sequence[Narrowing],
 ) -> Selection:
     """Select the options with the least total loss.
 
@@ -303,32 +302,30 @@ def _of_least_loss(
         matrices: components of each matrix.
         budget: budget to meet.
         loss_of: function that gives the loss of each dropped component (r,).
+        loss_of_removed: function that gives the loss of a `Removal`, and the losses of a `Narrowing`.
         removals: experts that may be removed.
-        loss_of_removal: function that gives the loss of removing one.
+        narrowings: hidden widths that may be narrower.
     """
     options = {
         name: Options.of(
             name,
             of_dropping(loss_of(components).cpu()),
-            _rounding(name, components) if budget.chooses_bits else None,
+            rounding_losses(name, components) if budget.chooses_bits else None,
             budget,
         )
         for name, components in matrices.items()
     }
-    rows = rows_of(options, removals, loss_of_removal)
+    shared = removed_together(removals, loss_of_removed)
+    rows = rows_of(options, [*shared, *narrower_together(narrowings, budget, removals, loss_of_removed)])
     costs = pad_sequence([row.costs for row in rows], batch_first=True)
     losses = pad_sequence([row.losses for row in rows], batch_first=True, padding_value=torch.inf)
-    taken = taken_of(rows, least_loss(costs, losses, budget.allowed).tolist())
-    ranks = {name: option.ranks[taken[name]] if name in taken else 0 for name, option in options.items()}
+    chosen = least_loss(costs, losses, budget.allowed).tolist()
+    taken, sizes = taken_of(rows, chosen), sizes_of(rows, chosen)
+    full = {name: len(components.sigma) if sizes.get(name) else 0 for name, components in matrices.items()}
+    ranks = {name: option.ranks[taken[name]] if name in taken else full[name] for name, option in options.items()}
     eight_bit = [name for name, option in options.items() if name in taken and option.eight_bit[taken[name]]]
-    return with_removals(of_ranks(matrices, budget, ranks, eight_bit), removals)
-
-
-def _rounding(name: str, components: Components) -> Tensor:
-    """Return the loss increase (r + 1,) from storing a matrix in 8 bits, by rank."""
-    if components.rounding is None or components.rounding_dense is None:
-        raise CalibrationError(f"{name} has no prediction of what 8 bits would lose; choose a storage of one form")
-    return of_rounding(components.rounding.double().cpu(), components.rounding_dense)
+    selection = with_removals(of_ranks(matrices, budget, ranks, eight_bit), removals)
+    return with_narrowings(selection, sizes, narrowings)
 
 
 def _selection(

@@ -1,6 +1,7 @@
 """What the state of a compression in a checkpoint must look like to be loaded."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from zssvd_lightning._state_checks import (
@@ -52,8 +53,24 @@ def _moments(sums: Check) -> Check:
 FACTORS = mapped(listed(finite_tensor, 2))
 
 
+def _narrowed(value: Any, key: str) -> None:
+    """Check an entry of `Selection.narrowed` in its state."""
+    if not isinstance(value, list) or len(value) != 2:
+        raise fault(key, value, "layers and remaining units of a hidden width")
+    listed(text)(value[0], f"{key}[0]")
+    listed(whole)(value[1], f"{key}[1]")
+
+
 SELECTION = optional(
-    entries({"kept": mapped(optional(listed(whole))), "drifts": mapped(number), "eight_bit": listed(text)})
+    entries(
+        {
+            "kept": mapped(optional(listed(whole))),
+            "drifts": mapped(number),
+            "eight_bit": listed(text),
+            "narrowed": mapped(_narrowed),
+        },
+        ("narrowed",),  # not in checkpoints of earlier releases
+    )
 )
 
 
@@ -115,6 +132,7 @@ COMPRESSION = entries(
         "widths": listed(_width),
         "originals": optional(mapped(finite_tensor)),
         "factors": FACTORS,
+        "narrowed": mapped(finite_tensor),
         "found": optional(mapped(entries({"left": finite_tensor, "right": finite_tensor, "components": COMPONENTS}))),
         "selection": SELECTION,
         "importances": IMPORTANCES,
@@ -129,7 +147,7 @@ COMPRESSION = entries(
         "seconds": mapped(number),
     },
     # not in checkpoints of earlier releases
-    ("truncation_loss", "trace", "safeguard", "left_dense", "importances", "widths"),
+    ("truncation_loss", "trace", "safeguard", "left_dense", "importances", "widths", "narrowed"),
 )
 """`snapshot.state_of`."""
 
@@ -160,6 +178,24 @@ def check_compression(state: Any, key: str) -> None:
         for name, kept in selection["kept"].items():
             if any(index >= min(shapes[name]) for index in kept or ()):
                 raise FaultError(f"{place}.selection.kept.{name} has a component that the layer {shapes[name]} has not")
+        _check_narrowed(selection.get("narrowed", {}), state.get("narrowed", {}), shapes, place, key)
+
+
+def _check_narrowed(
+    narrowed: Mapping[str, Any], weights: Mapping[str, Any], shapes: Mapping[str, list[int]], place: str, key: str
+) -> None:
+    """Check that the hidden widths of a selection are those of layers, and that there is a weight for each."""
+    _check_layers(narrowed, shapes, f"{place}.selection.narrowed")
+    for name, (producers, units) in narrowed.items():
+        p, h = shapes[name]
+        where = f"{place}.selection.narrowed.{name}"
+        _check_layers(dict.fromkeys(producers), shapes, where)
+        ascending = all(first < second for first, second in pairwise(units))
+        if not units or not ascending or units[-1] >= h or any(shapes[producer][0] != h for producer in producers):
+            raise FaultError(f"{where} has no ascending numbers of the {h} units of {shapes[name]}")
+        if name not in weights:
+            raise FaultError(f"{key}.narrowed.{name} is missing")
+        shaped(weights[name], f"{key}.narrowed.{name}", (p, len(units)))
 
 
 def _check_moments(moments: Mapping[str, Any], shapes: Mapping[str, list[int]], key: str) -> None:

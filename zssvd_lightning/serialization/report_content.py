@@ -81,8 +81,9 @@ _REPORT = entries(
                     "in_8_bits": yes_or_no,
                     "highest": optional(whole),
                     "flops": optional(whole),
+                    "units": optional(listed(whole, 2)),
                 },
-                ("in_8_bits", "highest", "flops"),
+                ("in_8_bits", "highest", "flops", "units"),
             )
         ),
         "first_order_sum": number,

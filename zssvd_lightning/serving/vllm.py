@@ -46,6 +46,7 @@ class ServedLayers(QuantizationConfig):  # type: ignore[misc]
 
         Raises:
             SavedModelError: this release cannot read the format.
+            UnsupportedServingError: layers have fewer hidden units.
         """
         version, layers = config.get("version"), config.get("layers") or {}
         kinds = {str(spec.get("kind")) for spec in layers.values()}
@@ -53,6 +54,11 @@ class ServedLayers(QuantizationConfig):  # type: ignore[misc]
             raise SavedModelError(
                 f"the folder is of format {version} with layers of kind {', '.join(sorted(kinds))}, this release reads "
                 f"{FORMAT_VERSION} with {', '.join(KINDS)}; upgrade zssvd-lightning"
+            )
+        if narrow := [name for name, spec in layers.items() if spec.get("kind") == "narrow"]:
+            raise UnsupportedServingError(
+                f"{narrow[0]} has fewer hidden units, but vLLM makes all layers of the sizes in the config; serve the "
+                "folder of export_dense, which has zeros in their place, or compress without narrow"
             )
         return cls(layers)
 

@@ -70,6 +70,11 @@ class FSDP2Adapter(StrategyAdapter):
                 f"output_side {config.output_side!r} takes two backward passes through one forward pass, between which "
                 "FSDP2 lets go of the weights; compress under DDP or on one device, or keep output_side='empirical'"
             )
+        if config.narrow:
+            raise UnsupportedTrainingError(
+                "narrow takes rows and columns out of whole weights, but under FSDP2 each process has only some of "
+                "their rows; compress under DDP or on one device, or leave narrow out"
+            )
         if config.reestimate:
             raise UnsupportedTrainingError(
                 "reestimate keeps the whole spectra of all layers on every process, which has a part of the weights "

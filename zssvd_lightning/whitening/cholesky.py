@@ -69,6 +69,10 @@ class Root:
         return solved
 
 
+IDENTITY = Root()
+"""Root that changes no coordinates."""
+
+
 @dataclass(frozen=True)
 class Whitening:
     """Change of coordinates on both sides of a weight."""

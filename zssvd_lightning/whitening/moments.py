@@ -65,7 +65,9 @@ class Moments:
     output_side: str | None = None
     """Source of the output gradients: a key of `output_gradients.OUTPUT_GRADIENTS`, or None if unknown."""
     widths: list[Any] = field(default_factory=list)
-    """Hidden widths whose order was tried: the `state_dict` of `calibration.free_widths.FreeWidths`."""
+    """Hidden widths whose order was tried: the `state_dict` of `calibration.widths.free_widths.FreeWidths`."""
+    narrower: bool = False
+    """True if only widths that can have fewer units count as free."""
     watched: list[str] = field(default_factory=list)
     """Layers that the statistics were to be gathered of, including those that never ran. Empty if unknown."""
 

@@ -26,7 +26,7 @@ from zssvd_lightning.layers.registry import form_for
 from zssvd_lightning.model.replace import inside_compressed, replace_module
 from zssvd_lightning.model.targets import find_targets
 from zssvd_lightning.selection.budget import Budget
-from zssvd_lightning.selection.rules import uniform_ranks
+from zssvd_lightning.selection.proportional import uniform_ranks
 from zssvd_lightning.selection.storages import STORAGES
 from zssvd_lightning.serialization.specs import specs_of
 from zssvd_lightning.sources.models import load_model_config, load_weights

@@ -32,7 +32,7 @@ def ranks(facts: Facts, id_: str) -> Markup:
     maps = [_map(stack, cells, layers, numbers) for stack, cells in stacks.items()]
     about = paragraph(
         "A number is the rank of a layer, or the mean of several. Select a cell by click or with the arrow keys to see "
-        "the spectrum of its layers. Layers without a color are dense."
+        "the spectrum of its layers. Layers without a color are dense; with a minus, they have fewer hidden units."
     )
     chosen = [element("option", f"share {title}", value=name) for name, title in MEASURES.items()]
     choose = element("label", "Color: ", element("select", *chosen, class_="measure"), class_="control")
@@ -84,6 +84,9 @@ def _cell(layers: Sequence[LayerReport], names: Sequence[str], numbers: Mapping[
     low_rank = [layer for layer in layers if layer.rank is not None]
     if not low_rank:
         shape = " by ".join(map(str, layers[0].shape))
+        if (units := layers[0].units) is not None:
+            title = f"{hint}: dense, {units[0]:,} of {units[1]:,} hidden units, {shape} before"
+            return element("td", f"-{units[1] - units[0]}", class_="stays", data_layers=where, tabindex=-1, title=title)
         return element("td", "-", class_="stays", data_layers=where, tabindex=-1, title=f"{hint}: dense, {shape}")
     shares = [_shares(layer) for layer in low_rank]
     means = {name: sum(share[name] for share in shares) / len(shares) for name in MEASURES}

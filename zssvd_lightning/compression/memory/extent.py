@@ -20,9 +20,9 @@ from zssvd_lightning.compression.memory.typical_experts import (
     let_one_stand_for_all,
     shared_rows,
 )
+from zssvd_lightning.layers.storage import Shape
 from zssvd_lightning.model.targets import Target
 from zssvd_lightning.offload.mapped_weights import mapped_from_files
-from zssvd_lightning.selection.budget import Shape
 from zssvd_lightning.sweep.candidates import candidates_of, chosen_of, is_in, numbers_in_linear_layers, watching
 
 logger = logging.getLogger(__name__)

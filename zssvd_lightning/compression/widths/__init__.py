@@ -1,0 +1,1 @@
+"""Hidden widths with fewer units, in a compression."""
