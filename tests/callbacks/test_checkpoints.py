@@ -431,12 +431,12 @@ FORMAT = {
     ),
     "compression": (
         "config shapes model_parameters gathering originals factors found selection step lengths losses fractions "
-        "truncations seconds truncation_loss safeguard left_dense stand_ins importances trace widths"
+        "truncations seconds truncation_loss safeguard left_dense stand_ins importances trace widths narrowed"
     ),
     "gathering": "moments window kept pending gradients calls",
 }
 """Keys of version 3 of the callback's state, which checkpoints on disk have. Fewer keys would be another version; the
-last six of `compression` are not in checkpoints of earlier releases."""
+last seven of `compression` are not in checkpoints of earlier releases."""
 
 
 def test_the_keys_of_the_state_in_checkpoints_are_those_of_its_version(tmp_path):

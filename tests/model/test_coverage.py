@@ -64,7 +64,7 @@ def test_little_coverage_is_warned_of_before_any_batch(caplog):
 
     model = nn.Sequential(nn.Embedding(1000, 16), nn.Linear(16, 16), nn.Linear(16, 16))
     with caplog.at_level(logging.WARNING), pytest.raises(AssertionError):
-        compress(model, no_batch(), prune_ratio=0.4, loss=lambda m, b: None, progress=False)
+        compress(model, no_batch(), prune_ratio=0.4, corrections=0, loss=lambda m, b: None, progress=False)
     assert "only 3.1% of the model's parameters" in caplog.text
     assert covered(tiny_llama()).warning(0.4) is None
 

@@ -136,7 +136,6 @@ def compress(
     with team.together():
         config, reading = _understood(model, batches, config, preset, calibration_batches, progress, asked)
         of_type(bool, refuse_diverged, "refuse_diverged")
-        refuse_one_pass(batches, len(course(config)) + bool(config.limits))
         resume_in = checked_place(resume_in, config)
         _check_statistics(statistics, config)
         refuse_for_several(config, team.size, statistics=statistics is not None, resumes=resume_in is not None)
@@ -150,6 +149,7 @@ def compress(
             )
             announce(run)
             refuse_small_disk(run, folder_of(resume_in))
+            refuse_one_pass(batches, len(course(config)))
         with (
             _undone_on_error(run),
             little_resident(model, config),
