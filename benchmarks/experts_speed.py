@@ -43,11 +43,9 @@ def low_rank_layer(stacked: nn.Module, given: argparse.Namespace, kind: str) -> 
     """Return the same experts with random matrices of a rank."""
     found = ExpertList(stacked)
     for expert in found.experts:
-        for name, layer in list(expert.named_children()):
-            m, n = layer.weight.shape
-            up, down = (
-                torch.randn(*shape, dtype=layer.weight.dtype) * 0.02 for shape in ((m, given.rank), (given.rank, n))
-            )
+        for name in list(dict(expert.named_children())):
+            (m, n), dtype = expert.get_parameter(f"{name}.weight").shape, getattr(torch, given.dtype)
+            up, down = torch.randn(m, given.rank, dtype=dtype) * 0.02, torch.randn(given.rank, n, dtype=dtype) * 0.02
             setattr(expert, name, form_for(kind, m, n).from_factors(up, down, None).requires_grad_(False))
     own_memory(found)
     return found.eval()
@@ -78,6 +76,7 @@ def main() -> None:
     print(vars(given), f"{torch.get_num_threads()} threads")
     for count in given.experts:
         stacked = stacked_layer(count, given)
+        config: Any = stacked.config
         layers: dict[str, Any] = {kind: low_rank_layer(stacked, given, kind) for kind in ("low_rank", "pivoted")}
         for tokens in TOKENS:
             x = torch.randn(tokens, given.hidden, dtype=getattr(torch, given.dtype))
@@ -85,11 +84,12 @@ def main() -> None:
             arguments = (x, chosen, torch.rand(tokens, given.top, dtype=x.dtype))
             row = [f"{count} experts, {tokens} tokens"]
             for form in ("eager", "grouped_mm"):
-                stacked.config._experts_implementation = form
+                config._experts_implementation = form
                 row.append(f"dense {form} {milliseconds(partial(stacked, *arguments)):.2f}")
             for kind, layer in layers.items():
                 row.append(f"{kind} one by one {milliseconds(partial(layer.one_by_one, *arguments)):.2f}")
-                stacks = Stacks.of(layer.experts)
+                if (stacks := Stacks.of(layer.experts)) is None:
+                    raise RuntimeError("grouped products need torch 2.10 or later, and sizes that are multiples of 8")
                 row.append(f"grouped {milliseconds(partial(forward_by_stacks, layer, stacks, *arguments)):.2f}")
                 own_memory(layer)
             print(", ".join(row), flush=True)
