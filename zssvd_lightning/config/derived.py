@@ -1,4 +1,4 @@
-"""What follows from the settings of a compression."""
+"""Properties that follow from the settings of a compression."""
 
 from zssvd_lightning.config.corrections import CORRECTIONS, Correction
 from zssvd_lightning.config.placement import AUTO

@@ -1,4 +1,4 @@
-"""What the state of a compression in a checkpoint must look like to be loaded."""
+"""Required form of the state of a compression in a checkpoint."""
 
 from collections.abc import Mapping
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""What a report must look like to be loaded, from a checkpoint or from `report.json`."""
+"""Required form of a report that is loaded from a checkpoint or from `report.json`."""
 
 import math
 from collections.abc import Mapping

@@ -22,7 +22,7 @@ KEPT = ("device_ids", "output_device", "dim", "process_group", "find_unused_para
 """Arguments of DistributedDataParallel that it has as attributes of the same name, in all versions of torch."""
 
 KEPT_WHERE_KNOWN = ("static_graph", "skip_all_reduce_unused_params", "batched_grad_copy")
-"""Those that not every version has."""
+"""Arguments that not every version has."""
 
 HOOKS = (
     "_forward_hooks",
