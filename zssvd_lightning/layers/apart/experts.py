@@ -33,7 +33,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class Layout(NamedTuple):
-    """Meaning of the parameters of a module of stacked experts. The names are those of the interface of transformers."""
+    """Form of the parameters of a module of stacked experts. The names are those of the interface of transformers."""
 
     has_gate: bool
     has_bias: bool
